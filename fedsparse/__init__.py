@@ -1,0 +1,21 @@
+"""fedsparse: sparse federated fine-tuning of pre-trained models, simulated on one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["run"]
+
+
+def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run as ``python -m fedsparse.train`` does, and return the summary; see ``fedsparse.train.run``.
+
+    Args:
+        overrides: what one would type, such as ``["mask_rule=random", "partition=noniid_nc1"]``.
+
+    """
+    from fedsparse import train  # here, so that ``import fedsparse`` costs nothing
+
+    return train.run(overrides)

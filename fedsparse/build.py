@@ -1,0 +1,244 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from fedsparse.data.datamodule import FederatedDataModule
+from fedsparse.data.datasets import Dataset
+from fedsparse.data.partition import client_tests
+from fedsparse.data.rounds import LocalWork, RoundPlan
+from fedsparse.federation.artifacts import Artifacts
+from fedsparse.federation.buffers import Buffers
+from fedsparse.federation.calibration import Setting
+from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
+from fedsparse.federation.client import ClientModule
+from fedsparse.federation.csv import RoundCSV
+from fedsparse.federation.evaluation import Evaluation
+from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.progress import RoundProgress
+from fedsparse.federation.rounds import FederatedRounds
+from fedsparse.federation.sampling import participants
+from fedsparse.federation.tracking import GracefulStop, RoundLog
+from fedsparse.federation.wire import HEADER
+from fedsparse.keys import Purpose
+from fedsparse.masks import Mask
+from fedsparse.models.trainable import trainable_filter
+from fedsparse.space import ParamSpace
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Data, model and clients of a run, before anything is trained."""
+
+    dataset: Dataset
+    parts: Sequence[np.ndarray]
+    tests: Sequence[np.ndarray]
+    net: nn.Module
+    space: ParamSpace
+    count: int
+    plan: RoundPlan
+    sample: Any
+
+    @property
+    def cohort(self) -> int:
+        """K, clients that train together."""
+        return self.plan.cohort_size(len(self.plan.sample(0)))
+
+    @property
+    def model_length(self) -> int:
+        """Bytes of the first model: every parameter and buffer that a checkpoint stores."""
+        return HEADER.size + sum(tensor.nbytes for tensor in self.net.state_dict().values())
+
+
+def build_federation(cfg: DictConfig) -> Federation:
+    """Load the data, deal it to the clients, and build the model.
+
+    Raises:
+        ValueError: data, partition or model cannot be had as configured.
+
+    """
+    dataset: Dataset = instantiate(cfg.data.source)
+    parts = build_parts(cfg, dataset)
+    tests = client_tests(parts, _labels(dataset.train), _labels(dataset.test), cfg.seed)
+    net, space = build_net(cfg)
+    _check_classes(net, dataset)
+    federation = cfg.federation
+    count = participants(federation.clients_per_round, federation.num_clients)
+    eligible = [client for client, part in enumerate(parts) if len(part)]
+    sampler = instantiate(cfg.sampling)
+
+    def sample(round: int, purpose: Purpose = Purpose.SAMPLING) -> Sequence[int]:
+        return sampler(round, eligible=eligible, count=count, seed=cfg.seed, purpose=purpose)
+
+    work = LocalWork(cfg.data.batch_size, federation.local_steps, federation.local_epochs, federation.weight)
+    plan = RoundPlan(parts, work, sample, federation.cohort, cfg.seed)
+    return Federation(dataset, parts, tests, net, space, count, plan, sample)
+
+
+def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
+    """Deal the training split to the clients."""
+    deal = instantiate(cfg.partition)
+    users = {"users": dataset.train.users} if "users" in cfg.partition else {}
+    return deal(labels=_labels(dataset.train), num_clients=cfg.federation.num_clients, seed=cfg.seed, **users)
+
+
+def build_net(cfg: DictConfig) -> tuple[nn.Module, ParamSpace]:
+    """Build the model and the space of its federated tensors."""
+    net = instantiate(cfg.model.net)
+    names = [name for name, _ in net.named_parameters()]
+    chosen = trainable_filter(cfg.model.trainable, cfg.model.head, names)
+    return net, ParamSpace.of(net, chosen, list(cfg.model.local))
+
+
+def build_setting(cfg: DictConfig, federation: Federation, ledger: Ledger, module: ClientModule) -> Setting:
+    """Gather what calibration works on."""
+    return Setting(
+        net=federation.net,
+        space=federation.space,
+        dataset=federation.dataset,
+        parts=federation.parts,
+        sample=federation.sample,
+        losses=module.losses,
+        batch_size=cfg.data.batch_size,
+        seed=cfg.seed,
+        ledger=ledger,
+        model_length=federation.model_length,
+    )
+
+
+def build_module(cfg: DictConfig, federation: Federation) -> ClientModule:
+    """Build the clients of a cohort; everything trains until a mask is set."""
+    return instantiate(cfg.client)(
+        federation.net,
+        federation.space,
+        torch.ones(federation.space.size, dtype=torch.bool),
+        instantiate(cfg.optimizer.build),
+        instantiate(cfg.server.optimizer),
+        cohort=federation.cohort,
+        clip_norm=cfg.optimizer.clip_norm,
+    )
+
+
+def build_rounds(cfg: DictConfig, federation: Federation, mask: Mask, ledger: Ledger) -> FederatedRounds:
+    """Build the protocol of a round."""
+    row = mask.row(federation.space)
+    return FederatedRounds(
+        exchange=instantiate(cfg.exchange)(trained=row, local=federation.space.local),
+        aggregation=instantiate(cfg.aggregation),
+        topology=instantiate(cfg.topology),
+        buffers=Buffers(cfg.federation.buffers),
+        ledger=ledger,
+        schedule=instantiate(cfg.schedule),
+        seed=cfg.seed,
+        model_length=federation.model_length,
+        mask_length=0 if bool(row.all()) else len(mask.to_bytes()),
+    )
+
+
+def build_checkpoints(cfg: DictConfig, folder: Path) -> list[lightning.Callback]:
+    """Best by validation, and last; both written when a round closes."""
+    shared: dict[str, Any] = {
+        "dirpath": folder / "checkpoints",
+        "save_top_k": 1,
+        "enable_version_counter": False,
+        "save_on_train_epoch_end": True,
+    }
+    every = cfg.federation.checkpoint_every
+    best = RoundCheckpoint(**shared, monitor="val/acc", mode="max", filename="best")
+    return [best, RoundCheckpoint(**shared, filename=LAST.removesuffix(".ckpt"), every_n_epochs=every)]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """The callbacks of a run; those that are asked something afterwards by name."""
+
+    rounds: FederatedRounds
+    log: RoundLog
+    stop: GracefulStop
+    others: list[lightning.Callback]
+
+    def listed(self) -> list[lightning.Callback]:
+        """In the order that Lightning is to call them: the protocol first, checkpoints last."""
+        return [self.rounds, self.log.evaluation, self.log, self.stop, *self.others]
+
+
+def build_callbacks(cfg: DictConfig, rounds: FederatedRounds, federation: Federation, folder: Path) -> Callbacks:
+    """Build all callbacks."""
+    evaluation = Evaluation(federation.tests)
+    progress = RoundProgress(rounds, evaluation, len(federation.plan.sample(0)))
+    others = [progress, Artifacts(folder), *build_checkpoints(cfg, folder)]
+    return Callbacks(rounds, RoundLog(rounds, evaluation), GracefulStop(), others)
+
+
+def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) -> list[Any]:
+    """Build metrics.csv, and the loggers of the group ``logger``.
+
+    Args:
+        cfg: the configuration.
+        folder: the run folder.
+        group: name shared by the runs of a sweep.
+        round: rounds closed so far; rows after it are dropped from metrics.csv.
+
+    """
+    table = RoundCSV(folder)
+    table.drop_from(round + 1)
+    chosen = cfg.logger or {}
+    options = {"wandb": {"group": group, "id": _run_id(folder), "resume": "allow"}}
+    return [table, *(instantiate(chosen[name])(save_dir=str(folder), **options.get(name, {})) for name in chosen)]
+
+
+def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any]) -> lightning.Trainer:
+    """Build the one Trainer that runs the whole federation."""
+    return instantiate(cfg.trainer)(
+        max_epochs=cfg.federation.rounds,
+        check_val_every_n_epoch=cfg.federation.eval_every,
+        callbacks=callbacks.listed(),
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        log_every_n_steps=1,
+    )
+
+
+def build_datamodule(federation: Federation) -> FederatedDataModule:
+    """Build the loaders of cohorts and splits."""
+    return FederatedDataModule(federation.dataset, federation.plan, federation.tests)
+
+
+def _labels(split: Any) -> np.ndarray:
+    return split.y.cpu().numpy()
+
+
+def _check_classes(net: nn.Module, dataset: Dataset) -> None:
+    """Refuse a head that cannot tell the classes of the data apart."""
+    head = getattr(net, "head", None)
+    if isinstance(head, nn.Linear) and head.out_features < dataset.classes:
+        raise ValueError(
+            f"the model's head has {head.out_features} outputs and the data {dataset.classes} classes; "
+            f"set model.net.num_classes={dataset.classes}"
+        )
+
+
+def _run_id(folder: Path) -> str:
+    """Name of the run for Weights & Biases: made once, kept in the folder, so that a resume goes on in the same run."""
+    path = folder / ".run_id"
+    if not path.exists():
+        import secrets
+
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()

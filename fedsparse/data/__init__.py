@@ -1,0 +1,1 @@
+"""Data of a federation: data sets, partitions, rounds."""

@@ -1,0 +1,162 @@
+"""Who trains in a round, on which samples, in which order: a pure function of (seed, round)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsparse.keys import Purpose, generator
+
+PADDING = -1  # the id of a row that no client fills
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """One batch of the loader: K clients that train together, S local steps of at most B samples each.
+
+    What the host asks stays on the host; only ``samples`` moves to the device.
+
+    Attributes:
+        round: index of the round, from 0.
+        clients: K ids; ``PADDING`` marks a row that no client fills.
+        samples: int64 (K, S, B), indices of every local step; entries past ``count`` are to be ignored.
+        count: [S][K] real samples of each step; 0 is no step.
+        weight: K weights in the average.
+
+    """
+
+    round: int
+    clients: tuple[int, ...]
+    samples: Tensor
+    count: tuple[tuple[int, ...], ...]
+    weight: tuple[float, ...]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Cohort:
+        """Move the sample indices to a device."""
+        return replace(self, samples=self.samples.to(device, non_blocking=non_blocking))
+
+    @property
+    def members(self) -> list[tuple[int, int]]:
+        """(row, client) of the rows that a client fills."""
+        return [(row, client) for row, client in enumerate(self.clients) if client != PADDING]
+
+    @cached_property
+    def steps(self) -> tuple[float, ...]:
+        """Real samples of each row over all its steps, K numbers: the weights of its mean loss."""
+        return tuple(float(sum(column)) for column in zip(*self.count, strict=True))
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What a client does in one round.
+
+    Args:
+        batch_size: samples of a local step.
+        steps: local steps a round; a client's samples are reshuffled and used on when they run out.
+        epochs: passes over the client's samples instead; each ends on a short batch where needed.
+        weight: a client's weight in the average: ``held`` samples, ``processed`` samples, or ``equal``.
+
+    Raises:
+        ValueError: not exactly one of steps and epochs is given, or one is below 1, or the weight is unknown.
+
+    """
+
+    batch_size: int = 32
+    steps: int | None = 4
+    epochs: int | None = None
+    weight: str = "held"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either federation.local_steps or federation.local_epochs, and set the other to null")
+        for key, value in (("data.batch_size", self.batch_size), ("federation.local_steps", self.steps or 1)):
+            if value < 1:
+                raise ValueError(f"{key} is {value}; it must be 1 or more")
+        if self.weight not in ("held", "processed", "equal"):
+            raise ValueError(f"federation.weight is {self.weight!r}; it must be held, processed or equal")
+
+    def batches(self, part: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+        """Deal a client's samples to its local steps: indices (S, B) and the real samples of each step.
+
+        Args:
+            part: the client's sample indices (n,), n >= 1.
+            rng: the client's generator of this round.
+
+        """
+        if self.steps is not None:
+            passes = math.ceil(self.steps * self.batch_size / len(part))
+            order = np.concatenate([rng.permutation(part) for _ in range(passes)])[: self.steps * self.batch_size]
+            return order.reshape(self.steps, self.batch_size), [self.batch_size] * self.steps
+        dealt = [_one_pass(rng.permutation(part), self.batch_size) for _ in range(self.epochs or 0)]
+        return np.concatenate([d for d, _ in dealt]), [c for _, counts in dealt for c in counts]
+
+    def weigh(self, held: int, processed: int) -> float:
+        """Weight of a client that holds and processed so many samples."""
+        return float({"held": held, "processed": processed, "equal": 1}[self.weight])
+
+
+def _one_pass(order: np.ndarray, size: int) -> tuple[np.ndarray, list[int]]:
+    """Cut one shuffled pass into steps of ``size``, the last one short and padded with its first sample."""
+    steps = math.ceil(len(order) / size)
+    padded = np.full(steps * size, order[0])
+    padded[: len(order)] = order
+    return padded.reshape(steps, size), [min(size, len(order) - s * size) for s in range(steps)]
+
+
+class RoundPlan:
+    """The cohorts of every round.
+
+    Args:
+        parts: the sample indices of every client.
+        work: what a client does in one round.
+        sample: which clients take part, by round.
+        cohort: upper bound of the clients that train together; the clients of a round are dealt evenly, so that
+            ten clients at a bound of eight make two cohorts of five.
+        seed: the run's seed.
+
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[np.ndarray],
+        work: LocalWork,
+        sample: Callable[[int], Sequence[int]],
+        cohort: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.parts, self.work, self.sample, self.bound, self.seed = parts, work, sample, cohort, seed
+
+    def cohort_size(self, clients: int) -> int:
+        """Rows of a cohort when so many clients take part."""
+        return math.ceil(clients / math.ceil(clients / self.bound))
+
+    def cohorts(self, round: int) -> list[Cohort]:
+        """Build the cohorts of one round."""
+        clients = list(self.sample(round))
+        size = self.cohort_size(len(clients))
+        return [self._cohort(round, clients[i : i + size], size) for i in range(0, len(clients), size)]
+
+    def _cohort(self, round: int, clients: Sequence[int], size: int) -> Cohort:
+        work = [self.work.batches(self.parts[c], generator(self.seed, Purpose.BATCHES, round, c)) for c in clients]
+        steps = max(len(counts) for _, counts in work)
+        samples = np.zeros((size, steps, self.work.batch_size), dtype=np.int64)
+        count = np.zeros((steps, size), dtype=np.int64)
+        for row, (indices, counts) in enumerate(work):
+            samples[row, : len(counts)] = indices
+            count[: len(counts), row] = counts
+        weight = [self.work.weigh(len(self.parts[c]), sum(n)) for c, (_, n) in zip(clients, work, strict=True)]
+        padding = size - len(clients)
+        return Cohort(
+            round=round,
+            clients=(*clients, *[PADDING] * padding),
+            samples=torch.from_numpy(samples),
+            count=tuple(tuple(step) for step in count.tolist()),
+            weight=(*weight, *[0.0] * padding),
+        )

@@ -1,0 +1,1 @@
+"""Clients, server, and the protocol between them."""

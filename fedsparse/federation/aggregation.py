@@ -1,0 +1,99 @@
+"""How updates become one change per group. G groups, P coordinates, Q buffer values.
+
+Aggregations are additive, so that clients can stream through, in cohorts of any size and over several processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedsparse.federation.exchange import Update
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a round changes.
+
+    Attributes:
+        rows: (G, P) mean change, zero for a group that nobody sent to.
+        buffers: (G, Q) mean change of the float buffers.
+        touched: bool (G, P), which coordinates somebody sent, or None for all.
+        loss: mean training loss over the clients.
+
+    """
+
+    rows: Tensor
+    buffers: Tensor
+    touched: Tensor | None
+    loss: float
+
+
+class Tally:
+    """Sums of a round as one float64 vector, so that one all-reduce carries everything.
+
+    Args:
+        groups: G.
+        size: P.
+        buffers: Q.
+        device: where the sums are kept.
+
+    """
+
+    def __init__(self, groups: int, size: int, buffers: int, device: torch.device) -> None:
+        self.vector = torch.zeros(groups * (size + buffers + 1) + 2, dtype=torch.float64, device=device)
+        rows, extra, weight, rest = self.vector.split([groups * size, groups * buffers, groups, 2])
+        self.rows, self.buffers = rows.view(groups, size), extra.view(groups, buffers)
+        self.weight, self.loss, self.dropped = weight, rest[0:1], rest[1:2]
+
+
+class Aggregation(Protocol):
+    """Collects the updates of a round."""
+
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device) -> Tally:
+        """Start a round."""
+
+    def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
+        """Take in K updates; a client of weight 0 adds nothing."""
+
+    def merge(self, tally: Tally) -> Tally:
+        """Sum the tallies of all processes."""
+
+    def finish(self, tally: Tally) -> Change | None:
+        """Close a round; None if nobody sent."""
+
+
+class WeightedMean:
+    r"""Average of the updates by weight, :math:`\sum_k w_k \Delta_k / \sum_k w_k` (FedAvg, McMahan et al. 2017)."""
+
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device) -> Tally:
+        """Start a round with empty sums."""
+        return Tally(groups, size, buffers, device)
+
+    def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
+        """Add w * rows in client order, so that the cohort size does not change the order of summation."""
+        for k, (weight, g) in enumerate(zip(update.weight, group, strict=True)):
+            if weight > 0:
+                tally.rows[g].add_(update.rows[k], alpha=weight)
+                tally.buffers[g].add_(update.buffers[k], alpha=weight)
+                tally.weight[g] += weight
+                tally.loss += weight * update.loss[k]
+
+    def merge(self, tally: Tally) -> Tally:
+        """Sum over processes; nothing to do in one."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(tally.vector)
+        return tally
+
+    def finish(self, tally: Tally) -> Change | None:
+        """Divide by the weights."""
+        total = float(tally.weight.sum())
+        if total == 0:
+            return None
+        divisor = torch.where(tally.weight > 0, tally.weight, 1.0).unsqueeze(1)
+        touched = None if bool((tally.weight > 0).all()) else (tally.weight > 0).unsqueeze(1).expand_as(tally.rows)
+        return Change(tally.rows / divisor, tally.buffers / divisor, touched, float(tally.loss) / total)

@@ -1,0 +1,93 @@
+"""What becomes of a network's float buffers (BatchNorm's running statistics): averaged, kept by the client, or frozen.
+
+Ignoring them lets one client's statistics leak into the next. Q is the number of their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedsparse.federation.store import ClientStore
+from fedsparse.space import ParamSpace
+
+POLICIES = ("average", "local", "frozen")
+
+
+class Buffers:
+    """Float buffers of the network of a cohort of one.
+
+    Args:
+        policy: ``average`` sends their change with the update and averages it with the same weights; ``local`` keeps
+            them with each client; ``frozen`` leaves them as they were pre-trained.
+
+    Raises:
+        ValueError: an unknown policy.
+
+    """
+
+    def __init__(self, policy: str = "average") -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"federation.buffers is {policy!r}; it must be one of {', '.join(POLICIES)}")
+        self.policy = policy
+        self.store = ClientStore()
+        self.space = ParamSpace((), ())
+        self.row = torch.zeros(0)
+
+    @property
+    def size(self) -> int:
+        """Q, values that travel."""
+        return self.row.numel()
+
+    def open(self, net: nn.Module) -> None:
+        """Take the network's buffers as the global ones; called when training starts or goes on."""
+        self.net, self.every = net, ParamSpace.of_buffers(net)
+        self.start = self.every.read(net)
+        self.integers = {n: b.clone() for n, b in net.named_buffers() if _counts(n, b)}
+        self.space = self.every if self.policy == "average" else ParamSpace((), ())
+        self.row = self.space.read(net).to(next(net.parameters()).device)
+
+    def send(self, clients: Sequence[int]) -> None:
+        """Give a client the global buffers, or its own."""
+        if not self.every.size:
+            return
+        kept = self.store.rows.get(clients[0], self.start) if self.policy == "local" else self.start
+        self.every.write(self.net, kept)
+        if self.policy == "frozen":
+            _freeze(self.net)
+
+    def take(self, clients: Sequence[int]) -> Tensor:
+        """Change (K, Q) of the buffers that travel; keeps the client's own where they do not."""
+        if self.policy == "local" and self.every.size:
+            self.store.write(clients, self.every.read(self.net).unsqueeze(0))
+        if not self.space.size:
+            return self.row.expand(len(clients), 0)
+        return (self.space.read(self.net) - self.row).unsqueeze(0)
+
+    def close(self, change: Tensor) -> None:
+        """Add the mean change (G, Q) and put the global buffers into the network.
+
+        Raises:
+            ValueError: an integer buffer other than a batch counter changed: it cannot be averaged.
+
+        """
+        changed = [n for n, b in self.net.named_buffers() if n in self.integers and not b.equal(self.integers[n])]
+        if changed:
+            raise ValueError(f"the integer buffers {', '.join(changed)} change in training and cannot be averaged")
+        if self.space.size:
+            self.row = self.start = self.row + change[0].to(self.row.dtype)
+        self.every.write(self.net, self.start)
+
+
+def _counts(name: str, buffer: Tensor) -> bool:
+    """Whether a buffer is an integer one that must not change; BatchNorm's batch counter may, and stays local."""
+    return not buffer.is_floating_point() and not name.endswith("num_batches_tracked")
+
+
+def _freeze(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()

@@ -1,0 +1,190 @@
+"""K clients as rows of one tensor, and the whole of their local training.
+
+Shapes: K clients of the cohort, P coordinates, S local steps, B samples of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedsparse.data.rounds import Cohort
+from fedsparse.federation.server import MakeOptimizer, Server
+from fedsparse.optim import SparseSGDM
+from fedsparse.space import Binding, ParamSpace
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class ClientModule(lightning.LightningModule):
+    """The clients of a cohort: their losses, their local training, and the optimizers of clients and server.
+
+    With K = 1 the network's parameters are views into the row, so that any module trains without a copy. With K > 1
+    the rows train together through ``vmap``. To change what is learned, subclass and override ``losses``.
+
+    Args:
+        net: the network; between rounds it holds the global model.
+        space: which of its tensors are federated.
+        mask: bool (P,), True where a coordinate trains.
+        make_optimizer: builds the clients' optimizer of a list of one tensor (K, P).
+        make_server_optimizer: builds the server's optimizer of a list of one tensor (1, P).
+        cohort: K, clients that train together.
+        clip_norm: largest L2 norm of a client's gradient over its trained coordinates, or None.
+
+    Raises:
+        ValueError: K > 1 with BatchNorm, whose running statistics cannot be stacked.
+
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        space: ParamSpace,
+        mask: Tensor,
+        make_optimizer: Callable[[list[Tensor]], SparseSGDM],
+        make_server_optimizer: MakeOptimizer,
+        cohort: int = 1,
+        clip_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        if cohort > 1 and any(isinstance(module, _BatchNorm) for module in net.modules()):
+            raise ValueError("federation.cohort above 1 cannot stack BatchNorm; use federation.cohort=1 or GroupNorm")
+        self.automatic_optimization = False
+        self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
+        self.make_optimizer, self.make_server_optimizer = make_optimizer, make_server_optimizer
+        self.register_buffer("mask", mask.clone())
+        self.binding: Binding | None = None
+        self.mean_loss: Tensor | None = None
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Choose the coordinates that train, bool (P,), before training starts."""
+        torch.as_tensor(self.mask).copy_(mask)
+
+    def losses(self, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of every sample of one client's batch: (B, ...), (B,) -> (B,).
+
+        Args:
+            forward: the client's network; ``forward(x)`` returns logits (B, classes).
+            x: inputs.
+            y: labels.
+
+        """
+        return F.cross_entropy(forward(x), y, reduction="none")
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Make the clients' rows and SparseSGDM, and the server with its optimizer; Lightning stores the latter."""
+        row, mask = self.space.read(self.net), torch.as_tensor(self.mask)
+        self.theta = row.repeat(self.cohort, 1)
+        self.theta.grad = torch.zeros_like(self.theta)
+        self.frozen = None if bool(mask.all()) else ~mask
+        self.local = self.make_optimizer([self.theta])
+        self.local.set_masks([None if self.frozen is None else mask.expand_as(self.theta)])
+        self.server = Server(row.unsqueeze(0), self.make_server_optimizer, mask)
+        return [self.local, self.server.optimizer]
+
+    def on_train_start(self) -> None:
+        """Bind the network to its row, or prepare the rows' stacked training."""
+        if self.cohort == 1:
+            self._bind()
+        else:
+            self.theta.requires_grad_(True)
+            self._stacked = vmap(self._row_loss, in_dims=(0, 0, 0, 0), randomness="different")
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients: they are views into the row, and None would unbind them."""
+
+    def start(self, rows: Tensor) -> None:
+        """Let the K clients start from these rows (K, P), with fresh optimizers."""
+        with torch.no_grad():
+            self.theta.copy_(rows)
+        self.local.reset()
+        if self.binding is not None and not self.binding.intact():
+            self._bind()
+
+    def training_step(self, cohort: Cohort, batch_idx: int) -> None:
+        """Run the whole local training of the cohort; leaves the rows in ``theta`` and the losses in ``mean_loss``."""
+        x, y = self.trainer.datamodule.fetch(cohort.samples)  # type: ignore[attr-defined]
+        losses = [
+            self._local_step(x_s, y_s, count)
+            for x_s, y_s, count in zip(x.unbind(1), y.unbind(1), cohort.count, strict=True)
+        ]
+        self.mean_loss = _mean_loss(torch.stack(losses), cohort.count)
+        if self.trainer.is_last_batch:  # a step without gradients: it moves Lightning's global_step by one a round
+            self.optimizers()[1].step()  # type: ignore[index]
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Evaluate the global model on a batch: logits (B, classes), labels (B,) and losses (B,)."""
+        x, y = batch
+        logits = self.net(x)
+        return {"logits": logits, "y": y, "losses": self.losses(lambda _: logits, x, y)}
+
+    def _local_step(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
+        """One step of all K clients: (K, B, ...), (K, B) -> losses (K,)."""
+        if not any(count):
+            return self.theta.new_zeros(self.cohort)
+        losses = self._single_loss(x, y, count) if self.cohort == 1 else self._stacked_loss(x, y, count)
+        losses.sum().backward()
+        self._clip()
+        self._step_where(count)
+        self.theta.grad.zero_()  # type: ignore[union-attr]
+        return losses.detach()
+
+    def _single_loss(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
+        return self.losses(self.net, x[0, : count[0]], y[0, : count[0]]).mean().reshape(1)
+
+    def _stacked_loss(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
+        size = x.shape[1]
+        real = torch.arange(size) < torch.tensor(count).unsqueeze(1)
+        return self._stacked(self.space.unflatten(self.theta), x, y, real.to(x.device))
+
+    def _row_loss(self, tensors: dict[str, Tensor], x: Tensor, y: Tensor, real: Tensor) -> Tensor:
+        """Mean loss of one client over its real samples (B,)."""
+        losses = self.losses(lambda z: functional_call(self.net, tensors, (z,)), x, y)
+        return torch.where(real, losses, 0.0).sum() / real.sum().clamp(min=1)
+
+    def _clip(self) -> None:
+        """Clip each client's gradient over its trained coordinates, as ``torch.nn.utils.clip_grad_norm_`` does."""
+        if self.clip_norm is None:
+            return
+        grad = self.theta.grad
+        assert grad is not None
+        if self.frozen is not None:
+            grad.masked_fill_(self.frozen, 0.0)
+        norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
+        grad.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+
+    def _step_where(self, count: Sequence[int]) -> None:
+        """Step the clients that have samples; the others keep row and momentum, by selection: NaN * 0 is NaN."""
+        dead = [k for k, n in enumerate(count) if n == 0]
+        state = self.local.state[self.theta].values() if dead else ()
+        kept = (
+            [t for t in (self.theta, *state) if isinstance(t, Tensor) and t.shape == self.theta.shape] if dead else []
+        )
+        before = [t.detach()[dead].clone() for t in kept]
+        self.local.step()
+        with torch.no_grad():
+            for tensor, old in zip(kept, before, strict=True):
+                tensor[dead] = old
+
+    def _bind(self) -> None:
+        assert self.theta.grad is not None
+        self.binding = self.space.bind(self.net, self.theta[0], self.theta.grad[0])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the clients' momentum out: it does not outlive the round."""
+        checkpoint["optimizer_states"][0]["state"] = {}
+
+
+def _mean_loss(losses: Tensor, count: Sequence[Sequence[int]]) -> Tensor:
+    """Mean over each client's samples: losses (S, K), counts [S][K] -> (K,)."""
+    if all(step == count[0] for step in count):
+        return losses.mean(0)
+    weight = torch.tensor(count, dtype=losses.dtype, device=losses.device)
+    return (losses * weight).sum(0) / weight.sum(0).clamp(min=1)

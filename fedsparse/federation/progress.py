@@ -1,0 +1,105 @@
+"""What a person watches: one bar over the whole run on a terminal, one line a round elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedsparse.data.rounds import Cohort
+from fedsparse.federation.evaluation import Evaluation
+from fedsparse.federation.rounds import FederatedRounds
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes for people, in powers of 1,000.
+
+    >>> human_bytes(16_400), human_bytes(8_200_000)
+    ('16.4 kB', '8.2 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class RoundProgress(lightning.Callback):
+    """Progress bar with round, client, loss, accuracy, bytes and time left.
+
+    Args:
+        rounds: loss and bytes are read from it.
+        evaluation: accuracy is read from it.
+        clients: clients of a round.
+        console: where to write; standard error by default.
+
+    """
+
+    def __init__(
+        self, rounds: FederatedRounds, evaluation: Evaluation, clients: int, console: Console | None = None
+    ) -> None:
+        self.rounds, self.evaluation, self.clients = rounds, evaluation, clients
+        self.console = console or Console(file=sys.stderr)
+        self.accuracy = float("nan")
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Show the bar, from the round that training starts or goes on at."""
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            refresh_per_second=5,
+        )
+        total = int(trainer.max_epochs or 0) * self.clients
+        self.task = self.progress.add_task(
+            "round", total=total, completed=trainer.current_epoch * self.clients, status=""
+        )
+        self.progress.start()
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note the time and start counting clients."""
+        self.seen, self.began = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Cohort, batch_idx: int
+    ) -> None:
+        """Move the bar by the cohort's clients."""
+        self.seen += len(batch.members)
+        if self.console.is_terminal:
+            done = trainer.current_epoch * self.clients + self.seen
+            where = f"round {trainer.current_epoch + 1}/{trainer.max_epochs}, client {self.seen:>2}/{self.clients}"
+            self.progress.update(self.task, completed=done, description=where, status=self._status())
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write a line where there is no terminal."""
+        self.accuracy = self.evaluation.figures.get("val/acc", self.accuracy)
+        if not self.console.is_terminal and hasattr(self, "began"):
+            seconds = time.perf_counter() - self.began
+            line = f"round {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._status()}  {seconds:.1f} s"
+            print(line, file=self.console.file, flush=True)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Leave the finished bar on the screen."""
+        self.progress.update(self.task, status=self._status())
+        self.progress.stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give the terminal back."""
+        if hasattr(self, "progress"):
+            self.progress.stop()
+
+    def _status(self) -> str:
+        """Loss of the last closed round, last validation accuracy, bytes sent so far."""
+        loss, accuracy = self.rounds.loss, self.accuracy
+        shown = [f"loss {loss:.3f}" if loss == loss else "loss  -   "]
+        shown.append(f"val acc {accuracy:6.2%}" if accuracy == accuracy else "val acc   -   ")
+        return "  ".join([*shown, f"sent up {human_bytes(self.rounds.ledger.bytes_up)}"])

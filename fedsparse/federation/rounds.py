@@ -1,0 +1,210 @@
+"""The protocol of one round, and only that.
+
+Shapes: G global rows, K clients of the cohort, P coordinates, Q float-buffer values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from fedsparse.data.rounds import PADDING, Cohort
+from fedsparse.federation.aggregation import Aggregation
+from fedsparse.federation.buffers import Buffers
+from fedsparse.federation.client import ClientModule
+from fedsparse.federation.exchange import Exchange, Update
+from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.schedule import Schedule, constant
+from fedsparse.federation.store import ClientStore
+from fedsparse.federation.topology import Topology
+from fedsparse.federation.wire import HEADER
+from fedsparse.keys import Purpose, generator
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """An update that was not finite and was left out."""
+
+    round: int
+    client: int
+
+
+class EveryUpdateDropped(RuntimeError):
+    """No client of a round sent a finite update: there is nothing to go on with."""
+
+
+@dataclass
+class FederatedRounds(lightning.Callback):
+    """Sends the global row out before a cohort trains and takes its update in afterwards.
+
+    An epoch is a round and a batch is a cohort. The round closes in the last ``on_train_batch_end``, so that Lightning
+    validates the new global model.
+
+    Args:
+        exchange: what is sent.
+        aggregation: how updates become one change.
+        topology: which global row each client starts from.
+        buffers: what becomes of float buffers.
+        ledger: counts bytes.
+        store: what clients keep between rounds.
+        schedule: factor of the clients' learning rate by round, from (round, rounds).
+        seed: the run's seed, for dropout.
+        model_length: bytes of the first model.
+        mask_length: bytes of the mask.
+
+    """
+
+    exchange: Exchange
+    aggregation: Aggregation
+    topology: Topology
+    buffers: Buffers = field(default_factory=Buffers)
+    ledger: Ledger = field(default_factory=Ledger)
+    store: ClientStore = field(default_factory=ClientStore)
+    schedule: Schedule = constant
+    seed: int = 0
+    model_length: int = 0
+    mask_length: int = 0
+    dropped: list[Dropped] = field(default_factory=list)
+    loss: float = math.nan
+    lr: float = math.nan
+
+    def on_train_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
+        """Prepare what lasts over rounds: local coordinates and the base learning rate."""
+        self.local = module.space.local.to(module.device)
+        self.keeps_local = bool(self.local.any())
+        self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
+        self.buffers.open(module.net)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
+        """Open the round: an empty tally, and this round's learning rate."""
+        groups, size = module.server.rows.shape
+        self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device)
+        self.down = self.exchange.encode(self._broadcast_message(module)).length
+        factor = self.schedule(trainer.current_epoch, int(trainer.max_epochs or 0))
+        for group, lr in zip(module.local.param_groups, self.base_lr, strict=True):
+            group["lr"] = self.lr = lr * factor
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, batch_idx: int
+    ) -> None:
+        """Send the global rows to the cohort."""
+        self.group = self.topology.group(batch.clients)
+        self.begin = self._with_local(batch.clients, module.server.broadcast(self.group))
+        module.start(self.begin)
+        self.buffers.send(batch.clients)
+        seed_dropout(
+            module.device, int(generator(self.seed, Purpose.DROPOUT, batch.round, batch.clients[0]).integers(2**62))
+        )
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
+    ) -> None:
+        """Take the cohort's update in, and close the round after the last one."""
+        rows = module.theta.detach()
+        if self.keeps_local:
+            self.store.write(batch.clients, rows[:, self.local])
+        update = self._finite(
+            batch,
+            Update(
+                batch.clients,
+                rows - self.begin,
+                self.buffers.take(batch.clients),
+                batch.weight,
+                _to_floats(module.mean_loss),
+            ),
+        )
+        payload = self.exchange.encode(update)
+        self.aggregation.add(self.tally, self.exchange.decode(payload), self.group)
+        self._count([client for _, client in batch.members], payload.length, rows)
+        if trainer.is_last_batch:
+            self._close(module, batch.round)
+
+    def _close(self, module: ClientModule, round: int) -> None:
+        """Average, step the server, and put the new global row into the network."""
+        change = self.aggregation.finish(self.aggregation.merge(self.tally))
+        if change is None:
+            raise EveryUpdateDropped(self._nothing_left(round))
+        module.server.step(change)
+        module.space.write(module.net, module.server.rows[0])
+        self.buffers.close(change.buffers)
+        self.loss = change.loss
+
+    def _nothing_left(self, round: int) -> str:
+        return (
+            f"round {round + 1}: the loss or update of every client became NaN or infinite, so the run stops; "
+            "try a smaller optimizer.lr, or optimizer.clip_norm=1.0"
+        )
+
+    def _finite(self, cohort: Cohort, update: Update) -> Update:
+        """Drop updates that are not finite: by selection, so that NaN never reaches the tally."""
+        sums = update.rows.sum(1) + update.buffers.sum(1) + update.rows.new_tensor(update.loss)
+        good = sums.isfinite().tolist()
+        if all(good):
+            return update
+        self.dropped += [Dropped(cohort.round, client) for row, client in cohort.members if not good[row]]
+        keep = torch.tensor(good, device=update.rows.device).unsqueeze(1)
+        return replace(
+            update,
+            rows=torch.where(keep, update.rows, 0.0),
+            buffers=torch.where(keep, update.buffers, 0.0),
+            weight=tuple(w if g else 0.0 for w, g in zip(update.weight, good, strict=True)),
+            loss=tuple(v if g else 0.0 for v, g in zip(update.loss, good, strict=True)),
+        )
+
+    def _with_local(self, clients: Sequence[int], rows: Tensor) -> Tensor:
+        """Replace the local coordinates by what each client kept."""
+        if not self.keeps_local:
+            return rows
+        rows = rows.clone()
+        rows[:, self.local] = self.store.read(clients, rows[:, self.local])
+        return rows
+
+    def _broadcast_message(self, module: ClientModule) -> Update:
+        """The global row as a message to one client."""
+        return Update((PADDING,), module.server.rows[:1], self.buffers.row.unsqueeze(0), (0.0,), (0.0,))
+
+    def _count(self, clients: Sequence[int], up: int, rows: Tensor) -> None:
+        dense = HEADER.size + rows[0].nbytes + self.buffers.row.nbytes
+        self.ledger.first_model(clients, self.model_length)
+        self.ledger.mask(clients, self.mask_length)
+        self.ledger.round(len(clients), up, self.down, dense)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What lasts over rounds and is not the network's or the server optimizer's."""
+        return {
+            "ledger": self.ledger.state_dict(),
+            "dropped": [(d.round, d.client) for d in self.dropped],
+            "store": self.store.state_dict(),
+            "buffers": self.buffers.store.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of a checkpoint."""
+        self.ledger.load_state_dict(state["ledger"])
+        self.dropped = [Dropped(*d) for d in state["dropped"]]
+        self.store.load_state_dict(state["store"])
+        self.buffers.store.load_state_dict(state["buffers"])
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the one device that trains; ``torch.manual_seed`` seeds all there might be, at half a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def _to_floats(losses: Tensor | None) -> tuple[float, ...]:
+    return tuple(losses.tolist()) if losses is not None else ()
+
+
+def _with_initial_lr(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Param groups with the learning rate they were made with, as torch's schedulers keep it."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = optimizer.defaults["lr"]
+    return optimizer.param_groups

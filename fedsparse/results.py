@@ -1,0 +1,130 @@
+"""What a run leaves behind: summary.json, model, pictures, and the table at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedsparse.analysis.curves import curves_figure
+from fedsparse.analysis.partition_plot import partition_figure
+from fedsparse.build import Federation
+from fedsparse.federation.csv import read_rows
+from fedsparse.federation.progress import human_bytes
+from fedsparse.federation.rounds import FederatedRounds
+from fedsparse.masks import Mask
+
+BYTES = ("bytes_up", "bytes_down", "bytes_dense", "bytes_setup_up", "bytes_setup_down", "bytes_total")
+
+
+def sha256(row: Tensor) -> str:
+    """Fingerprint of a row's bits."""
+    return hashlib.sha256(row.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file beside its target and rename it, so that a kill or a full disk leaves the old one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def save_model(net: nn.Module, path: Path) -> None:
+    """Save a network under its own names as safetensors, without shared memory."""
+    part = path.with_name(path.name + ".part")
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in net.state_dict().items()}, part)
+    os.replace(part, path)
+
+
+def save_partition(federation: Federation, title: str, path: Path) -> None:
+    """Draw clients x classes."""
+    labels = federation.dataset.train.y.cpu().numpy()
+    partition_figure(labels, federation.parts, federation.dataset.classes, title).savefig(path, dpi=120)
+
+
+def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """First row with the best validation accuracy; rows without validation do not count.
+
+    >>> best_row([{"round": 1, "val/acc": 0.5}, {"round": 2}, {"round": 3, "val/acc": 0.7}])["round"]
+    3
+    """
+    validated = [row for row in rows if "val/acc" in row]
+    return max(validated, key=lambda row: row["val/acc"], default={})
+
+
+def summarise(
+    federation: Federation, rounds: FederatedRounds, mask: Mask, rows: Sequence[Mapping[str, float]], **facts: Any
+) -> dict[str, Any]:
+    """Gather the figures of ``summary.json``.
+
+    Args:
+        federation: data, model and clients; the model is the global one of the last round.
+        rounds: the protocol with its ledger.
+        mask: what trained.
+        rows: the rows of metrics.csv.
+        facts: seconds, seed, choices, and the like.
+
+    """
+    space, net = federation.space, federation.net
+    parameters = sum(p.numel() for p in net.parameters())
+    last = next((row for row in reversed(rows) if "val/acc" in row), {})
+    figures = {key: value for key, value in last.items() if "/" in key and not key.startswith("train")}
+    return {
+        **figures,
+        "test/acc_best": best_row(rows).get("test/acc"),
+        "rounds": len(rows),
+        "num_parameters": parameters,
+        "trainable_fraction": int(mask.row(space).sum()) / parameters,
+        **rounds.ledger.figures(),
+        "dropped_updates": len(rounds.dropped),
+        "global_sha256": sha256(space.read(net)),
+        **facts,
+    }
+
+
+def write_results(folder: Path, federation: Federation, summary: Mapping[str, Any]) -> None:
+    """Write model, curves and, last of all, the summary that marks a run as finished."""
+    save_model(federation.net, folder / "model.safetensors")
+    rows = read_rows(folder / "metrics.csv")
+    curves_figure(rows, title=f"{summary['mask_rule']}, {summary['partition']}").savefig(folder / "curves.png", dpi=120)
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def print_table(folder: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Show a person what came out."""
+    table = Table(
+        title=f"{summary['mask_rule']}, {summary['partition']}, {summary['rounds']} rounds", title_justify="left"
+    )
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in _shown(summary):
+        table.add_row(name, value)
+    console = console or Console()
+    console.print(table)
+    console.print(f"run folder: {folder}", soft_wrap=True)
+
+
+def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table: names and values for people."""
+    percent = {
+        "test accuracy": "test/acc",
+        "test accuracy, best round by validation": "test/acc_best",
+        "accuracy per client, mean": "client/acc_mean",
+        "accuracy per client, worst tenth": "client/acc_worst10",
+        "weights that trained": "trainable_fraction",
+    }
+    rows = [(label, f"{summary[key]:.1%}") for label, key in percent.items() if summary.get(key) is not None]
+    up, dense = summary["bytes_up"], summary["bytes_dense"]
+    rows.append(("sent up", f"{human_bytes(up)} ({up / dense:.1%} of dense)"))
+    rows.append(("all traffic, with first models", human_bytes(summary["bytes_total"])))
+    rows.append(("dropped updates", str(summary["dropped_updates"])))
+    rows.append(("time", f"{summary['seconds']:.1f} s"))
+    return rows

@@ -1,0 +1,113 @@
+"""A small federation without Hydra, in the dtype a test asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from fedsparse.data.datasets import Dataset, Split
+from fedsparse.optim import SparseSGDM
+from torch import nn
+
+from fedsparse.data.datamodule import FederatedDataModule
+from fedsparse.data.rounds import LocalWork, RoundPlan
+from fedsparse.federation.aggregation import WeightedMean
+from fedsparse.federation.buffers import Buffers
+from fedsparse.federation.client import ClientModule
+from fedsparse.federation.exchange import Masked
+from fedsparse.federation.rounds import FederatedRounds
+from fedsparse.federation.sampling import uniform
+from fedsparse.federation.schedule import constant
+from fedsparse.federation.topology import Flat
+from fedsparse.space import ParamSpace
+
+
+def small_net(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
+
+
+def small_data(n=150, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n + 60, 1, 3, 4, generator=g, dtype=torch.float64).to(dtype)
+    y = (x.flatten(1)[:, :3] + 0.3 * torch.randn(n + 60, 3, generator=g, dtype=torch.float64).to(dtype)).argmax(1)
+    cut = [Split(x[a:b], y[a:b]) for a, b in ((0, n), (n, n + 30), (n + 30, n + 60))]
+    return Dataset(*cut, classes=3, name="small")
+
+
+def uneven_parts(n=150, clients=7):
+    """Parts of different sizes, so that steps are ragged."""
+    edges = np.cumsum(np.arange(1, clients + 1) ** 1.5)
+    edges = np.concatenate([[0], np.floor(edges / edges[-1] * n)]).astype(int)
+    return [np.arange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+@dataclass
+class Small:
+    """One federation; ``fit`` runs it."""
+
+    net: nn.Module
+    dataset: Dataset
+    parts: list[np.ndarray]
+    work: LocalWork = field(default_factory=lambda: LocalWork(8, 3, None))
+    count: int = 5
+    cohort: int = 1
+    mask: torch.Tensor | None = None
+    exchange: Any = Masked
+    lr: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip: float | None = None
+    server: Any = partial(torch.optim.SGD, lr=1.0)
+    schedule: Any = constant
+    buffers: str = "average"
+    seed: int = 0
+    client: Any = ClientModule
+    callbacks: list = field(default_factory=list)
+
+    def __post_init__(self):
+        sample = partial(uniform, eligible=range(len(self.parts)), count=self.count, seed=self.seed)
+        self.plan = RoundPlan(self.parts, self.work, sample, self.cohort, self.seed)
+        self.space = ParamSpace.of(self.net)
+        row = torch.ones(self.space.size, dtype=torch.bool) if self.mask is None else self.mask
+        make = partial(SparseSGDM, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        self.module = self.client(
+            self.net,
+            self.space,
+            row,
+            make,
+            self.server,
+            cohort=self.plan.cohort_size(self.count),
+            clip_norm=self.clip,
+        )
+        exchange = self.exchange(trained=row, local=self.space.local)
+        self.rounds = FederatedRounds(
+            exchange, WeightedMean(), Flat(), Buffers(self.buffers), schedule=self.schedule, seed=self.seed
+        )
+
+    def fit(self, rounds, folder, **options):
+        trainer = lightning.Trainer(
+            max_epochs=rounds,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[self.rounds, *self.callbacks],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            reload_dataloaders_every_n_epochs=1,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+            **options,
+        )
+        trainer.fit(self.module, FederatedDataModule(self.dataset, self.plan))
+        self.trainer = trainer
+        return self
+
+    @property
+    def row(self):
+        return self.space.read(self.net)

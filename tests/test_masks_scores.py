@@ -1,0 +1,222 @@
+"""The Fisher scores against plain per-sample autograd, against hand numbers, and where vmap cannot go."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fedsparse.masks import Sparsity
+from fedsparse.masks.rules import Fisher
+from fedsparse.masks.scores import fisher_batch, fisher_per_sample
+from fedsparse.space import ParamSpace
+
+
+def losses(forward, x, y):
+    return cross_entropy(forward(x), y, reduction="none")
+
+
+def squared_error(forward, x, y):
+    return 0.5 * (forward(x).squeeze(-1) - y) ** 2
+
+
+def batch(shape, classes=3, dtype=torch.float32):
+    rng = np.random.default_rng([5, *shape])
+    return torch.from_numpy(rng.normal(size=shape)).to(dtype), torch.from_numpy(rng.integers(0, classes, shape[0]))
+
+
+def mlp(dtype=torch.float32):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).to(dtype)
+
+
+def vit():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        net = timm.models.vision_transformer.VisionTransformer(
+            img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2, num_classes=3
+        )
+        nn.init.normal_(net.head.weight)
+    return net
+
+
+def plain_sum(net, space, x, y):
+    """Backward of one sample at a time, on the network itself."""
+    net.eval()
+    total = np.zeros(space.size)
+    for i in range(len(x)):
+        net.zero_grad()
+        cross_entropy(net(x[i : i + 1]), y[i : i + 1]).backward()
+        total += np.concatenate([t.grad.double().numpy().ravel() ** 2 for t in space.tensors(net)])
+    net.zero_grad()
+    return total
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 8, 100])
+def test_per_sample_equals_a_plain_loop_on_an_mlp(chunk):
+    net, (x, y) = mlp(torch.float64), batch((11, 4), dtype=torch.float64)
+    space = ParamSpace.of(net)
+    found = fisher_per_sample(net, space, x, y, loss=losses, chunk=chunk)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found, plain_sum(net, space, x, y), rtol=1e-12, atol=1e-18)
+
+
+def test_per_sample_equals_a_plain_loop_on_a_vision_transformer():
+    net, (x, y) = vit(), batch((10, 1, 8, 8))
+    space = ParamSpace.of(net)
+    found = fisher_per_sample(net, space, x, y, loss=losses)
+    np.testing.assert_allclose(found, plain_sum(net, space, x, y), rtol=1e-3, atol=1e-9)
+    assert (found.numpy() > 0).mean() > 0.9
+
+
+def test_hand_numbers_of_a_linear_model_and_the_trap_of_the_two_forms():
+    # Loss (w.x - y)^2 / 2 at w = (1, 1); gradient (w.x - y) x. The two samples cancel in the first coordinate:
+    #   x = (1, 1), y = 0: residual  2, gradient ( 2, 2)
+    #   x = (1, 0), y = 3: residual -2, gradient (-2, 0)
+    # Sum of squares (8, 4); the mean gradient is (0, 1), so 2 * its square is (0, 2): the order is reversed.
+    net = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(net.weight)
+    space = ParamSpace.of(net)
+    x, y = torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 3])
+    assert fisher_per_sample(net, space, x, y, loss=squared_error).tolist() == [8.0, 4.0]
+    assert fisher_batch(net, space, x, y, loss=squared_error).tolist() == [0.0, 2.0]
+
+
+def test_batch_form_equals_a_plain_backward():
+    net, (x, y) = mlp(torch.float64), batch((7, 4), dtype=torch.float64)
+    space = ParamSpace.of(net)
+    found = fisher_batch(net, space, x, y, loss=losses)
+    net.eval()
+    cross_entropy(net(x), y).backward()
+    expected = 7 * np.concatenate([p.grad.numpy().ravel() for p in net.parameters()]) ** 2
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_scores_add_over_batches():
+    net, (x, y) = mlp(), batch((8, 4))
+    space = ParamSpace.of(net)
+    halves = [fisher_per_sample(net, space, x[i : i + 4], y[i : i + 4], loss=losses, chunk=4) for i in (0, 4)]
+    whole = fisher_per_sample(net, space, x, y, loss=losses, chunk=4)
+    torch.testing.assert_close(halves[0] + halves[1], whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("fisher", [fisher_per_sample, fisher_batch])
+def test_the_network_comes_back_as_it_was(fisher):
+    net, (x, y) = mlp(), batch((5, 4))
+    net.train()
+    net[0].eval()
+    net[3].bias.requires_grad_(False)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    state = torch.get_rng_state()
+    with torch.no_grad():  # the caller's grad mode does not matter
+        fisher(net, ParamSpace.of(net), x, y, loss=losses)
+    assert [module.training for module in net] == [False, True, True, True]
+    assert not net[3].bias.requires_grad
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("fisher", [fisher_per_sample, fisher_batch])
+def test_frozen_parameters_outside_the_space_are_left_out(fisher):
+    net, (x, y) = mlp(), batch((5, 4))
+    part = ParamSpace.of(net, trainable=lambda name: name.startswith("3."))
+    whole = ParamSpace.of(net)
+    net[0].requires_grad_(False)
+    found = fisher(net, part, x, y, loss=losses)
+    torch.testing.assert_close(found, fisher(net, whole, x, y, loss=losses)[whole.where("3.*")], rtol=1e-6, atol=0)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(("net", "shape"), [(mlp(), (9, 4)), (vit(), (9, 1, 8, 8))])
+def test_a_model_that_vmap_can_run_runs_stacked(net, shape, monkeypatch):
+    monkeypatch.setattr("fedsparse.masks.scores._gradients", lambda *_: pytest.fail("one by one"))
+    assert fisher_per_sample(net, ParamSpace.of(net), *batch(shape), loss=losses).any()
+
+
+class Branching(nn.Module):
+    """Asks for the value of a tensor, as some attention masks do: vmap refuses it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(len(x))
+        return self.inner(x) if x.abs().sum() > 0 else self.inner(-x)
+
+
+def test_a_model_that_vmap_cannot_run_takes_one_sample_at_a_time():
+    plain, (x, y) = mlp(torch.float64), batch((11, 4), dtype=torch.float64)
+    net = Branching(plain)
+    space = ParamSpace.of(net)
+    found = fisher_per_sample(net, space, x, y, loss=losses)
+    expected = fisher_per_sample(plain, ParamSpace.of(plain), x, y, loss=losses)
+    torch.testing.assert_close(found[space.where("inner.*")], expected, rtol=1e-12, atol=1e-18)
+    assert found[space.where("unused")].tolist() == [0.0, 0.0]
+    assert set(net.calls) == {1}
+
+
+def test_an_error_of_the_loss_itself_is_not_swallowed():
+    net, (x, y) = mlp(), batch((4, 4))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fisher_per_sample(net, ParamSpace.of(net), x[:, :3], y, loss=losses)
+
+
+def test_tied_weights_score_the_sum_of_their_uses():
+    net, (x, y) = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double(), batch((6, 4), 4, torch.float64)
+    net[2].weight = net[0].weight
+    space = ParamSpace.of(net)
+    np.testing.assert_allclose(
+        fisher_per_sample(net, space, x, y, loss=losses), plain_sum(net, space, x, y), rtol=1e-12
+    )
+
+
+def test_an_empty_batch_adds_nothing():
+    net, (x, y) = mlp(), batch((3, 4))
+    for fisher in (fisher_per_sample, fisher_batch):
+        assert not fisher(net, ParamSpace.of(net), x[:0], y[:0], loss=losses).any()
+
+
+@pytest.mark.parametrize("fisher", [fisher_per_sample, fisher_batch])
+def test_labels_of_the_model_come_from_its_softmax_and_the_generator(fisher):
+    net, (x, _) = mlp(), batch((6, 4))
+    net[3].bias.data = torch.tensor([0.0, 100.0, 0.0])  # the model is sure of class 1
+    space, wrong, sure = ParamSpace.of(net), torch.zeros(6, dtype=torch.long), torch.ones(6, dtype=torch.long)
+    drawn = fisher(net, space, x, wrong, loss=losses, labels="model", generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, fisher(net, space, x, sure, loss=losses))
+    assert not torch.equal(drawn, fisher(net, space, x, wrong, loss=losses))
+
+
+def test_drawn_labels_make_the_expected_fisher_on_average():
+    # One softmax layer at zero: F of class c's bias is p(1-p) = 2/9, hand-derived; 6000 draws, error about 1 %.
+    net = nn.Linear(1, 3)
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    space, x = ParamSpace.of(net), torch.ones(6000, 1)
+    y, generator = torch.zeros(6000, dtype=torch.long), torch.Generator().manual_seed(3)
+    found = fisher_per_sample(net, space, x, y, loss=losses, labels="model", generator=generator, chunk=1000)
+    np.testing.assert_allclose(found[space.where("bias")] / 6000, [2 / 9] * 3, rtol=0.05)
+
+
+def test_labels_are_checked():
+    net, (x, y) = mlp(), batch((2, 4))
+    with pytest.raises(ValueError, match="'data' or 'model', not 'truth'"):
+        fisher_batch(net, ParamSpace.of(net), x, y, loss=losses, labels="truth")
+    with pytest.raises(ValueError, match="generator"):
+        fisher_per_sample(net, ParamSpace.of(net), x, y, loss=losses, labels="model")
+
+
+@pytest.mark.parametrize("fisher", ["sample", "batch"])
+def test_a_head_of_zeros_is_refused(fisher):
+    net, (x, y) = mlp(), batch((6, 4))
+    nn.init.zeros_(net[3].weight)
+    space, rule = ParamSpace.of(net), Fisher(largest=False, fisher=fisher)
+    observed = rule.observe(net, space, x, y, loss=losses)
+    with pytest.raises(ValueError, match="a head of zeros"):
+        rule.mask(space, space.read(net), Sparsity(0.8, always_train="3.*"), observed)
