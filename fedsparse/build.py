@@ -11,7 +11,7 @@ import lightning
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fedsparse.data.datamodule import FederatedDataModule
@@ -173,11 +173,14 @@ class Callbacks:
         return [self.rounds, self.log.evaluation, self.log, self.stop, *self.others]
 
 
-def build_callbacks(cfg: DictConfig, rounds: FederatedRounds, federation: Federation, folder: Path) -> Callbacks:
+def build_callbacks(
+    cfg: DictConfig, rounds: FederatedRounds, federation: Federation, mask: Mask, folder: Path
+) -> Callbacks:
     """Build all callbacks."""
+    config = {**OmegaConf.to_container(cfg, resolve=True), "density": mask.by_layer()}  # type: ignore[dict-item]
     evaluation = Evaluation(federation.tests)
     progress = RoundProgress(rounds, evaluation, len(federation.plan.sample(0)))
-    others = [progress, Artifacts(folder), *build_checkpoints(cfg, folder)]
+    others = [progress, Artifacts(folder, config), *build_checkpoints(cfg, folder)]
     return Callbacks(rounds, RoundLog(rounds, evaluation), GracefulStop(), others)
 
 

@@ -14,8 +14,10 @@ import hydra
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from fedsparse import build, results
 from fedsparse.config import RunFolderUsed, check, conf_dir, register_resolvers
@@ -24,6 +26,7 @@ from fedsparse.federation.checkpoint import choose_checkpoint, read_checkpoint
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.csv import read_rows
 from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.rounds import EveryUpdateDropped
 from fedsparse.masks import Mask
 from fedsparse.resume import Job, facts, finished, open_log, read_job
 
@@ -50,7 +53,7 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
         try:
             engine = GlobalHydra.instance().hydra
             assert engine is not None
-            job = engine.run("train", execute_hydra, list(overrides), with_log_configuration=False)
+            job = engine.run("train", execute_hydra, list(overrides))
         except RunFolderUsed as error:
             raise ValueError(str(error)) from None
     return job.return_value
@@ -97,7 +100,7 @@ def _train(
 ) -> dict[str, Any]:
     """Train to the last round, and write the results."""
     rounds = build.build_rounds(job.cfg, federation, mask, ledger)
-    callbacks = build.build_callbacks(job.cfg, rounds, federation, job.folder)
+    callbacks = build.build_callbacks(job.cfg, rounds, federation, mask, job.folder)
     closed = 0 if checkpoint is None else read_checkpoint(checkpoint, federation.space)["epoch"] + 1
     loggers = build.build_loggers(job.cfg, job.folder, job.group, closed)
     trainer = build.build_trainer(job.cfg, callbacks, loggers)
@@ -153,7 +156,8 @@ def _resume_folder(arguments: Sequence[str]) -> Path | None:
 
 
 def _quiet() -> None:
-    """Keep what Lightning says about itself off the terminal; warnings that a person can act on stay."""
+    """Keep what Lightning and W&B say about themselves off the terminal; warnings that a person can act on stay."""
+    os.environ.setdefault("WANDB_SILENT", "true")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for text in (
         "does not have many workers",
@@ -165,14 +169,14 @@ def _quiet() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Say an error in one line."""
-    text = " ".join(str(error).split())
+    """Say an error in one line; of what failed while Hydra built a part, the part's own words."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split("Config search path")[0].split())
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    known = isinstance(error, ValueError | OSError) or type(error).__module__.startswith(
-        ("hydra", "omegaconf", "fedsparse")
-    )
-    return text if known and text else f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)"
+    expected = isinstance(error, ValueError | OSError | EveryUpdateDropped | HydraException | OmegaConfBaseException)
+    return text if expected and text else f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)"
 
 
 @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
@@ -183,6 +187,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 def main() -> None:
     """Entry point of the command line: errors are one line, and a traceback with HYDRA_FULL_ERROR=1."""
     register_resolvers()
+    warnings.formatwarning = lambda message, *_, **__: f"fedsparse: warning: {message}\n"
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra lets errors through to us
     try:

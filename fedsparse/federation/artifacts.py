@@ -1,28 +1,36 @@
-"""Mask and best model as artifacts of a Weights & Biases run."""
+"""What loggers get beside the figures: the configuration, and for Weights & Biases mask and best model as artifacts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning
 from lightning.pytorch.loggers import WandbLogger
 
-FILES = {"mask": "mask.safetensors", "model-best": "checkpoints/best.ckpt", "partition": "partition.png"}
+FILES = {"mask": "mask.safetensors", "model": "checkpoints/best.ckpt", "partition": "partition.png"}
 
 
 class Artifacts(lightning.Callback):
-    """Hands files of the run folder to W&B when training ends; does nothing for other loggers.
+    """Hands configuration and files of the run folder to the loggers.
 
     Args:
         folder: the run folder.
+        config: the resolved configuration, and what else is known before training, such as the density by layer.
 
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder, self.config = folder, dict(config)
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Log the configuration."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Log what is there."""
+        """Log the files that are there, say how an offline run is synced, and close the W&B run."""
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._log(logger)
@@ -30,8 +38,12 @@ class Artifacts(lightning.Callback):
     def _log(self, logger: WandbLogger) -> None:
         import wandb
 
+        run = logger.experiment
         for name, file in FILES.items():
             if (self.folder / file).exists():
-                artifact = wandb.Artifact(f"{name}-{logger.experiment.id}", type=name.split("-")[0])
+                artifact = wandb.Artifact(f"{name}-{run.id}", type=name)
                 artifact.add_file(str(self.folder / file))
-                logger.experiment.log_artifact(artifact)
+                run.log_artifact(artifact)
+        if run.settings.mode == "offline":
+            print(f"W&B is offline; to sync this run: wandb sync {run.settings.sync_dir}")
+        run.finish()

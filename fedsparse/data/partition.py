@@ -1,0 +1,317 @@
+"""Partitions: which samples each client holds, as pure functions of labels, number of clients and seed.
+
+Every function returns one int64 array a client, of sorted sample indices, and uses every sample exactly once unless its
+docstring says otherwise. Equal arguments give equal parts. The classes are those that occur in the labels.
+
+All of them raise ``ValueError`` when labels are not a 1-D array of non-negative integers, when ``num_clients`` is not
+an integer from 1 to the number of samples, or when ``seed`` is not an integer of at least 0.
+
+Shapes: ``n`` samples, ``K`` clients, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsparse.data import checks, dealing
+from fedsparse.data.checks import Floats, Ints
+
+# What the random numbers are for. Part of what a seed means: never changed, and apart from ``fedsparse.keys.Purpose``.
+_IID, _CLASSES, _DIRICHLET, _DIRICHLET_CLIENT, _QUANTITY, _RATIOS, _TESTS = range(101, 108)
+
+
+def iid(labels: npt.ArrayLike, num_clients: int, seed: int) -> list[Ints]:
+    """Deal all samples at random into parts whose sizes differ by at most one.
+
+    Args:
+        labels: class of each sample (n,); only their number matters.
+        num_clients: number of clients K.
+        seed: seed of the partition.
+
+    Returns:
+        K arrays of sorted sample indices.
+
+    >>> sorted(len(part) for part in iid([0, 1, 2, 0, 1, 2, 0], num_clients=3, seed=0))
+    [2, 2, 3]
+
+    """
+    n = checks.checked_labels(labels).size
+    clients, rng = checks.checked_clients(num_clients, n), dealing.stream(seed, _IID)
+    return dealing.parts_of(rng.permutation(np.arange(n) % clients), clients)
+
+
+def classes_per_client(labels: npt.ArrayLike, num_clients: int, nc: int, seed: int) -> list[Ints]:
+    """Give every client exactly ``nc`` distinct classes; the shards of one class differ by at most one sample.
+
+    Every class is held by floor or ceil of K * nc / C clients (the shards of McMahan et al. 2017, without their ragged
+    edges). When K * nc < C, some classes have no holder and their samples stay unused; a warning says how many.
+
+    Args:
+        labels: class of each sample (n,).
+        num_clients: number of clients K.
+        nc: classes of each client, at most C.
+        seed: seed of the partition.
+
+    Returns:
+        K arrays of sorted sample indices.
+
+    Raises:
+        ValueError: ``nc`` is not an integer from 1 to C, or a class has fewer samples than holders.
+
+    >>> labels = np.array([0, 0, 0, 1, 1, 1])
+    >>> [np.unique(labels[part]).size for part in classes_per_client(labels, num_clients=4, nc=1, seed=0)]
+    [1, 1, 1, 1]
+
+    """
+    array = checks.checked_labels(labels)
+    clients, rng = checks.checked_clients(num_clients, array.size), dealing.stream(seed, _CLASSES)
+    names, coded = np.unique(array, return_inverse=True)
+    if checks.checked_integer("partition.nc", nc, 1) > names.size:
+        raise ValueError(f"partition.nc is {nc} but the data has {names.size} classes; give at most {names.size}")
+    chosen = dealing.deal_classes(clients, names.size, nc, rng).reshape(-1)
+    sizes, holders = np.bincount(coded), np.bincount(chosen, minlength=names.size)
+    _check_holders(names, sizes, holders)
+    slots, order = dealing.grouped(chosen, rng), dealing.grouped(coded, rng)
+    slot = np.repeat(dealing.starts_of(holders), sizes) + dealing.ranks(sizes) % np.repeat(
+        np.maximum(holders, 1), sizes
+    )
+    held = np.repeat(holders > 0, sizes)
+    owner = np.full(array.size, dealing.NOBODY)
+    owner[order[held]] = slots[slot[held]] // nc
+    return dealing.parts_of(owner, clients)
+
+
+def dirichlet(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, min_size: int = 1) -> list[Ints]:
+    """Spread each class over the clients by shares drawn from Dir(beta, ..., beta).
+
+    Yurochkin et al. 2019; Li et al. 2022 (NIID-Bench). They draw again until every client is large enough, which may
+    never end; here the clients below ``min_size`` are filled with random samples of the largest ones.
+
+    Args:
+        labels: class of each sample (n,).
+        num_clients: number of clients K.
+        beta: concentration, above 0; small is uneven, large is even.
+        seed: seed of the partition.
+        min_size: fewest samples of a client.
+
+    Returns:
+        K arrays of sorted sample indices.
+
+    Raises:
+        ValueError: ``beta`` is not finite and above 0, or the data is too small for ``min_size``.
+
+    """
+    array = checks.checked_labels(labels)
+    clients, rng = checks.checked_clients(num_clients, array.size), dealing.stream(seed, _DIRICHLET)
+    alpha = np.array(checks.checked_positive("partition.beta", beta))
+    least = checks.checked_minimum(min_size, clients, array.size)
+    sizes = np.unique(array, return_counts=True)[1]
+    owner = np.empty(array.size, dtype=np.int64)
+    owner[dealing.grouped(array, rng)] = np.concatenate([_spread(int(size), clients, alpha, rng) for size in sizes])
+    return dealing.parts_of(dealing.fill_small(owner, clients, least, rng), clients)
+
+
+def dirichlet_client(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int) -> list[Ints]:
+    """Let every client draw its own class mix q ~ Dir(beta * p), with p the class mix of the data; equal sizes.
+
+    Hsu et al. 2019. Clients are served in turn, without replacement; where a class runs out, the mix is renormalised
+    over the classes left, so the last clients get what remains. Sizes differ by at most one.
+
+    Args:
+        labels: class of each sample (n,).
+        num_clients: number of clients K.
+        beta: concentration, above 0; small is one class a client, large is the mix of the data.
+        seed: seed of the partition.
+
+    Returns:
+        K arrays of sorted sample indices.
+
+    Raises:
+        ValueError: ``beta`` is not finite and above 0.
+
+    """
+    array = checks.checked_labels(labels)
+    clients, rng = checks.checked_clients(num_clients, array.size), dealing.stream(seed, _DIRICHLET_CLIENT)
+    left = np.unique(array, return_counts=True)[1]
+    alpha = checks.checked_positive("partition.beta", beta) * left / array.size
+    wanted = array.size // clients + (np.arange(clients) < array.size % clients)
+    order, entries = dealing.grouped(array, rng), []
+    for rows in dealing.chunks(clients, left.size):
+        logs = dealing.dirichlet_logs(alpha, (rows.stop - rows.start, left.size), rng)
+        counts = dealing.draw_mixes(logs, wanted[rows], left, rng)
+        row, column = np.nonzero(counts)
+        entries.append((row + rows.start, column, counts[row, column]))
+    client, column, count = (np.concatenate(field) for field in zip(*entries, strict=True))
+    first = np.argsort(column, kind="stable")
+    owner = np.empty(array.size, dtype=np.int64)
+    owner[order] = np.repeat(client[first], count[first])
+    return dealing.parts_of(owner, clients)
+
+
+def quantity(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, min_size: int = 1) -> list[Ints]:
+    """Deal samples at random into parts whose sizes follow Dir(beta, ..., beta); labels are IID.
+
+    Li et al. 2022 (NIID-Bench, quantity skew). Clients below ``min_size`` are filled from the largest ones.
+
+    Args:
+        labels: class of each sample (n,); only their number matters.
+        num_clients: number of clients K.
+        beta: concentration, above 0; small is uneven, large is even.
+        seed: seed of the partition.
+        min_size: fewest samples of a client.
+
+    Returns:
+        K arrays of sorted sample indices.
+
+    Raises:
+        ValueError: ``beta`` is not finite and above 0, or the data is too small for ``min_size``.
+
+    """
+    n = checks.checked_labels(labels).size
+    clients, rng = checks.checked_clients(num_clients, n), dealing.stream(seed, _QUANTITY)
+    alpha = np.array(checks.checked_positive("partition.beta", beta))
+    least = checks.checked_minimum(min_size, clients, n)
+    owner = rng.permutation(_spread(n, clients, alpha, rng))
+    return dealing.parts_of(dealing.fill_small(owner, clients, least, rng), clients)
+
+
+def ratios(
+    labels: npt.ArrayLike,
+    num_clients: int,
+    class_ratios: Sequence[Sequence[float]] | None,
+    fractions: Sequence[float] | float | None,
+    seed: int,
+) -> list[Ints]:
+    """Give every client a share of the data with class ratios of its own, as in Fedland; clients may overlap.
+
+    Client i gets floor(fractions[i] * n) samples, split over the classes by the largest remainder of its ratios (ties
+    to the lowest class). No sample repeats within a client, and samples that nobody drew stay unused.
+
+    Args:
+        labels: class of each sample (n,).
+        num_clients: number of clients K.
+        class_ratios: K rows of one non-negative number a class, from class 0 on; a row need not sum to 1.
+        fractions: share of the data of every client, in (0, 1]: K numbers, or one for all.
+        seed: seed of the partition.
+
+    Returns:
+        K arrays of sorted sample indices.
+
+    Raises:
+        ValueError: ratios or fractions are missing or of a wrong length, sign or size, or a class has fewer samples
+            than a client asks for.
+
+    """
+    array = checks.checked_labels(labels)
+    clients, rng = checks.checked_clients(num_clients, array.size), dealing.stream(seed, _RATIOS)
+    weights = checks.checked_ratios(class_ratios, clients, int(array.max()) + 1)
+    sizes = checks.checked_sizes(fractions, clients, array.size)
+    wanted = dealing.largest_remainder(weights, sizes)
+    room = np.bincount(array, minlength=weights.shape[1])
+    if (wanted > room).any():
+        i, c = np.argwhere(wanted > room)[0]
+        raise ValueError(
+            f"client {i} asks for {wanted[i, c]} samples of class {c}, which has {room[c]}; "
+            f"lower partition.fractions[{i}] or partition.class_ratios[{i}][{c}]"
+        )
+    pools = np.split(np.argsort(array, kind="stable"), np.cumsum(room)[:-1])
+    return [
+        np.sort(np.concatenate([rng.choice(pool, k, replace=False) for pool, k in zip(pools, row, strict=True)]))
+        for row in wanted
+    ]
+
+
+def natural(labels: npt.ArrayLike, num_clients: int, seed: int, users: npt.ArrayLike | None = None) -> list[Ints]:
+    """Make every user of the data set a client, in the order of their sorted ids.
+
+    Args:
+        labels: class of each sample (n,); only their number matters.
+        num_clients: number of clients K, which must be the number of users.
+        seed: seed of the partition; nothing is random here.
+        users: user id of each sample (n,), integers or strings.
+
+    Returns:
+        K arrays of sorted sample indices.
+
+    Raises:
+        ValueError: there are no users, not one a sample, or not ``num_clients`` of them.
+
+    >>> [part.tolist() for part in natural([0, 1, 0], num_clients=2, seed=0, users=["eve", "bob", "eve"])]
+    [[1], [0, 2]]
+
+    """
+    n = checks.checked_labels(labels).size
+    checks.checked_integer("seed", seed, 0)
+    if users is None:
+        raise ValueError("partition=natural needs a user for every sample but the data set has no user column")
+    ids = np.asarray(users)
+    if ids.shape != (n,):
+        raise ValueError(f"partition=natural needs one user for each of the {n} samples; users have shape {ids.shape}")
+    names, owner = np.unique(ids, return_inverse=True)
+    if checks.checked_integer("federation.num_clients", num_clients, 1) != names.size:
+        raise ValueError(
+            f"federation.num_clients is {num_clients} but the data has {names.size} users; "
+            f"partition=natural needs federation.num_clients={names.size}"
+        )
+    return dealing.parts_of(owner.astype(np.int64), names.size)
+
+
+def client_tests(
+    train_parts: Sequence[Ints], train_labels: npt.ArrayLike, test_labels: npt.ArrayLike, seed: int
+) -> list[Ints]:
+    """Give every client a test part with the class mix of its training part.
+
+    A client with n_i of the n training samples gets m_i = max(1, round(n_i * n_test / n)) test samples (none if n_i is
+    0), split by the largest remainder of its training mix. Where the test set has too few of a class, the client's
+    other classes make up for it; if they cannot, the part is smaller, and empty when the test set has none of them.
+    Each class is dealt in turn from one shuffled pool, so clients share a test sample only when the pool is used up;
+    none repeats within a client.
+
+    Args:
+        train_parts: training samples of each client, K arrays.
+        train_labels: class of each training sample (n,).
+        test_labels: class of each test sample (n_test,).
+        seed: seed of the partition.
+
+    Returns:
+        K arrays of sorted indices into the test set.
+
+    """
+    train, test = checks.checked_labels(train_labels), checks.checked_labels(test_labels, "test labels")
+    rng, classes = dealing.stream(seed, _TESTS), 1 + int(max(train.max(), test.max()))
+    room, pool = np.bincount(test, minlength=classes), dealing.grouped(test, rng)
+    used, parts = np.zeros(classes, dtype=np.int64), list[Ints]()
+    for rows in dealing.chunks(len(train_parts), classes):
+        mix = dealing.class_counts(train_parts[rows], train, classes)
+        size = mix.sum(axis=1)
+        wanted = np.maximum(np.rint(size * test.size / train.size), size > 0).astype(np.int64)
+        counts = dealing.capped_split(mix, wanted, room)
+        parts += dealing.deal_in_turn(counts, used, pool, room)
+        used += counts.sum(axis=0)
+    return parts
+
+
+def _spread(size: int, clients: int, alpha: Floats, rng: np.random.Generator) -> Ints:
+    """List the owners of ``size`` samples by shares of Dir(alpha), client 0 first: (size,)."""
+    shares = dealing.softmax(dealing.dirichlet_logs(alpha, (clients,), rng))
+    return np.repeat(np.arange(clients), dealing.rounded_shares(shares, size, rng))
+
+
+def _check_holders(names: Ints, sizes: Ints, holders: Ints) -> None:
+    """Refuse a class with fewer samples than holders, and warn of classes that nobody holds."""
+    if (sizes < holders).any():
+        c = int(np.flatnonzero(sizes < holders)[0])
+        raise ValueError(
+            f"class {names[c]} has {sizes[c]} samples for {holders[c]} clients that hold it; "
+            "lower federation.num_clients or partition.nc"
+        )
+    if (holders == 0).any():
+        text = (
+            f"federation.num_clients x partition.nc is {holders.sum()}, below the {names.size} classes: "
+            f"{np.count_nonzero(holders == 0)} classes with {sizes[holders == 0].sum()} samples are left out"
+        )
+        warnings.warn(text, stacklevel=3)

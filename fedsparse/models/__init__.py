@@ -1,0 +1,1 @@
+"""Builders of models: vision transformers and small reference nets."""

@@ -1,0 +1,79 @@
+"""The house stands as drawn: imports run one way, and the heavy libraries stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fedsparse"
+FILES = sorted(p for p in PACKAGE.rglob("*.py"))
+# a file may import from its own level and from those below
+LEVELS = {"keys": 0, "space": 0, "data": 1, "models": 1, "masks": 1, "optim": 1, "federation": 2, "analysis": 3}
+ENTRY = 4
+# who may import the libraries that shape everything they touch
+MAY = {
+    "hydra": ("config.py", "build.py", "train.py", "resume.py"),
+    "lightning": ("data/datamodule.py", "federation/", "build.py", "train.py", "bench.py"),
+    "wandb": ("federation/artifacts.py",),
+}
+
+
+def place(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def level(name):
+    return LEVELS.get(name, ENTRY)
+
+
+def imported(path):
+    """Dotted names of all modules a file imports, at any depth of its code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_level(path):
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return level(first)
+
+
+def arrows_back(path):
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "fedsparse" and len(parts) > 1 and level(parts[1]) > own_level(path):
+            yield name
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_imports_run_one_way(path):
+    assert list(arrows_back(path)) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+@pytest.mark.parametrize("library", list(MAY))
+def test_libraries_stay_where_they_belong(path, library):
+    used = any(name.split(".")[0] == library for name in imported(path))
+    assert not used or place(path).startswith(MAY[library])
+
+
+def test_the_check_itself_can_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_architecture.PACKAGE", tmp_path)
+    wrong = tmp_path / "masks" / "wrong.py"
+    wrong.parent.mkdir()
+    wrong.write_text("from fedsparse.federation.client import ClientModule\n")
+    assert list(arrows_back(wrong)) == ["fedsparse.federation.client", "fedsparse.federation.client.ClientModule"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_nothing_unpickles(path):
+    text = path.read_text()
+    assert "import pickle" not in text
+    assert "weights_only=False" not in text
+    assert "allow_pickle=True" not in text

@@ -1,0 +1,68 @@
+"""Every option under conf/ composes and instantiates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from fedsparse.config import conf_dir, register_resolvers
+
+CONF = conf_dir()
+OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("*/*.yaml"))
+# what an option cannot be built without
+NEEDS = {
+    "mask_rule/from_file": ["mask_rule.path=mask.safetensors"],
+    "data/arrays": ["data.root=nowhere"],
+}
+# options that read files or start services when they are built: composed only
+COMPOSED_ONLY = {"data/arrays"}
+
+
+@pytest.fixture
+def composed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield lambda *overrides: compose("train", overrides=list(overrides))
+
+
+def build_all(node):
+    """Instantiate every ``_target_`` that stands highest in a node."""
+    if not OmegaConf.is_config(node):
+        return []
+    if OmegaConf.is_dict(node) and "_target_" in node:
+        return [instantiate(node)]
+    values = node.values() if OmegaConf.is_dict(node) else node
+    return [built for value in values for built in build_all(value)]
+
+
+def test_there_are_options():
+    assert len(OPTIONS) > 40
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_instantiates(composed, option):
+    group, name = option.split("/")
+    cfg = composed(f"{group}={name}", *NEEDS.get(option, []))
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if option not in COMPOSED_ONLY:
+        built = build_all(cfg[group])
+        assert built or group in ("federation", "calibration") or option == "logger/csv"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_target_lies_in_a_package_that_a_resume_admits(composed, option):
+    from fedsparse.config import refuse_foreign_targets
+
+    group, name = option.split("/")
+    cfg = composed(f"{group}={name}", *NEEDS.get(option, []))
+    refuse_foreign_targets(OmegaConf.to_container(cfg, resolve=True))
+
+
+def test_every_group_has_a_default(composed):
+    groups = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
+    assert groups - {"experiment"} <= set(composed())
