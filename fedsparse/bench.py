@@ -215,7 +215,7 @@ def _data(problem: Problem) -> Dataset:
     g = torch.Generator().manual_seed(0)
     sizes = (CLIENTS * STEPS * BATCH, 256, 256)
     splits = [Split(torch.randn(n, *problem.shape, generator=g), torch.randint(10, (n,), generator=g)) for n in sizes]
-    return Dataset(*splits, classes=10, name=problem.name)
+    return Dataset(splits[0], splits[1], splits[2], classes=10, name=problem.name)
 
 
 def _plan() -> RoundPlan:

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 
 
+_MASK = (1 << 64) - 1
+
+
 class Purpose(IntEnum):
     """What a stream of random numbers is for; the numbers are part of what a seed means and never change."""
 
@@ -36,3 +39,17 @@ def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
 def torch_generator(seed: int, purpose: Purpose, *ids: int) -> torch.Generator:
     """Make the torch (CPU) generator of one purpose."""
     return torch.Generator().manual_seed(int(generator(seed, purpose, *ids).integers(2**62)))
+
+
+def number(seed: int, purpose: Purpose, *ids: int) -> int:
+    """Make one 63-bit number of a purpose in a microsecond, where building a generator would cost twenty.
+
+    Chained splitmix64 (Steele, Lea and Flood 2014).
+    """
+    state = 0
+    for key in (seed, int(purpose), *ids):
+        state = (state + key + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1

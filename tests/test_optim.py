@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from torch import nn
 
-from fedsparse.optim import SparseSGDM
+from fedsparse.optim import SparseSGDM, keep_bits
 
 OPTIONS = [
     {"momentum": momentum, "dampening": dampening, "weight_decay": decay, "nesterov": nesterov}
@@ -279,6 +279,7 @@ def test_a_mask_of_one_row_may_be_expanded_to_the_cohort():
     theta.grad = torch.ones(3, 4)
     optimizer.step()
     assert theta.tolist() == [[-1, 0, -1, 0]] * 3
+    assert keep_bits(mask.expand_as(theta), theta).stride() == (0, 1)  # the memory of one row
 
 
 def test_a_parameter_with_strides_of_its_own_trains_where_its_mask_says():

@@ -116,6 +116,11 @@ def test_classes_are_paired_freely():
     seams = Counter(tuple(sorted(row)) for row in deal_classes(9000, 5, 2, np.random.default_rng(0)).tolist())
     assert len(seams) == 10  # clients on a seam included
     assert min(seams.values()) > 700
+    blocks = deal_classes(5000, 5, 2, np.random.default_rng(0)).reshape(1000, 5, 2)
+    again = (blocks[:, 3] == blocks[:, 2, :1]).any(
+        axis=1
+    )  # a seam's first class comes again at client 3 or at client 4
+    assert abs(again.mean() - 0.5) < 4 * (0.25 / 1000) ** 0.5
 
 
 @pytest.mark.parametrize("beta", [1e-300, 1e-3, 0.05, 1.0, 1e4, 1e300])

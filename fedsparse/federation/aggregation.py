@@ -34,7 +34,7 @@ class Change:
 
 
 class Tally:
-    """Sums of a round as one float64 vector, so that one all-reduce carries everything.
+    """Sums of a round. What the host knows is summed there, and joins the rows in one float64 vector to be merged.
 
     Args:
         groups: G.
@@ -45,10 +45,16 @@ class Tally:
     """
 
     def __init__(self, groups: int, size: int, buffers: int, device: torch.device) -> None:
-        self.vector = torch.zeros(groups * (size + buffers + 1) + 2, dtype=torch.float64, device=device)
-        rows, extra, weight, rest = self.vector.split([groups * size, groups * buffers, groups, 2])
+        self.vector = torch.zeros(groups * (size + buffers + 1) + 1, dtype=torch.float64, device=device)
+        rows, extra, self.numbers = self.vector.split([groups * size, groups * buffers, groups + 1])
         self.rows, self.buffers = rows.view(groups, size), extra.view(groups, buffers)
-        self.weight, self.loss, self.dropped = weight, rest[0:1], rest[1:2]
+        self.weight, self.loss = [0.0] * groups, 0.0
+
+    def all_reduce(self) -> None:
+        """Sum over processes, all in one call."""
+        self.numbers.copy_(torch.tensor([*self.weight, self.loss], dtype=torch.float64))
+        torch.distributed.all_reduce(self.vector)
+        *self.weight, self.loss = self.numbers.tolist()
 
 
 class Aggregation(Protocol):
@@ -79,21 +85,23 @@ class WeightedMean:
         for k, (weight, g) in enumerate(zip(update.weight, group, strict=True)):
             if weight > 0:
                 tally.rows[g].add_(update.rows[k], alpha=weight)
-                tally.buffers[g].add_(update.buffers[k], alpha=weight)
                 tally.weight[g] += weight
                 tally.loss += weight * update.loss[k]
+                if update.buffers.numel():
+                    tally.buffers[g].add_(update.buffers[k], alpha=weight)
 
     def merge(self, tally: Tally) -> Tally:
         """Sum over processes; nothing to do in one."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(tally.vector)
+            tally.all_reduce()
         return tally
 
     def finish(self, tally: Tally) -> Change | None:
         """Divide by the weights."""
-        total = float(tally.weight.sum())
+        total = sum(tally.weight)
         if total == 0:
             return None
-        divisor = torch.where(tally.weight > 0, tally.weight, 1.0).unsqueeze(1)
-        touched = None if bool((tally.weight > 0).all()) else (tally.weight > 0).unsqueeze(1).expand_as(tally.rows)
-        return Change(tally.rows / divisor, tally.buffers / divisor, touched, float(tally.loss) / total)
+        weight = tally.rows.new_tensor(tally.weight).unsqueeze(1)
+        divisor = torch.where(weight > 0, weight, 1.0)
+        touched = None if all(tally.weight) else (weight > 0).expand_as(tally.rows)
+        return Change(tally.rows / divisor, tally.buffers / divisor, touched, tally.loss / total)

@@ -111,11 +111,11 @@ class ClientModule(lightning.LightningModule):
     def training_step(self, cohort: Cohort, batch_idx: int) -> None:
         """Run the whole local training of the cohort; leaves the rows in ``theta`` and the losses in ``mean_loss``."""
         x, y = self.trainer.datamodule.fetch(cohort.samples)  # type: ignore[attr-defined]
-        losses = [
-            self._local_step(x_s, y_s, count)
-            for x_s, y_s, count in zip(x.unbind(1), y.unbind(1), cohort.count, strict=True)
-        ]
-        self.mean_loss = _mean_loss(torch.stack(losses), cohort.count)
+        steps = zip(x.unbind(1), y.unbind(1), cohort.count, strict=True)
+        if self.cohort == 1:
+            steps = zip(x[0], y[0], cohort.count, strict=True)
+        losses = [self._local_step(x_s, y_s, count) for x_s, y_s, count in steps]
+        self.mean_loss = _mean_loss(torch.stack(losses).view(-1, self.cohort), cohort.count)
         if self.trainer.is_last_batch:  # a step without gradients: it moves Lightning's global_step by one a round
             self.optimizers()[1].step()  # type: ignore[index]
 
@@ -126,22 +126,29 @@ class ClientModule(lightning.LightningModule):
         return {"logits": logits, "y": y, "losses": self.losses(lambda _: logits, x, y)}
 
     def _local_step(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
-        """One step of all K clients: (K, B, ...), (K, B) -> losses (K,)."""
+        """One step of all K clients, x (K, B, ...) and y (K, B), or of one client without K: the losses (K,) or ()."""
         if not any(count):
             return self.theta.new_zeros(self.cohort)
-        losses = self._single_loss(x, y, count) if self.cohort == 1 else self._stacked_loss(x, y, count)
-        losses.sum().backward()
+        if self.cohort == 1:
+            losses = self._single_loss(x, y, count[0])
+            losses.backward()
+        else:
+            losses = self._stacked_loss(x, y, count)
+            losses.sum().backward()
         self._clip()
         self._step_where(count)
         self.theta.grad.zero_()  # type: ignore[union-attr]
         return losses.detach()
 
-    def _single_loss(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
-        return self.losses(self.net, x[0, : count[0]], y[0, : count[0]]).mean().reshape(1)
+    def _single_loss(self, x: Tensor, y: Tensor, count: int) -> Tensor:
+        """Mean loss of the one client over its real samples."""
+        if count < len(y):
+            x, y = x[:count], y[:count]
+        return self.losses(self.net, x, y).mean()
 
     def _stacked_loss(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
-        size = x.shape[1]
-        real = torch.arange(size) < torch.tensor(count).unsqueeze(1)
+        """Mean loss of each client over its real samples."""
+        real = torch.arange(x.shape[1]) < torch.tensor(count).unsqueeze(1)
         return self._stacked(self.space.unflatten(self.theta), x, y, real.to(x.device))
 
     def _row_loss(self, tensors: dict[str, Tensor], x: Tensor, y: Tensor, real: Tensor) -> Tensor:
@@ -162,15 +169,15 @@ class ClientModule(lightning.LightningModule):
 
     def _step_where(self, count: Sequence[int]) -> None:
         """Step the clients that have samples; the others keep row and momentum, by selection: NaN * 0 is NaN."""
+        if all(count):
+            self.local.step()
+            return
         dead = [k for k, n in enumerate(count) if n == 0]
-        state = self.local.state[self.theta].values() if dead else ()
-        kept = (
-            [t for t in (self.theta, *state) if isinstance(t, Tensor) and t.shape == self.theta.shape] if dead else []
-        )
-        before = [t.detach()[dead].clone() for t in kept]
+        state = [t for t in self.local.state[self.theta].values() if isinstance(t, Tensor) and t.dim() == 2]
+        before = [(t, t.detach()[dead].clone()) for t in (self.theta, *state)]
         self.local.step()
         with torch.no_grad():
-            for tensor, old in zip(kept, before, strict=True):
+            for tensor, old in before:
                 tensor[dead] = old
 
     def _bind(self) -> None:

@@ -57,6 +57,11 @@ class Evaluation(lightning.Callback):
         self.tests = tests
         self.figures: dict[str, float] = {}
 
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Let the last round be evaluated, also when ``eval_every`` does not divide the rounds."""
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Forget the last evaluation."""
         self.seen: list[list[dict[str, Tensor]]] = [[], []]

@@ -24,7 +24,7 @@ from fedsparse.federation.schedule import Schedule, constant
 from fedsparse.federation.store import ClientStore
 from fedsparse.federation.topology import Topology
 from fedsparse.federation.wire import HEADER
-from fedsparse.keys import Purpose, generator
+from fedsparse.keys import Purpose, number
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ class FederatedRounds(lightning.Callback):
         self.begin = self._with_local(batch.clients, module.server.broadcast(self.group))
         module.start(self.begin)
         self.buffers.send(batch.clients)
-        seed_dropout(
-            module.device, int(generator(self.seed, Purpose.DROPOUT, batch.round, batch.clients[0]).integers(2**62))
-        )
+        seed_dropout(module.device, number(self.seed, Purpose.DROPOUT, batch.round, batch.clients[0]))
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
@@ -143,8 +141,8 @@ class FederatedRounds(lightning.Callback):
 
     def _finite(self, cohort: Cohort, update: Update) -> Update:
         """Drop updates that are not finite: by selection, so that NaN never reaches the tally."""
-        sums = update.rows.sum(1) + update.buffers.sum(1) + update.rows.new_tensor(update.loss)
-        good = sums.isfinite().tolist()
+        sums = update.rows.sum(1) + update.buffers.sum(1) if self.buffers.size else update.rows.sum(1)
+        good = [math.isfinite(a) and math.isfinite(b) for a, b in zip(sums.tolist(), update.loss, strict=True)]
         if all(good):
             return update
         self.dropped += [Dropped(cohort.round, client) for row, client in cohort.members if not good[row]]

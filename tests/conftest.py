@@ -1,0 +1,30 @@
+"""Shared by the tests: one thread, and runs in a folder of their own."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+FAST = ["model=mlp", "logger=csv", "federation.rounds=3", "calibration.head_steps=4"]
+
+
+@pytest.fixture
+def run_in(tmp_path, monkeypatch):
+    """Run fast: ``run_in("name", "key=value", ...)`` -> (summary, run folder)."""
+    from fedsparse import run
+
+    monkeypatch.chdir(tmp_path)
+
+    def go(name, *overrides, fast=True):
+        folder = tmp_path / name
+        return run([*(FAST if fast else []), f"hydra.run.dir={folder}", *overrides]), folder
+
+    return go
