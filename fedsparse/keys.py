@@ -33,7 +33,8 @@ def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
     >>> generator(0, Purpose.BATCHES, 3, 7).integers(100) == generator(0, Purpose.BATCHES, 3, 7).integers(100)
     np.True_
     """
-    return np.random.default_rng((seed, int(purpose), *ids))
+    # the count of ids belongs to the key: numpy pads a key with zeros, so that (3,) and (3, 0) would be one stream
+    return np.random.default_rng((seed, int(purpose), len(ids), *ids))
 
 
 def torch_generator(seed: int, purpose: Purpose, *ids: int) -> torch.Generator:

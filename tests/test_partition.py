@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from fedsparse.analysis.partition_plot import partition_figure
-from fedsparse.data import partition
+from fedsparse.data import dealing, partition
 from fedsparse.data.dealing import capped_split, deal_classes, dirichlet_logs, fill_small, largest_remainder, softmax
 
 CONF = Path(__file__).parents[1] / "conf" / "partition"
@@ -61,6 +61,15 @@ def test_one_client_and_as_many_clients_as_samples(deal, clients):
     parts = deal(SKEWED, clients, 0)
     assert complete(parts, 500)
     assert {len(part) for part in parts} == {500 // clients}
+
+
+@pytest.mark.parametrize("deal", EVERY_SAMPLE.values(), ids=EVERY_SAMPLE)
+def test_a_part_comes_from_everywhere_in_the_data(deal):
+    labels = np.arange(10_000) % 2
+    for part in deal(labels, 6, 0):
+        middle, error = part.mean() / 10_000, (1 / 12 / len(part)) ** 0.5
+        assert abs(middle - 0.5) < 5 * error
+        assert len(part) < 50 or np.unique(np.diff(part)).size > 5  # at random, not in strides
 
 
 @quick
@@ -262,6 +271,17 @@ def test_client_tests_share_samples_only_when_the_pool_is_used_up():
     for label in range(9):
         shared = [uses[i] for i in np.flatnonzero(test == label).tolist()]
         assert max(shared) - min(shared) <= 1
+
+
+def test_chunks_of_clients_change_no_test_part_and_keep_the_mixes(monkeypatch):
+    parts = partition.dirichlet_client(DIGITS, 60, 0.5, 0)
+    whole = partition.client_tests(parts, DIGITS, DIGITS[:300], 0)
+    monkeypatch.setattr(dealing, "_CELLS", 35)  # three clients at a time
+    assert all(map(np.array_equal, whole, partition.client_tests(parts, DIGITS, DIGITS[:300], 0)))
+    chunked = partition.dirichlet_client(DIGITS, 60, 0.5, 0)
+    assert complete(chunked, 1257)
+    tops = [[max(count.values()) for count in table(DIGITS, some)] for some in (parts, chunked)]
+    assert stats.ks_2samp(*tops).pvalue > 0.01
 
 
 @settings(derandomize=True, deadline=None, max_examples=25)

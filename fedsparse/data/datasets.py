@@ -5,6 +5,7 @@ Shapes: ``N`` samples, ``C`` channels, ``H`` x ``W`` pixels.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -104,8 +105,8 @@ def digits(val_fraction: float = 0.15, test_fraction: float = 0.2, split_seed: i
     """Load scikit-learn's handwritten digits: 1,797 images of 1 x 8 x 8, ten classes, standardised.
 
     The images are the test part of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998): 32 x 32
-    bitmaps, black pixels counted in blocks of 4 x 4. The split is stratified and decided by ``split_seed`` alone, never by
-    the seed of a run: by default 1,167 to train, 270 to validate, 360 to test.
+    bitmaps, black pixels counted in blocks of 4 x 4. The split is stratified and decided by ``split_seed`` alone, never
+    by the seed of a run: by default 1,167 to train, 270 to validate, 360 to test.
 
     Args:
         val_fraction: share of all images that validate.
@@ -141,8 +142,9 @@ def stratified(y: np.ndarray, val_fraction: float, test_fraction: float, seed: i
     smallest = len(np.unique(y))
     if min(*sizes, len(y) - sum(sizes)) < smallest:
         raise ValueError(
-            f"val_fraction={val_fraction} and test_fraction={test_fraction} of {len(y)} samples leave a split with fewer "
-            f"than {smallest} samples, one for each class; choose fractions above {smallest / len(y):.3f} that add to less than 1"
+            f"val_fraction={val_fraction} and test_fraction={test_fraction} of {len(y)} samples leave a split with "
+            f"fewer than {smallest}, one for each class; choose fractions of at least {smallest / len(y):.3f} that "
+            "leave as much to train"
         )
     rest, test = train_test_split(np.arange(len(y)), test_size=sizes[1], random_state=seed, stratify=y)
     train, val = train_test_split(rest, test_size=sizes[0], random_state=seed, stratify=y[rest])
@@ -192,9 +194,13 @@ def load_split(path: Path) -> Split:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as held:
-            return {key: held[key] for key in ("x", "y", "users") if key in held.files}
-    except (ValueError, OSError, EOFError, BadZipFile, AttributeError) as error:
+        # opened here, because np.load leaves a damaged file open
+        with path.open("rb") as file:
+            held = np.load(file, allow_pickle=False)
+            if not isinstance(held, np.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array without a name")
+            return {key: held[key] for key in ("x", "y", "users") if key in held}
+    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as an npz file of plain arrays ({error})") from error
 
 

@@ -75,14 +75,7 @@ def classes_per_client(labels: npt.ArrayLike, num_clients: int, nc: int, seed: i
     chosen = dealing.deal_classes(clients, names.size, nc, rng).reshape(-1)
     sizes, holders = np.bincount(coded), np.bincount(chosen, minlength=names.size)
     _check_holders(names, sizes, holders)
-    slots, order = dealing.grouped(chosen, rng), dealing.grouped(coded, rng)
-    slot = np.repeat(dealing.starts_of(holders), sizes) + dealing.ranks(sizes) % np.repeat(
-        np.maximum(holders, 1), sizes
-    )
-    held = np.repeat(holders > 0, sizes)
-    owner = np.full(array.size, dealing.NOBODY)
-    owner[order[held]] = slots[slot[held]] // nc
-    return dealing.parts_of(owner, clients)
+    return dealing.parts_of(_deal_shards(coded, chosen, nc, rng), clients)
 
 
 def dirichlet(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, min_size: int = 1) -> list[Ints]:
@@ -212,12 +205,7 @@ def ratios(
     sizes = checks.checked_sizes(fractions, clients, array.size)
     wanted = dealing.largest_remainder(weights, sizes)
     room = np.bincount(array, minlength=weights.shape[1])
-    if (wanted > room).any():
-        i, c = np.argwhere(wanted > room)[0]
-        raise ValueError(
-            f"client {i} asks for {wanted[i, c]} samples of class {c}, which has {room[c]}; "
-            f"lower partition.fractions[{i}] or partition.class_ratios[{i}][{c}]"
-        )
+    _check_room(wanted, room)
     pools = np.split(np.argsort(array, kind="stable"), np.cumsum(room)[:-1])
     return [
         np.sort(np.concatenate([rng.choice(pool, k, replace=False) for pool, k in zip(pools, row, strict=True)]))
@@ -301,6 +289,19 @@ def _spread(size: int, clients: int, alpha: Floats, rng: np.random.Generator) ->
     return np.repeat(np.arange(clients), dealing.rounded_shares(shares, size, rng))
 
 
+def _deal_shards(labels: Ints, chosen: Ints, nc: int, rng: np.random.Generator) -> Ints:
+    """Deal the samples of each class in turn to its holders; ``chosen`` lists nc classes a client: owners (n,)."""
+    sizes = np.bincount(labels)
+    holders = np.bincount(chosen, minlength=sizes.size)
+    slots, order = dealing.grouped(chosen, rng), dealing.grouped(labels, rng)
+    first, among = np.repeat(dealing.starts_of(holders), sizes), np.repeat(holders, sizes)
+    held = among > 0
+    slot = first[held] + dealing.ranks(sizes)[held] % among[held]
+    owner = np.full(labels.size, dealing.NOBODY)
+    owner[order[held]] = slots[slot] // nc
+    return owner
+
+
 def _check_holders(names: Ints, sizes: Ints, holders: Ints) -> None:
     """Refuse a class with fewer samples than holders, and warn of classes that nobody holds."""
     if (sizes < holders).any():
@@ -315,3 +316,13 @@ def _check_holders(names: Ints, sizes: Ints, holders: Ints) -> None:
             f"{np.count_nonzero(holders == 0)} classes with {sizes[holders == 0].sum()} samples are left out"
         )
         warnings.warn(text, stacklevel=3)
+
+
+def _check_room(wanted: Ints, room: Ints) -> None:
+    """Refuse counts (K, C) above what a class has (C,), naming the first client and class."""
+    if (wanted > room).any():
+        i, c = np.argwhere(wanted > room)[0]
+        raise ValueError(
+            f"client {i} asks for {wanted[i, c]} samples of class {c}, which has {room[c]}; "
+            f"lower partition.fractions[{i}] or partition.class_ratios[{i}][{c}]"
+        )

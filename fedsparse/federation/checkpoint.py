@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -43,6 +44,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 class RoundCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, whose folder may have been moved between a kill and the resume."""
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save; a round that was not evaluated has no score to compare, and Lightning would take an old one."""
+        evaluated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        if self.monitor is None or evaluated:
+            super().on_train_epoch_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state with all its paths moved to today's folder."""

@@ -15,8 +15,8 @@ def trainable_filter(spec: str | Sequence[str], head: Patterns, names: Sequence[
     """Turn a specification into a test of parameter names.
 
     Args:
-        spec: ``all``; ``head``; ``last_blocks:<n>``, the last n transformer blocks (timm's ``blocks.<i>.``) and whatever
-            the net lists after them, such as the final norm and the head; or one or several glob patterns.
+        spec: ``all``; ``head``; ``last_blocks:<n>``, the last n transformer blocks (timm's ``blocks.<i>.``) and
+            whatever the net lists after them, such as the final norm and the head; or one or several glob patterns.
         head: glob patterns of the head's parameters.
         names: the net's parameter names, in its own order.
 

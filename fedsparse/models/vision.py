@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,8 @@ from fedsparse.keys import Purpose, torch_generator
 
 HEAD = "head."
 
+Net = TypeVar("Net", bound=nn.Module)
+
 
 def vit_digits(
     num_classes: int = 10,
@@ -30,7 +33,7 @@ def vit_digits(
     checkpoint: str | None = None,
     head_std: float = 0.02,
     seed: int = 0,
-) -> nn.Module:
+) -> VisionTransformer:
     """Build timm's ``VisionTransformer`` for 8 x 8 images: patch 2, width 64, depth 4, 4 heads, about 204k parameters.
 
     The packaged backbone was trained on letters rendered from fonts (``python -m fedsparse.pretrain``), never on
@@ -50,18 +53,20 @@ def vit_digits(
         A module (N, C, 8, 8) -> (N, num_classes).
 
     Raises:
-        ValueError: the checkpoint is missing, damaged, or of another model.
+        ValueError: there is no class, or the checkpoint is missing, damaged, or of another model.
 
     """
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}; the head needs at least 1 output")
     net = seeded(lambda: _vit(num_classes, in_chans), seed)
     for block in net.blocks:
-        block.attn.fused_attn = False
+        vars(block.attn)["fused_attn"] = False  # timm's own switch for one layer, declared Final for its scripts
     if checkpoint is not None:
         load_backbone(net, Path(checkpoint))
     elif pretrained:
         with as_file(files("fedsparse.models") / "weights" / "vit_digits.safetensors") as path:
             load_backbone(net, path)
-    start_head(net.head, head_std, seed)
+    start_head(net.get_submodule("head"), head_std, seed)
     return net
 
 
@@ -95,7 +100,7 @@ def conv(num_classes: int, in_chans: int, seed: int = 0) -> nn.Module:
     return seeded(build, seed)
 
 
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+def seeded(build: Callable[[], Net], seed: int) -> Net:
     """Call ``build`` under its own seed, and leave the global random state as it was."""
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed: that would also seed the accelerators, which fork_rng is told to leave alone
@@ -104,14 +109,15 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 @torch.no_grad()
-def start_head(head: nn.Linear, std: float, seed: int) -> None:
+def start_head(head: nn.Module, std: float, seed: int) -> None:
     """Start a head from a normal of mean 0 cut at two standard deviations, from a stream of its own; the bias is zero.
 
     A head of zeros would make the Fisher information of the whole backbone zero.
     """
     generator = torch_generator(seed, Purpose.HEAD)
-    nn.init.trunc_normal_(head.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-    nn.init.zeros_(head.bias)
+    weight, bias = head.get_parameter("weight"), head.get_parameter("bias")
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    nn.init.zeros_(bias)
 
 
 def load_backbone(net: nn.Module, path: Path) -> None:
