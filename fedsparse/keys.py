@@ -11,7 +11,6 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-
 _MASK = (1 << 64) - 1
 
 

@@ -2,8 +2,8 @@
 
 A vision transformer learns to name 36 letters, rendered from the fonts that ship with matplotlib and jittered to look
 hand-written. No digit is among them, and no image of scikit-learn's digits is trained on: digits are the downstream
-task. What is borrowed from that data set: the recipe of its making (32 x 32 bitmaps counted in blocks of 4 x 4), its two
-standardisation constants, and, by eye, the width of its strokes and of its figures. About six minutes of one core.
+task. What is borrowed from that data set: the recipe of its making (32 x 32 bitmaps counted in blocks of 4 x 4), its
+two standardisation constants, and, by eye, the width of its strokes and figures. About eight minutes of one core.
 
 Shapes: ``N`` glyphs, ``V`` vertices of an outline.
 """
@@ -113,7 +113,7 @@ def glyph(font: str, character: str, rng: Generator, canvas: RendererAgg) -> np.
 
 
 def make_glyphs(count: int, rng: Generator) -> Split:
-    """Draw ``count`` glyphs, every class and font alike often: x (count, 1, 8, 8) standardised, y (count,)."""
+    """Draw ``count`` glyphs, every class alike often, fonts at random: x (count, 1, 8, 8) standardised, y (count,)."""
     canvas = RendererAgg(SIDE, SIDE, 72)
     labels = rng.permutation(np.arange(count) % len(CLASSES))
     fonts = rng.integers(len(FONTS), size=count)

@@ -94,14 +94,17 @@ def write_results(folder: Path, federation: Federation, summary: Mapping[str, An
     """Write model, curves and, last of all, the summary that marks a run as finished."""
     save_model(federation.net, folder / "model.safetensors")
     rows = read_rows(folder / "metrics.csv")
-    curves_figure(rows, title=f"{summary['mask_rule']}, {summary['partition']}").savefig(folder / "curves.png", dpi=120)
+    curves_figure(rows, title=f"mask rule {summary['mask_rule']}, partition {summary['partition']}").savefig(
+        folder / "curves.png", dpi=120
+    )
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def print_table(folder: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Show a person what came out."""
     table = Table(
-        title=f"{summary['mask_rule']}, {summary['partition']}, {summary['rounds']} rounds", title_justify="left"
+        title=f"mask rule {summary['mask_rule']}, partition {summary['partition']}, {summary['rounds']} rounds",
+        title_justify="left",
     )
     table.add_column("figure")
     table.add_column("value", justify="right")

@@ -279,7 +279,7 @@ def probe(net, data):
 
 def test_pretrained_backbone_knows_shapes(data):
     pretrained, random = vit_digits().eval(), vit_digits(pretrained=False).eval()
-    assert probe(pretrained, data) >= 0.94
+    assert probe(pretrained, data) >= 0.95
     assert probe(random, data) < 0.8
     assert pretrain.linear_probe(pretrained, data.train, data.test) == pytest.approx(probe(pretrained, data))
 

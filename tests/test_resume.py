@@ -59,7 +59,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, options, moment):
         while not (tmp_path / "killed" / ".hydra" / "overrides.yaml").exists():
             time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     summary, folder = finish_elsewhere(tmp_path / "killed")
     assert sha(summary) == sha(whole)
     rows = [read_rows(path / "metrics.csv") for path in (tmp_path / "whole", folder)]
@@ -77,8 +77,8 @@ def test_sigterm_closes_the_round_and_exits_with_143(tmp_path):
     process = start(tmp_path / "stopped", "federation.rounds=40")
     wait_for_round(process, 2)
     process.send_signal(signal.SIGTERM)
-    process.stderr.read()
-    assert process.wait() == 143
+    process.communicate()
+    assert process.returncode == 143
     closed = len(read_rows(tmp_path / "stopped" / "metrics.csv"))
     assert 2 <= closed < 40
     saved = torch.load(tmp_path / "stopped" / "checkpoints" / LAST, weights_only=True)

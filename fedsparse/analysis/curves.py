@@ -9,14 +9,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 Rows = Sequence[Mapping[str, float]]
+# column -> (name, colour, line style); a split has one colour in all panels
 ACCURACY = {
-    "val/acc": "validation",
-    "test/acc": "test",
-    "client/acc_mean": "clients, mean",
-    "client/acc_worst10": "clients, worst tenth",
+    "val/acc": ("validation", "C0", "-"),
+    "test/acc": ("test", "C1", "-"),
+    "client/acc_worst10": ("worst tenth of the clients, test", "C3", "--"),
 }
-LOSS = {"train/loss": "training", "val/loss": "validation", "test/loss": "test"}
-BYTES = {"bytes_up": "sent up", "bytes_dense": "the same, dense", "bytes_down": "sent down"}
+LOSS = {
+    "train/loss": ("training, clients of the round", "C7", "-"),
+    "val/loss": ("validation", "C0", "-"),
+    "test/loss": ("test", "C1", "-"),
+}
+BYTES = {
+    "bytes_dense": ("sent up, if it were dense", "C7", "--"),
+    "bytes_up": ("sent up", "C2", "-"),
+    "bytes_down": ("sent down", "C4", ":"),
+}
+Styles = Mapping[str, tuple[str, str, str]]
 
 
 def curves_figure(rows: Rows, title: str = "") -> Figure:
@@ -38,12 +47,13 @@ def curves_figure(rows: Rows, title: str = "") -> Figure:
     return figure
 
 
-def _draw(axes: Axes, rows: Rows, columns: Mapping[str, str], label: str, scale: float = 1.0) -> None:
+def _draw(axes: Axes, rows: Rows, columns: Styles, label: str, scale: float = 1.0) -> None:
     """Draw one line for each column that has values, over the rounds that have them."""
-    for column, name in columns.items():
+    for column, (name, colour, line) in columns.items():
         points = [(row["round"], row[column] * scale) for row in rows if column in row]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o" if len(points) <= 30 else None, markersize=3, label=name)
+            marker = "o" if len(points) <= 30 else None
+            axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=3, label=name)
     axes.set(xlabel="round", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
