@@ -103,7 +103,7 @@ def write_results(folder: Path, federation: Federation, summary: Mapping[str, An
 def print_table(folder: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Show a person what came out."""
     table = Table(
-        title=f"mask rule {summary['mask_rule']}, partition {summary['partition']}, {summary['rounds']} rounds",
+        title=f"mask rule {summary['mask_rule']}, partition {summary['partition']}, {summary['rounds']} round(s)",
         title_justify="left",
     )
     table.add_column("figure")

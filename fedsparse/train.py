@@ -156,8 +156,7 @@ def _resume_folder(arguments: Sequence[str]) -> Path | None:
 
 
 def _quiet() -> None:
-    """Keep what Lightning and W&B say about themselves off the terminal; warnings that a person can act on stay."""
-    os.environ.setdefault("WANDB_SILENT", "true")
+    """Keep what Lightning says about itself off the terminal; warnings that a person can act on stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for text in (
         "does not have many workers",

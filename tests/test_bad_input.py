@@ -111,13 +111,21 @@ def test_a_run_folder_that_cannot_be_made(tmp_path):
     assert one_line(caught.value).endswith("Not a directory")
 
 
+LIMITED = """
+import resource, signal, sys
+from fedsparse.train import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+sys.argv[0] = "train"
+main()
+"""
+
+
 def test_a_full_disk(tmp_path):
     """A limit on the size of files stands in for a full disk: the mask cannot be written."""
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); import signal; " \
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv[0] = 'train'; from fedsparse.train import main; main()"  # fmt: skip
     folder = tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, "-c", limited, *BASE, f"hydra.run.dir={folder}"], capture_output=True, text=True
+        [sys.executable, "-c", LIMITED, *BASE, f"hydra.run.dir={folder}"], capture_output=True, text=True
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

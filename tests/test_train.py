@@ -122,9 +122,14 @@ def test_calibration_does_not_depend_on_the_cohort_size(run_in, where):
     assert 0.2 < masks[0].density < 0.35
 
 
-@pytest.mark.parametrize("option", ["server=fedavgm", "server=fedadam", "federation.weight=equal", "sampling=everyone",
-                                    "optimizer.nesterov=true", "schedule=cosine", "sparsity.unit=output",
-                                    "sparsity.scope=tensor", "calibration.labels=model", "calibration.fisher=batch"])  # fmt: skip
+OPTIONS = [
+    "server=fedavgm", "server=fedadam", "federation.weight=equal", "sampling=everyone", "optimizer.nesterov=true",
+    "schedule=cosine", "sparsity.unit=output", "sparsity.scope=tensor", "calibration.labels=model",
+    "calibration.fisher=batch", "federation.clients_per_round=3", "optimizer.clip_norm=null", "partition=dirichlet",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_changes_the_run(run_in, option):
     base, _ = run_in("a")
     other, _ = run_in("b", option)

@@ -12,6 +12,20 @@ from lightning.pytorch.loggers import WandbLogger
 FILES = {"mask": "mask.safetensors", "model": "checkpoints/best.ckpt", "partition": "partition.png"}
 
 
+def wandb_logger(offline: bool, **options: Any) -> WandbLogger:
+    """Build Lightning's WandbLogger, quietly: W&B's own lines would tear the progress bar.
+
+    Args:
+        offline: keep the run on this machine until ``wandb sync``.
+        options: of ``WandbLogger``, such as project, group, id and save_dir.
+
+    """
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True, mode="offline" if offline else "online"))
+    return WandbLogger(offline=offline, **options)
+
+
 class Artifacts(lightning.Callback):
     """Hands configuration and files of the run folder to the loggers.
 
@@ -44,6 +58,6 @@ class Artifacts(lightning.Callback):
                 artifact = wandb.Artifact(f"{name}-{run.id}", type=name)
                 artifact.add_file(str(self.folder / file))
                 run.log_artifact(artifact)
-        if run.settings.mode == "offline":
+        if run.offline:
             print(f"W&B is offline; to sync this run: wandb sync {run.settings.sync_dir}")
         run.finish()

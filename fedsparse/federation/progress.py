@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import sys
 import time
 from typing import Any
@@ -13,6 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.rounds import FederatedRounds
+
+log = logging.getLogger("fedsparse")
 
 
 def human_bytes(count: float) -> str:
@@ -44,7 +48,8 @@ class RoundProgress(lightning.Callback):
     ) -> None:
         self.rounds, self.evaluation, self.clients = rounds, evaluation, clients
         self.console = console or Console(file=sys.stderr)
-        self.accuracy = float("nan")
+        self.accuracy = math.nan
+        self.began = time.perf_counter()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Show the bar, from the round that training starts or goes on at."""
@@ -80,11 +85,12 @@ class RoundProgress(lightning.Callback):
             self.progress.update(self.task, completed=done, description=where, status=self._status())
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write a line where there is no terminal."""
+        """Write a line to run.log, and to where there is no terminal."""
         self.accuracy = self.evaluation.figures.get("val/acc", self.accuracy)
-        if not self.console.is_terminal and hasattr(self, "began"):
-            seconds = time.perf_counter() - self.began
-            line = f"round {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._status()}  {seconds:.1f} s"
+        seconds = time.perf_counter() - self.began
+        line = f"round {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._status()}  {seconds:.1f} s"
+        log.info(line)
+        if not self.console.is_terminal:
             print(line, file=self.console.file, flush=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
