@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) 
     table = RoundCSV(folder)
     table.drop_from(round + 1)
     chosen = cfg.logger or {}
-    options = {"wandb": {"group": group, "id": _run_id(folder), "resume": "allow"}}
+    options = {"wandb": {"group": group, "id": _run_id(folder), "resume": "allow"}} if "wandb" in chosen else {}
     return [table, *(instantiate(chosen[name])(save_dir=str(folder), **options.get(name, {})) for name in chosen)]
 
 
@@ -241,7 +242,5 @@ def _run_id(folder: Path) -> str:
     """Name of the run for Weights & Biases: made once, kept in the folder, so that a resume goes on in the same run."""
     path = folder / ".run_id"
     if not path.exists():
-        import secrets
-
         path.write_text(secrets.token_hex(4))
     return path.read_text().strip()

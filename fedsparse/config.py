@@ -51,7 +51,7 @@ def refuse_used(folder: Path) -> None:
         RunFolderUsed: one line that names the folder and the ways on.
 
     """
-    if (folder / ".hydra").exists() or (folder / "summary.json").exists():
+    if any((folder / name).exists() for name in ("summary.json", "metrics.csv", "checkpoints")):
         raise RunFolderUsed(
             f"fedsparse: {folder} already holds a run; continue it with resume={folder}, or choose another folder"
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedsparse.analysis.curves import curves_figure
@@ -40,7 +40,7 @@ def write_atomically(path: Path, text: str) -> None:
 def save_model(net: nn.Module, path: Path) -> None:
     """Save a network under its own names as safetensors, without shared memory."""
     part = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in net.state_dict().items()}, part)
+    part.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}))
     os.replace(part, path)
 
 
@@ -102,10 +102,9 @@ def write_results(folder: Path, federation: Federation, summary: Mapping[str, An
 
 def print_table(folder: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Show a person what came out."""
-    table = Table(
-        title=f"mask rule {summary['mask_rule']}, partition {summary['partition']}, {summary['rounds']} round(s)",
-        title_justify="left",
-    )
+    rounds = "1 round" if summary["rounds"] == 1 else f"{summary['rounds']} rounds"
+    title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}, {rounds}"
+    table = Table(title=title, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in _shown(summary):
@@ -122,12 +121,12 @@ def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         "test accuracy, best round by validation": "test/acc_best",
         "accuracy per client, mean": "client/acc_mean",
         "accuracy per client, worst tenth": "client/acc_worst10",
-        "weights that trained": "trainable_fraction",
+        "weights that trained, head included": "trainable_fraction",
     }
     rows = [(label, f"{summary[key]:.1%}") for label, key in percent.items() if summary.get(key) is not None]
     up, dense = summary["bytes_up"], summary["bytes_dense"]
     rows.append(("sent up", f"{human_bytes(up)} ({up / dense:.1%} of dense)"))
     rows.append(("all traffic, with first models", human_bytes(summary["bytes_total"])))
     rows.append(("dropped updates", str(summary["dropped_updates"])))
-    rows.append(("time", f"{summary['seconds']:.1f} s"))
+    rows.append(("time in rounds", f"{summary['seconds']:.1f} s"))
     return rows

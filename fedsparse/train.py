@@ -14,7 +14,7 @@ import hydra
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -39,6 +39,9 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         overrides: what one would type, such as ``["mask_rule=random", "partition=noniid_nc1"]``.
+
+    Returns:
+        What ``summary.json`` holds, and the run folder under ``folder``.
 
     Raises:
         ValueError: the configuration cannot be run; one line says what is wrong and what would be right.
@@ -65,7 +68,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     done = finished(job)
     if done is not None:
         print(f"{folder} is finished after {done['rounds']} rounds; federation.rounds=<more> goes on")
-        return done
+        return done | {"folder": str(folder)}
     handler = open_log(folder)
     try:
         return execute(job)
@@ -119,7 +122,7 @@ def _train(
     )
     results.write_results(job.folder, federation, summary)
     results.print_table(job.folder, summary)
-    return summary
+    return summary | {"folder": str(job.folder)}
 
 
 def _prepare(job: Job, federation: build.Federation, module: ClientModule, ledger: Ledger) -> Mask:
@@ -133,6 +136,7 @@ def _prepare(job: Job, federation: build.Federation, module: ClientModule, ledge
         Calibration(**cfg.calibration),
         cfg.model.head,
     )
+    mask = Mask(mask.tensors, mask.metadata | {"rule": job.choices.get("mask_rule", mask.metadata["rule"])})
     mask.save(job.folder / "mask.safetensors")
     for layer, density in mask.by_layer().items():
         log.info("density %-30s %.4f", layer, density)
@@ -171,7 +175,11 @@ def one_line(error: BaseException) -> str:
     """Say an error in one line; of what failed while Hydra built a part, the part's own words."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split("Config search path")[0].split())
+    text = " ".join(
+        str(error).split("Config search path")[0].replace("\nAvailable options", ". Available options").split()
+    )
+    if isinstance(error, ConfigCompositionException) and text.startswith("Could not override"):
+        text = f"there is no key {text.split()[3].strip('.')}; --cfg job lists all keys with their values"
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
     expected = isinstance(error, ValueError | OSError | EveryUpdateDropped | HydraException | OmegaConfBaseException)

@@ -17,7 +17,7 @@ from fedsparse.train import one_line
 BASE = ["model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=1"]
 BAD = [
     ("mask_rule=lest_sensitive", "Could not find 'mask_rule/lest_sensitive'.*least_sensitive"),
-    ("federation.round=3", "federation.round"),
+    ("federation.round=3", "there is no key 'federation.round'; --cfg job lists all keys"),
     ("sparsity.ratio=1.0", "sparsity.ratio"),
     ("sparsity.ratio=-0.1", "sparsity.ratio"),
     ("sparsity.ratio=much", "sparsity.ratio"),

@@ -16,8 +16,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedsparse.masks import Mask, MaskRule, Sparsity
-from fedsparse.masks.rules import Dense, Fisher, FromFile, Magnitude, Random
+from fedsparse.masks import Mask, MaskRule, Sparsity, rules
 from fedsparse.space import ParamSpace
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -31,15 +30,15 @@ class Movement(MaskRule):
 
 
 RULES = {  # name: (how to build it, whether it keeps exactly k)
-    "least_sensitive": (lambda file: Fisher(largest=False), True),
-    "most_sensitive": (lambda file: Fisher(largest=True), True),
-    "batch_form": (lambda file: Fisher(largest=True, fisher="batch"), True),
-    "model_labels": (lambda file: Fisher(largest=True, labels="model"), True),
-    "highest_magnitude": (lambda file: Magnitude(largest=True), True),
-    "lowest_magnitude": (lambda file: Magnitude(largest=False), True),
-    "random": (lambda file: Random(), True),
-    "dense": (lambda file: Dense(), False),
-    "from_file": (lambda file: FromFile(file), False),
+    "least_sensitive": (lambda file: rules.Fisher(largest=False), True),
+    "most_sensitive": (lambda file: rules.Fisher(largest=True), True),
+    "batch_form": (lambda file: rules.Fisher(largest=True, fisher="batch"), True),
+    "model_labels": (lambda file: rules.Fisher(largest=True, labels="model"), True),
+    "highest_magnitude": (lambda file: rules.Magnitude(largest=True), True),
+    "lowest_magnitude": (lambda file: rules.Magnitude(largest=False), True),
+    "random": (lambda file: rules.Random(), True),
+    "dense": (lambda file: rules.Dense(), False),
+    "from_file": (lambda file: rules.FromFile(file), False),
     "of a user": (lambda file: Movement(), True),
 }
 EXACT = [name for name, (_, exact) in RULES.items() if exact]
@@ -136,13 +135,23 @@ def test_random_follows_its_generator(net, mask_file):
     masks = [build("random", net, mask_file, sparsity, seed)[1] for seed in (0, 1)]
     assert masks[0].overlap(masks[1]) < 0.6  # about 1/3 by chance
     space = ParamSpace.of(net)
-    assert Random().mask(space, space.read(net), sparsity).to_bytes() == masks[0].to_bytes()
+    assert rules.Random().mask(space, space.read(net), sparsity).to_bytes() == masks[0].to_bytes()
 
 
 def test_magnitude_by_hand():
     space, row = ParamSpace(["w"], [torch.Size([4])]), torch.tensor([-3.0, 1.0, 2.0, -0.5])
-    assert Magnitude(largest=True).mask(space, row, Sparsity(0.5)).row(space).tolist() == [True, False, True, False]
-    assert Magnitude(largest=False).mask(space, row, Sparsity(0.5)).row(space).tolist() == [False, True, False, True]
+    assert rules.Magnitude(largest=True).mask(space, row, Sparsity(0.5)).row(space).tolist() == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert rules.Magnitude(largest=False).mask(space, row, Sparsity(0.5)).row(space).tolist() == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_dense_ignores_the_ratio(net, mask_file):
@@ -163,7 +172,7 @@ def test_from_file_takes_the_file_whatever_the_ratio(net, mask_file):
     assert mask.metadata == {"rule": "FromFile", "ratio": "0.6"}
     other = ParamSpace(["body.weight"], [torch.Size([12, 5])])
     with pytest.raises(ValueError, match="made for another model: extra body.bias"):
-        FromFile(str(mask_file)).mask(other, torch.zeros(60), Sparsity())
+        rules.FromFile(str(mask_file)).mask(other, torch.zeros(60), Sparsity())
 
 
 def test_from_file_says_when_always_train_adds_to_it(net, mask_file):
@@ -174,15 +183,15 @@ def test_from_file_says_when_always_train_adds_to_it(net, mask_file):
 
 def test_bad_options_are_refused_by_name():
     with pytest.raises(ValueError, match=r"mask_rule\.path"):
-        FromFile(None)
+        rules.FromFile(None)
     with pytest.raises(ValueError, match=r"calibration\.fisher .* not 'exact'"):
-        Fisher(largest=True, fisher="exact")
+        rules.Fisher(largest=True, fisher="exact")
     with pytest.raises(ValueError, match=r"calibration\.labels .* not 'truth'"):
-        Fisher(largest=True, labels="truth")
+        rules.Fisher(largest=True, labels="truth")
     with pytest.raises(ValueError, match=r"mask_rule\.chunk"):
-        Fisher(largest=True, chunk=0)
+        rules.Fisher(largest=True, chunk=0)
     with pytest.raises(ValueError, match="need calibration data"):
-        Fisher(largest=True).mask(ParamSpace(["w"], [torch.Size([4])]), torch.ones(4), Sparsity())
+        rules.Fisher(largest=True).mask(ParamSpace(["w"], [torch.Size([4])]), torch.ones(4), Sparsity())
 
 
 def test_a_rule_without_its_methods_says_so(net):
@@ -200,9 +209,9 @@ def test_every_rule_of_the_configuration_instantiates(path):
         config["mask_rule"]["path"] = "mask.safetensors"
     rule = instantiate(OmegaConf.create(config).mask_rule)
     assert isinstance(rule, MaskRule)
-    if isinstance(rule, Fisher):
+    if isinstance(rule, rules.Fisher):
         assert (rule.fisher, rule.labels, rule.largest) == ("batch", "model", path.stem == "most_sensitive")
-    if isinstance(rule, Magnitude):
+    if isinstance(rule, rules.Magnitude):
         assert rule.largest == (path.stem == "highest_magnitude")
 
 

@@ -32,7 +32,7 @@ FILES = {
 def test_the_run_folder_and_the_summary_are_complete(run_in):
     summary, folder = run_in("a", "mask_rule=random", "partition=noniid_nc1")
     assert set(summary) >= KEYS
-    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert json.loads((folder / "summary.json").read_text()) | {"folder": str(folder)} == summary
     assert all((folder / name).is_file() for name in FILES)
     assert (summary["mask_rule"], summary["partition"], summary["rounds"]) == ("random", "noniid_nc1", 3)
     assert [row["round"] for row in read_rows(folder / "metrics.csv")] == [1, 2, 3]

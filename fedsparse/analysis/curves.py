@@ -37,6 +37,7 @@ def curves_figure(rows: Rows, title: str = "") -> Figure:
 
     """
     figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr,call-arg]
     left, middle, right = figure.subplots(1, 3)
     _draw(left, rows, ACCURACY, "accuracy")
     left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -56,6 +57,8 @@ def _draw(axes: Axes, rows: Rows, columns: Styles, label: str, scale: float = 1.
             axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=3, label=name)
     axes.set(xlabel="round", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(rows) == 1:
+        axes.set_xlim(rows[0]["round"] - 1, rows[0]["round"] + 1)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

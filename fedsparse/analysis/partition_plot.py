@@ -90,7 +90,7 @@ def _draw_sizes(axes: Axes, sizes: Floats, edges: Floats) -> None:
         axes.barh(range(len(sizes)), sizes, height=0.8, color=_BAR)
     else:
         axes.stairs(sizes, edges, orientation="horizontal", fill=True, color=_BAR, linewidth=0)
-    axes.set(xlabel="size", xlim=(0, 1.15 * largest), xticks=[0, round(largest)])
+    axes.set(xlabel="samples\nper client", xlim=(0, 1.15 * largest), xticks=[0, round(largest)])
     axes.tick_params(axis="y", left=False, labelleft=False)
     axes.spines[["top", "right"]].set_visible(False)
 

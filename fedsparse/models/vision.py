@@ -34,7 +34,7 @@ def vit_digits(
     head_std: float = 0.02,
     seed: int = 0,
 ) -> VisionTransformer:
-    """Build timm's ``VisionTransformer`` for 8 x 8 images: patch 2, width 64, depth 4, 4 heads, about 204k parameters.
+    """Build timm's ``VisionTransformer`` for 8 x 8 images: patch 2, width 64, depth 4, 4 heads, about 202k parameters.
 
     The packaged backbone was trained on letters rendered from fonts (``python -m fedsparse.pretrain``), never on
     digits. It expects pixels standardised as by ``fedsparse.data.datasets.digits``. Attention is timm's plain one: the

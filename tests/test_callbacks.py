@@ -1,0 +1,94 @@
+"""What a person sees and what loggers get."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+
+import pytest
+from rich.console import Console
+from small import Small, small_data, small_net, uneven_parts
+
+from fedsparse import config
+from fedsparse.federation.evaluation import Evaluation
+from fedsparse.federation.progress import RoundProgress, human_bytes
+from fedsparse.federation.tracking import RoundLog
+from fedsparse.keys import Purpose, generator, number
+
+
+def watch(tmp_path, terminal):
+    """Run two rounds and return what the bar wrote."""
+    small = Small(small_net(), small_data(), uneven_parts())
+    evaluation, screen = Evaluation(), io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=150)
+    small.callbacks = [
+        evaluation,
+        RoundLog(small.rounds, evaluation),
+        RoundProgress(small.rounds, evaluation, 5, console),
+    ]
+    small.fit(2, tmp_path)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+
+
+def test_the_bar_shows_round_client_loss_accuracy_bytes_and_time(tmp_path):
+    last = watch(tmp_path, terminal=True).strip().splitlines()[-1]
+    for part in (
+        r"round 2/2, client  5/5",
+        r"loss \d\.\d{3}",
+        r"val acc \s*\d+\.\d\d%",
+        r"sent up \d+\.\d kB",
+        "left 0:00:00",
+    ):
+        assert re.search(part, last), (part, last)
+
+
+def test_without_a_terminal_each_round_is_a_line(tmp_path):
+    lines = watch(tmp_path, terminal=False).strip().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["round 1/2", "round 2/2"]
+
+
+def test_bytes_for_people():
+    assert [human_bytes(n) for n in (12, 1500, 2_500_000, 3.2e9)] == ["12 B", "1.5 kB", "2.5 MB", "3.2 GB"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "offline"),
+    [({}, True), ({"WANDB_API_KEY": "x"}, False), ({"WANDB_API_KEY": "x", "WANDB_MODE": "offline"}, True),
+     ({"WANDB_MODE": "online"}, False)],
+)  # fmt: skip
+def test_wandb_is_online_when_a_key_is_present(tmp_path, monkeypatch, environment, offline):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config.wandb_offline() is offline
+
+
+def test_a_key_in_netrc_counts(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert config.wandb_offline() is False
+
+
+def test_an_offline_run_says_how_to_sync_it(run_in, capsys):
+    _, folder = run_in("a", "logger=wandb", "federation.rounds=1")
+    assert re.search(rf"wandb sync {folder}/wandb/offline-run-\S+", capsys.readouterr().out)
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_streams_do_not_meet():
+    keys = [(0, 1), (0, 1, 0), (0, 1, 0, 0), (0, 1, 1), (0, 2), (1, 1), (0, 1, 0, 1), (0, 1, 1, 0)]
+    draws = {int(generator(seed, Purpose(purpose), *ids).integers(2**62)) for seed, purpose, *ids in keys}
+    numbers = {number(seed, Purpose(purpose), *ids) for seed, purpose, *ids in keys}
+    assert len(draws) == len(numbers) == len(keys)
+    assert all(0 <= n < 2**63 for n in numbers)
+
+
+def test_numbers_are_spread_evenly():
+    values = [number(0, Purpose.DROPOUT, r, c) / 2**63 for r in range(50) for c in range(50)]
+    assert sum(values) / len(values) == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / len(values)))
