@@ -181,7 +181,8 @@ def build_callbacks(
     config = {**OmegaConf.to_container(cfg, resolve=True), "density": mask.by_layer()}  # type: ignore[dict-item]
     evaluation = Evaluation(federation.tests)
     progress = RoundProgress(rounds, evaluation, len(federation.plan.sample(0)))
-    others = [progress, Artifacts(folder, config), *build_checkpoints(cfg, folder)]
+    chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
+    others = [progress, Artifacts(folder, config), *chosen, *build_checkpoints(cfg, folder)]
     return Callbacks(rounds, RoundLog(rounds, evaluation), GracefulStop(), others)
 
 

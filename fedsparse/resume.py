@@ -63,13 +63,8 @@ def read_job(folder: Path, overrides: Sequence[str]) -> Job:
     for override in overrides:
         _apply(cfg, override)
     refuse_foreign_targets(OmegaConf.to_container(cfg, resolve=True))
-    OmegaConf.register_new_resolver("hydra", _no_hydra, replace=False) if not OmegaConf.has_resolver("hydra") else None
     choices, group = facts(OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra)
     return Job(cfg, folder, choices, group, resumed=True)
-
-
-def _no_hydra(key: str) -> str:
-    return ""
 
 
 def _apply(cfg: DictConfig, override: str) -> None:

@@ -105,6 +105,8 @@ def _train(
     rounds = build.build_rounds(job.cfg, federation, mask, ledger)
     callbacks = build.build_callbacks(job.cfg, rounds, federation, mask, job.folder)
     closed = 0 if checkpoint is None else read_checkpoint(checkpoint, federation.space)["epoch"] + 1
+    if closed > job.cfg.federation.rounds:
+        raise ValueError(f"{closed} rounds are closed already; federation.rounds={job.cfg.federation.rounds} is fewer")
     loggers = build.build_loggers(job.cfg, job.folder, job.group, closed)
     trainer = build.build_trainer(job.cfg, callbacks, loggers)
     trainer.fit(module, build.build_datamodule(federation), ckpt_path=checkpoint)

@@ -11,6 +11,7 @@ from plain import plain_fedavg, replay
 from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.data.rounds import LocalWork
+from fedsparse.federation.client import ClientModule
 from fedsparse.federation.exchange import Full, Masked
 from fedsparse.masks import top_fraction
 from fedsparse.space import ParamSpace
@@ -235,3 +236,36 @@ def test_local_coordinates_stay_with_the_client(tmp_path):
     sent = small.space.size - int(small.space.local.sum())
     assert small.rounds.ledger.bytes_up < 8 * small.space.size * 5 * ROUNDS
     assert small.rounds.exchange.index.numel() == sent
+
+
+class CountsSamples(torch.nn.Module):
+    """Has an integer buffer that changes in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = small_net()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += len(x)
+        return self.body(x)
+
+
+def test_an_integer_buffer_that_changes_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="integer buffers seen"):
+        Small(CountsSamples(), small_data(), uneven_parts()).fit(1, tmp_path)
+
+
+class Halved(ClientModule):
+    """A loss of a user's own."""
+
+    def losses(self, forward, x, y):
+        return 0.5 * super().losses(forward, x, y)
+
+
+@pytest.mark.parametrize("cohort", [1, 3])
+def test_a_loss_of_ones_own_halves_the_step(tmp_path, cohort):
+    plain = build(cohort=cohort, lr=0.1, momentum=0.0).fit(1, tmp_path).row
+    halved = build(cohort=cohort, lr=0.2, momentum=0.0, client=Halved).fit(1, tmp_path).row
+    torch.testing.assert_close(halved, plain, rtol=0, atol=1e-12)

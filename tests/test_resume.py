@@ -116,6 +116,23 @@ def test_a_finished_run_is_reported_and_not_touched(stopped, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_fewer_rounds_than_are_closed_are_refused(stopped):
+    _, folder = stopped
+    (folder / "summary.json").unlink()
+    with pytest.raises(ValueError, match="2 rounds are closed already"):
+        run([f"resume={folder}", "federation.rounds=1"])
+
+
+def test_a_kill_before_the_summary_leaves_only_that_to_do(stopped):
+    _, folder = stopped
+    before = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()
+    (folder / "model.safetensors").unlink()
+    after = run([f"resume={folder}"])
+    assert {k: v for k, v in after.items() if k != "folder"} == before
+    assert (folder / "model.safetensors").is_file()
+
+
 def damage_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

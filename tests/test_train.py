@@ -151,6 +151,12 @@ def test_a_resolved_config_is_stored(run_in):
     assert instantiate(cfg.optimizer.build).keywords["lr"] == 0.07
 
 
+def test_early_stopping_is_lightnings_own(run_in):
+    options = ("callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=1e-9")
+    summary, _ = run_in("a", *options, "federation.rounds=9")
+    assert summary["rounds"] == 2
+
+
 @pytest.mark.slow
 def test_cohort_sizes_agree_in_the_default_run(run_in):
     rows = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -45,11 +44,6 @@ class Cohort:
     def members(self) -> list[tuple[int, int]]:
         """(row, client) of the rows that a client fills."""
         return [(row, client) for row, client in enumerate(self.clients) if client != PADDING]
-
-    @cached_property
-    def steps(self) -> tuple[float, ...]:
-        """Real samples of each row over all its steps, K numbers: the weights of its mean loss."""
-        return tuple(float(sum(column)) for column in zip(*self.count, strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""The README's three steps work as printed, and what it names exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def steps():
+    """The three code blocks of the section on mask rules: class, YAML, row."""
+    section = README.split("## Add a mask rule in three steps")[1].split("\n## ")[0]
+    blocks = re.findall(r"   ```\w+\n(.*?)   ```", section, flags=re.DOTALL)
+    assert len(blocks) == 3
+    return [textwrap.dedent(block) for block in blocks[:2]] + [blocks[2]]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in ("fedsparse", "conf", "tests", "pyproject.toml"):
+        source = ROOT / name
+        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
+    rule, option, row = steps()
+    with (tmp_path / "fedsparse/masks/rules.py").open("a") as file:
+        file.write("\n\n" + rule)
+    (tmp_path / "conf/mask_rule/most_salient.yaml").write_text(option)
+    table = tmp_path / "tests/test_mask_rules.py"
+    table.write_text(table.read_text().replace("RULES = {", "RULES = {\n" + row.rstrip("\n"), 1))
+    return tmp_path
+
+
+def call(folder, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(folder), "WANDB_MODE": "offline"}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_mask_rule_in_three_steps(copy):
+    where = call(copy, "-c", "import fedsparse; print(fedsparse.__file__)").strip()
+    assert Path(where).is_relative_to(copy)
+    report = call(
+        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_mask_rules.py", "-k", "most_salient"
+    )
+    assert int(re.search(r"(\d+) passed", report)[1]) >= 8
+    options = ("model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=2")
+    assert "mask rule most_salient" in call(copy, "-m", "fedsparse.train", "mask_rule=most_salient", *options)
+
+
+def test_the_files_that_the_readme_names_exist():
+    for name in re.findall(r"\]\(([\w./-]+)\)", README) + ["notebooks/quickstart.ipynb", "fedsparse/masks/rules.py"]:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_options_that_the_readme_names_exist():
+    groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+    named = [(g, o) for g, o in re.findall(r"\b(\w+)=(\w+)", README) if g in groups and o != "most_salient"]
+    assert len(named) > 10
+    for group, option in named:
+        assert (ROOT / "conf" / group / f"{option}.yaml").exists(), f"{group}={option}"
+
+
+def test_no_figure_is_a_placeholder():
+    assert not re.search(r"\b(TODO|TBD|XXX|RESULTS|BENCH)\b", README)
