@@ -43,7 +43,7 @@ TABLE := OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.train -m hydra/launcher=jo
 	logger=csv seed=0,1,2,3,4 optimizer.lr=0.03,0.1,0.3 partition=iid,noniid_nc1
 RULES := dense,random,most_sensitive,least_sensitive,highest_magnitude,lowest_magnitude
 
-table: $(READY) ## the README's first table: 210 runs, half an hour
+table: $(READY) ## the README's first table: 210 runs, a quarter of an hour
 	$(TABLE) mask_rule=$(RULES) hydra.sweep.dir=runs/table/rules
 	$(TABLE) mask_rule=dense model.trainable=head hydra.sweep.dir=runs/table/head
 	$(BIN)/python -m fedsparse.report runs/table --pixels

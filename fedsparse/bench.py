@@ -176,7 +176,7 @@ def _result(name: str, everything: bool, pairs: Pairs, difference: float) -> Res
     median = statistics.median
     return Result(
         name,
-        "everything on" if everything else "bytes and csv on",
+        "everything" if everything else "bytes, csv",
         1e3 * median(pairs.written),
         1e3 * median(pairs.fedsparse),
         median(ratios),
@@ -267,8 +267,8 @@ def _trainer(
 def print_results(results: Sequence[Result]) -> None:
     """Show the pairs as a table."""
     table = Table(title=f"{CLIENTS} clients x {STEPS} steps of {BATCH} a round, K = 1", title_justify="left")
-    for column in ("model", "setting", "hand-written ms", "fedsparse ms", "ratio", "spread", "more, ms a cohort"):
-        table.add_column(column, justify="left" if column in ("model", "setting") else "right")
+    for column in ("model", "with", "loop ms", "fedsparse ms", "ratio", "spread", "more ms/cohort"):
+        table.add_column(column, justify="left" if column in ("model", "with") else "right")
     for r in results:
         spread = f"{r.ratio_min:.2f}-{r.ratio_max:.2f}"
         numbers = (
@@ -279,7 +279,8 @@ def print_results(results: Sequence[Result]) -> None:
             f"{r.extra_ms_per_cohort:.2f}",
         )
         table.add_row(r.model, r.setting, *numbers)
-    Console().print(table)
+    console = Console()
+    console.print(table, width=max(100, console.width))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

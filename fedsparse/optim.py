@@ -205,12 +205,17 @@ class SparseSGDM(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update()
+        return loss
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Do what ``step`` does, without torch's hooks and profiler range, which cost more than a small step itself."""
         for group in self.param_groups:
             options = {name: group[name] for name in _OPTIONS}
             for param in group["params"]:
                 if param.grad is not None:
                     self._update(param, param.grad, options)
-        return loss
 
     def _update(self, param: Tensor, grad: Tensor, options: dict[str, Any]) -> None:
         """Step one parameter, with its momentum if it has any."""

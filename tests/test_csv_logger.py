@@ -140,11 +140,21 @@ def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            table.log_metrics({"a": 2}, step=2)
+            table.log_metrics({"a": 2, "b": 1}, step=2)  # a new column: the whole file is written
     assert table.path.read_bytes() == before
     again = RoundCSV(tmp_path)
     again.log_metrics({"a": 3}, step=2)
     assert read_rows(again.path) == [{"round": 1, "a": 1}, {"round": 2, "a": 3}]
+
+
+def test_an_appended_row_is_one_write_and_the_file_the_same_as_a_whole_one(tmp_path, monkeypatch):
+    table = RoundCSV(tmp_path / "appended")
+    table.log_metrics({"a": 1, "b": 0.1}, step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: pytest.fail("the file was written anew"))
+        table.log_metrics({"b": 0.25}, step=2)
+        table.log_metrics({"a": 3, "b": float("nan")}, step=5)
+    assert table.path.read_text() == "round,a,b\n1,1,0.1\n2,,0.25\n5,3,nan\n"
 
 
 def test_a_trainer_takes_it_as_a_logger(tmp_path):

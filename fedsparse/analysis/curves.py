@@ -36,11 +36,11 @@ def curves_figure(rows: Rows, title: str = "") -> Figure:
         title: above the figure.
 
     """
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr,call-arg]
     left, middle, right = figure.subplots(1, 3)
     _draw(left, rows, ACCURACY, "accuracy")
-    left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    left.yaxis.set_major_formatter(PercentFormatter(1.0))
     _draw(middle, rows, LOSS, "loss")
     _draw(right, rows, BYTES, "megabytes so far", scale=1e-6)
     right.set_ylim(bottom=0)
@@ -61,4 +61,4 @@ def _draw(axes: Axes, rows: Rows, columns: Styles, label: str, scale: float = 1.
         axes.set_xlim(rows[0]["round"] - 1, rows[0]["round"] + 1)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)

@@ -39,7 +39,8 @@ def read_rows(path: str | Path) -> list[dict[str, float]]:
 class RoundCSV(Logger):
     """Lightning logger of one CSV file. Columns stand in the order of their first appearance, after ``round``.
 
-    Every change writes the whole file beside its target and renames it, so that a kill leaves the old or the new one.
+    A new last row of known columns is appended in one write, which a kill cannot tear; every other change writes the
+    whole file beside its target and renames it, so that a kill leaves the old or the new one.
     An existing file is read and continued. In a run of several processes the first one writes.
 
     Args:
@@ -53,6 +54,7 @@ class RoundCSV(Logger):
         self.path = Path(folder) / filename
         known = read_rows(self.path) if self.path.is_file() else []
         self._rows: dict[int, dict[str, float]] = {int(row[KEY]): row for row in known}
+        self._whole = False  # whether the file is what was written here, so that a line may be appended
         self._format()
 
     @property
@@ -85,13 +87,15 @@ class RoundCSV(Logger):
 
         """
         step = max(self._rows, default=0) + 1 if step is None else step
+        last = step > max(self._rows, default=step)
         row = self._rows.setdefault(step, {KEY: step})
         row.update({name: _number(value) for name, value in metrics.items() if name != KEY})
-        if row.keys() <= self._columns.keys():
+        known = row.keys() <= self._columns.keys()
+        if known:
             self._lines[step] = self._line(row)
         else:
             self._format()
-        self._write()
+        self._append(step) if known and last and self._whole else self._write()
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -123,6 +127,10 @@ class RoundCSV(Logger):
     def _line(self, row: Mapping[str, float]) -> str:
         return ",".join([repr(row[name]) if name in row else "" for name in self._columns]) + "\n"
 
+    def _append(self, step: int) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            file.write(self._lines[step].encode())
+
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(self.path.name + ".part")
@@ -130,6 +138,7 @@ class RoundCSV(Logger):
             csv.writer(file, lineterminator="\n").writerow(self._columns)
             file.write("".join([self._lines[step] for step in sorted(self._lines)]))
         os.replace(part, self.path)
+        self._whole = True
 
 
 def _parse(text: str) -> Iterator[dict[str, float]]:

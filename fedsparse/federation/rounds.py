@@ -114,7 +114,7 @@ class FederatedRounds(lightning.Callback):
                 rows - self.begin,
                 self.buffers.take(batch.clients),
                 batch.weight,
-                _to_floats(module.mean_loss),
+                module.mean_loss,
             ),
         )
         payload = self.exchange.encode(update)
@@ -195,10 +195,6 @@ def seed_dropout(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _to_floats(losses: Tensor | None) -> tuple[float, ...]:
-    return tuple(losses.tolist()) if losses is not None else ()
 
 
 def _with_initial_lr(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
