@@ -23,7 +23,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.loggers import WandbLogger
+import wandb
 from rich.console import Console
 from rich.table import Table
 from timm.models.vision_transformer import VisionTransformer
@@ -34,6 +34,7 @@ from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.aggregation import WeightedMean
+from fedsparse.federation.artifacts import wandb_logger
 from fedsparse.federation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.csv import RoundCSV
@@ -164,6 +165,8 @@ def measure(problem: Problem, rounds: int, warmup: int, everything: bool, folder
     pairs = Pairs(hand, batches_of, warmup)
     total = rounds + warmup + 1
     _trainer(federation, pairs, total, everything, folder).fit(module, FederatedDataModule(dataset, plan))
+    if wandb.run is not None:
+        wandb.run.finish()
     hand.batches = batches_of(total - 1)  # the last round, which no next round closes
     hand.round()
     return _result(problem.name, everything, pairs, _difference(module, hand))
@@ -245,7 +248,7 @@ def _trainer(
         callbacks.append(RoundProgress(federation, evaluation, CLIENTS, terminal))
         best = RoundCheckpoint(folder, "best", monitor="val/acc", mode="max", save_on_train_epoch_end=True)
         callbacks += [best, RoundCheckpoint(folder, "last", save_on_train_epoch_end=True)]
-        loggers.append(WandbLogger(project="fedsparse-bench", save_dir=folder, offline=True))
+        loggers.append(wandb_logger(offline=True, project="fedsparse-bench", save_dir=folder))
     return lightning.Trainer(
         max_epochs=rounds,
         accelerator="cpu",
@@ -294,7 +297,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    os.environ.setdefault("WANDB_SILENT", "true")
     results = []
     for everything in (False, True):
         for name in options.models:

@@ -87,6 +87,7 @@ def check(cfg: DictConfig) -> None:
         ValueError: one line that names the key, its value and what it may be.
 
     """
+    _check_keys(cfg)
     for key in COUNTS:
         _check_count(key, OmegaConf.select(cfg, key))
     for key in OPTIONAL_COUNTS:
@@ -100,6 +101,18 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"seed is {cfg.seed!r}; it must be a whole number of 0 or more")
     if str(cfg.trainer.precision).endswith("-true") and str(cfg.trainer.precision) != "32-true":
         raise ValueError(f"trainer.precision={cfg.trainer.precision} cannot hold the clients' rows; use bf16-mixed")
+
+
+def _check_keys(cfg: DictConfig) -> None:
+    """Refuse keys that nothing would read: Hydra lets ``+key=value`` add any."""
+    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
+    known = {*groups, "seed", "client", "resume"}
+    unknown = [str(key) for key in cfg if str(key) not in known]
+    for group in ("federation", "calibration"):
+        default = OmegaConf.load(conf_dir() / group / "default.yaml")
+        unknown += [f"{group}.{key}" for key in cfg[group] if key not in default]
+    if unknown:
+        raise ValueError(f"there is no key {', '.join(unknown)}; --cfg job lists all keys with their values")
 
 
 def _check_count(key: str, value: Any) -> None:

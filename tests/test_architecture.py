@@ -16,7 +16,7 @@ ENTRY = 4
 MAY = {
     "hydra": ("config.py", "build.py", "train.py", "resume.py"),
     "lightning": ("data/datamodule.py", "federation/", "build.py", "train.py", "bench.py"),
-    "wandb": ("federation/artifacts.py",),
+    "wandb": ("federation/artifacts.py", "bench.py"),
 }
 
 

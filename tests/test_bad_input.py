@@ -18,6 +18,9 @@ BASE = ["model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_step
 BAD = [
     ("mask_rule=lest_sensitive", "Could not find 'mask_rule/lest_sensitive'.*least_sensitive"),
     ("federation.round=3", "there is no key 'federation.round'; --cfg job lists all keys"),
+    ("+federation.round=3", "there is no key federation.round; --cfg job"),
+    ("+sede=3", "there is no key sede"),
+    ("+calibration.batchs=3", "batchs"),
     ("sparsity.ratio=1.0", "sparsity.ratio"),
     ("sparsity.ratio=-0.1", "sparsity.ratio"),
     ("sparsity.ratio=much", "sparsity.ratio"),

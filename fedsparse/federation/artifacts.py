@@ -51,9 +51,10 @@ class Artifacts(lightning.Callback):
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: Any) -> None:
         """Close a W&B run that failed, so that the next run of a sweep does not go on in it."""
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish(exit_code=1)
+        import wandb
+
+        if wandb.run is not None:
+            wandb.run.finish(exit_code=1)
 
     def _log(self, logger: WandbLogger) -> None:
         import wandb
