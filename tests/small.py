@@ -9,11 +9,10 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from fedsparse.data.datasets import Dataset, Split
-from fedsparse.optim import SparseSGDM
 from torch import nn
 
 from fedsparse.data.datamodule import FederatedDataModule
+from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.aggregation import WeightedMean
 from fedsparse.federation.buffers import Buffers
@@ -23,6 +22,7 @@ from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.sampling import uniform
 from fedsparse.federation.schedule import constant
 from fedsparse.federation.topology import Flat
+from fedsparse.optim import SparseSGDM
 from fedsparse.space import ParamSpace
 
 
