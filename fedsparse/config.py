@@ -66,7 +66,9 @@ def conf_dir() -> Path:
 def wandb_offline() -> bool:
     """Whether no Weights & Biases key is present and nobody asked for a mode."""
     if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"] == "offline"
+        return (
+            os.environ["WANDB_MODE"] != "online"
+        )  # Lightning itself sets "dryrun", for the next run of a sweep to find
     if os.environ.get("WANDB_API_KEY"):
         return False
     try:

@@ -55,7 +55,7 @@ def test_bytes_for_people():
 @pytest.mark.parametrize(
     ("environment", "offline"),
     [({}, True), ({"WANDB_API_KEY": "x"}, False), ({"WANDB_API_KEY": "x", "WANDB_MODE": "offline"}, True),
-     ({"WANDB_MODE": "online"}, False)],
+     ({"WANDB_MODE": "online"}, False), ({"WANDB_MODE": "dryrun"}, True)],
 )  # fmt: skip
 def test_wandb_is_online_when_a_key_is_present(tmp_path, monkeypatch, environment, offline):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -79,6 +79,14 @@ def test_an_offline_run_says_how_to_sync_it(run_in, capsys):
     _, folder = run_in("a", "logger=wandb", "federation.rounds=1")
     assert re.search(rf"wandb sync {folder}/wandb/offline-run-\S+", capsys.readouterr().out)
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_two_offline_runs_of_one_process(run_in, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    folders = [run_in(name, "logger=wandb", "federation.rounds=1")[1] for name in "ab"]
+    assert all(list(folder.glob("wandb/offline-run-*/*.wandb")) for folder in folders)
 
 
 def test_streams_do_not_meet():

@@ -79,11 +79,14 @@ def largest_remainder(weights: Floats, totals: Ints) -> Ints:
 
     >>> largest_remainder(np.array([[1.0, 1.0, 2.0]]), np.array([6])).tolist()
     [[2, 1, 3]]
+    >>> largest_remainder(np.array([[1.0, 28.0, 40.0]]), np.array([23])).tolist()  # thirds are left of each
+    [[1, 9, 13]]
 
     """
     exact = totals[:, None] * weights / weights.sum(axis=1, keepdims=True)
     whole: Ints = np.floor(exact).astype(np.int64)
-    remainder = np.where(weights > 0, exact - whole, -1.0)
+    # rounded, so that remainders that are equal but for the last bits of a division count as a tie
+    remainder = np.where(weights > 0, np.round(exact - whole, 9), -1.0)
     place = np.argsort(np.argsort(-remainder, axis=1, kind="stable"), axis=1, kind="stable")
     whole += place < (totals - whole.sum(axis=1))[:, None]
     return whole
