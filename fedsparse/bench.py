@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -50,6 +50,8 @@ from fedsparse.optim import SparseSGDM
 from fedsparse.space import ParamSpace
 
 CLIENTS, STEPS, BATCH, LR, MOMENTUM = 10, 4, 32, 0.05, 0.9
+BARE, UNVALIDATED, EVERYTHING = "bytes, csv", "all but validation", "everything"
+SETTINGS = (BARE, UNVALIDATED, EVERYTHING)
 Batches = list[list[tuple[Tensor, Tensor]]]
 
 
@@ -142,14 +144,14 @@ class Pairs(lightning.Callback):
         self.resumed = time.perf_counter()
 
 
-def measure(problem: Problem, rounds: int, warmup: int, everything: bool, folder: Path) -> Result:
+def measure(problem: Problem, rounds: int, warmup: int, setting: str, folder: Path) -> Result:
     """Run both on one problem.
 
     Args:
         problem: the model.
         rounds: pairs that count.
         warmup: rounds before them.
-        everything: with progress bar, validation, checkpoints and W&B too.
+        setting: one of ``SETTINGS``.
         folder: for what the run writes.
 
     """
@@ -164,22 +166,22 @@ def measure(problem: Problem, rounds: int, warmup: int, everything: bool, folder
     module, federation = _federation(net)
     pairs = Pairs(hand, batches_of, warmup)
     total = rounds + warmup + 1
-    _trainer(federation, pairs, total, everything, folder).fit(module, FederatedDataModule(dataset, plan))
+    _trainer(federation, pairs, total, setting, folder).fit(module, FederatedDataModule(dataset, plan))
     if wandb.run is not None:
         wandb.run.finish()
     hand.batches = batches_of(total - 1)  # the last round, which no next round closes
     hand.round()
-    return _result(problem.name, everything, pairs, _difference(module, hand))
+    return _result(problem.name, setting, pairs, _difference(module, hand))
 
 
-def _result(name: str, everything: bool, pairs: Pairs, difference: float) -> Result:
+def _result(name: str, setting: str, pairs: Pairs, difference: float) -> Result:
     """Take medians over the pairs."""
     ratios = [a / b for a, b in zip(pairs.fedsparse, pairs.written, strict=True)]
     extra = [(a - b) / CLIENTS for a, b in zip(pairs.fedsparse, pairs.written, strict=True)]
     median = statistics.median
     return Result(
         name,
-        "everything" if everything else "bytes, csv",
+        setting,
         1e3 * median(pairs.written),
         1e3 * median(pairs.fedsparse),
         median(ratios),
@@ -236,18 +238,17 @@ def _federation(net: nn.Module) -> tuple[ClientModule, FederatedRounds]:
     return module, FederatedRounds(Full(trained=trained, local=space.local), WeightedMean(), Flat())
 
 
-def _trainer(
-    federation: FederatedRounds, pairs: Pairs, rounds: int, everything: bool, folder: Path
-) -> lightning.Trainer:
+def _trainer(federation: FederatedRounds, pairs: Pairs, rounds: int, setting: str, folder: Path) -> lightning.Trainer:
     """Build the trainer: bytes and csv always, the rest if asked for."""
     evaluation = Evaluation()
     callbacks: list[Any] = [federation, evaluation, RoundLog(federation, evaluation), pairs]
     loggers: list[Any] = [RoundCSV(folder)]
+    everything, validated = setting != BARE, setting == EVERYTHING
     if everything:
-        terminal = Console(file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+        terminal = Console(file=io.StringIO(), force_terminal=True)
         callbacks.append(RoundProgress(federation, evaluation, CLIENTS, terminal))
         best = RoundCheckpoint(folder, "best", monitor="val/acc", mode="max", save_on_train_epoch_end=True)
-        callbacks += [best, RoundCheckpoint(folder, "last", save_on_train_epoch_end=True)]
+        callbacks += [*([best] if validated else []), RoundCheckpoint(folder, "last", save_on_train_epoch_end=True)]
         loggers.append(wandb_logger(offline=True, project="fedsparse-bench", save_dir=folder))
     return lightning.Trainer(
         max_epochs=rounds,
@@ -255,7 +256,7 @@ def _trainer(
         callbacks=callbacks,
         logger=loggers,
         plugins=[AtomicCheckpointIO()],
-        limit_val_batches=None if everything else 0,
+        limit_val_batches=None if validated else 0,
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
@@ -298,10 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     results = []
-    for everything in (False, True):
+    for setting in SETTINGS:
         for name in options.models:
             with tempfile.TemporaryDirectory() as folder:
-                results.append(measure(PROBLEMS[name], options.rounds, options.warmup, everything, Path(folder)))
+                results.append(measure(PROBLEMS[name], options.rounds, options.warmup, setting, Path(folder)))
     print_results(results)
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n", encoding="utf-8")
