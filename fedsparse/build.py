@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,29 +14,36 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
+from fedsparse.data.augment import augment
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset
+from fedsparse.data.images import Inputs, inputs_for
 from fedsparse.data.partition import client_tests
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.artifacts import Artifacts
 from fedsparse.federation.buffers import Buffers
-from fedsparse.federation.calibration import Setting
+from fedsparse.federation.cache import Cache
+from fedsparse.federation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
-from fedsparse.federation.client import ClientModule
+from fedsparse.federation.client import HALF, ClientModule
 from fedsparse.federation.csv import RoundCSV
 from fedsparse.federation.evaluation import Evaluation
+from fedsparse.federation.exchange import OwnMasked
+from fedsparse.federation.head import Head, prepare_head
 from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.precision import HalfPrecision
 from fedsparse.federation.progress import RoundProgress
 from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.sampling import participants
+from fedsparse.federation.setting import Setting
 from fedsparse.federation.tracking import GracefulStop, RoundLog
 from fedsparse.federation.wire import HEADER
 from fedsparse.keys import Purpose
 from fedsparse.masks import Mask
 from fedsparse.models.trainable import trainable_filter
-from fedsparse.space import ParamSpace
+from fedsparse.space import ParamSpace, Patterns, matches
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Federation:
     count: int
     plan: RoundPlan
     sample: Any
+    inputs: Inputs
 
     @property
     def cohort(self) -> int:
@@ -72,8 +81,10 @@ def build_federation(cfg: DictConfig) -> Federation:
     dataset: Dataset = instantiate(cfg.data.source)
     parts = build_parts(cfg, dataset)
     tests = client_tests(parts, _labels(dataset.train), _labels(dataset.test), cfg.seed)
-    net, space = build_net(cfg)
-    _check_classes(net, dataset)
+    net, space = build_net(cfg, dataset)
+    _check_classes(cfg, net, dataset)
+    inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None)
+    _try_augment(cfg, dataset)
     federation = cfg.federation
     count = participants(federation.clients_per_round, federation.num_clients)
     eligible = [client for client, part in enumerate(parts) if len(part)]
@@ -84,7 +95,14 @@ def build_federation(cfg: DictConfig) -> Federation:
 
     work = LocalWork(cfg.data.batch_size, federation.local_steps, federation.local_epochs, federation.weight)
     plan = RoundPlan(parts, work, sample, federation.cohort, cfg.seed)
-    return Federation(dataset, parts, tests, net, space, count, plan, sample)
+    return Federation(dataset, parts, tests, net, space, count, plan, sample, inputs)
+
+
+def _try_augment(cfg: DictConfig, dataset: Dataset) -> None:
+    """Augment one image, so that data which it does not suit is refused before anything is prepared."""
+    chosen = augment(cfg.data.augment)
+    if chosen is not None:
+        chosen(dataset.train.x[:1], torch.zeros(1, chosen.numbers, dtype=torch.float64))
 
 
 def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
@@ -94,18 +112,44 @@ def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
     return deal(labels=_labels(dataset.train), num_clients=cfg.federation.num_clients, seed=cfg.seed, **users)
 
 
-def build_net(cfg: DictConfig) -> tuple[nn.Module, ParamSpace]:
-    """Build the model and the space of its federated tensors."""
-    net = instantiate(cfg.model.net)
+def build_net(cfg: DictConfig, dataset: Dataset) -> tuple[nn.Module, ParamSpace]:
+    """Build the model and the space of its federated tensors; what is null in ``model.net`` is as the data has it."""
+    channels, *side = dataset.train.x.shape[1:]
+    found = {
+        "num_classes": dataset.classes,
+        "in_chans": channels,
+        "img_size": side[0],
+        "in_features": math.prod((channels, *side)),
+    }
+    net = instantiate(
+        cfg.model.net, **{k: v for k, v in found.items() if k in cfg.model.net and cfg.model.net[k] is None}
+    )
     names = [name for name, _ in net.named_parameters()]
     chosen = trainable_filter(cfg.model.trainable, cfg.model.head, names)
+    if cfg.head.frozen:
+        chosen = _without(chosen, cfg.model.head, names)
     return net, ParamSpace.of(net, chosen, list(cfg.model.local))
 
 
+def _without(chosen: Callable[[str], bool], head: Patterns, names: Sequence[str]) -> Callable[[str], bool]:
+    """Leave out the head's names."""
+    if not any(chosen(name) and not matches(name, head) for name in names):
+        raise ValueError(
+            "head.frozen=true leaves nothing to train with this model.trainable; set one of them otherwise"
+        )
+    return lambda name: chosen(name) and not matches(name, head)
+
+
+def build_device(cfg: DictConfig) -> torch.device:
+    """Find the device that the Trainer will train on."""
+    return lightning.Fabric(accelerator=cfg.trainer.accelerator, devices=1).device
+
+
 def build_setting(cfg: DictConfig, federation: Federation, ledger: Ledger, module: ClientModule) -> Setting:
-    """Gather what calibration works on."""
+    """Gather what head and mask are prepared on, and move the network to its device."""
+    device = build_device(cfg)
     return Setting(
-        net=federation.net,
+        net=federation.net.to(device),
         space=federation.space,
         dataset=federation.dataset,
         parts=federation.parts,
@@ -115,7 +159,60 @@ def build_setting(cfg: DictConfig, federation: Federation, ledger: Ledger, modul
         seed=cfg.seed,
         ledger=ledger,
         model_length=federation.model_length,
+        inputs=federation.inputs,
+        device=device,
     )
+
+
+def start_head(cfg: DictConfig, setting: Setting) -> None:
+    """Prepare the head: every run of a seed starts from the same one, whatever its mask rule."""
+    head, steps, lr = Head(**cfg.head), cfg.calibration.head_steps, cfg.calibration.head_lr
+    if head.init == "random":
+        return
+    read = {**_plain(cfg, "head"), "steps": steps, "lr": lr, "sampled": _sampled(setting, Purpose.HEAD, steps)}
+    Cache(cfg.calibration.cache).head(
+        setting,
+        read | {"client": str(cfg.client._target_)},
+        cfg.model.head,
+        lambda: prepare_head(setting, head, cfg.model.head, steps, lr),
+    )
+
+
+def choose_mask(cfg: DictConfig, setting: Setting) -> Calibrated:
+    """Choose what trains: calibrate, or take the masks of the same calibration."""
+    calibration = Calibration(**cfg.calibration)
+    work = Work(instantiate(cfg.mask_rule), instantiate(cfg.sparsity), calibration, cfg.model.head)
+    choose = calibrate_clients if check_owner(cfg) else calibrate
+    if not work.rule.needs_data:
+        return choose(setting, work)
+    read = {key: _plain(cfg, key) for key in ("mask_rule", "sparsity", "calibration", "mask")}
+    del read["calibration"]["cache"]
+    read["sampled"] = _sampled(setting, Purpose.CALIBRATION, calibration.rounds)
+    read["client"] = str(cfg.client._target_)
+    return Cache(calibration.cache).calibrated(setting, read, lambda: choose(setting, work))
+
+
+def _plain(cfg: DictConfig, key: str) -> Any:
+    return OmegaConf.to_container(cfg[key], resolve=True)
+
+
+def _sampled(setting: Setting, purpose: Purpose, rounds: int) -> list[list[int]]:
+    """Who takes part in each round of a preparation."""
+    return [list(setting.sample(round, purpose)) for round in range(rounds)]
+
+
+def check_owner(cfg: DictConfig) -> bool:
+    """Whether every client has a mask of its own.
+
+    Raises:
+        ValueError: ``mask.owner`` is unknown, or goes with an exchange that sends more than a client's mask.
+
+    """
+    if cfg.mask.owner not in ("global", "client"):
+        raise ValueError(f"mask.owner is {cfg.mask.owner!r}; it must be global or client")
+    if cfg.mask.owner == "client" and not cfg.exchange._target_.endswith(".Masked"):
+        raise ValueError("mask.owner=client needs exchange=masked: each client sends what its own mask trains")
+    return bool(cfg.mask.owner == "client")
 
 
 def build_module(cfg: DictConfig, federation: Federation) -> ClientModule:
@@ -128,14 +225,24 @@ def build_module(cfg: DictConfig, federation: Federation) -> ClientModule:
         instantiate(cfg.server.optimizer),
         cohort=federation.cohort,
         clip_norm=cfg.optimizer.clip_norm,
+        inputs=federation.inputs,
     )
 
 
-def build_rounds(cfg: DictConfig, federation: Federation, mask: Mask, ledger: Ledger) -> FederatedRounds:
+def build_exchange(cfg: DictConfig, federation: Federation, row: Tensor, module: ClientModule) -> Any:
+    """Build the exchange of the coordinates that train, bool (P,), or of each client's own."""
+    if check_owner(cfg):
+        return OwnMasked(row, federation.space.local, module.own_masks)  # type: ignore[arg-type]
+    return instantiate(cfg.exchange)(trained=row, local=federation.space.local)
+
+
+def build_rounds(
+    cfg: DictConfig, federation: Federation, mask: Mask, ledger: Ledger, module: ClientModule
+) -> FederatedRounds:
     """Build the protocol of a round."""
     row = mask.row(federation.space)
     return FederatedRounds(
-        exchange=instantiate(cfg.exchange)(trained=row, local=federation.space.local),
+        exchange=build_exchange(cfg, federation, row, module),
         aggregation=instantiate(cfg.aggregation),
         topology=instantiate(cfg.topology),
         buffers=Buffers(cfg.federation.buffers),
@@ -175,12 +282,12 @@ class Callbacks:
 
 
 def build_callbacks(
-    cfg: DictConfig, rounds: FederatedRounds, federation: Federation, mask: Mask, folder: Path
+    cfg: DictConfig, rounds: FederatedRounds, federation: Federation, mask: Mask, folder: Path, shared: bool = False
 ) -> Callbacks:
-    """Build all callbacks."""
+    """Build all callbacks; ``shared`` if other runs write to the same terminal at the same time."""
     config = {**OmegaConf.to_container(cfg, resolve=True), "density": mask.by_layer()}  # type: ignore[dict-item]
     evaluation = Evaluation(federation.tests)
-    progress = RoundProgress(rounds, evaluation, len(federation.plan.sample(0)))
+    progress = RoundProgress(rounds, evaluation, len(federation.plan.sample(0)), shared=shared)
     chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     others = [progress, Artifacts(folder, config), *chosen, *build_checkpoints(cfg, folder)]
     return Callbacks(rounds, RoundLog(rounds, evaluation), GracefulStop(), others)
@@ -205,12 +312,14 @@ def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) 
 
 def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any]) -> lightning.Trainer:
     """Build the one Trainer that runs the whole federation."""
+    half = {"precision": None} if cfg.trainer.precision == HALF else {}
     return instantiate(cfg.trainer)(
+        **half,
         max_epochs=cfg.federation.rounds,
         check_val_every_n_epoch=cfg.federation.eval_every,
         callbacks=callbacks.listed(),
         logger=loggers,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *([HalfPrecision(build_device(cfg))] if half else [])],
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
@@ -220,21 +329,23 @@ def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any]) -> 
     )
 
 
-def build_datamodule(federation: Federation) -> FederatedDataModule:
+def build_datamodule(cfg: DictConfig, federation: Federation) -> FederatedDataModule:
     """Build the loaders of cohorts and splits."""
-    return FederatedDataModule(federation.dataset, federation.plan, federation.tests)
+    chosen = augment(cfg.data.augment)
+    return FederatedDataModule(federation.dataset, federation.plan, federation.tests, augment=chosen)
 
 
 def _labels(split: Any) -> np.ndarray:
     return split.y.cpu().numpy()
 
 
-def _check_classes(net: nn.Module, dataset: Dataset) -> None:
+def _check_classes(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:
     """Refuse a head that cannot tell the classes of the data apart."""
-    head = getattr(net, "head", None)
-    if isinstance(head, nn.Linear) and head.out_features < dataset.classes:
+    heads = [module for name, module in net.named_modules() if matches(f"{name}.weight", cfg.model.head)]
+    outputs = next((head.out_features for head in heads if isinstance(head, nn.Linear)), dataset.classes)
+    if outputs < dataset.classes:
         raise ValueError(
-            f"the model's head has {head.out_features} outputs and the data {dataset.classes} classes; "
+            f"the model's head has {outputs} outputs and the data {dataset.classes} classes; "
             f"set model.net.num_classes={dataset.classes}"
         )
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from fedsparse.sweep import already_used, cell_name, used
 
 PACKAGES = ("fedsparse", "torch", "torchvision", "torchmetrics", "lightning", "timm", "transformers", "peft")
 COUNTS = (
@@ -23,6 +30,7 @@ COUNTS = (
     "calibration.rounds",
 )
 OPTIONAL_COUNTS = ("federation.local_steps", "federation.local_epochs")
+EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
 POSITIVE = ("optimizer.lr", "server.lr", "calibration.head_lr")
 
 
@@ -31,17 +39,41 @@ class RunFolderUsed(SystemExit):
 
 
 class FreshRunFolder(Callback):
-    """Refuses a run folder that holds a run, before Hydra writes into it."""
+    """Refuses a used folder for a single run, before anything is written; tells how far a sweep is."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the folder of a single run."""
         refuse_used(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the folders of a sweep."""
-        sweep = Path(config.hydra.sweep.dir)
-        for folder in sorted(sweep.iterdir()) if sweep.is_dir() else ():
-            refuse_used(folder)
+        """Let keys that are swept make cells of their own, whatever they are, and count the cells."""
+        parsed = _sweep_overrides(config)
+        swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
+        excluded = [key for key in OmegaConf.select(config, EXCLUDED) if key not in swept]
+        with read_write(config.hydra.overrides.hydra):
+            config.hydra.overrides.hydra.append(f"{EXCLUDED}=[{','.join(excluded)}]")
+        subdir = OmegaConf.to_container(config.hydra.sweep)["subdir"]  # type: ignore[index, call-overload]
+        if config.hydra.sweeper._target_.endswith("BasicSweeper") and subdir.startswith("${cell:"):
+            cells = [cell for batch in BasicSweeper.split_arguments(parsed, None) for cell in batch]
+            print(_how_far(Path(config.hydra.sweep.dir), [cell_name(cell, excluded) for cell in cells]), flush=True)
+
+
+def _sweep_overrides(config: DictConfig) -> list[Override]:
+    """What a sweep goes over: the sweeper's own parameters, and what was typed."""
+    own = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    return parser.parse_overrides([*own, *config.hydra.overrides.task])
+
+
+def _how_far(sweep: Path, names: Sequence[str]) -> str:
+    """Say how many cells there are, and how many of them have a summary.
+
+    >>> _how_far(Path("runs/grid"), ["seed-0", "seed-1"])
+    '2 cells in runs/grid'
+    """
+    done = sum((sweep / name / "summary.json").is_file() for name in names)
+    cells = f"{len(names)} {'cell' if len(names) == 1 else 'cells'} in {sweep}"
+    return f"{cells}, {done} finished before" if done else cells
 
 
 def refuse_used(folder: Path) -> None:
@@ -51,10 +83,8 @@ def refuse_used(folder: Path) -> None:
         RunFolderUsed: one line that names the folder and the ways on.
 
     """
-    if any((folder / name).exists() for name in ("summary.json", "metrics.csv", "checkpoints")):
-        raise RunFolderUsed(
-            f"fedsparse: {folder} already holds a run; continue it with resume={folder}, or choose another folder"
-        )
+    if used(folder):
+        raise RunFolderUsed(f"fedsparse: {already_used(folder)}")
 
 
 def conf_dir() -> Path:
@@ -77,9 +107,28 @@ def wandb_offline() -> bool:
         return True
 
 
+def timm_head(name: str) -> str:
+    """Pattern of the head's parameters in one of timm's models, such as ``fc.*``."""
+    from fedsparse.models.pretrained import head_pattern  # timm costs a second to import
+
+    return head_pattern(name)
+
+
+def whole_quotient(total: int, parts: int | None) -> int:
+    """Divide and round half up to a whole number of at least 1; without parts the total.
+
+    >>> whole_quotient(800, 16), whole_quotient(800, 3)
+    (50, 267)
+    """
+    return max(1, math.floor(total / parts + 0.5)) if parts else total
+
+
 def register_resolvers() -> None:
-    """Make ``${wandb_offline:}`` known to OmegaConf."""
+    """Make known to OmegaConf what the YAML files write as ``${name:arguments}``."""
     OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
+    OmegaConf.register_new_resolver("cell", cell_name, replace=True)
+    OmegaConf.register_new_resolver("timm_head", timm_head, replace=True)
+    OmegaConf.register_new_resolver("whole_quotient", whole_quotient, replace=True)
 
 
 def check(cfg: DictConfig) -> None:
@@ -108,9 +157,9 @@ def check(cfg: DictConfig) -> None:
 def _check_keys(cfg: DictConfig) -> None:
     """Refuse keys that nothing would read: Hydra lets ``+key=value`` add any."""
     groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
-    known = {*groups, "seed", "client", "resume"}
+    known = {*groups, "seed", "client", "resume", "pictures"}
     unknown = [str(key) for key in cfg if str(key) not in known]
-    for group in ("federation", "calibration"):
+    for group in ("federation", "calibration", "head", "mask"):
         default = OmegaConf.load(conf_dir() / group / "default.yaml")
         unknown += [f"{group}.{key}" for key in cfg[group] if key not in default]
     if unknown:
@@ -145,3 +194,6 @@ def refuse_foreign_targets(node: Any) -> None:
     if isinstance(node, list):
         for value in node:
             refuse_foreign_targets(value)
+
+
+register_resolvers()  # here, because the workers of a sweep import this file and call no main()

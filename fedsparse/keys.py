@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     HEAD = 5
     TEST_PARTS = 6
     DROPOUT = 7
+    AUGMENT = 8
 
 
 def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:

@@ -1,4 +1,8 @@
-"""A table of finished runs: ``python -m fedsparse.report <run or sweep folder> ... [--pixels]``."""
+"""The report of finished runs: ``python -m fedsparse.report <run or sweep folder> ... [--out DIR]``.
+
+It reads run folders and nothing else: tables on the terminal and, with ``--out``, report.md, report.html (one page that
+needs nothing beside it) and the pictures as PNG. The same folders give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsparse.analysis.table import markdown, read_runs, rows
+from fedsparse.analysis import convergence, overlap, pareto, tables
+from fedsparse.analysis.folders import read_runs
+from fedsparse.analysis.page import Picture, Section, markdown, page, png
+from fedsparse.analysis.table import once, rows
+
+_TITLE = "fedsparse report"
 
 
 def pixels_accuracy() -> float:
@@ -21,19 +30,83 @@ def pixels_accuracy() -> float:
     return float(model.score(data.test.x.flatten(1).numpy(), data.test.y.numpy()))
 
 
+def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
+    """Read run folders into the parts of a report.
+
+    Args:
+        folders: run folders, or folders that hold some at any depth.
+        target: fraction of the best dense test accuracy that a run must reach.
+
+    Raises:
+        ValueError: there is no finished run.
+
+    """
+    found, problems = read_runs(folders)
+    runs, repeated, apart = once(found)
+    table = rows(runs)
+    overlaps, unread = overlap.section(table)
+    return [
+        tables.overview(table),
+        tables.by_partition(table),
+        tables.by_sparsity(table),
+        tables.clients(table),
+        pareto.section(table),
+        convergence.section(table),
+        convergence.target_section(table, target),
+        *overlaps,
+        *tables.scaled(runs),
+        *tables.missing(sorted([*problems, *apart, *unread]), repeated),
+    ]
+
+
+def write(parts: Sequence[Section], folder: Path) -> None:
+    """Write report.md, report.html and the pictures into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [block for part in parts for block in part.blocks if isinstance(block, Picture)]
+    drawn = {picture.name: png(picture.draw()) for picture in pictures}
+    for name, data in drawn.items():
+        (folder / f"{name}.png").write_bytes(data)
+    (folder / "report.md").write_text(markdown(_TITLE, parts), encoding="utf-8")
+    (folder / "report.html").write_text(page(_TITLE, parts, drawn), encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold some")
-    parser.add_argument("--pixels", action="store_true", help="add a logistic regression on the pixels of the digits")
-    options = parser.parse_args(arguments)
+    """Print the report, and write it."""
+    options = _parser().parse_args(arguments)
+    if options.scale:
+        from fedsparse import scale  # here: it builds models, which a report without it never does
+
+        scale.measure(options.folders)
     try:
-        print(markdown(rows(read_runs(options.folders))))
+        parts = sections(options.folders, options.target)
     except ValueError as error:
         sys.exit(f"fedsparse: {error}")
-    print("\n`*`: the best learning rate is the smallest or largest of those tried.")
     if options.pixels:
-        print(f"Centralised logistic regression on the pixels: {pixels_accuracy():.1%} test accuracy.")
+        parts.append(Section("Reference", _pixels(), []))
+    print(markdown(_TITLE, parts, pictures=False), end="")
+    if options.out:
+        write(parts, options.out)
+
+
+def _pixels() -> str:
+    return f"Centralised logistic regression on the pixels of the digits: {pixels_accuracy():.1%} test accuracy."
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold some at any depth")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md, report.html and PNGs here")
+    parser.add_argument("--target", type=_fraction, default=0.95, help="fraction of the best dense accuracy (0.95)")
+    parser.add_argument("--scale", action="store_true", help="evaluate scaled task vectors; builds data and models")
+    parser.add_argument("--pixels", action="store_true", help="add a logistic regression on the pixels of the digits")
+    return parser
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a fraction above 0 and at most 1, not {text}")
+    return value
 
 
 if __name__ == "__main__":

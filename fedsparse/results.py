@@ -90,13 +90,12 @@ def summarise(
     }
 
 
-def write_results(folder: Path, federation: Federation, summary: Mapping[str, Any]) -> None:
+def write_results(folder: Path, federation: Federation, summary: Mapping[str, Any], pictures: bool = True) -> None:
     """Write model, curves and, last of all, the summary that marks a run as finished."""
     save_model(federation.net, folder / "model.safetensors")
-    rows = read_rows(folder / "metrics.csv")
-    curves_figure(rows, title=f"mask rule {summary['mask_rule']}, partition {summary['partition']}").savefig(
-        folder / "curves.png", dpi=120
-    )
+    if pictures:
+        title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}"
+        curves_figure(read_rows(folder / "metrics.csv"), title).savefig(folder / "curves.png", dpi=120)
     write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 

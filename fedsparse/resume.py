@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from fedsparse import results
 from fedsparse.config import conf_dir, refuse_foreign_targets
+from fedsparse.sweep import already_used, difference, used
 
 ALLOWED = "on resume only federation.rounds, trainer.* and logger may be given"
 
@@ -43,6 +45,38 @@ def facts(hydra_cfg: Any) -> tuple[dict[str, str], str | None]:
     choices = {str(k): str(v) for k, v in hydra_cfg.runtime.choices.items() if not str(k).startswith("hydra/")}
     sweep = "MULTIRUN" in str(hydra_cfg.mode)
     return choices, Path(str(hydra_cfg.sweep.dir)).name if sweep else None
+
+
+def store(job: Job, hydra_cfg: Any) -> None:
+    """Write the configuration into the run folder, as Hydra would, but each file whole or not at all."""
+    own = OmegaConf.to_container(hydra_cfg, enum_to_str=True)
+    assert isinstance(own, dict)
+    own["sweep"]["dir"] = str(hydra_cfg.sweep.dir)  # a ${now:} in it would name another sweep on resume
+    files = {"hydra.yaml": OmegaConf.create({"hydra": own}), "config.yaml": job.cfg}
+    folder = job.folder / ".hydra"
+    folder.mkdir(exist_ok=True)
+    for name, node in {**files, "overrides.yaml": hydra_cfg.overrides.task}.items():
+        results.write_atomically(folder / name, OmegaConf.to_yaml(node))
+
+
+def as_found(job: Job) -> Job:
+    """Take a cell of a sweep as it stands in its folder: not begun, or the same run to go on with.
+
+    Raises:
+        ValueError: the folder holds another run; it is not touched.
+
+    """
+    if not used(job.folder):
+        return job
+    stored = job.folder / ".hydra" / "config.yaml"
+    if not stored.is_file():
+        raise ValueError(already_used(job.folder))
+    cfg = OmegaConf.load(stored)
+    assert isinstance(cfg, DictConfig)
+    different = difference(cfg, job.cfg)
+    if different is not None:
+        raise ValueError(f"another run is stored here: {different}; choose another hydra.sweep.dir")
+    return replace(job, resumed=True)
 
 
 def read_job(folder: Path, overrides: Sequence[str]) -> Job:
@@ -88,12 +122,16 @@ def _compose_logger(option: str) -> Any:
 
 
 def finished(job: Job) -> dict[str, Any] | None:
-    """Summary of a folder whose run is finished with as many rounds as asked for, or None."""
+    """Summary of a folder whose run is finished with as many rounds as asked for, or None.
+
+    A run that stopped early by itself, with fewer rounds than were asked for when it began, is finished too.
+    """
     path = job.folder / "summary.json"
     if not path.is_file():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    return summary if summary["rounds"] >= job.cfg.federation.rounds else None
+    begun = OmegaConf.load(job.folder / ".hydra" / "config.yaml").federation.rounds
+    return summary if job.cfg.federation.rounds <= max(summary["rounds"], begun) else None
 
 
 def open_log(folder: Path) -> logging.Handler:

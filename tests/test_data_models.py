@@ -375,6 +375,9 @@ def test_trainable_refuses_what_the_model_lacks():
 @pytest.mark.parametrize("name", ["vit_digits", "mlp", "conv"])
 def test_model_yaml_builds(name):
     cfg = OmegaConf.create({"model": yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text()), "seed": 2})
+    found = {"num_classes": 10, "in_chans": 1, "in_features": 64}  # null: as the data has
+    assert [key for key in found if key in cfg.model.net] == [k for k in found if cfg.model.net.get(k, 0) is None]
+    cfg.model.net.update({key: value for key, value in found.items() if key in cfg.model.net})
     net = instantiate(cfg.model.net)
     assert cfg.model.name == name
     trainable_filter(cfg.model.trainable, cfg.model.head, [n for n, _ in net.named_parameters()])

@@ -34,6 +34,8 @@ RULES = {  # name: (how to build it, whether it keeps exactly k)
     "most_sensitive": (lambda file: rules.Fisher(largest=True), True),
     "batch_form": (lambda file: rules.Fisher(largest=True, fisher="batch"), True),
     "model_labels": (lambda file: rules.Fisher(largest=True, labels="model"), True),
+    "talos": (lambda file: rules.Talos(), True),
+    "talos_logprob": (lambda file: rules.Talos(score="logprob"), True),
     "highest_magnitude": (lambda file: rules.Magnitude(largest=True), True),
     "lowest_magnitude": (lambda file: rules.Magnitude(largest=False), True),
     "random": (lambda file: rules.Random(), True),
@@ -43,7 +45,8 @@ RULES = {  # name: (how to build it, whether it keeps exactly k)
 }
 EXACT = [name for name, (_, exact) in RULES.items() if exact]
 ALWAYS = ["head.*"]
-LARGEST = {"least_sensitive": False, "most_sensitive": True, "lowest_magnitude": False, "highest_magnitude": True}
+LARGEST = {"least_sensitive": False, "most_sensitive": True, "talos": False}
+LARGEST |= {"lowest_magnitude": False, "highest_magnitude": True}
 
 
 def losses(forward, x, y):
@@ -67,14 +70,15 @@ def mask_file(net, tmp_path):
 
 
 def build(name, net, file, sparsity, seed=0):
-    """Run a rule as the calibration does: observe two batches if it wants data, then choose."""
+    """Run a rule as the calibration does: a round of two batches if it wants data, then choose."""
     rule, space, generator = RULES[name][0](str(file)), ParamSpace.of(net), torch.Generator().manual_seed(seed)
     rng = np.random.default_rng([6])
     batches = [(torch.from_numpy(rng.normal(size=(9, 5))).float(), torch.from_numpy(rng.integers(0, 3, 9)))] * 2
-    observed = None
+    state = None
     if rule.needs_data:
         observed = sum(rule.observe(net, space, x, y, loss=losses, generator=generator) for x, y in batches)
-    return space, rule.mask(space, space.read(net), sparsity, observed, generator)
+        state = rule.take(None, observed, space=space, sparsity=sparsity, round=0, rounds=1)
+    return space, rule.mask(space, space.read(net), sparsity, state, generator)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.8, 0.99])
@@ -219,4 +223,7 @@ def test_every_rule_of_the_configuration_instantiates(path):
 def test_every_sparsity_of_the_configuration_instantiates(path):
     config = {"model": {"head": "head.*"}, "sparsity": yaml.safe_load(path.read_text())}
     sparsity = instantiate(OmegaConf.create(config).sparsity)
+    if path.stem == "shira":
+        assert sparsity == Sparsity(scope="shira", rank=8, always_train="head.*")
+        return
     assert sparsity == replace(Sparsity(int(path.stem[1:]) / 100), always_train="head.*")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedsparse.masks import Sparsity
+from fedsparse.masks import MaskRule, Sparsity, gradients
 from fedsparse.masks.rules import Fisher
-from fedsparse.masks.scores import fisher_batch, fisher_per_sample
+from fedsparse.masks.scores import fisher, fisher_batch, fisher_per_sample
 from fedsparse.space import ParamSpace
 
 
@@ -104,8 +104,8 @@ def test_scores_add_over_batches():
     torch.testing.assert_close(halves[0] + halves[1], whole, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("fisher", [fisher_per_sample, fisher_batch])
-def test_the_network_comes_back_as_it_was(fisher):
+@pytest.mark.parametrize("measure", [fisher_per_sample, fisher_batch])
+def test_the_network_comes_back_as_it_was(measure):
     net, (x, y) = mlp(), batch((5, 4))
     net.train()
     net[0].eval()
@@ -113,27 +113,27 @@ def test_the_network_comes_back_as_it_was(fisher):
     before = {name: p.clone() for name, p in net.named_parameters()}
     state = torch.get_rng_state()
     with torch.no_grad():  # the caller's grad mode does not matter
-        fisher(net, ParamSpace.of(net), x, y, loss=losses)
+        measure(net, ParamSpace.of(net), x, y, loss=losses)
     assert [module.training for module in net] == [False, True, True, True]
     assert not net[3].bias.requires_grad
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in net.named_parameters())
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("fisher", [fisher_per_sample, fisher_batch])
-def test_frozen_parameters_outside_the_space_are_left_out(fisher):
+@pytest.mark.parametrize("measure", [fisher_per_sample, fisher_batch])
+def test_frozen_parameters_outside_the_space_are_left_out(measure):
     net, (x, y) = mlp(), batch((5, 4))
     part = ParamSpace.of(net, trainable=lambda name: name.startswith("3."))
     whole = ParamSpace.of(net)
     net[0].requires_grad_(False)
-    found = fisher(net, part, x, y, loss=losses)
-    torch.testing.assert_close(found, fisher(net, whole, x, y, loss=losses)[whole.where("3.*")], rtol=1e-6, atol=0)
+    found = measure(net, part, x, y, loss=losses)
+    torch.testing.assert_close(found, measure(net, whole, x, y, loss=losses)[whole.where("3.*")], rtol=1e-6, atol=0)
     assert not found.requires_grad
 
 
 @pytest.mark.parametrize(("net", "shape"), [(mlp(), (9, 4)), (vit(), (9, 1, 8, 8))])
 def test_a_model_that_vmap_can_run_runs_stacked(net, shape, monkeypatch):
-    monkeypatch.setattr("fedsparse.masks.scores._gradients", lambda *_: pytest.fail("one by one"))
+    monkeypatch.setattr("fedsparse.masks.gradients.gradients", lambda *_: pytest.fail("one by one"))
     assert fisher_per_sample(net, ParamSpace.of(net), *batch(shape), loss=losses).any()
 
 
@@ -179,18 +179,18 @@ def test_tied_weights_score_the_sum_of_their_uses():
 
 def test_an_empty_batch_adds_nothing():
     net, (x, y) = mlp(), batch((3, 4))
-    for fisher in (fisher_per_sample, fisher_batch):
-        assert not fisher(net, ParamSpace.of(net), x[:0], y[:0], loss=losses).any()
+    for measure in (fisher_per_sample, fisher_batch):
+        assert not measure(net, ParamSpace.of(net), x[:0], y[:0], loss=losses).any()
 
 
-@pytest.mark.parametrize("fisher", [fisher_per_sample, fisher_batch])
-def test_labels_of_the_model_come_from_its_softmax_and_the_generator(fisher):
+@pytest.mark.parametrize("measure", [fisher_per_sample, fisher_batch])
+def test_labels_of_the_model_come_from_its_softmax_and_the_generator(measure):
     net, (x, _) = mlp(), batch((6, 4))
     net[3].bias.data = torch.tensor([0.0, 100.0, 0.0])  # the model is sure of class 1
     space, wrong, sure = ParamSpace.of(net), torch.zeros(6, dtype=torch.long), torch.ones(6, dtype=torch.long)
-    drawn = fisher(net, space, x, wrong, loss=losses, labels="model", generator=torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, fisher(net, space, x, sure, loss=losses))
-    assert not torch.equal(drawn, fisher(net, space, x, wrong, loss=losses))
+    drawn = measure(net, space, x, wrong, loss=losses, labels="model", generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, measure(net, space, x, sure, loss=losses))
+    assert not torch.equal(drawn, measure(net, space, x, wrong, loss=losses))
 
 
 def test_drawn_labels_make_the_expected_fisher_on_average():
@@ -220,3 +220,118 @@ def test_a_head_of_zeros_is_refused(fisher):
     observed = rule.observe(net, space, x, y, loss=losses)
     with pytest.raises(ValueError, match="a head of zeros"):
         rule.mask(space, space.read(net), Sparsity(0.8, always_train="3.*"), observed)
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_fisher_is_the_mean_over_samples_of_all_batches(per_sample):
+    net, (x, y) = mlp(torch.float64).train(), batch((11, 4), dtype=torch.float64)
+    halves = [(x[:5], y[:5]), (x[5:], y[5:])]
+    found = fisher(net, iter(halves), per_sample=per_sample)
+    assert net.training
+    if per_sample:
+        expected = plain_sum(net, ParamSpace.of(net), x, y) / 11
+    else:  # sum over batches of b * (gradient of the mean)^2, over the number of samples
+        expected = 0
+        for inputs, labels in halves:
+            net.eval().zero_grad()
+            cross_entropy(net(inputs), labels).backward()
+            expected += len(labels) * np.concatenate([p.grad.numpy().ravel() for p in net.parameters()]) ** 2 / 11
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-18)
+
+
+def test_fisher_scores_what_requires_a_gradient_and_draws_labels():
+    net, (x, y) = mlp(), batch((6, 4))
+    net[3].bias.data = torch.tensor([0.0, 100.0, 0.0])
+    drawn = fisher(net, [(x, y)], labels="model", generator=torch.Generator())
+    assert torch.equal(drawn, fisher(net, [(x, torch.ones_like(y))]))
+    net[0].requires_grad_(False)
+    part = fisher(net, [(x, y)])
+    assert len(part) == 6 * 3 + 3
+    with pytest.raises(ValueError, match="hand in a generator"):
+        fisher(net, [(x, y)], labels="model")
+    with pytest.raises(ValueError, match="hold no samples"):
+        fisher(net, [])
+    with pytest.raises(ValueError, match="requires a gradient"):
+        fisher(net.requires_grad_(False), [(x, y)])
+
+
+def test_tensors_that_share_their_gradient_are_not_squared_twice():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
+
+        def forward(self, x):
+            return x + (self.a + self.b)
+
+    net, (x, y) = Sum(), batch((4, 3), dtype=torch.float64)
+    for chunk in (1, 4):
+        found = fisher_per_sample(net, ParamSpace.of(net), x, y, loss=losses, chunk=chunk)
+        np.testing.assert_allclose(found, plain_sum(net, ParamSpace.of(net), x, y), rtol=1e-12)
+
+
+def test_a_chunk_that_does_not_fit_the_memory_is_halved(monkeypatch):
+    sizes, real = [], gradients.stacked_gradients
+
+    def small_memory(net, params, x, y, loss):
+        sizes.append(len(x))
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(net, params, x, y, loss)
+
+    monkeypatch.setattr(gradients, "stacked_gradients", small_memory)
+    net, (x, y) = mlp(torch.float64), batch((11, 4), dtype=torch.float64)
+    found = fisher_per_sample(net, ParamSpace.of(net), x, y, loss=losses, chunk=16)
+    assert sizes == [11, 8, 4, 4, 3]
+    np.testing.assert_allclose(found, plain_sum(net, ParamSpace.of(net), x, y), rtol=1e-12, atol=1e-18)
+
+
+def test_memory_that_one_sample_does_not_fit_is_an_error(monkeypatch):
+    def none(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gradients, "stacked_gradients", none)
+    monkeypatch.setattr(gradients, "gradients", none)
+    net, (x, y) = mlp(), batch((5, 4))
+    with pytest.raises(torch.OutOfMemoryError):
+        fisher_per_sample(net, ParamSpace.of(net), x, y, loss=losses)
+
+
+def test_the_chunk_suits_model_and_device(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    sizes = [0, 10_000, 800_000, 4_000_000, 22_000_000, 88_000_000]
+    assert [gradients.automatic_chunk(size, cpu) for size in sizes] == [32, 32, 32, 8, 1, 1]
+    # 10 GB free and 4 GB kept by torch's allocator unused; four times the model for a sample
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10e9, 16e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5_000_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000_000_000)
+    assert gradients.automatic_chunk(88_000_000, gpu) == 39
+    assert gradients.automatic_chunk(8_000_000_000, gpu) == 1
+
+
+def test_accumulate_adds_what_observe_measures_also_in_a_subclass():
+    class Rooted(Fisher):
+        def observe(self, *arguments, **options):
+            return super().observe(*arguments, **options).sqrt()
+
+    class Ones(MaskRule):
+        def observe(self, net, space, x, y, *, loss, generator=None):
+            return torch.ones(space.size, dtype=torch.float64)
+
+    net, (x, y) = mlp(), batch((5, 4))
+    space = ParamSpace.of(net)
+    for rule in (Fisher(largest=True), Fisher(largest=True, fisher="batch"), Rooted(largest=True), Ones()):
+        total = torch.full((space.size,), 3.0, dtype=torch.float64)
+        rule.accumulate(total, net, space, x, y, loss=losses)
+        torch.testing.assert_close(total, 3 + rule.observe(net, space, x, y, loss=losses), rtol=1e-12, atol=1e-12)
+
+
+def test_rounds_are_summed_by_default():
+    space, options = ParamSpace(["w"], [torch.Size([2])]), {"sparsity": Sparsity(), "rounds": 2}
+    first = MaskRule().take(None, torch.tensor([1.0, 2.0]), space=space, round=0, **options)
+    kept = first.clone()
+    second = MaskRule().take(first, torch.tensor([10.0, 20.0]), space=space, round=1, **options)
+    assert second.tolist() == [11.0, 22.0]
+    assert torch.equal(first, kept)
+    assert MaskRule().view(first, second) is first

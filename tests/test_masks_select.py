@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsparse.masks import Sparsity, select, top_fraction
+from fedsparse.masks import Sparsity, select, top_fraction, topk
 from fedsparse.space import ParamSpace
 
 SPACE = ParamSpace(
@@ -37,6 +37,49 @@ def plain_top(scores, fraction, largest):
 def test_top_fraction_equals_a_plain_sort_with_many_ties(scores, fraction, largest):
     found = top_fraction(torch.tensor(scores, dtype=torch.float64), fraction, largest=largest)
     assert found.tolist() == plain_top(scores, fraction, largest)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(
+    st.lists(st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.5, 2.0, math.inf]), min_size=40, max_size=300)
+    | st.lists(st.floats(-9, 9, width=32), min_size=40, max_size=300),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_the_search_from_a_sample_equals_a_plain_sort(scores, fraction, largest):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "_SAMPLE", 10)
+        patch.setattr(topk, "_MARGIN", 0.1)
+        found = top_fraction(torch.tensor(scores), fraction, largest=largest)
+    assert found.tolist() == plain_top(scores, fraction, largest)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_ties_run_on_over_several_tensors(k):
+    parts = [
+        torch.tensor([1.0, 0.0]),
+        torch.zeros(0),
+        torch.tensor([0.0, 2.0, 0.0]),
+        torch.tensor([0.0, 0.0, 5.0, 7.0]),
+    ]
+    marks, tied = topk.mark(parts, k, largest=False)
+    whole = torch.cat(parts).tolist()
+    assert torch.cat(marks).tolist() == plain_top(whole, k / 9, False)
+    assert tied == (5 if k < 5 else 0)
+    assert topk.mark(parts, k, largest=True)[1] == (5 if 4 < k < 9 else 0)
+
+
+def test_scores_of_half_precision_are_ordered_too():
+    scores = torch.tensor([0.5, -2.0, 3.0, 0.5, 1.0])
+    for dtype in (torch.float16, torch.bfloat16):
+        assert top_fraction(scores.to(dtype), 0.6).tolist() == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_a_power_of_the_density_leads_up_to_it(power):
+    found = select(torch.arange(38.0), SPACE, Sparsity(0.9, always_train="head.*"), largest=True, power=power)
+    assert int(found[:28].sum()) == math.floor(0.1**power * 28 + 0.5)
+    assert found[28:].all()
 
 
 @pytest.mark.parametrize(("fraction", "largest"), GENERAL)

@@ -57,7 +57,7 @@ def test_a_mask_rule_in_three_steps(copy):
 
 
 def test_the_files_that_the_readme_names_exist():
-    for name in re.findall(r"\]\(([\w./-]+)\)", README) + ["notebooks/quickstart.ipynb", "fedsparse/masks/rules.py"]:
+    for name in re.findall(r"\]\(([\w./-]+)\)", README) + ["notebooks/01_first_run.ipynb", "fedsparse/masks/rules.py"]:
         assert (ROOT / name).exists(), name
 
 

@@ -1,123 +1,134 @@
-"""A table of many runs: the best learning rate of each row by validation, means over seeds, and intervals."""
+"""Rows of every table: runs over seeds, at the learning rate that validates best, beside their dense counterpart."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import yaml
-from scipy import stats
 
-Run = Mapping[str, Any]
+from fedsparse.analysis.files import finite
+from fedsparse.analysis.folders import Problem, Run
+from fedsparse.analysis.names import Settings, labels, settings
+from fedsparse.analysis.statistics import Interval, paired
 
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and half the width of its 95 % confidence interval (Student's t)."""
-
-    mean: float
-    half: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        """Estimate from independent values; half is NaN for a single one.
-
-        >>> Interval.of([0.9, 0.92, 0.94]).half  # doctest: +ELLIPSIS
-        0.0496...
-        """
-        n = len(values)
-        spread = float(np.std(values, ddof=1)) if n > 1 else math.nan
-        return cls(float(np.mean(values)), float(stats.t.ppf(0.975, max(1, n - 1))) * spread / math.sqrt(n))
-
-    def percent(self) -> str:
-        """Write as per cent."""
-        return f"{100 * self.mean:.1f}" + ("" if math.isnan(self.half) else f" ± {100 * self.half:.1f}")
+_PROTOCOL = ("data", "model", "partition", "federation.")  # dense training must share these to be compared with
+_TRAINABLE = ("model.trainable", "model.local")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: runs that differ in their seed alone, at the learning rate that validated best."""
+    """Runs that differ in their seed alone, at the learning rate that validated best.
+
+    Attributes:
+        name: mask rule, and what else differs between the runs at hand.
+        partition: how the data are dealt.
+        sparsity: fraction frozen, 0 without a mask.
+        lr: the chosen learning rate.
+        lr_at_edge: whether it is the smallest or the largest of several.
+        runs: the chosen runs, by seed.
+        settings: what the runs share.
+
+    """
 
     name: str
     partition: str
+    sparsity: float
     lr: float
-    runs: int
-    test: Interval
-    worst: Interval
-    trained: float
-    sent: float
     lr_at_edge: bool
+    runs: tuple[Run, ...]
+    settings: Settings = field(repr=False)
 
+    def by_seed(self, key: str) -> dict[int, float]:
+        """Give a figure of the summaries by seed, where it is a finite number."""
+        return {run.seed: run.summary[key] for run in self.runs if finite(run.summary.get(key))}
 
-def read_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """Read every finished run below some folders: its summary, its learning rate and what is trainable.
+    def over_seeds(self, key: str) -> Interval:
+        """Estimate a figure of the summaries."""
+        return Interval.of(list(self.by_seed(key).values()))
 
-    Raises:
-        ValueError: no finished run is there.
-
-    """
-    listed = list(folders)
-    paths = sorted(path for folder in listed for path in Path(folder).rglob("summary.json"))
-    if not paths:
-        raise ValueError(f"no finished run (summary.json) below {', '.join(map(str, listed))}")
-    return [_read(path.parent) for path in paths]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
-    trainable = config["model"]["trainable"]
-    name = summary["mask_rule"] if trainable == "all" else f"{summary['mask_rule']}, trainable={trainable}"
-    return summary | {"lr": config["optimizer"]["lr"], "name": name}
+    def against(self, other: Row, key: str) -> Interval:
+        """Estimate the difference to another row, by seed."""
+        return paired(self.by_seed(key), other.by_seed(key))
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """Group runs by name and partition, and keep the learning rate with the best mean validation accuracy."""
-    keys = dict.fromkeys((run["partition"], run["name"]) for run in runs)
-    return [_row(name, part, [r for r in runs if (r["partition"], r["name"]) == (part, name)]) for part, name in keys]
+    """Group runs by all that matters but seed and learning rate, and keep the rate with the best mean validation.
+
+    Only rates that all seeds have tried compete: a rate with a missing seed has lost a run, or is not finished.
+    Sorted by partition, sparsity and name.
+    """
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_key(run), []).append(run)
+    named = zip(labels([dict(key) for key in groups]), groups.items(), strict=True)
+    table = [_row(name, partition, dict(key), group) for (name, partition), (key, group) in named]
+    return sorted(table, key=lambda row: (row.partition, row.sparsity, row.name))
 
 
-def _row(name: str, partition: str, runs: Sequence[Run]) -> Row:
-    lrs = sorted({run["lr"] for run in runs})
-    best = max(lrs, key=lambda lr: float(np.mean([run["val/acc"] for run in runs if run["lr"] == lr])))
-    chosen = [run for run in runs if run["lr"] == best]
-    return Row(
-        name=name,
-        partition=partition,
-        lr=best,
-        runs=len(chosen),
-        test=Interval.of([run["test/acc"] for run in chosen]),
-        worst=Interval.of([run["client/acc_worst10"] for run in chosen]),
-        trained=float(np.mean([run["trainable_fraction"] for run in chosen])),
-        sent=float(np.mean([run["bytes_up"] for run in chosen])),
-        lr_at_edge=len(lrs) > 1 and best in (lrs[0], lrs[-1]),
-    )
+def once(runs: Sequence[Run]) -> tuple[list[Run], int, list[Problem]]:
+    """Keep one run of each setting, learning rate and seed: a dense run of every sparsity is the same run.
 
+    Returns:
+        The runs to count, the number of repetitions, and those that came to other figures.
 
-def markdown(table: Sequence[Row]) -> str:
-    """Write rows as a Markdown table, best test accuracy first within each partition."""
-    head = [
-        "mask rule",
-        "partition",
-        "lr",
-        "trained",
-        "sent up, MB",
-        "test accuracy, %",
-        "worst tenth of clients, %",
-        "seeds",
+    """
+    first: dict[tuple, Run] = {}
+    for run in runs:
+        first.setdefault(_place(run), run)
+    others = [(run, first[_place(run)]) for run in runs if first[_place(run)] is not run]
+    apart = [
+        Problem(run.name, f"repeats {kept.name} with another result, {_percent(run)} for {_percent(kept)}; not counted")
+        for run, kept in others
+        if run.summary["test/acc"] != kept.summary["test/acc"]
     ]
-    order = sorted(table, key=lambda row: (row.partition, -row.test.mean))
-    lines = [head, ["---"] * len(head)] + [_cells(row) for row in order]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return list(first.values()), len(others), apart
 
 
-def _cells(row: Row) -> list[str]:
-    lr = f"{row.lr:g}" + ("*" if row.lr_at_edge else "")
-    sent = f"{row.sent / 1e6:.1f}"
-    figures = [row.test.percent(), row.worst.percent(), str(row.runs)]
-    return [row.name, row.partition, lr, f"{row.trained:.1%}", sent, *figures]
+def dense_of(row: Row, table: Sequence[Row]) -> Row | None:
+    """Find dense training of the same data, model, partition and rounds; of several, the one most alike."""
+    dense = [r for r in table if r.settings["mask_rule"] == "dense" and _protocol(r) == _protocol(row)]
+    return min(dense, key=lambda other: _distance(row, other), default=None)
+
+
+def partitions(table: Sequence[Row]) -> list[str]:
+    """List the partitions, in the order of their names."""
+    return sorted({row.partition for row in table})
+
+
+def sparsities(table: Sequence[Row]) -> list[float]:
+    """List the sparsities of rows with a mask, ascending."""
+    return sorted({row.sparsity for row in table if row.sparsity})
+
+
+def _percent(run: Run) -> str:
+    return f"{run.summary['test/acc']:.2%}"
+
+
+def _key(run: Run) -> tuple:
+    return tuple(sorted(settings(run).items()))
+
+
+def _place(run: Run) -> tuple:
+    return (_key(run), run.lr, run.seed)
+
+
+def _row(name: str, partition: str, shared: Settings, runs: Sequence[Run]) -> Row:
+    rates = {lr: [run for run in runs if run.lr == lr] for lr in sorted({run.lr for run in runs})}
+    most = max(map(len, rates.values()))
+    full = [lr for lr, tried in rates.items() if len(tried) == most]
+    best = max(full, key=lambda lr: float(np.mean([run.summary["val/acc"] for run in rates[lr]])))
+    edge = len(rates) > 1 and best in (min(rates), max(rates))
+    chosen = tuple(sorted(rates[best], key=lambda run: run.seed))
+    return Row(name, partition, chosen[0].sparsity, best, edge, chosen, shared)
+
+
+def _protocol(row: Row) -> dict[str, str]:
+    kept = {key: value for key, value in row.settings.items() if key.startswith(_PROTOCOL)}
+    return {key: value for key, value in kept.items() if key not in _TRAINABLE}
+
+
+def _distance(row: Row, other: Row) -> tuple[bool, int, str]:
+    """Order dense rows: those that train all first, then by the number of settings that differ, then by name."""
+    partial = other.settings.get(_TRAINABLE[0], "all") != "all"
+    return partial, len(set(row.settings.items()) ^ set(other.settings.items())), other.name

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsparse.data.augment import Augment
 from fedsparse.data.datasets import Dataset, Split
-from fedsparse.data.rounds import Cohort, RoundPlan
+from fedsparse.data.rounds import PADDING, Cohort, RoundPlan
+from fedsparse.keys import Purpose, generator
 
 
 class CohortLoader:
@@ -51,21 +53,41 @@ class FederatedDataModule(lightning.LightningDataModule):
         plan: the cohorts of every round.
         tests: for every client the indices of its part of the test split.
         eval_batch_size: samples of an evaluation batch.
+        augment: changes training images at random; None leaves them.
 
     """
 
     def __init__(
-        self, dataset: Dataset, plan: RoundPlan, tests: Sequence[np.ndarray] = (), eval_batch_size: int = 512
+        self,
+        dataset: Dataset,
+        plan: RoundPlan,
+        tests: Sequence[np.ndarray] = (),
+        eval_batch_size: int = 512,
+        augment: Augment | None = None,
     ) -> None:
         super().__init__()
         self.dataset, self.plan, self.tests, self.eval_batch_size = dataset, plan, tests, eval_batch_size
+        self.augment = augment
         self.x, self.y = dataset.train.x, dataset.train.y
 
-    def fetch(self, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather training samples by index: (*,) -> x (*, C, H, W), y (*,). One gather a cohort."""
+    def fetch(self, cohort: Cohort) -> tuple[Tensor, Tensor]:
+        """Gather, and augment, the samples of a cohort at once: x (K, S, B, C, H, W), y (K, S, B)."""
+        samples = cohort.samples
         if self.x.device != samples.device:
             self.x, self.y = self.x.to(samples.device), self.y.to(samples.device)
-        return self.x[samples], self.y[samples]
+        x, y = self.x[samples], self.y[samples]
+        return (x if self.augment is None else self._augmented(self.augment, x, cohort)), y
+
+    def _augmented(self, augment: Augment, x: Tensor, cohort: Cohort) -> Tensor:
+        """Augment by numbers that depend on seed, round and client alone, not on who else is in the cohort."""
+        shape = (cohort.samples[0].numel(), augment.numbers)
+        drawn = [self._uniforms(cohort.round, client, shape) for client in cohort.clients]
+        return augment(x.flatten(0, 2), torch.from_numpy(np.concatenate(drawn))).view_as(x)
+
+    def _uniforms(self, round: int, client: int, shape: tuple[int, int]) -> np.ndarray:
+        if client == PADDING:
+            return np.zeros(shape)
+        return generator(self.plan.seed, Purpose.AUGMENT, round, client).random(shape)
 
     def train_dataloader(self) -> CohortLoader:
         """Build the cohorts of the trainer's current round, from (seed, round) alone."""

@@ -16,6 +16,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from fedsparse.data.checks import checked_positive
+
 # Mean and standard deviation of all pixels of scikit-learn's digits (values 0 to 16). Fixed numbers, so that neither
 # the split nor the seed moves the inputs, and the glyphs of pre-training are scaled alike.
 DIGITS_MEAN = 4.8842
@@ -29,7 +31,7 @@ class Split:
     """Samples and their labels.
 
     Attributes:
-        x: float (N, C, H, W), images as the model takes them.
+        x: (N, C, H, W), float as the model takes them, or uint8 pixels of 0 to 255, which ``Inputs`` prepares.
         y: int64 (N,), labels from 0 on.
         users: (N,), who wrote or owns each sample; None where nobody knows.
 
@@ -50,10 +52,12 @@ class Dataset:
         test: the test split.
         classes: number of classes; labels are 0 to classes - 1.
         name: what messages call it.
+        mean: of each channel, of pixels scaled to [0, 1]; used where the model has none of its own.
+        std: standard deviations, likewise.
 
     Raises:
         ValueError: a split is empty, its x, y and users differ in length, a label is out of range, a pixel is NaN or
-            infinite, or the splits' images differ in shape.
+            infinite, or the splits' images differ in shape or type.
 
     """
 
@@ -62,11 +66,14 @@ class Dataset:
     test: Split
     classes: int
     name: str
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for part in PARTS:
             check_split(getattr(self, part), self.classes, f"the {part} split of {self.name}")
         check_shapes({part: tuple(getattr(self, part).x.shape[1:]) for part in PARTS}, self.name)
+        check_types({part: getattr(self, part).x.dtype for part in PARTS}, self.name)
 
 
 def check_split(split: Split, classes: int, where: str) -> None:
@@ -84,7 +91,7 @@ def check_split(split: Split, classes: int, where: str) -> None:
         raise ValueError(f"{where} has {counts}; it needs as many of each")
     if strange := sorted(set(y[(y < 0) | (y >= classes)].tolist())):
         raise ValueError(f"{where} has labels {_some(strange)}; with {classes} classes they are 0 to {classes - 1}")
-    bad = int((~x.isfinite()).flatten(1).any(1).sum())
+    bad = int((~x.isfinite()).flatten(1).any(1).sum()) if x.is_floating_point() else 0
     if bad:
         raise ValueError(f"{where} has NaN or infinite pixels in {bad} of {len(x)} images; remove or repair them")
 
@@ -99,6 +106,18 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], name: str) -> None:
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
         raise ValueError(f"the images of {name} differ in shape: {listed}; all splits need the same (C, H, W)")
+
+
+def check_types(types: dict[str, torch.dtype], name: str) -> None:
+    """Refuse splits of which some hold pixels and others images that are prepared already.
+
+    Raises:
+        ValueError: lists the types.
+
+    """
+    if len(set(types.values())) > 1:
+        listed = ", ".join(f"{part} {dtype}" for part, dtype in types.items())
+        raise ValueError(f"the images of {name} differ in type: {listed}; all splits need the same")
 
 
 def digits(val_fraction: float = 0.15, test_fraction: float = 0.2, split_seed: int = 0) -> Dataset:
@@ -151,12 +170,44 @@ def stratified(y: np.ndarray, val_fraction: float, test_fraction: float, seed: i
     return np.sort(train), np.sort(val), np.sort(test)
 
 
+def hold_out(y: np.ndarray, fraction: float, seed: int, key: str = "data.val_fraction") -> tuple[np.ndarray, ...]:
+    """Split the indices of labels (N,) in two, sorted, with the same class mix: ``ceil(fraction * N)`` are held out.
+
+    Args:
+        y: labels.
+        fraction: share that is held out.
+        seed: decides which.
+        key: what messages call the fraction.
+
+    Returns:
+        The rest, and those held out.
+
+    Raises:
+        ValueError: the fraction is not between 0 and 1, or a part would have fewer samples than classes, or a class
+            has only one sample.
+
+    """
+    checked_positive(key, fraction)
+    counts = np.unique(y, return_counts=True)[1]
+    if min(counts, default=0) < 2:
+        raise ValueError(f"{key}={fraction} of {len(y)} samples: a class has only one; it needs two, one for each part")
+    if not len(counts) <= fraction * len(y) <= len(y) - len(counts):
+        least = len(counts) / len(y)
+        raise ValueError(
+            f"{key}={fraction} of {len(y)} samples leaves a part with fewer than {len(counts)}, one for each class; "
+            f"choose a fraction of {least:.3f} to {1 - least:.3f}"
+        )
+    rest, held = train_test_split(np.arange(len(y)), test_size=fraction, random_state=seed, stratify=y)
+    return np.sort(rest), np.sort(held)
+
+
 def arrays(root: str | Path | None) -> Dataset:
     """Load your own images: a folder with ``train.npz``, ``val.npz`` and ``test.npz``.
 
     Each file holds ``x`` (N, C, H, W), or (N, H, W) for one channel, ``y`` (N,) of whole numbers from 0 on, and if you
-    like ``users`` (N,) for ``partition=natural``. Values are taken as they are: scale and standardise them yourself.
-    The number of classes is the highest label of all splits plus one.
+    like ``users`` (N,) for ``partition=natural``. An ``x`` of uint8 is kept as pixels of 0 to 255, which are scaled,
+    resized and normalised as the model wants them. Other values are taken as they are: standardise them yourself. The
+    number of classes is the highest label of all splits plus one.
 
     Raises:
         ValueError: the folder, a file or an array is missing or of a wrong kind; says what to put where.
@@ -188,7 +239,8 @@ def load_split(path: Path) -> Split:
         raise ValueError(f"{path}: x is {x.dtype} {x.shape}; it needs to be numbers of shape (N, C, H, W) or (N, H, W)")
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise ValueError(f"{path}: y is {y.dtype} {y.shape}; it needs to be whole numbers of shape (N,)")
-    images = np.ascontiguousarray(x if x.ndim == 4 else x[:, None], dtype=np.float32)
+    kind = np.uint8 if x.dtype == np.uint8 else np.float32
+    images = np.ascontiguousarray(x if x.ndim == 4 else x[:, None], dtype=kind)
     return Split(torch.from_numpy(images), torch.from_numpy(y.astype(np.int64)), held.get("users"))
 
 

@@ -41,13 +41,16 @@ class Tally:
         size: P.
         buffers: Q.
         device: where the sums are kept.
+        own: whether clients send different coordinates, so that the weights of each are summed too.
 
     """
 
-    def __init__(self, groups: int, size: int, buffers: int, device: torch.device) -> None:
-        self.vector = torch.zeros(groups * (size + buffers + 1) + 1, dtype=torch.float64, device=device)
-        rows, extra, self.numbers = self.vector.split([groups * size, groups * buffers, groups + 1])
+    def __init__(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> None:
+        sizes = [groups * size, groups * buffers, groups * size * own, groups + 1]
+        self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        rows, extra, senders, self.numbers = self.vector.split(sizes)
         self.rows, self.buffers = rows.view(groups, size), extra.view(groups, buffers)
+        self.senders = senders.view(groups, size) if own else None
         self.weight, self.loss = [0.0] * groups, 0.0
 
     def all_reduce(self) -> None:
@@ -60,8 +63,8 @@ class Tally:
 class Aggregation(Protocol):
     """Collects the updates of a round."""
 
-    def zero(self, groups: int, size: int, buffers: int, device: torch.device) -> Tally:
-        """Start a round."""
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:
+        """Start a round; ``own`` if clients send different coordinates."""
 
     def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
         """Take in K updates; a client of weight 0 adds nothing."""
@@ -74,11 +77,14 @@ class Aggregation(Protocol):
 
 
 class WeightedMean:
-    r"""Average of the updates by weight, :math:`\sum_k w_k \Delta_k / \sum_k w_k` (FedAvg, McMahan et al. 2017)."""
+    r"""Average of the updates by weight, :math:`\sum_k w_k \Delta_k / \sum_k w_k` (FedAvg, McMahan et al. 2017).
 
-    def zero(self, groups: int, size: int, buffers: int, device: torch.device) -> Tally:
+    Where clients send different coordinates, each is averaged over those who sent it; what nobody sent stays.
+    """
+
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:
         """Start a round with empty sums."""
-        return Tally(groups, size, buffers, device)
+        return Tally(groups, size, buffers, device, own)
 
     def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
         """Add w * rows in client order, so that the cohort size does not change the order of summation."""
@@ -89,6 +95,8 @@ class WeightedMean:
                 tally.loss += weight * update.loss[k]
                 if update.buffers.numel():
                     tally.buffers[g].add_(update.buffers[k], alpha=weight)
+                if tally.senders is not None and update.sent is not None:
+                    tally.senders[g].add_(update.sent[k], alpha=weight)
 
     def merge(self, tally: Tally) -> Tally:
         """Sum over processes; nothing to do in one."""
@@ -104,4 +112,8 @@ class WeightedMean:
         weight = tally.rows.new_tensor(tally.weight).unsqueeze(1)
         divisor = torch.where(weight > 0, weight, 1.0)
         touched = None if all(tally.weight) else (weight > 0).expand_as(tally.rows)
-        return Change(tally.rows / divisor, tally.buffers / divisor, touched, tally.loss / total)
+        if tally.senders is None:
+            return Change(tally.rows / divisor, tally.buffers / divisor, touched, tally.loss / total)
+        touched = tally.senders > 0
+        rows = tally.rows / torch.where(touched, tally.senders, 1.0)
+        return Change(rows, tally.buffers / divisor, touched, tally.loss / total)

@@ -1,31 +1,31 @@
-"""What happens before the first round: the head's first steps, and the scores that a mask rule asks for.
+"""Calibration: what a mask rule measures on the clients before the first round, and the masks that come of it.
 
 Does not depend on the cohort size: fixed chunks, sums in float64, clients in their order.
+
+Shapes: ``P`` coordinates of the space, ``N`` clients, ``B`` = ceil(P / 8) bytes of a bitmap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsparse.data.datasets import Dataset, Split
-from fedsparse.federation.ledger import Ledger
+from fedsparse.data.datasets import Split
+from fedsparse.federation.setting import Setting
 from fedsparse.federation.wire import HEADER
 from fedsparse.keys import Purpose, generator, torch_generator
 from fedsparse.masks import Mask, MaskRule, Sparsity
-from fedsparse.space import ParamSpace, Patterns, matches
-
-Losses = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
-Sample = Callable[[int, Purpose], Sequence[int]]
+from fedsparse.masks.bitmaps import pack
+from fedsparse.space import Patterns
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How head and mask are prepared (``conf/calibration``).
+    """How scores are measured (``conf/calibration``).
 
     Args:
         where: ``clients`` scores on the clients' own shards and sums; ``server`` scores on the validation split.
@@ -33,8 +33,9 @@ class Calibration:
         rounds: calibration rounds, each with freshly sampled clients.
         fisher: read by the mask rule; see ``masks.rules.Fisher``.
         labels: read by the mask rule.
-        head_steps: federated SGD steps of the head alone.
+        head_steps: federated SGD steps of the head alone, with ``head.init=probe``.
         head_lr: their learning rate.
+        cache: folder where calibrated masks are kept and found again, or None.
 
     Raises:
         ValueError: an unknown place, or negative head steps.
@@ -48,6 +49,7 @@ class Calibration:
     labels: str = "data"
     head_steps: int = 20
     head_lr: float = 0.1
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -58,127 +60,131 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What calibration works on.
+class Calibrated:
+    """What calibration found.
 
     Attributes:
-        net: the network; its head moves, the rest stays.
-        space: its federated tensors.
-        dataset: the splits.
-        parts: sample indices of every client.
-        sample: which clients take part, by round and purpose.
-        losses: per-sample losses of a batch (``ClientModule.losses``).
-        batch_size: samples of a batch.
-        seed: the run's seed.
-        ledger: counts bytes.
-        model_length: bytes of the first model.
+        mask: the coordinates that train; with ``mask.owner=client`` those that some client trains.
+        bitmaps: uint8 (N, B), each client's own mask; empty with ``mask.owner=global``.
+        overlap: Jaccard index with the final mask of what the rule would have given after each earlier round.
 
     """
 
-    net: nn.Module
-    space: ParamSpace
-    dataset: Dataset
-    parts: Sequence[np.ndarray]
-    sample: Sample
-    losses: Losses
-    batch_size: int
-    seed: int
-    ledger: Ledger
-    model_length: int
-
-
-def warm_head(setting: Setting, head: Patterns, steps: int, lr: float) -> None:
-    """Take federated SGD steps of the head alone: each client sends the gradient of one batch, the server averages.
-
-    All runs start from the same head so, whatever their mask rule; and a head of zeros, or a random one, would make the
-    Fisher information of the backbone vanish, or mislead it.
-    """
-    parameters = [p for name, p in setting.net.named_parameters() if matches(name, head)]
-    length = HEADER.size + sum(p.nbytes for p in parameters)
-    setting.net.eval()
-    for step in range(steps):
-        clients = setting.sample(step, Purpose.HEAD)
-        mean = _mean_gradient(setting, parameters, step, clients)
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, mean, strict=True):
-                parameter.sub_((lr * gradient).to(parameter.dtype))
-        setting.ledger.first_model(clients, setting.model_length)
-        setting.ledger.setup(len(clients), up=length, down=length)
-    setting.net.train()
-
-
-def _mean_gradient(setting: Setting, parameters: list[nn.Parameter], step: int, clients: Sequence[int]) -> list[Tensor]:
-    """Mean gradient of the head over one batch of each client, weighted by samples held, in float64."""
-    sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-    for client in clients:
-        part = setting.parts[client]
-        batch = generator(setting.seed, Purpose.HEAD, step, client).permutation(part)[: setting.batch_size]
-        x, y = _take(setting.dataset.train, batch)
-        gradients = torch.autograd.grad(setting.losses(setting.net, x, y).mean(), parameters)
-        for total, gradient in zip(sums, gradients, strict=True):
-            total.add_(gradient, alpha=len(part))
-    held = sum(len(setting.parts[client]) for client in clients)
-    return [total / held for total in sums]
-
-
-def observe(setting: Setting, rule: MaskRule, calibration: Calibration, head: Patterns) -> Tensor | None:
-    """Sum what a rule observes on calibration batches: float64 (P,), or None if it needs no data."""
-    if not rule.needs_data:
-        return None
-    total = torch.zeros(setting.space.size, dtype=torch.float64)
-    for source in _sources(setting, calibration, head):
-        for x, y in source.batches:
-            loss = setting.losses
-            total += rule.observe(setting.net, setting.space, x, y, loss=loss, generator=source.generator).cpu()
-    return total
+    mask: Mask
+    bitmaps: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
+    overlap: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Batches of one client or of the server, and the generator for labels sampled from the model."""
+class Work:
+    """A calibration: of which rule, to which sparsity, how.
 
-    batches: Iterator[tuple[Tensor, Tensor]]
-    generator: torch.Generator
+    Attributes:
+        rule: scores the coordinates.
+        sparsity: how many train.
+        calibration: how scores are measured.
+        head: names of the head's parameters.
+
+    """
+
+    rule: MaskRule
+    sparsity: Sparsity
+    calibration: Calibration
+    head: Patterns
 
 
-def _sources(setting: Setting, calibration: Calibration, head: Patterns) -> Iterator[_Source]:
-    """The server's validation split, or each sampled client's shard in each calibration round."""
-    if calibration.where == "server":
-        everything = np.arange(len(setting.dataset.val.y))
-        for round in range(calibration.rounds):
-            yield _source(setting, setting.dataset.val, everything, calibration.batches, round, 0)
+@dataclass(frozen=True)
+class Source:
+    """Samples of one client or of the server, and who it is for the random streams."""
+
+    split: Split
+    part: np.ndarray
+    owner: int
+
+
+def calibrate(setting: Setting, work: Work) -> Calibrated:
+    """Choose one mask for all clients."""
+    masks = [_mask(setting, work, state, ()) for state in _rounds(setting, work)]
+    return Calibrated(masks[-1], overlap=tuple(mask.overlap(masks[-1]) for mask in masks[:-1]))
+
+
+def calibrate_clients(setting: Setting, work: Work) -> Calibrated:
+    """Let every client that holds data choose its own mask on its own shard; each bitmap is sent up once.
+
+    The server answers with the bitmap of what anybody trains: those coordinates it will send down.
+
+    Raises:
+        ValueError: ``calibration.where=server``, which has no client's data.
+
+    """
+    if work.calibration.where == "server":
+        raise ValueError("mask.owner=client scores on each client's own data; set calibration.where=clients")
+    space, clients = setting.space, setting.eligible
+    bitmaps = torch.zeros(len(setting.parts), -(-space.size // 8), dtype=torch.uint8)
+    union = torch.zeros(space.size, dtype=torch.bool)
+    for client in clients:
+        row = _mask(setting, work, observe(setting, work, client), (client,)).row(space)
+        bitmaps[client], union = pack(row), union | row
+    length = HEADER.size + bitmaps.shape[1]
+    setting.ledger.first_model(clients, setting.model_length)
+    setting.ledger.setup(len(clients), up=length, down=length)
+    setting.ledger.has_mask |= set(clients)
+    name = {"rule": type(work.rule).__name__, "ratio": str(work.sparsity.ratio), "owner": "client"}
+    return Calibrated(Mask.of(space, union, **name), bitmaps)
+
+
+def observe(setting: Setting, work: Work, client: int | None = None) -> Tensor | None:
+    """Let the rule observe in all calibration rounds: what it then knows, or None if it needs no data."""
+    *_, state = _rounds(setting, work, client)
+    return state
+
+
+def _rounds(setting: Setting, work: Work, client: int | None = None) -> Iterator[Tensor | None]:
+    """What the rule knows after each calibration round: of one client's data, or of those sampled in each round."""
+    if not work.rule.needs_data:
+        yield None
         return
-    up = HEADER.size + 4 * setting.space.size
-    down = HEADER.size + 4 * int(setting.space.where(head).sum())
-    for round in range(calibration.rounds):
-        clients = setting.sample(round, Purpose.CALIBRATION)
-        setting.ledger.first_model(clients, setting.model_length)
-        setting.ledger.setup(len(clients), up=up, down=down)
-        for client in clients:
-            part = setting.parts[client]
-            yield _source(setting, setting.dataset.train, part, calibration.batches, round, client)
+    net, space, state = setting.net, setting.space, None
+    row, rounds = space.read(net), work.calibration.rounds
+    for round in range(rounds):
+        space.write(net, work.rule.view(row, state))
+        sources = _sources(setting, work, round, state) if client is None else [_own(setting, client)]
+        total = _observe(setting, work, round, sources)
+        space.write(net, row)
+        state = work.rule.take(state, total, space=space, sparsity=work.sparsity, round=round, rounds=rounds)
+        yield state
 
 
-def _source(setting: Setting, split: Split, part: np.ndarray, batches: int, round: int, owner: int) -> _Source:
-    order = generator(setting.seed, Purpose.CALIBRATION, round, owner).permutation(part)
-    starts = range(0, min(len(order), batches * setting.batch_size), setting.batch_size)
-    dealt = (_take(split, order[start : start + setting.batch_size]) for start in starts)
-    return _Source(dealt, torch_generator(setting.seed, Purpose.CALIBRATION, round, owner))
+def _observe(setting: Setting, work: Work, round: int, sources: Sequence[Source]) -> Tensor:
+    """Sum what the rule observes on the batches of all sources: float64 (P,)."""
+    total = torch.zeros(setting.space.size, dtype=torch.float64, device=setting.device)
+    for source in sources:
+        order = generator(setting.seed, Purpose.CALIBRATION, round, source.owner).permutation(source.part)
+        labels = torch_generator(setting.seed, Purpose.CALIBRATION, round, source.owner)
+        for x, y in setting.batches(source.split, order, work.calibration.batches):
+            work.rule.accumulate(total, setting.net, setting.space, x, y, loss=setting.losses, generator=labels)
+    return total
 
 
-def _take(split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Gather samples by index."""
-    index = torch.from_numpy(np.asarray(indices)).to(split.x.device)
-    return split.x[index], split.y[index]
+def _own(setting: Setting, client: int) -> Source:
+    return Source(setting.dataset.train, setting.parts[client], client)
 
 
-def prepare_mask(
-    setting: Setting, rule: MaskRule, sparsity: Sparsity, calibration: Calibration, head: Patterns
-) -> Mask:
-    """Warm the head, let the rule observe, and choose the coordinates that train."""
-    warm_head(setting, head, calibration.head_steps, calibration.head_lr)
-    observed = observe(setting, rule, calibration, head)
+def _sources(setting: Setting, work: Work, round: int, state: Tensor | None) -> list[Source]:
+    """The server's validation split, or the shards of the clients sampled in this round, whose messages are counted."""
+    if work.calibration.where == "server":
+        return [Source(setting.dataset.val, np.arange(len(setting.dataset.val.y)), 0)]
+    clients = setting.sample(round, Purpose.CALIBRATION)
+    up, down = work.rule.traffic(setting.space, state)
+    head = 4 * int(setting.space.where(work.head).sum())
+    setting.ledger.first_model(clients, setting.model_length)
+    setting.ledger.setup(len(clients), up=HEADER.size + up, down=HEADER.size + head + down)
+    return [_own(setting, client) for client in clients]
+
+
+def _mask(setting: Setting, work: Work, state: Tensor | None, owner: tuple[int, ...]) -> Mask:
+    """Choose the coordinates of one mask; random rules draw from a stream of their own for each owner."""
     row = setting.space.read(setting.net).cpu()
-    return rule.mask(
-        setting.space, row, sparsity, observed=observed, generator=torch_generator(setting.seed, Purpose.MASK)
-    )
+    observed = None if state is None else state.cpu()
+    stream = torch_generator(setting.seed, Purpose.MASK, *owner)
+    return work.rule.mask(setting.space, row, work.sparsity, observed=observed, generator=stream)

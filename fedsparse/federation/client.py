@@ -14,14 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.server import MakeOptimizer, Server
+from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim import SparseSGDM
 from fedsparse.space import Binding, ParamSpace
 
 Forward = Callable[[Tensor], Tensor]
+HALF = "16-mixed"
+LOSS_SCALE, SMALLEST_SCALE = 1024.0, 2.0**-8
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """Take images as they are."""
+    return x
 
 
 class ClientModule(lightning.LightningModule):
@@ -38,6 +47,7 @@ class ClientModule(lightning.LightningModule):
         make_server_optimizer: builds the server's optimizer of a list of one tensor (1, P).
         cohort: K, clients that train together.
         clip_norm: largest L2 norm of a client's gradient over its trained coordinates, or None.
+        inputs: turns images of any leading dimensions into what the network takes, on their device.
 
     Raises:
         ValueError: K > 1 with BatchNorm, whose running statistics cannot be stacked.
@@ -53,6 +63,7 @@ class ClientModule(lightning.LightningModule):
         make_server_optimizer: MakeOptimizer,
         cohort: int = 1,
         clip_norm: float | None = None,
+        inputs: Callable[[Tensor], Tensor] = unchanged,
     ) -> None:
         super().__init__()
         if cohort > 1 and any(isinstance(module, _BatchNorm) for module in net.modules()):
@@ -60,13 +71,31 @@ class ClientModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
         self.make_optimizer, self.make_server_optimizer = make_optimizer, make_server_optimizer
+        self.inputs = inputs
         self.register_buffer("mask", mask.clone())
+        self.register_buffer("bitmaps", torch.zeros(0, 0, dtype=torch.uint8))
+        self.loss_scale = 1.0
         self.binding: Binding | None = None
         self.mean_loss: tuple[float, ...] = ()
 
-    def set_mask(self, mask: Tensor) -> None:
-        """Choose the coordinates that train, bool (P,), before training starts."""
+    def set_mask(self, mask: Tensor, bitmaps: Tensor | None = None) -> None:
+        """Choose the coordinates that train, before training starts.
+
+        Args:
+            mask: bool (P,), what some client trains.
+            bitmaps: uint8 (N, ceil(P / 8)), the own mask of each of N clients; None or empty if all train ``mask``.
+
+        """
         torch.as_tensor(self.mask).copy_(mask)
+        if bitmaps is not None:
+            self.bitmaps = bitmaps
+
+    def own_masks(self, clients: Sequence[int]) -> Tensor | None:
+        """Own masks of K clients, bool (K, P); None if all train the same coordinates."""
+        bitmaps = torch.as_tensor(self.bitmaps)
+        if not len(bitmaps):
+            return None
+        return unpack(bitmaps[torch.tensor([max(client, 0) for client in clients])], self.space.size)
 
     def losses(self, forward: Forward, x: Tensor, y: Tensor) -> Tensor:
         """Loss of every sample of one client's batch: (B, ...), (B,) -> (B,).
@@ -92,6 +121,7 @@ class ClientModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Bind the network to its row, or prepare the rows' stacked training."""
+        self.loss_scale = LOSS_SCALE if self.trainer.precision == HALF else 1.0
         if self.cohort == 1:
             self._bind()
         else:
@@ -101,17 +131,20 @@ class ClientModule(lightning.LightningModule):
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients: they are views into the row, and None would unbind them."""
 
-    def start(self, rows: Tensor) -> None:
-        """Let the K clients start from these rows (K, P), with fresh optimizers."""
+    def start(self, rows: Tensor, masks: Tensor | None = None) -> None:
+        """Let the K clients start from these rows (K, P), with fresh optimizers, and masks of their own if any."""
         with torch.no_grad():
             self.theta.copy_(rows)
+        if masks is not None:
+            self.frozen = ~masks
+            self.local.set_masks([masks])
         self.local.reset()
         if self.binding is not None and not self.binding.intact():
             self._bind()
 
     def training_step(self, cohort: Cohort, batch_idx: int) -> None:
         """Run the whole local training of the cohort; leaves the rows in ``theta`` and the losses in ``mean_loss``."""
-        x, y = self.trainer.datamodule.fetch(cohort.samples)  # type: ignore[attr-defined]
+        x, y = self.trainer.datamodule.fetch(cohort)  # type: ignore[attr-defined]
         batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
         losses = [self._local_step(*batch, count) for batch, count in zip(batches, cohort.count, strict=True)]
         self.mean_loss = mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), cohort.count)
@@ -121,32 +154,61 @@ class ClientModule(lightning.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Evaluate the global model on a batch: logits (B, classes), labels (B,) and losses (B,)."""
         x, y = batch
-        logits = self.net(x)
+        logits = self.net(self.inputs(x))
         return {"logits": logits, "y": y, "losses": self.losses(lambda _: logits, x, y)}
 
     def _local_step(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
         """One step of all K clients, x (K, B, ...) and y (K, B), or of one client without K: the losses (K,) or ()."""
         if not any(count):
             return self.theta.new_zeros(self.cohort)
-        losses = self._single_backward(x, y, count[0]) if self.cohort == 1 else self._stacked_backward(x, y, count)
+        losses = self._backward(self.inputs(x), y, count)
         self._clip()
         self._step_where(count)
         self.theta.grad.zero_()  # type: ignore[union-attr]
         return losses
 
-    def _single_backward(self, x: Tensor, y: Tensor, count: int) -> Tensor:
+    def _backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
+        """Gradients of all clients in ``theta.grad``; their losses (K,), or () without K."""
+        if self.loss_scale != 1.0:
+            return self._scaled_backward(x, y, count)
+        return self._single_backward(x, y, count[0]) if self.cohort == 1 else self._stacked_backward(x, y, count)
+
+    def _scaled_backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
+        """Gradients in half precision: each client's loss is scaled up, and its scale halved while they overflow.
+
+        The step is done again, not skipped, and every step starts from the same scale: so the scale is no state that a
+        resume or another cohort size would have to know. Who overflows at the smallest scale too has diverged.
+        """
+        grad = self.theta.grad
+        assert grad is not None
+        scale = grad.new_full((self.cohort,), self.loss_scale)
+        while True:
+            if self.cohort == 1:
+                losses = self._single_backward(x, y, count[0], scale)
+            else:
+                losses = self._stacked_backward(x, y, count, scale)
+            done = grad.isfinite().all(1) | (scale <= SMALLEST_SCALE)
+            if bool(done.all()):
+                grad.div_(scale.unsqueeze(1))
+                return losses
+            scale = torch.where(done, scale, scale / 2)
+            grad.zero_()
+
+    def _single_backward(self, x: Tensor, y: Tensor, count: int, scale: Tensor | None = None) -> Tensor:
         """Gradient of the one client's mean loss over its real samples; the loss ()."""
         if count < len(y):
             x, y = x[:count], y[:count]
         losses = self.losses(self.net, x, y)
-        losses.backward(losses.new_full((count,), 1 / count))  # as mean().backward(), two kernels shorter
+        weight = losses.new_full((count,), 1 / count)  # as mean().backward(), two kernels shorter
+        losses.backward(weight if scale is None else weight * scale)
         return losses.detach().mean()
 
-    def _stacked_backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
+    def _stacked_backward(self, x: Tensor, y: Tensor, count: Sequence[int], scale: Tensor | None = None) -> Tensor:
         """Gradient of each client's mean loss over its real samples; the losses (K,)."""
         real = torch.arange(x.shape[1]) < torch.tensor(count).unsqueeze(1)
-        losses = self._stacked(self.space.unflatten(self.theta), x, y, real.to(x.device))
-        losses.sum().backward()
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule on a CPU
+            losses = self._stacked(self.space.unflatten(self.theta), x, y, real.to(x.device))
+        losses.backward(torch.ones_like(losses) if scale is None else scale)
         return losses.detach()
 
     def _row_loss(self, tensors: dict[str, Tensor], x: Tensor, y: Tensor, real: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fedsparse.federation.wire import Payload
+
+FROM_SERVER = -1  # in place of a client's id: what the server sends to one client
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Update:
         buffers: (K, Q) change of the float buffers.
         weight: K weights in the average.
         loss: K mean training losses.
+        sent: bool (K, P), which coordinates each client sent, where that differs between them; None: all alike.
 
     """
 
@@ -29,10 +33,18 @@ class Update:
     buffers: Tensor
     weight: tuple[float, ...]
     loss: tuple[float, ...]
+    sent: Tensor | None = None
 
 
 class Exchange(Protocol):
-    """Turns updates into payloads and back; knows nothing of the simulator."""
+    """Turns updates into payloads and back; knows nothing of the simulator.
+
+    Attributes:
+        own: whether clients send different coordinates, so that each is averaged over those who sent it.
+
+    """
+
+    own: bool
 
     def encode(self, update: Update) -> Payload:
         """Write what is sent of K updates."""
@@ -49,6 +61,8 @@ class Full:
         local: bool (P,), which coordinates stay with the client.
 
     """
+
+    own = False
 
     def __init__(self, trained: Tensor, local: Tensor) -> None:
         self.size = trained.numel()
@@ -82,6 +96,52 @@ class Masked(Full):
 
     def _sent(self, trained: Tensor, local: Tensor) -> Tensor:
         return trained & ~local
+
+
+class OwnMasked(Masked):
+    """Each client sends the coordinates of its own mask, and receives those that anybody trains.
+
+    Both sides hold every mask, so no positions travel. Clients of one cohort need masks of one size.
+
+    Args:
+        trained: bool (P,), which coordinates some client trains.
+        local: bool (P,), which coordinates stay with the client.
+        masks: gives the masks of K clients, bool (K, P).
+
+    """
+
+    own = True
+
+    def __init__(self, trained: Tensor, local: Tensor, masks: Callable[[Sequence[int]], Tensor]) -> None:
+        super().__init__(trained, local)
+        self.masks, self.stays = masks, local
+
+    def encode(self, update: Update) -> Payload:
+        """Gather each client's own coordinates: rows (K, P) -> values (K, n).
+
+        Raises:
+            ValueError: the masks of a cohort differ in size.
+
+        """
+        if update.clients[0] == FROM_SERVER:
+            return super().encode(update)
+        sent = self._sent_by(update.clients)
+        sizes = sent.sum(1)
+        if int(sizes.min()) != int(sizes.max()):
+            raise ValueError("the clients' own masks differ in size; mask.owner=client then needs federation.cohort=1")
+        values = update.rows[sent].view(len(update.clients), -1)
+        return Payload(update.clients, values, update.buffers, update.weight, update.loss)
+
+    def decode(self, payload: Payload) -> Update:
+        """Scatter values (K, n) into rows (K, P) of zeros, and say which coordinates they are."""
+        sent = self._sent_by(payload.clients)
+        rows = payload.values.new_zeros(sent.shape)
+        rows[sent] = payload.values.flatten()
+        return Update(payload.clients, rows, payload.buffers, payload.weight, payload.loss, sent)
+
+    def _sent_by(self, clients: Sequence[int]) -> Tensor:
+        masks = self.masks(clients)
+        return masks & ~self.stays.to(masks.device)
 
 
 def _positions(sent: Tensor) -> Tensor | None:

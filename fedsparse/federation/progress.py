@@ -40,14 +40,22 @@ class RoundProgress(lightning.Callback):
         evaluation: accuracy is read from it.
         clients: clients of a round.
         console: where to write; standard error by default.
+        shared: whether other runs write there at the same time; then rounds go to run.log alone.
 
     """
 
     def __init__(
-        self, rounds: FederatedRounds, evaluation: Evaluation, clients: int, console: Console | None = None
+        self,
+        rounds: FederatedRounds,
+        evaluation: Evaluation,
+        clients: int,
+        console: Console | None = None,
+        shared: bool = False,
     ) -> None:
         self.rounds, self.evaluation, self.clients = rounds, evaluation, clients
         self.console = console or Console(file=sys.stderr)
+        self.bar = self.console.is_terminal and not shared
+        self.lines = not self.console.is_terminal and not shared
         self.accuracy = math.nan
         self.began = time.perf_counter()
 
@@ -61,7 +69,7 @@ class RoundProgress(lightning.Callback):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not self.bar,
             refresh_per_second=5,
         )
         total = int(trainer.max_epochs or 0) * self.clients
@@ -79,7 +87,7 @@ class RoundProgress(lightning.Callback):
     ) -> None:
         """Move the bar by the cohort's clients."""
         self.seen += len(batch.members)
-        if self.console.is_terminal:
+        if self.bar:
             done = trainer.current_epoch * self.clients + self.seen
             where = f"round {trainer.current_epoch + 1}/{trainer.max_epochs}, client {self.seen:>2}/{self.clients}"
             self.progress.update(self.task, completed=done, description=where, status=self._status())
@@ -90,7 +98,7 @@ class RoundProgress(lightning.Callback):
         seconds = time.perf_counter() - self.began
         line = f"round {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._status()}  {seconds:.1f} s"
         log.info(line)
-        if not self.console.is_terminal:
+        if self.lines:
             print(line, file=self.console.file, flush=True)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -14,11 +14,11 @@ import lightning
 import torch
 from torch import Tensor
 
-from fedsparse.data.rounds import PADDING, Cohort
+from fedsparse.data.rounds import Cohort
 from fedsparse.federation.aggregation import Aggregation
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.client import ClientModule
-from fedsparse.federation.exchange import Exchange, Update
+from fedsparse.federation.exchange import FROM_SERVER, Exchange, Update
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.schedule import Schedule, constant
 from fedsparse.federation.store import ClientStore
@@ -84,7 +84,7 @@ class FederatedRounds(lightning.Callback):
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Open the round: an empty tally, and this round's learning rate."""
         groups, size = module.server.rows.shape
-        self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device)
+        self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device, self.exchange.own)
         self.down = self.exchange.encode(self._broadcast_message(module)).length
         factor = self.schedule(trainer.current_epoch, int(trainer.max_epochs or 0))
         for group, lr in zip(module.local.param_groups, self.base_lr, strict=True):
@@ -96,7 +96,7 @@ class FederatedRounds(lightning.Callback):
         """Send the global rows to the cohort."""
         self.group = self.topology.group(batch.clients)
         self.begin = self._with_local(batch.clients, module.server.broadcast(self.group))
-        module.start(self.begin)
+        module.start(self.begin, module.own_masks(batch.clients))
         self.buffers.send(batch.clients)
         seed_dropout(module.device, number(self.seed, Purpose.DROPOUT, batch.round, batch.clients[0]))
 
@@ -165,7 +165,7 @@ class FederatedRounds(lightning.Callback):
 
     def _broadcast_message(self, module: ClientModule) -> Update:
         """The global row as a message to one client."""
-        return Update((PADDING,), module.server.rows[:1], self.buffers.row.unsqueeze(0), (0.0,), (0.0,))
+        return Update((FROM_SERVER,), module.server.rows[:1], self.buffers.row.unsqueeze(0), (0.0,), (0.0,))
 
     def _count(self, clients: Sequence[int], up: int, rows: Tensor) -> None:
         dense = HEADER.size + rows[0].nbytes + self.buffers.row.nbytes

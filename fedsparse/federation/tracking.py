@@ -1,15 +1,18 @@
-"""One row a round to every logger, and a clean stop on SIGTERM."""
+"""One row a round to every logger, and a clean stop when a signal asks for it."""
 
 from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning
 
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.rounds import FederatedRounds
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 class RoundLog(lightning.Callback):
@@ -60,19 +63,35 @@ class RoundLog(lightning.Callback):
 
 
 class GracefulStop(lightning.Callback):
-    """On SIGTERM the round closes, is saved, and training stops; ``asked`` tells the caller to exit with 143."""
+    """On SIGTERM, SIGUSR1 or SIGUSR2 the round closes, is saved, and training stops.
+
+    A cluster sends them before it takes a machine away: SLURM what ``--signal`` names, submitit SIGUSR2.
+
+    Attributes:
+        received: the signals, for the caller to hand on.
+
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received: list[signal.Signals] = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take SIGTERM over from Lightning, which would stop in the middle of a round; it restores handlers itself."""
-        signal.signal(signal.SIGTERM, self._ask)
+        """Take the signals over; Lightning, which would stop in the middle of a round, puts older handlers back."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
 
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received.append(signal.Signals(number))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Stop after this round."""
-        if self.asked:
+        if self.received:
             trainer.should_stop = True
+
+
+def hand_on(received: Sequence[signal.Signals]) -> None:
+    """Call the handlers that stand for some signals; submitit's queues the job again and exits."""
+    for number in received:
+        handler = signal.getsignal(number)
+        if callable(handler):
+            handler(number, None)

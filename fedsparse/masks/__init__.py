@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from fedsparse.masks.compare import overlaps
 from fedsparse.masks.mask import Mask
-from fedsparse.masks.rules import MaskRule
-from fedsparse.masks.select import Sparsity, select, top_fraction
+from fedsparse.masks.rule import MaskRule
+from fedsparse.masks.select import select
+from fedsparse.masks.sparsity import Sparsity
+from fedsparse.masks.topk import top_fraction
 
-__all__ = ["Mask", "MaskRule", "Sparsity", "select", "top_fraction"]
+__all__ = ["Mask", "MaskRule", "Sparsity", "overlaps", "select", "top_fraction"]

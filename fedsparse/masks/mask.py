@@ -6,14 +6,19 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedsparse.masks.shira import export
 from fedsparse.space import ParamSpace
+
+if TYPE_CHECKING:
+    from peft import ShiraConfig
 
 _ORDER = "order"  # safetensors sorts its tensors by name: the file's metadata keeps the order of the network
 
@@ -78,11 +83,27 @@ class Mask:
             ValueError: the masks differ in the names or shapes of their tensors.
 
         """
+        self.check_same_model(other)
+        pairs = [(tensor, other.tensors[name]) for name, tensor in self.tensors.items()]
+        either = sum(int((a | b).count_nonzero()) for a, b in pairs)
+        return sum(int((a & b).count_nonzero()) for a, b in pairs) / either if either else 1.0
+
+    def check_same_model(self, other: Mask) -> None:
+        """Refuse a mask of another model.
+
+        Raises:
+            ValueError: the masks differ in the names or shapes of their tensors.
+
+        """
         if problems := "; ".join(self._differences({name: t.shape for name, t in other.tensors.items()})):
             raise ValueError(f"the masks belong to different models: {problems}")
-        pairs = [(tensor, other.tensors[name]) for name, tensor in self.tensors.items()]
-        either = sum(int((a | b).sum()) for a, b in pairs)
-        return sum(int((a & b).sum()) for a, b in pairs) / either if either else 1.0
+
+    def export_shira(self, r: int, net: nn.Module | None = None) -> ShiraConfig:
+        """Hand the mask to PEFT's SHiRA tuner: ``get_peft_model(net, mask.export_shira(r, net))``.
+
+        See ``fedsparse.masks.shira.export``, also for the errors.
+        """
+        return export(self.tensors, r, net)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it appears whole or not at all.
@@ -138,8 +159,8 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _density(tensors: Iterable[Tensor]) -> float:
-    row = _flat(tensors)
-    return int(row.sum()) / max(1, len(row))
+    counts = [(int(tensor.count_nonzero()), tensor.numel()) for tensor in tensors]  # sum() would make int64 copies
+    return sum(ones for ones, _ in counts) / max(1, sum(size for _, size in counts))
 
 
 def _few(names: list[str], limit: int = 4) -> str:

@@ -1,6 +1,6 @@
 """Scores of coordinates: the diagonal of the Fisher information, in two forms.
 
-Shapes: ``P`` coordinates of the space, ``b`` samples of a batch, ``c`` samples of a chunk, ``C`` classes.
+Shapes: ``P`` coordinates of the space, ``b`` samples of a batch, ``C`` classes.
 
 The two forms order the coordinates differently, because the mean of squares is not the square of the mean: samples
 whose gradients cancel count fully in the first and not at all in the second.
@@ -8,18 +8,54 @@ whose gradients cancel count fully in the first and not at all in the second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
+from fedsparse.masks.gradients import Forward, Losses, add_squares, evaluating, gradients, own
 from fedsparse.space import ParamSpace
 
-Forward = Callable[[Tensor], Tensor]
-Losses = Callable[[Forward, Tensor, Tensor], Tensor]
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def fisher(
+    net: nn.Module,
+    batches: Batches,
+    *,
+    per_sample: bool = True,
+    labels: str = "data",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Estimate the diagonal of the Fisher information of the cross-entropy on some data, in eval mode.
+
+    .. math:: s_j = \tfrac{1}{N} \sum_{i=1}^{N} \left( \partial \ell(x_i, y_i) / \partial \theta_j \right)^2
+
+    Args:
+        net: the network; it comes back as it was. Its trainable parameters (``requires_grad``) are scored.
+        batches: pairs of inputs (b, ...) and labels (b,), N samples in all.
+        per_sample: squared gradients of single samples; else of a batch's mean, times b (``fisher_batch``).
+        labels: ``data``: those of the batches; ``model``: drawn from the model's softmax.
+        generator: draws the labels; needed for ``labels="model"`` only.
+
+    Returns:
+        float64 (P,), the mean over samples, in the order of ``net.named_parameters()``.
+
+    Raises:
+        ValueError: no samples, nothing trainable, labels of another name, or ``model`` without a generator.
+
+    """
+    space = trainable_space(net)
+    measure = fisher_per_sample if per_sample else fisher_batch
+    total = torch.zeros(space.size, dtype=torch.float64, device=space.tensors(net)[0].device)
+    seen = 0
+    for x, y in batches:
+        measure(net, space, x, y, loss=sample_losses, generator=generator, labels=labels, into=total)
+        seen += len(x)
+    if not seen:
+        raise ValueError("the batches hold no samples, so there is nothing to take a mean of")
+    return total.div_(seen)
 
 
 def fisher_per_sample(
@@ -31,7 +67,8 @@ def fisher_per_sample(
     loss: Losses,
     generator: torch.Generator | None = None,
     labels: str = "data",
-    chunk: int = 8,
+    chunk: int | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     r"""Sum the squared gradients of single samples: the diagonal of the (empirical) Fisher information, times b.
 
@@ -39,8 +76,7 @@ def fisher_per_sample(
 
     With ``labels="model"`` the labels are drawn from the model's own softmax: the Fisher information of Amari (1998) in
     a one-sample estimate. With ``labels="data"`` it is the empirical Fisher (Kunstner et al. 2019, "Limitations of the
-    empirical Fisher approximation"). A sum, so batches and clients add. A model that ``vmap`` cannot run
-    (data-dependent control flow) takes one sample at a time, to the same result.
+    empirical Fisher approximation"). A sum, so batches and clients add.
 
     Args:
         net: the network; it runs in eval mode and comes back in the mode it was in.
@@ -50,21 +86,19 @@ def fisher_per_sample(
         loss: ``loss(forward, x, y)`` gives the losses (b,) of all samples; ``forward(x)`` gives the logits (b, C).
         generator: draws the labels; needed for ``labels="model"`` only.
         labels: ``data`` or ``model``.
-        chunk: samples differentiated at once; memory grows by ``chunk`` gradients.
+        chunk: samples differentiated at once; None chooses by the size of the model (``automatic_chunk``).
+        into: float64 (P,) to add to, in place; zeros by default.
 
     Returns:
-        float64 (P,), not negative.
+        ``into``: float64 (P,).
 
     Raises:
         ValueError: labels of another name, or ``model`` without a generator.
 
     """
-    with _evaluating(net):
-        y = _labels(net, x, y, labels, generator)
-        params = space.unflatten(space.read(net))
-        total = torch.zeros(space.size, dtype=torch.float64, device=x.device)
-        for inputs, targets in zip(x.split(chunk), y.split(chunk), strict=True):
-            total += _squares(net, params, inputs, targets, loss)
+    total = _zeros(space, x) if into is None else into
+    with evaluating(net):
+        add_squares(total, net, space, x, _labels(net, x, y, labels, generator), loss=loss, chunk=chunk)
     return total
 
 
@@ -77,6 +111,7 @@ def fisher_batch(
     loss: Losses,
     generator: torch.Generator | None = None,
     labels: str = "data",
+    into: Tensor | None = None,
 ) -> Tensor:
     r"""Square the gradient of the mean loss, times b: the form of the original M8 project.
 
@@ -85,49 +120,35 @@ def fisher_batch(
     One backward pass instead of b, but samples whose gradients cancel do not count, and the score depends on the batch
     size. The arguments, the result and the errors are those of ``fisher_per_sample``.
     """
-    with _evaluating(net):
+    total = _zeros(space, x) if into is None else into
+    with evaluating(net):
         y = _labels(net, x, y, labels, generator)
-        gradients = _gradients(net, space.unflatten(space.read(net)), x, y, loss)
-    return len(x) * _flat((g.double() / max(1, len(x))).square() for g in gradients)
+        found = gradients(net, own(net, space), x, y, loss)
+    for part, gradient in zip(space.unflatten(total).values(), found, strict=True):
+        part.add_(gradient.double().square() / max(1, len(x)))
+    return total
 
 
-def _squares(net: nn.Module, params: Mapping[str, Tensor], x: Tensor, y: Tensor, loss: Losses) -> Tensor:
-    """Sum the squared gradients of a chunk's samples: stacked where ``vmap`` can, else one by one."""
-    try:
-        return _flat(g.double().square().sum(0) for g in _stacked_gradients(net, params, x, y, loss))
-    except RuntimeError:  # some operation of this model has no batching rule; a real error comes again below
-        pass
-    singles = zip(x.split(1), y.split(1), strict=True)
-    return sum(
-        (_flat(g.double().square() for g in _gradients(net, params, one, label, loss)) for one, label in singles),
-        start=torch.zeros((), dtype=torch.float64, device=x.device),
-    )
+def sample_losses(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+    """Take the cross-entropy of every sample: (b,)."""
+    return cross_entropy(forward(x), y, reduction="none")
 
 
-def _stacked_gradients(
-    net: nn.Module, params: Mapping[str, Tensor], x: Tensor, y: Tensor, loss: Losses
-) -> Iterable[Tensor]:
-    """Differentiate every sample's loss at once: (c, *shape) for every tensor."""
+def trainable_space(net: nn.Module) -> ParamSpace:
+    """Build the space of the parameters that require a gradient.
 
-    def single(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(_forward(net, params), x.unsqueeze(0), y.unsqueeze(0)).sum()
+    Raises:
+        ValueError: there are none.
 
-    # The CPU's fused attention has no batching rule: vmap would run it sample by sample, with a warning.
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        return vmap(grad(single), in_dims=(None, 0, 0))(dict(params), x, y).values()
-
-
-def _gradients(net: nn.Module, params: Mapping[str, Tensor], x: Tensor, y: Tensor, loss: Losses) -> Iterable[Tensor]:
-    """Differentiate the summed loss of some samples by plain autograd, which any module supports."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
-    with torch.enable_grad():
-        total = loss(_forward(net, leaves), x, y).sum()
-    return torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    """
+    trainable = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ValueError("no parameter of the net requires a gradient, so there is nothing to score")
+    return ParamSpace.of(net, trainable=trainable.__contains__)
 
 
-def _forward(net: nn.Module, params: Mapping[str, Tensor]) -> Forward:
-    """Bind the network to parameters; those that are not given stay its own."""
-    return lambda x: functional_call(net, dict(params), (x,))
+def _zeros(space: ParamSpace, x: Tensor) -> Tensor:
+    return torch.zeros(space.size, dtype=torch.float64, device=x.device)
 
 
 def _labels(net: nn.Module, x: Tensor, y: Tensor, labels: str, generator: torch.Generator | None) -> Tensor:
@@ -137,23 +158,7 @@ def _labels(net: nn.Module, x: Tensor, y: Tensor, labels: str, generator: torch.
     if labels != "model":
         raise ValueError(f"calibration.labels must be 'data' or 'model', not {labels!r}")
     if generator is None:
-        raise ValueError("calibration.labels=model draws labels from the model: hand in a generator")
+        raise ValueError("labels are to be drawn from the model (calibration.labels=model, TaLoS): hand in a generator")
     with torch.no_grad():
         chances = net(x).double().softmax(-1).to(generator.device)
     return chances.multinomial(1, generator=generator).squeeze(1).to(y.device)
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Run every module in eval mode, then put each back into its own mode (some may have been frozen on purpose)."""
-    before = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -1,1 +1,1 @@
-"""Builders of models: vision transformers and small reference nets."""
+"""Builders of models, their weights from files or downloads, and the head in closed form."""

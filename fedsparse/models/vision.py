@@ -8,18 +8,17 @@ Shapes: ``N`` images, ``C`` channels, ``H`` x ``W`` pixels.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from fedsparse.keys import Purpose, torch_generator
+from fedsparse.models.loading import load_backbone
 
 HEAD = "head."
 
@@ -44,7 +43,7 @@ def vit_digits(
         num_classes: outputs of the head.
         in_chans: C, channels of an image; the packaged backbone has one.
         pretrained: start the backbone from the packaged weights; else at random, from ``seed``.
-        checkpoint: a safetensors file under timm's names, used in place of the packaged one. Its ``head.*`` tensors,
+        checkpoint: a file of weights under timm's names, used in place of the packaged one. Its ``head.*`` tensors,
             if any, are left out: the head always starts anew.
         head_std: standard deviation of the head's normal before it is cut at two of them; the bias is zero.
         seed: decides the head, and the backbone if that is random.
@@ -56,8 +55,7 @@ def vit_digits(
         ValueError: there is no class, or the checkpoint is missing, damaged, or of another model.
 
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes={num_classes}; the head needs at least 1 output")
+    check_outputs(num_classes)
     net = seeded(lambda: _vit(num_classes, in_chans), seed)
     for block in net.blocks:
         vars(block.attn)["fused_attn"] = False  # timm's own switch for one layer, declared Final for its scripts
@@ -100,6 +98,17 @@ def conv(num_classes: int, in_chans: int, seed: int = 0) -> nn.Module:
     return seeded(build, seed)
 
 
+def check_outputs(num_classes: int) -> None:
+    """Refuse a head without outputs.
+
+    Raises:
+        ValueError: ``num_classes`` is not a number of 1 or more.
+
+    """
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}; the head needs at least 1 output")
+
+
 def seeded(build: Callable[[], Net], seed: int) -> Net:
     """Call ``build`` under its own seed, and leave the global random state as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -120,57 +129,7 @@ def start_head(head: nn.Module, std: float, seed: int) -> None:
     nn.init.zeros_(bias)
 
 
-def load_backbone(net: nn.Module, path: Path) -> None:
-    """Copy a file's tensors into a net, all but the head.
-
-    Raises:
-        ValueError: the file is missing or damaged, or its tensors are not those of the net; says which.
-
-    """
-    found = {name: tensor for name, tensor in _read(path).items() if not name.startswith(HEAD)}
-    wanted = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith(HEAD)}
-    if differing := differences(wanted, found):
-        raise ValueError(f"{path} does not fit the model: {differing}; a safetensors file of the same net is needed")
-    net.load_state_dict(found, strict=False)
-
-
-def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Name the tensors that are missing, too many, of another shape, or not finite; empty when all fit.
-
-    >>> differences({"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(3)})
-    'missing b; of another shape a (3, not 2)'
-    """
-    shared = [name for name in wanted if name in found]
-    reshaped = [name for name in shared if wanted[name].shape != found[name].shape]
-    kinds = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "of another shape": [f"{n} ({_size(found[n])}, not {_size(wanted[n])})" for n in reshaped],
-        "not finite": [name for name in shared if not found[name].isfinite().all()],
-    }
-    return "; ".join(f"{kind} {_shorten(names)}" for kind, names in kinds.items() if names)
-
-
 def _vit(num_classes: int, in_chans: int) -> VisionTransformer:
     return VisionTransformer(
         img_size=8, patch_size=2, in_chans=in_chans, num_classes=num_classes, embed_dim=64, depth=4, num_heads=4
     )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; a pickle is never loaded."""
-    if not path.is_file():
-        raise ValueError(f"there is no model checkpoint {path}; model.checkpoint names a safetensors file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or is no safetensors file ({error})") from error
-
-
-def _size(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _shorten(names: list[str], limit: int = 3) -> str:
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,102 @@
+"""Names of rows: the mask rule, and whatever else differs between the runs at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedsparse.analysis.folders import Run
+
+Settings = Mapping[str, str]
+
+# what may differ between runs that are averaged, or chosen among
+_SWEPT = ("seed", "optimizer.lr", "sparsity.ratio")
+_IDLE = (
+    "resume",
+    "logger",
+    "pictures",
+    "federation.checkpoint_every",
+    "calibration.cache",
+    "trainer.accelerator",
+    "trainer.devices",
+)
+# a dense run reads none of these
+_OF_MASKS = ("mask_rule", "sparsity", "mask")
+# keys of a group are compared among the runs of one option, for they come with it; others among those of an experiment
+_OPTIONS = ("mask_rule", "partition", "data", "model", "experiment")
+_OPTION = {name: name for name in _OPTIONS} | {"sparsity": "mask_rule", "mask": "mask_rule"}
+_TRAINABLE = "model.trainable"
+_ALWAYS = "partition.beta"  # a Dirichlet partition without it says nothing
+
+
+def settings(run: Run) -> dict[str, str]:
+    """Keep what two runs must share to be averaged over seeds, or to compete as learning rates of one row."""
+    dropped = _SWEPT + _IDLE + (_OF_MASKS if run.summary["mask_rule"] == "dense" else ())
+    kept = {key: value for key, value in run.config.items() if not _under(key, dropped)}
+    choices = {key: str(run.summary[key]) for key in ("mask_rule", "partition")}
+    return kept | choices | {"sparsity": f"{run.sparsity:g}"}
+
+
+def _under(key: str, keys: Sequence[str]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
+
+
+def labels(groups: Sequence[Settings]) -> list[tuple[str, str]]:
+    """Name each group of runs so that no two share a name, a partition and a sparsity.
+
+    Args:
+        groups: settings of each group, all different.
+
+    Returns:
+        Name and partition of each.
+
+    """
+    differing = _differing(groups)
+    return [(_name(group, differing), _partition(group, differing)) for group in groups]
+
+
+def _differing(groups: Sequence[Settings]) -> set[tuple[str, str]]:
+    """Find (key, option it comes with) where groups of that option disagree, or some have no such key."""
+    shared: dict[tuple[str, str], list[str]] = {}
+    sizes: dict[str, int] = {}
+    for group in groups:
+        for option in {_option(key, group) for key in group} | {f"experiment={group['experiment']}"}:
+            sizes[option] = sizes.get(option, 0) + 1
+        for key, value in group.items():
+            shared.setdefault((key, _option(key, group)), []).append(value)
+    several = {(key, "") for key in _OPTIONS if len({group[key] for group in groups}) > 1}
+    return several | {place for place, v in shared.items() if len(set(v)) > 1 or len(v) < sizes[place[1]]}
+
+
+def _option(key: str, group: Settings) -> str:
+    chosen = _OPTION.get(key.split(".")[0], "experiment")
+    return f"{chosen}={group[chosen]}"
+
+
+def _name(group: Settings, differing: set[tuple[str, str]]) -> str:
+    """Write the rule, then the options and keys in which this group differs from others."""
+    alone = group["mask_rule"] == "dense" and group.get(_TRAINABLE) == "head"
+    first = "head alone" if alone else group["mask_rule"]
+    choices = [group[key] for key in ("experiment", "data", "model") if (key, "") in differing and group[key]]
+    shown = [] if alone or group.get(_TRAINABLE, "all") == "all" else [f"trainable={group[_TRAINABLE]}"]
+    skipped = {*_OPTIONS, "sparsity", _TRAINABLE}
+    keys = [key for key in sorted(group) if key not in skipped and not key.startswith("partition.")]
+    shown += [_shown(key, group[key]) for key in keys if (key, _option(key, group)) in differing]
+    return ", ".join([first, *choices, *shown])
+
+
+def _partition(group: Settings, differing: set[tuple[str, str]]) -> str:
+    """Write the partition with the parameters that tell it from others of its kind: dirichlet(0.1)."""
+    keys = [key for key in sorted(group) if key.startswith("partition.")]
+    shown = [group[key] for key in keys if key == _ALWAYS or (key, _option(key, group)) in differing]
+    return group["partition"] + (f"({', '.join(shown)})" if shown else "")
+
+
+def _shown(key: str, value: str) -> str:
+    """Write a key and its value; a class by its own name.
+
+    >>> _shown("optimizer.build._target_", "torch.optim.Adam")
+    'optimizer.build=Adam'
+
+    """
+    target = key.endswith("._target_")
+    return f"{key.removesuffix('._target_')}={value.rsplit('.', 1)[-1] if target else value}"

@@ -1,0 +1,118 @@
+"""How alike the masks of the rules are: the Jaccard index, trained in both over trained in either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from fedsparse.analysis.folders import Problem, Run
+from fedsparse.analysis.page import Picture, Section, Table, slug
+from fedsparse.analysis.style import plain
+from fedsparse.analysis.table import Row
+from fedsparse.analysis.tables import share
+from fedsparse.masks import Mask, overlaps
+
+Matrix = npt.NDArray[np.float64]
+_TEXT = (
+    "Jaccard index of the masks of the first seed: coordinates that train in both, over those that train in either; 1 "
+    "is the same mask. Tensors that train whole in all of the masks, as the head does, are left out. A random mask "
+    "that trains a fraction d and any other of its size come to about d / (2 - d): 'by chance'."
+)
+
+
+def section(table: Sequence[Row]) -> tuple[list[Section], list[Problem]]:
+    """Compare the rules' masks at each partition and sparsity.
+
+    Returns:
+        The section, if there is anything to compare, and the masks that could not be.
+
+    """
+    blocks: list[Table | Picture] = []
+    problems: list[Problem] = []
+    for (partition, sparsity), group in _groups(table).items():
+        masks = _masks(group, problems)
+        if len(masks) > 1:
+            blocks += _blocks(f"{partition}, sparsity {share(sparsity)}", undecided(masks))
+    return ([Section("Mask overlap", _TEXT, blocks)] if blocks else []), problems
+
+
+def undecided(masks: Mapping[str, Mask]) -> dict[str, Mask]:
+    """Leave out the tensors that train whole in every mask."""
+    first = next(iter(masks.values()))
+    kept = [name for name in first.tensors if not all(mask.tensors[name].all() for mask in masks.values())]
+    return {rule: Mask({name: mask.tensors[name] for name in kept}) for rule, mask in masks.items()}
+
+
+def overlap_figure(names: Sequence[str], matrix: Matrix) -> Figure:
+    """Draw a matrix of values from 0 to 1, each with its number.
+
+    Args:
+        names: of the M masks.
+        matrix: (M, M).
+
+    """
+    size = 1.2 + 0.75 * len(names)
+    figure = Figure(figsize=(size + 2.0, size + 0.4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), value in np.ndenumerate(matrix):
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color="white" if value > 0.6 else "black")
+    ticks, shown = range(len(names)), [plain(name) for name in names]
+    axes.set_xticks(ticks, shown, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, shown)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, label="Jaccard index", shrink=0.8)
+    return figure
+
+
+def _groups(table: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for row in table:
+        if row.sparsity:
+            groups.setdefault((row.partition, row.sparsity), []).append(row)
+    return groups
+
+
+def _masks(group: Sequence[Row], problems: list[Problem]) -> dict[str, Mask]:
+    """Read the masks of the first seed that all rows have, of one model; say why others are left out."""
+    seeds = set.intersection(*({run.seed for run in row.runs} for row in group))
+    runs = {row.name: next(r for r in row.runs if r.seed == min(seeds)) for row in group} if seeds else {}
+    masks: dict[str, Mask] = {}
+    for name, run in runs.items():
+        mask = _mask(run)
+        if mask is None:
+            problems.append(Problem(run.name, "mask.safetensors is missing or damaged: not in the mask overlap"))
+        elif masks and _shapes(mask) != _shapes(next(iter(masks.values()))):
+            problems.append(Problem(run.name, "mask.safetensors is of another model: not in the mask overlap"))
+        else:
+            masks[name] = mask
+    return masks
+
+
+def _mask(run: Run) -> Mask | None:
+    try:
+        return Mask.load(run.folder / "mask.safetensors")
+    except ValueError:
+        return None
+
+
+def _shapes(mask: Mask) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in mask.tensors.items()}
+
+
+def _blocks(caption: str, masks: Mapping[str, Mask]) -> list[Table | Picture]:
+    """Make the picture and the table of one group."""
+    names, matrix = list(masks), overlaps(list(masks.values())).numpy()
+    density = float(np.mean([mask.density for mask in masks.values()]))
+    chance = f"{caption}; by chance {density / (2 - density):.2f}"
+    body = [[name, *(f"{value:.2f}" for value in line)] for name, line in zip(names, matrix, strict=True)]
+    picture = Picture(f"overlap-{slug(caption)}", f"Mask overlap, {chance}", _drawer(names, matrix))
+    return [picture, Table(["mask rule", *names], body, chance)]
+
+
+def _drawer(names: Sequence[str], matrix: Matrix) -> Callable[[], Figure]:
+    return lambda: overlap_figure(names, matrix)

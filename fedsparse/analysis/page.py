@@ -1,0 +1,165 @@
+"""A report as Markdown and as one HTML page that needs nothing beside it; whatever a name holds is shown as text."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from matplotlib.figure import Figure
+
+_DPI = 150
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the page fetches and runs nothing
+_CSS = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid #ccc; }
+p { max-width: 52rem; } nav a { margin-right: 1.2rem; white-space: nowrap; }
+.wide { overflow-x: auto; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+table { border-collapse: collapse; margin: .8rem 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+th { text-align: left; border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }
+td { border-bottom: 1px solid #ddd; } th, td { padding: .25rem .8rem .25rem 0; } td.n { white-space: nowrap; }
+"""
+
+
+class Bold(str):
+    """A cell to set in bold."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain text."""
+
+    head: Sequence[str]
+    body: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, drawn only when it is written.
+
+    Attributes:
+        name: file name without its ending.
+        caption: what it shows.
+        draw: makes the figure.
+
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[], Figure] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, how to read what follows, and what follows."""
+
+    title: str
+    text: str
+    blocks: Sequence[Table | Picture]
+
+
+def slug(text: str) -> str:
+    """Make a name that is safe as a file and as an anchor.
+
+    >>> slug("dirichlet(0.1), s=50%")
+    'dirichlet-0.1-s-50'
+
+    """
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")
+
+
+def png(figure: Figure) -> bytes:
+    """Draw a figure; the same one gives the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+    return file.getvalue()
+
+
+def markdown(title: str, sections: Sequence[Section], *, pictures: bool = True) -> str:
+    """Write sections as Markdown; pictures are links to files beside it, or left out."""
+    return "\n\n".join([f"# {_md(title)}", *(part for s in sections for part in _md_section(s, pictures))]) + "\n"
+
+
+def _md_section(section: Section, pictures: bool) -> Iterator[str]:
+    yield f"## {_md(section.title)}"
+    yield _md(section.text)
+    for block in section.blocks:
+        if isinstance(block, Table):
+            yield from [f"**{_md(block.caption)}**"] * bool(block.caption)
+            yield md_table(block)
+        elif pictures:
+            yield f"![{_md(block.caption)}]({block.name}.png)"
+
+
+def md_table(table: Table) -> str:
+    """Write a table as Markdown."""
+    cells = [[f"**{_md(cell)}**" if isinstance(cell, Bold) else _md(cell) for cell in line] for line in table.body]
+    lines = [[_md(cell) for cell in table.head], ["---"] * len(table.head), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _md(text: str) -> str:
+    """Write text so that Markdown, the HTML in it, and a terminal show it as it is, on one line."""
+    return re.sub(r"([\\|`\[\]])", r"\\\1", html.escape(_printable(text), quote=False))
+
+
+def page(title: str, sections: Sequence[Section], drawn: Mapping[str, bytes]) -> str:
+    """Write sections as an HTML page.
+
+    Args:
+        title: heading of the page.
+        sections: what it holds.
+        drawn: PNG of every picture, by its name; they become part of the page.
+
+    """
+    nav = " ".join(f'<a href="#{slug(s.title)}">{_text(s.title)}</a>' for s in sections)
+    body = "\n".join(_html_section(section, drawn) for section in sections)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f"<title>{_text(title)}</title>\n<style>{_CSS}</style>\n</head>\n"
+        f"<body>\n<h1>{_text(title)}</h1>\n<nav>{nav}</nav>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _html_section(section: Section, drawn: Mapping[str, bytes]) -> str:
+    blocks = [_html_table(b) if isinstance(b, Table) else _html_picture(b, drawn[b.name]) for b in section.blocks]
+    heading = f'<h2 id="{slug(section.title)}">{_text(section.title)}</h2>'
+    return "\n".join([heading, f"<p>{_text(section.text)}</p>", *blocks])
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in table.head)
+    lines = "\n".join(f"<tr>{''.join(map(_html_cell, line))}</tr>" for line in table.body)
+    caption = f"<caption>{_text(table.caption)}</caption>" * bool(table.caption)
+    head = f"{caption}\n<thead><tr>{head}</tr></thead>"
+    return f'<div class="wide"><table>{head}\n<tbody>\n{lines}\n</tbody></table></div>'
+
+
+def _html_cell(cell: str) -> str:
+    text = f"<b>{_text(cell)}</b>" if isinstance(cell, Bold) else _text(cell)
+    return f'<td class="n">{text}</td>' if re.match(r"[+-]?\d", cell) else f"<td>{text}</td>"
+
+
+def _html_picture(picture: Picture, drawn: bytes) -> str:
+    data = base64.b64encode(drawn).decode()
+    caption = _text(picture.caption)
+    image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _text(text: str) -> str:
+    return html.escape(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """Put spaces for what is not printed: line ends, and codes that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

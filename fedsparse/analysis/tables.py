@@ -1,0 +1,167 @@
+"""Tables of a report: all rows, rules by partition and by sparsity, clients, scaled task vectors, what is left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from fedsparse.analysis.files import finite, json_of
+from fedsparse.analysis.folders import Problem, Run
+from fedsparse.analysis.page import Bold, Section, Table
+from fedsparse.analysis.statistics import DASH, Interval
+from fedsparse.analysis.table import Row, dense_of, partitions, sparsities
+
+_HEAD = (
+    "mask rule",
+    "partition",
+    "sparsity",
+    "lr",
+    "trained",
+    "sent up, MB",
+    "test accuracy, %",
+    "difference to dense, points",
+    "worst tenth of clients, %",
+    "seeds",
+)
+_MARKED = "Bold, ▲ or ▼: the interval of the difference to dense, paired by seed, lies above or below 0."
+_ACCURACY = "test/acc"
+
+
+def overview(table: Sequence[Row]) -> Section:
+    """Show all rows, the best test accuracy of each partition first."""
+    order = sorted(table, key=lambda row: (row.partition, -row.over_seeds(_ACCURACY).mean))
+    text = (
+        "Mean over seeds ± half the 95 % confidence interval (Student's t), at the learning rate with the best mean "
+        "validation accuracy (*: the smallest or largest of those tried). Sparsity is the fraction frozen; 'trained' "
+        f"counts the head too. {_MARKED} Other differences are noise as far as these seeds tell; and of twenty rows "
+        "that do not differ from dense at all, one is bold by chance. Dense trains everything, at its own best rate."
+    )
+    return Section("Results", text, [Table(_HEAD, [_cells(row, dense_of(row, table)) for row in order])])
+
+
+def by_partition(table: Sequence[Row]) -> Section:
+    """Show rules by partitions, one table for each sparsity; rows without a mask stand in all of them."""
+    columns = partitions(table)
+    tables = [
+        _cross([row for row in table if row.sparsity in (0, s)], table, columns, lambda row: row.partition, _at(s))
+        for s in sparsities(table) or [0.0]
+    ]
+    text = f"Test accuracy, %, of each rule (rows) on each partition (columns): mean ± 95 % interval. {_MARKED}"
+    return Section("Rule by partition", text, tables)
+
+
+def by_sparsity(table: Sequence[Row]) -> Section:
+    """Show rules by sparsities, one table for each partition."""
+    columns = [share(s) for s in sorted({row.sparsity for row in table})]
+    tables = [
+        _cross([row for row in table if row.partition == part], table, columns, lambda row: share(row.sparsity), part)
+        for part in partitions(table)
+    ]
+    text = f"Test accuracy, %, of each rule (rows) at each fraction frozen (columns): mean ± 95 % interval. {_MARKED}"
+    return Section("Rule by sparsity", text, tables)
+
+
+def clients(table: Sequence[Row]) -> Section:
+    """Show how accuracy spreads over clients."""
+    keys = ("client/acc_mean", "client/acc_std", "client/acc_worst10")
+    spread = {id(row): [row.over_seeds(key).percent() for key in keys] for row in table}
+    body = [[row.name, row.partition, share(row.sparsity), *spread[id(row)], _worst(row, table)] for row in table]
+    heads = ["mean over clients, %", "standard deviation, points", "worst tenth, %", "worst tenth, difference to dense"]
+    text = (
+        "The global model on each client's part of the test split. The mean weighs all clients alike; the worst tenth "
+        f"is the mean over the tenth of the clients with the lowest accuracy, noisy where parts are small. {_MARKED}"
+    )
+    return Section("Accuracy per client", text, [Table(["mask rule", "partition", "sparsity", *heads], body)])
+
+
+def scaled(runs: Sequence[Run]) -> Iterable[Section]:
+    """Show theta_0 + alpha (theta_T - theta_0), for the runs that hold a ``scale.json``."""
+    body = [[run.name, *_scale_cells(found)] for run in runs if (found := _scale(run))]
+    text = (
+        "theta_0 + alpha (theta_T - theta_0): what training added, scaled by the alpha with the best validation "
+        "accuracy. alpha = 1 is the model as trained."
+    )
+    head = ["run", "alpha", "validation accuracy, %", "test accuracy, %", "test accuracy at alpha = 1, %"]
+    return [Section("Scaled task vector", text, [Table(head, body)])] if body else []
+
+
+def missing(problems: Sequence[Problem], repeated: int) -> Iterable[Section]:
+    """List what was left out, with its reason."""
+    count = (
+        f"{repeated} finished runs repeat settings and seed of another (dense ones do at each sparsity): not counted. "
+    )
+    listed = "Folders that the tables leave out, unless their line says otherwise."
+    text = count * bool(repeated) + listed * bool(problems)
+    body = [[problem.name, problem.reason] for problem in problems]
+    tables = [Table(["folder", "reason"], body)] if body else []
+    return [Section("Left out", text, tables)] if body or repeated else []
+
+
+def share(sparsity: float) -> str:
+    """Write a sparsity; a row without a mask has none.
+
+    >>> share(0.95), share(0.0)
+    ('95%', 'no mask')
+
+    """
+    return f"{100 * sparsity:g}%" if sparsity else "no mask"
+
+
+def _at(sparsity: float) -> str:
+    return f"sparsity {share(sparsity)}" if sparsity else ""
+
+
+def _cells(row: Row, dense: Row | None) -> list[str]:
+    lr = f"{row.lr:g}" + "*" * row.lr_at_edge
+    sent = f"{row.over_seeds('bytes_up').mean / 1e6:.1f}"
+    trained = f"{row.over_seeds('trainable_fraction').mean:.1%}"
+    difference = _difference(row, dense, _ACCURACY)
+    figures = [row.over_seeds(_ACCURACY).percent(), difference, row.over_seeds("client/acc_worst10").percent()]
+    return [row.name, row.partition, share(row.sparsity), lr, trained, sent, *figures, str(len(row.runs))]
+
+
+def _worst(row: Row, table: Sequence[Row]) -> str:
+    return _difference(row, dense_of(row, table), "client/acc_worst10")
+
+
+def _difference(row: Row, dense: Row | None, key: str) -> str:
+    """Write the paired difference to dense; a dash for dense itself, and where no seed is shared."""
+    if dense is None or dense is row:
+        return DASH
+    difference = row.against(dense, key)
+    return _mark(difference.percent("+"), difference)
+
+
+def _mark(text: str, difference: Interval) -> str:
+    return Bold(f"{text} {'▲' if difference.mean > 0 else '▼'}") if difference.excludes_zero else text
+
+
+def _cross(
+    shown: Sequence[Row], table: Sequence[Row], columns: Sequence[str], column: Callable[[Row], str], caption: str
+) -> Table:
+    """Lay rows out by name and one more property; each is marked by its own difference to dense."""
+    cells = {(row.name, column(row)): _against(row, table) for row in shown}
+    names = sorted({row.name for row in shown}, key=lambda name: (name != "dense", name))
+    body = [[name, *(cells.get((name, place), DASH) for place in columns)] for name in names]
+    return Table(["mask rule", *columns], body, caption)
+
+
+def _against(row: Row, table: Sequence[Row]) -> str:
+    dense = dense_of(row, table)
+    difference = Interval(math.nan, math.nan) if dense is None else row.against(dense, _ACCURACY)
+    return _mark(row.over_seeds(_ACCURACY).percent(), difference)
+
+
+def _scale(run: Run) -> dict[str, Any] | None:
+    """Read a scale.json; None if there is none, or it holds no figures."""
+    try:
+        found = json_of(run.folder / "scale.json")
+    except (OSError, ValueError):
+        return None
+    return found if finite(found.get("alpha")) else None
+
+
+def _scale_cells(found: dict[str, Any]) -> list[str]:
+    keys = ("val/acc", "test/acc", "test/acc_at_1")
+    return [f"{found['alpha']:g}", *(f"{100 * found[k]:.1f}" if finite(found.get(k)) else DASH for k in keys)]

@@ -1,0 +1,83 @@
+"""Calibrate alone: ``python -m fedsparse.calibrate [group=option] [key=value]``, with the keys of ``fedsparse.train``.
+
+The run folder gets ``mask.safetensors``, ``mask.png`` and ``calibration.json``. To train with the mask afterwards:
+``python -m fedsparse.train mask_rule=from_file mask_rule.path=<run folder>/mask.safetensors``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from fedsparse import build, train
+from fedsparse.config import check, conf_dir
+from fedsparse.federation.calibration import Calibrated
+from fedsparse.federation.ledger import Ledger
+from fedsparse.prepare import mean_client_overlap, prepare, sparsity_of
+from fedsparse.results import write_atomically
+from fedsparse.resume import Job, facts, store
+from fedsparse.sweep import CALIBRATION, already_used, held, used
+
+
+def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Calibrate as the command line does; returns what ``calibration.json`` holds, and the folder."""
+    return train.compose_and_run(execute_hydra, overrides)
+
+
+def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
+    """Calibrate with the configuration that Hydra composed."""
+    check(cfg)
+    hydra_cfg = HydraConfig.get()
+    job = Job(cfg, Path(hydra_cfg.runtime.output_dir), *facts(hydra_cfg))
+    if used(job.folder):
+        raise ValueError(already_used(job.folder))
+    store(job, hydra_cfg)
+    with held(job.folder):
+        return execute(job)
+
+
+def execute(job: Job) -> dict[str, Any]:
+    """Prepare head and mask as a training run does, and stop there."""
+    train.quiet()
+    federation, ledger, began = build.build_federation(job.cfg), Ledger(), time.perf_counter()
+    found = prepare(job, federation, build.build_module(job.cfg, federation), ledger)
+    facts = figures(job, federation, found) | ledger.figures() | {"seconds": time.perf_counter() - began}
+    write_atomically(job.folder / CALIBRATION, json.dumps(facts, indent=2) + "\n")
+    print(f"{facts['trainable_fraction']:.1%} of the weights train; the mask lies in {job.folder}")
+    return facts | {"folder": str(job.folder)}
+
+
+def figures(job: Job, federation: build.Federation, found: Calibrated) -> dict[str, Any]:
+    """Gather what is known of the masks: densities, and overlaps with those of earlier rounds and between clients."""
+    space, mask = federation.space, found.mask
+    always = space.where(job.cfg.sparsity.always_train)
+    return {
+        **{key: job.choices.get(key) for key in ("mask_rule", "partition", "data", "model")},
+        "seed": job.cfg.seed,
+        "sparsity": sparsity_of(mask, always, space),
+        "trainable_fraction": int(mask.row(space).sum()) / sum(p.numel() for p in federation.net.parameters()),
+        "density_by_layer": mask.by_layer(),
+        "overlap_of_rounds": list(found.overlap),
+        "overlap_of_clients": mean_client_overlap(found, space),
+    }
+
+
+@hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
+def _hydra_main(cfg: DictConfig) -> None:
+    execute_hydra(cfg)
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    train.on_command_line(_hydra_main)
+
+
+if __name__ == "__main__":
+    main()

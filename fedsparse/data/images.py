@@ -1,0 +1,129 @@
+"""From stored images to what a network takes: scale, resize, repeat the channel, normalise.
+
+Shapes: ``C`` channels, ``H`` x ``W`` pixels. Everything runs on the device of the images, a whole cohort at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from fedsparse.data.datasets import Dataset
+
+MODES = {name: InterpolationMode(name) for name in ("bicubic", "bilinear", "nearest")}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How images become what a network takes; ``Inputs()`` hands float images on as they are, without a copy.
+
+    Pixels (uint8) are divided by 255, resized, repeated and normalised. Floats are a data set's own, standardised
+    already: their values and their dtype stay, only size and channels are fitted. A bicubic resize may leave [0, 1] a
+    little at hard edges; nothing is cut off there, as torchvision does with float images.
+
+    Attributes:
+        size: side of the square that the network takes, whatever the shape before; None: as they are.
+        channels: a grey image is repeated to so many; None: as they are.
+        mean: per channel, of pixels scaled to [0, 1]; empty: not normalised. One number stands for all channels; of
+            three numbers one channel takes the average.
+        std: per channel, likewise.
+        interpolation: bicubic, bilinear or nearest; the first two with antialiasing.
+
+    Raises:
+        ValueError: the interpolation is none of these, or mean comes without std; when called, the channels cannot be
+            had by repeating one.
+
+    """
+
+    size: int | None = None
+    channels: int | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in MODES:
+            raise ValueError(f"interpolation is {self.interpolation!r}; give one of {', '.join(MODES)}")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} numbers and std {len(self.std)}; give as many of both")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Prepare images: (*, C, H, W) pixels -> float32 (*, channels, size, size); floats keep their dtype."""
+        fitted = repeated(resized(scaled(x), self.size, self.interpolation), self.channels)
+        return fitted if x.is_floating_point() or not self.mean else normalised(fitted, self.mean, self.std)
+
+
+def inputs_for(dataset: Dataset, wanted: Mapping[str, Any] | None) -> Inputs:
+    """Fit a data set to a network.
+
+    Args:
+        dataset: of pixels (uint8), or of float images standardised already.
+        wanted: what the network was pre-trained on, under timm's keys ``input_size`` (C, H, W), ``mean``, ``std`` and
+            ``interpolation`` (a net's ``pretrained_cfg``); None, or a key left out, where the model asks for nothing.
+
+    Raises:
+        ValueError: the model wants other channels than a repeated grey, or an oblong image.
+
+    """
+    wanted = wanted or {}
+    channels, height, width = wanted.get("input_size") or (None, None, None)
+    if height != width:
+        raise ValueError(f"the model takes images of {height} x {width}; only square ones can be prepared")
+    check_channels(dataset.train.x.shape[-3], channels)
+    pixels = not dataset.train.x.is_floating_point()
+    source = (wanted if wanted.get("mean") else vars(dataset)) if pixels else {}
+    mean, std = (tuple(map(float, source.get(key, ()))) for key in ("mean", "std"))
+    return Inputs(height, channels, mean, std, wanted.get("interpolation") or "bicubic")
+
+
+def scaled(x: Tensor) -> Tensor:
+    """Scale pixels of 0 to 255 to float32 in [0, 1]; floats stay as they are."""
+    return x if x.is_floating_point() else x.to(torch.float32).div_(255)
+
+
+def resized(x: Tensor, size: int | None, interpolation: str) -> Tensor:
+    """Resize float images to a square: (*, C, H, W) -> (*, C, size, size)."""
+    if size is None or x.shape[-2:] == (size, size):
+        return x
+    square: Tensor = tv.resize(x, [size, size], MODES[interpolation], antialias=True)
+    return square
+
+
+def repeated(x: Tensor, channels: int | None) -> Tensor:
+    """Repeat a grey channel, as a view: (*, 1, H, W) -> (*, channels, H, W)."""
+    check_channels(x.shape[-3], channels)
+    if channels in (None, x.shape[-3]):
+        return x
+    return x.expand(*x.shape[:-3], channels, *x.shape[-2:])
+
+
+def normalised(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Subtract the mean and divide by the standard deviation of each channel: (*, C, H, W) -> the same shape."""
+    mean, std = (per_channel(numbers, x.shape[-3]) for numbers in (mean, std))
+    normal: Tensor = tv.normalize(x, list(mean), list(std))
+    return normal
+
+
+def per_channel(numbers: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Give each channel its number; where the counts differ, all get the average."""
+    return numbers if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels
+
+
+def check_channels(held: int, wanted: int | None) -> None:
+    """Refuse a number of channels that repeating a grey one does not give.
+
+    Raises:
+        ValueError: says how many there are and how many are wanted.
+
+    """
+    if wanted not in (None, held) and held != 1:
+        raise ValueError(
+            f"the model takes images of {wanted} channels and data has {held}; only a single grey channel can be "
+            "repeated, so choose a model of as many channels, or other data"
+        )

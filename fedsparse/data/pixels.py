@@ -1,0 +1,199 @@
+"""Published data sets of pixels, from their own files: CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST.
+
+torchvision knows where the files are and what their checksums should be, and downloads those that are missing. Reading
+is done here: CIFAR's files are pickles, which torchvision would execute. Pixels stay uint8, (N, C, H, W).
+"""
+
+from __future__ import annotations
+
+import gzip
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
+from torchvision.datasets.utils import check_md5, download_and_extract_archive
+
+from fedsparse.data.datasets import Dataset, Split, hold_out
+from fedsparse.data.unpickle import read_pickle
+
+# Mean and standard deviation of each channel over the training images, pixels scaled to [0, 1].
+MOMENTS: dict[type, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    CIFAR10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    CIFAR100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    MNIST: ((0.1307,), (0.3081,)),
+    FashionMNIST: ((0.2860,), (0.3530,)),
+}
+
+
+def cifar10(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
+    """Load CIFAR-10 (Krizhevsky 2009): 60,000 images of 3 x 32 x 32, ten classes, 10,000 of them to test.
+
+    Args:
+        root: folder that holds, or gets, ``cifar-10-batches-py``.
+        val_fraction: share of the training images that validate, with the same class mix.
+        split_seed: decides which, whatever the seed of a run.
+
+    Raises:
+        ValueError: files are missing and cannot be downloaded, or are damaged; says what to put where.
+
+    """
+    return _cifar(CIFAR10, Path(root), val_fraction, split_seed)
+
+
+def cifar100(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
+    """Load CIFAR-100 with its fine labels: 60,000 images of 3 x 32 x 32, a hundred classes, 10,000 of them to test.
+
+    Its folder in ``root`` is ``cifar-100-python``; arguments and errors are those of ``cifar10``.
+    """
+    return _cifar(CIFAR100, Path(root), val_fraction, split_seed)
+
+
+def mnist(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
+    """Load MNIST (LeCun et al. 1998): 70,000 handwritten digits of 1 x 28 x 28, 10,000 of them to test.
+
+    Its folder in ``root`` is ``MNIST/raw``, of files packed (``.gz``) or not; arguments and errors are those of
+    ``cifar10``.
+    """
+    return _mnist(MNIST, Path(root), val_fraction, split_seed)
+
+
+def fashion_mnist(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
+    """Load Fashion-MNIST (Xiao et al. 2017): 70,000 garments of 1 x 28 x 28, ten kinds, 10,000 of them to test.
+
+    Its folder in ``root`` is ``FashionMNIST/raw``, of files packed (``.gz``) or not; arguments and errors are those of
+    ``cifar10``.
+    """
+    return _mnist(FashionMNIST, Path(root), val_fraction, split_seed)
+
+
+def _cifar(published: Any, root: Path, val_fraction: float, seed: int) -> Dataset:
+    """Load CIFAR: one pickled dict a file."""
+    folder, parts = root / published.base_folder, (published.train_list, published.test_list)
+    sums = {folder / name: md5 for part in parts for name, md5 in part}
+    if not all(path.is_file() for path in sums):
+        address = published.url.removesuffix(published.filename)
+        fetch({published.filename: published.tgz_md5}, [address], root)
+    warn_of_changes(sums)
+    train, test = ([read_batch(folder / name) for name, _ in part] for part in parts)
+    return _dataset(published, _joined(train), _joined(test), val_fraction, seed)
+
+
+def _mnist(published: Any, root: Path, val_fraction: float, seed: int) -> Dataset:
+    """Load MNIST: four files, images and labels to train, images and labels to test."""
+    folder = root / published.__name__ / "raw"
+    missing = {name: md5 for name, md5 in published.resources if not stored(folder / name).is_file()}
+    fetch(missing, published.mirrors, folder)
+    # the published checksums are those of the packed files
+    warn_of_changes({folder / name: md5 for name, md5 in published.resources if (folder / name).is_file()})
+    paths = [stored(folder / name) for name, _ in published.resources]
+    return _dataset(published, read_pair(*paths[:2]), read_pair(*paths[2:]), val_fraction, seed)
+
+
+def _dataset(published: type, labelled: Split, test: Split, val_fraction: float, seed: int) -> Dataset:
+    """Hold validation images out of the training ones; the official test split tests."""
+    mean, std = MOMENTS[published]
+    indices = hold_out(labelled.y.numpy(), val_fraction, seed)
+    train, val = (Split(labelled.x[part], labelled.y[part]) for part in indices)
+    classes = 1 + int(torch.cat([labelled.y, test.y]).max())
+    return Dataset(train, val, test, classes, published.__name__, mean, std)
+
+
+def _joined(batches: Sequence[Split]) -> Split:
+    return Split(torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches]))
+
+
+def fetch(files: Mapping[str, str], addresses: Sequence[str], folder: Path) -> None:
+    """Download files (name: MD5) into a folder, each from the first address that has it, and unpack them there.
+
+    Raises:
+        ValueError: a file cannot be had; says which files to put where.
+
+    """
+    failures = {name: failure for name, md5 in files.items() if (failure := _tried(name, md5, addresses, folder))}
+    if failures:
+        raise ValueError(
+            f"{folder} lacks {', '.join(failures)}, and downloading failed ({next(iter(failures.values()))}); put "
+            f"{', '.join(failures)} from {addresses[0]} into that folder, or set data.root to where the data is"
+        )
+
+
+def _tried(name: str, md5: str, addresses: Sequence[str], folder: Path) -> str:
+    """Download one file; returns why no address had it, or nothing."""
+    failure = ""
+    for address in addresses:
+        try:
+            download_and_extract_archive(address + name, str(folder), filename=name, md5=md5)
+            return ""
+        except (OSError, RuntimeError, HTTPException) as error:
+            failure = " ".join(str(error).split())
+    return failure or "no answer"
+
+
+def warn_of_changes(sums: Mapping[Path, str]) -> None:
+    """Warn, in one line, of files (path: published MD5) that are not those that were published."""
+    if changed := [str(path) for path, md5 in sums.items() if not check_md5(path, md5)]:
+        warnings.warn(f"not the published checksum: {', '.join(changed)}; used all the same", stacklevel=2)
+
+
+def read_batch(path: Path) -> Split:
+    """Read one of CIFAR's pickles: its images (N, 3, 32, 32) and its labels, the fine ones if there are two kinds.
+
+    Raises:
+        ValueError: the file is damaged, is no batch of CIFAR, or holds anything but plain data.
+
+    """
+    held = read_pickle(path)
+    held = {_text(key): value for key, value in held.items()} if isinstance(held, dict) else {}
+    labels = np.asarray(held.get("fine_labels", held.get("labels", ())))
+    images = np.asarray(held.get("data", ()))
+    if images.dtype != np.uint8 or images.shape != (len(labels), 3 * 32 * 32) or labels.dtype.kind not in "iu":
+        raise ValueError(f"{path} is no batch of CIFAR; it needs data, uint8 (N, 3072), and N labels")
+    return Split(torch.from_numpy(images.reshape(-1, 3, 32, 32)), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _text(key: Any) -> Any:
+    """Read a key as Python 2 wrote it: as bytes or as text."""
+    return key.decode("latin1") if isinstance(key, bytes) else key
+
+
+def stored(packed: Path) -> Path:
+    """Choose a packed file, or the same unpacked where only that is there."""
+    return packed if packed.is_file() else packed.with_suffix("")
+
+
+def read_pair(images: Path, labels: Path) -> Split:
+    """Read a file of images and the file of their labels.
+
+    Raises:
+        ValueError: a file is damaged or of another format.
+
+    """
+    return Split(read_idx(images, 3)[:, None], read_idx(labels, 1).long())
+
+
+def read_idx(path: Path, ndim: int) -> Tensor:
+    """Read a file of MNIST's format, packed or not: a magic number, big-endian sizes, then bytes.
+
+    Returns:
+        uint8, of ``ndim`` dimensions.
+
+    Raises:
+        ValueError: the file is damaged or of another format.
+
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            held = file.read()
+        if held[:4] != bytes([0, 0, 8, ndim]):
+            raise ValueError(f"it does not begin as {ndim}-dimensional bytes do")
+        shape = np.frombuffer(held, ">i4", ndim, offset=4)
+        return torch.from_numpy(np.frombuffer(held, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy())
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or no IDX file ({error}); delete it, to download it again") from error

@@ -1,0 +1,97 @@
+"""Masks by sensitivity: which coordinates move the loss most, or least.
+
+Shapes: ``P`` coordinates of the space, ``b`` samples of a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedsparse.masks.gradients import Losses
+from fedsparse.masks.rule import MaskRule
+from fedsparse.masks.scores import fisher_batch, fisher_per_sample
+from fedsparse.space import ParamSpace
+
+
+class Fisher(MaskRule):
+    """Scores by the diagonal Fisher information: how much a coordinate's change moves the loss.
+
+    The least sensitive coordinates train in TaLoS (Iurada et al. 2025, "Efficient Model Editing with Task-Localized
+    Sparse Fine-tuning"), the most sensitive ones in FISH masks (Sung et al. 2021).
+
+    Args:
+        largest: train the most sensitive coordinates, or the least sensitive.
+        fisher: ``sample``: squared gradients of single samples; ``batch``: the squared gradient of a batch.
+        labels: ``data``: the given labels; ``model``: labels drawn from the model.
+        chunk: samples differentiated at once; None chooses by the size of the model and the device.
+
+    Raises:
+        ValueError: an option outside these choices.
+
+    """
+
+    needs_data = True
+
+    def __init__(self, largest: bool, fisher: str = "sample", labels: str = "data", chunk: int | None = None) -> None:
+        if fisher not in ("sample", "batch"):
+            raise ValueError(f"calibration.fisher must be 'sample' or 'batch', not {fisher!r}")
+        if labels not in ("data", "model"):
+            raise ValueError(f"calibration.labels must be 'data' or 'model', not {labels!r}")
+        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+            raise ValueError(f"mask_rule.chunk must be null or a whole number of at least 1, not {chunk!r}")
+        self.largest, self.fisher, self.labels, self.chunk = largest, fisher, labels, chunk
+
+    def observe(
+        self,
+        net: nn.Module,
+        space: ParamSpace,
+        x: Tensor,
+        y: Tensor,
+        *,
+        loss: Losses,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Sum the squared gradients of one batch: float64 (P,)."""
+        total = torch.zeros(space.size, dtype=torch.float64, device=x.device)
+        self._add(total, net, space, x, y, loss, generator)
+        return total
+
+    def accumulate(
+        self,
+        total: Tensor,
+        net: nn.Module,
+        space: ParamSpace,
+        x: Tensor,
+        y: Tensor,
+        *,
+        loss: Losses,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Add the squared gradients of one batch to a sum (P,), tensor by tensor."""
+        if type(self).observe is Fisher.observe:
+            self._add(total, net, space, x, y, loss, generator)
+        else:  # a subclass that observes otherwise
+            super().accumulate(total, net, space, x, y, loss=loss, generator=generator)
+
+    def _add(
+        self,
+        total: Tensor,
+        net: nn.Module,
+        space: ParamSpace,
+        x: Tensor,
+        y: Tensor,
+        loss: Losses,
+        generator: torch.Generator | None,
+    ) -> None:
+        if self.fisher == "batch":
+            fisher_batch(net, space, x, y, loss=loss, generator=generator, labels=self.labels, into=total)
+        else:
+            chunk, labels = self.chunk, self.labels
+            fisher_per_sample(net, space, x, y, loss=loss, generator=generator, labels=labels, chunk=chunk, into=total)
+
+    def scores(self, row: Tensor, observed: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Take the summed observations as they are: a mean would give the same order."""
+        if observed is None:
+            raise ValueError("the Fisher rules need calibration data: sum observe() over some batches first")
+        return observed

@@ -1,0 +1,142 @@
+"""What a mask rule is: it observes calibration batches, if it wants any, and scores every coordinate.
+
+Shapes: ``P`` coordinates of the space, ``b`` samples of a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedsparse.masks.gradients import Losses
+from fedsparse.masks.mask import Mask
+from fedsparse.masks.select import select
+from fedsparse.masks.sparsity import Sparsity
+from fedsparse.space import ParamSpace
+
+
+class MaskRule:
+    """Scores every coordinate; ``sparsity`` says how many of the best train.
+
+    Attributes:
+        largest: whether the largest scores train, or the smallest.
+        needs_data: whether ``observe`` wants calibration batches.
+
+    >>> class Heaviest(MaskRule):
+    ...     def scores(self, row, observed, generator):
+    ...         return row.abs()
+    >>> space = ParamSpace(["fc.weight"], [torch.Size([4])])
+    >>> mask = Heaviest().mask(space, torch.tensor([1.0, -4.0, 2.0, 3.0]), Sparsity(0.5))
+    >>> mask.tensors["fc.weight"]
+    tensor([False,  True, False,  True])
+
+    """
+
+    largest: bool = True
+    needs_data: bool = False
+
+    def observe(
+        self,
+        net: nn.Module,
+        space: ParamSpace,
+        x: Tensor,
+        y: Tensor,
+        *,
+        loss: Losses,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Measure one calibration batch; called only if ``needs_data``.
+
+        Args:
+            net: the network, holding the row to score.
+            space: the coordinates.
+            x: inputs (b, ...).
+            y: labels (b,).
+            loss: ``loss(forward, x, y)`` gives the losses (b,); ``forward(x)`` gives the logits.
+            generator: the randomness of this batch, if the rule draws any.
+
+        Returns:
+            float64 (P,), additive: the batches and clients of a calibration round are summed.
+
+        """
+        raise NotImplementedError(f"the rule {type(self).__name__} needs data but has no observe()")
+
+    def accumulate(
+        self,
+        total: Tensor,
+        net: nn.Module,
+        space: ParamSpace,
+        x: Tensor,
+        y: Tensor,
+        *,
+        loss: Losses,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Add what ``observe`` measures to a sum (P,), in place; a rule may do so without a second row in memory."""
+        total += self.observe(net, space, x, y, loss=loss, generator=generator)
+
+    def view(self, row: Tensor, state: Tensor | None) -> Tensor:
+        """Give the weights that the next calibration round scores: (P,), the row itself by default."""
+        return row
+
+    def take(
+        self, state: Tensor | None, observed: Tensor, *, space: ParamSpace, sparsity: Sparsity, round: int, rounds: int
+    ) -> Tensor:
+        """Take in what a calibration round observed; by default the rounds are summed.
+
+        Args:
+            state: what the rule knew before the round; None before the first.
+            observed: float64 (P,), the sum of ``observe`` over the round's clients and batches; handed over, so a rule
+                may change it.
+            space: the coordinates.
+            sparsity: how many will train.
+            round: the round that ended, from 0.
+            rounds: how many there are.
+
+        Returns:
+            The new state, (P,).
+
+        """
+        return observed if state is None else observed.add_(state)
+
+    def traffic(self, space: ParamSpace, state: Tensor | None) -> tuple[int, int]:
+        """Count the bytes (up, down) of one client's calibration message, beside its header and the head.
+
+        By default float32 scores of all coordinates go up, and nothing comes down.
+        """
+        return 4 * space.size, 0
+
+    def scores(self, row: Tensor, observed: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Score every coordinate.
+
+        Args:
+            row: the pre-trained values (P,).
+            observed: the state after the last calibration round, by default the sum of ``observe`` over batches,
+                clients and rounds (P,); None without data.
+            generator: the randomness of the rule.
+
+        Returns:
+            (P,), float32 or float64.
+
+        """
+        raise NotImplementedError(f"the rule {type(self).__name__} has no scores()")
+
+    def mask(
+        self,
+        space: ParamSpace,
+        row: Tensor,
+        sparsity: Sparsity,
+        observed: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Mask:
+        """Choose the coordinates that train; the arguments are those of ``scores`` and ``select``.
+
+        Without a generator one of seed 0 is made.
+
+        Raises:
+            ValueError: scores that allow no choice (``select``), or missing observations.
+
+        """
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        chosen = select(self.scores(row, observed, generator), space, sparsity, largest=self.largest)
+        return Mask.of(space, chosen, rule=type(self).__name__, **sparsity.words)

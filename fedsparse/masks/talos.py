@@ -1,0 +1,167 @@
+"""TaLoS: the least sensitive coordinates, thinned out in several calibration rounds.
+
+Iurada et al. 2025, "Efficient Model Editing with Task-Localized Sparse Fine-tuning", as in the authors' code: labels
+are drawn from the model, the score is the squared gradient of the drawn label's logit, and the coordinates that are
+frozen already are shrunk while the others are scored again.
+
+Shapes: ``P`` coordinates of the space, ``b`` samples of a batch, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fedsparse.masks.fisher import Fisher
+from fedsparse.masks.gradients import Forward, Losses
+from fedsparse.masks.mask import Mask
+from fedsparse.masks.scores import Batches, trainable_space
+from fedsparse.masks.select import select
+from fedsparse.masks.sparsity import Sparsity
+from fedsparse.masks.topk import top_fraction
+from fedsparse.space import ParamSpace
+
+SHRINK = 0.1
+
+
+def talos(net: nn.Module, batches: Batches, keep: float, rounds: int, generator: torch.Generator) -> Tensor:
+    r"""Choose the coordinates that train by TaLoS, over all trainable parameters of a network.
+
+    In round r of R the :math:`\lfloor k^{r/R} P + 1/2 \rfloor` lowest scores among those still training go on, k the
+    fraction to keep; ties go to the lowest index. Frozen ones never return, and are scored at a tenth of their value.
+
+    Args:
+        net: the network; it comes back as it was.
+        batches: pairs of inputs (b, ...) and labels (b,), which are not read; gone through once a round.
+        keep: fraction of the coordinates that trains in the end, in (0, 1].
+        rounds: R, at least 1.
+        generator: draws the labels.
+
+    Returns:
+        bool (P,), in the order of ``net.named_parameters()``, True where a coordinate trains.
+
+    Raises:
+        ValueError: a fraction or a number of rounds outside these, or batches that are empty in some round (an iterator
+            is, in the second).
+
+    """
+    _check_schedule(keep, rounds)
+    rule, space, state = Talos(), trainable_space(net), None
+    row = space.read(net)
+    try:
+        for round in range(rounds):
+            space.write(net, rule.view(row, state))
+            observed = _observe(rule, net, space, batches, generator, round)
+            scores = observed if state is None else observed.masked_fill_(~state, math.inf)
+            state = top_fraction(scores, keep ** ((round + 1) / rounds), largest=False)
+    finally:
+        space.write(net, row)
+    assert state is not None  # rounds is at least 1
+    return state
+
+
+class Talos(Fisher):
+    """Trains the least sensitive coordinates, thinned out over ``calibration.rounds``; one round thins them at once.
+
+    Its state is bool (P,), True where a coordinate still trains. Those in ``sparsity.always_train`` stay True.
+
+    Args:
+        score: ``logit``: squared gradient of the drawn label's logit; ``logprob``: of its log-probability.
+        shrink: factor on the frozen coordinates' values while the others are scored, from 0 to 1.
+        chunk: samples differentiated at once; None chooses by the size of the model and the device.
+
+    Raises:
+        ValueError: an option outside these choices.
+
+    """
+
+    def __init__(self, score: str = "logit", shrink: float = SHRINK, chunk: int | None = None) -> None:
+        super().__init__(largest=False, labels="model", chunk=chunk)
+        if score not in SCORES:
+            raise ValueError(f"mask_rule.score must be 'logit' or 'logprob', not {score!r}")
+        if isinstance(shrink, bool) or not isinstance(shrink, int | float) or not 0 <= shrink <= 1:
+            raise ValueError(f"mask_rule.shrink must be a number from 0 to 1, not {shrink!r}")
+        self.score, self.shrink = score, shrink
+
+    def view(self, row: Tensor, state: Tensor | None) -> Tensor:
+        """Shrink the frozen coordinates: (P,)."""
+        return row if state is None else torch.where(state, row, self.shrink * row)
+
+    def take(
+        self, state: Tensor | None, observed: Tensor, *, space: ParamSpace, sparsity: Sparsity, round: int, rounds: int
+    ) -> Tensor:
+        """Freeze the most sensitive of those that still train, down to density^((round + 1) / rounds): bool (P,)."""
+        power = (round + 1) / rounds
+        if state is None:
+            return select(observed, space, sparsity, largest=False, power=power)
+        scores = observed.masked_fill_(~state, math.inf)
+        return select(scores, space, sparsity, largest=False, power=power) & state
+
+    def traffic(self, space: ParamSpace, state: Tensor | None) -> tuple[int, int]:
+        """Count float32 scores of those that still train going up and, from the second round, a bitmap coming down."""
+        return (4 * space.size, 0) if state is None else (4 * int(state.count_nonzero()), -(-space.size // 8))
+
+    def mask(
+        self,
+        space: ParamSpace,
+        row: Tensor,
+        sparsity: Sparsity,
+        observed: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Mask:
+        """Make the mask of the state after the last round.
+
+        Raises:
+            ValueError: no state.
+
+        """
+        if observed is None or observed.dtype != torch.bool:
+            raise ValueError("TaLoS needs calibration rounds: hand in the state that take() returned, bool (P,)")
+        return Mask.of(space, observed, rule=type(self).__name__, **sparsity.words)
+
+    def _add(
+        self,
+        total: Tensor,
+        net: nn.Module,
+        space: ParamSpace,
+        x: Tensor,
+        y: Tensor,
+        loss: Losses,
+        generator: torch.Generator | None,
+    ) -> None:
+        super()._add(total, net, space, x, y, SCORES[self.score], generator)
+
+
+def _logit(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+    """Take each sample's logit of its label: (b,)."""
+    return forward(x).gather(1, y.unsqueeze(1)).squeeze(1)
+
+
+def _logprob(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
+    """Take each sample's log-probability of its label: (b,)."""
+    return forward(x).log_softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
+
+
+SCORES: dict[str, Losses] = {"logit": _logit, "logprob": _logprob}
+
+
+def _check_schedule(keep: float, rounds: int) -> None:
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds must be a whole number of at least 1, not {rounds!r}")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be a number in (0, 1], not {keep!r}")
+
+
+def _observe(
+    rule: Talos, net: nn.Module, space: ParamSpace, batches: Batches, generator: torch.Generator, round: int
+) -> Tensor:
+    """Sum the scores of one round: float64 (P,)."""
+    total, seen = torch.zeros(space.size, dtype=torch.float64, device=space.tensors(net)[0].device), 0
+    for x, y in batches:
+        rule.accumulate(total, net, space, x, y, loss=SCORES[rule.score], generator=generator)
+        seen += len(x)
+    if not seen:
+        raise ValueError(f"the batches held no samples in round {round + 1}; hand in a list or a loader, no iterator")
+    return total

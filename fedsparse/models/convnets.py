@@ -1,0 +1,122 @@
+"""Builders of the convolutional nets of other federated experiments; each starts at random, from its seed.
+
+None carries ``pretrained_cfg``: images come at the data's own size, normalised by the data's own constants.
+
+Shapes: ``N`` images, ``C`` channels, ``H`` x ``W`` pixels.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from timm.layers.norm import GroupNorm
+from timm.models.resnet import BasicBlock, ResNet
+from torch import nn
+
+from fedsparse.models.vision import Net, check_outputs, seeded, start_head
+
+STEMS = ("cifar", "imagenet")
+
+
+def resnet18_gn(
+    num_classes: int, in_chans: int = 3, stem: str = "cifar", head_std: float = 0.02, seed: int = 0
+) -> nn.Module:
+    """Build ResNet-18 with GroupNorm: (N, C, H, W) of any size -> (N, num_classes); the head is ``fc``.
+
+    Clients with few classes break BatchNorm, and GroupNorm is the common cure (Hsieh et al. 2020, "The Non-IID Data
+    Quagmire of Decentralized Machine Learning"; Reddi et al. 2021, "Adaptive Federated Optimization"). 32 groups, as Wu
+    and He 2018 propose. Blocks do not start as identities: the scores of a mask would vanish inside them.
+
+    Args:
+        num_classes: outputs of the head.
+        in_chans: C, channels of an image.
+        stem: ``cifar``, a 3 x 3 convolution without pooling, for small images; ``imagenet``, 7 x 7 and pooling.
+        head_std: standard deviation of the head's normal before it is cut at two of them; the bias is zero.
+        seed: decides all weights.
+
+    Raises:
+        ValueError: the stem is neither, or there is no class.
+
+    """
+    if stem not in STEMS:
+        raise ValueError(f"model.net.stem is {stem!r}; it must be {' or '.join(STEMS)}")
+
+    def build() -> nn.Module:
+        options = {"norm_layer": GroupNorm, "zero_init_last": False}
+        net: nn.Module = ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_chans, **options)  # type: ignore[arg-type]
+        return _small_stem(net, in_chans) if stem == "cifar" else net
+
+    return _started(build, "fc", num_classes, head_std, seed)
+
+
+def two_cnn(num_classes: int, in_chans: int, hidden: int = 32, head_std: float = 0.02, seed: int = 0) -> nn.Sequential:
+    """Build the TwoCNN of AutoFLIP: (N, C, H, W) of any size -> (N, num_classes).
+
+    Two 5 x 5 convolutions of ``hidden`` and twice as many channels, each pooled by two, a mean to 7 x 7 and a layer of
+    512: 1,663,370 parameters for grey images, 10 classes and 32 channels, as the CNN of McMahan et al. 2017, table 2.
+    """
+
+    def build() -> nn.Sequential:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, (held, made) in enumerate(((in_chans, hidden), (hidden, 2 * hidden)), 1):
+            layers[f"conv{i}"] = nn.Conv2d(held, made, 5, padding=1)
+            layers[f"relu{i}"] = nn.ReLU()
+            layers[f"pool{i}"] = nn.MaxPool2d(2, padding=1)
+        layers["mean"] = nn.AdaptiveAvgPool2d(7)
+        return nn.Sequential(layers | _classifier(2 * hidden * 7 * 7, num_classes, 0.0))
+
+    return _started(build, "head", num_classes, head_std, seed)
+
+
+def fednet(
+    num_classes: int, in_chans: int, img_size: int, dropout: float = 0.5, head_std: float = 0.02, seed: int = 0
+) -> nn.Sequential:
+    """Build the convolutional FedNet of Fedland: (N, C, img_size, img_size) -> (N, num_classes).
+
+    Three 3 x 3 convolutions of 32, 64 and 64 channels, each with BatchNorm and pooled by two, and a layer of 512 with
+    dropout. BatchNorm trains one client at a time: ``federation.cohort=1``.
+
+    Raises:
+        ValueError: images are too small to be halved three times, or there is no class.
+
+    """
+    if img_size < 8:
+        raise ValueError(f"model.net.img_size is {img_size}; fednet halves images three times and needs 8 or more")
+
+    def build() -> nn.Sequential:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, (held, made) in enumerate(((in_chans, 32), (32, 64), (64, 64)), 1):
+            layers[f"conv{i}"] = nn.Conv2d(held, made, 3, padding=1)
+            layers[f"norm{i}"] = nn.BatchNorm2d(made)
+            layers[f"relu{i}"] = nn.ReLU()
+            layers[f"pool{i}"] = nn.MaxPool2d(2)
+        return nn.Sequential(layers | _classifier(64 * (img_size // 8) ** 2, num_classes, dropout))
+
+    return _started(build, "head", num_classes, head_std, seed)
+
+
+def _small_stem(net: nn.Module, in_chans: int) -> nn.Module:
+    """Replace the 7 x 7 stem: its stride and pooling would leave a 32 x 32 image 8 x 8 before the first block."""
+    conv = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    net.conv1, net.maxpool = conv, nn.Identity()
+    return net
+
+
+def _classifier(features: int, num_classes: int, dropout: float) -> OrderedDict[str, nn.Module]:
+    """A layer of 512 and the head."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten(), hidden=nn.Linear(features, 512))
+    layers["relu"] = nn.ReLU()
+    if dropout:
+        layers["dropout"] = nn.Dropout(dropout)
+    layers["head"] = nn.Linear(512, num_classes)
+    return layers
+
+
+def _started(build: Callable[[], Net], head: str, num_classes: int, std: float, seed: int) -> Net:
+    """Build under a seed of its own, and start the head as every builder does."""
+    check_outputs(num_classes)
+    net = seeded(build, seed)
+    start_head(net.get_submodule(head), std, seed)
+    return net

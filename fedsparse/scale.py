@@ -1,0 +1,90 @@
+"""How far along its own way a finished run is best: theta_0 + alpha (theta_T - theta_0), alpha chosen on validation.
+
+Task arithmetic (Ilharco et al. 2023) on the change that the federation made. The start is made again from the stored
+configuration: model and head depend on it and the seed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fedsparse import build
+from fedsparse.data.datasets import Split
+from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.setting import Setting
+from fedsparse.results import write_atomically
+from fedsparse.resume import read_job
+
+ALPHAS = tuple(round(0.1 * i, 1) for i in range(16))  # 0 to 1.5
+FILE = "scale.json"
+
+
+def measure(folders: Iterable[Path]) -> None:
+    """Write ``scale.json`` into every finished run folder below some folders that has none yet."""
+    for folder in sorted({path.parent for top in folders for path in Path(top).rglob("summary.json")}):
+        if not (folder / FILE).exists():
+            try:
+                write_atomically(folder / FILE, json.dumps(scaled(folder), indent=2) + "\n")
+            except (ValueError, OSError, SafetensorError) as error:  # a damaged folder; the report lists it
+                print(f"fedsparse: {folder} was not scaled: {error}", file=sys.stderr)
+
+
+def scaled(folder: Path) -> dict[str, Any]:
+    """Evaluate a run's scaled task vectors.
+
+    Args:
+        folder: a finished run.
+
+    Returns:
+        ``alpha`` (the one with the best validation accuracy, the nearest to 1 of equals), ``val/acc`` and ``test/acc``
+        there, ``test/acc_at_1``, and all ``alphas`` with their ``val``.
+
+    """
+    setting, start, end = _start_and_end(folder)
+    space, net, data = setting.space, setting.net, setting.dataset
+
+    def at(alpha: float, split: Split) -> float:
+        space.write(net, start + alpha * (end - start))
+        return accuracy(setting, split)
+
+    val = [at(alpha, data.val) for alpha in ALPHAS]
+    best = best_alpha(ALPHAS, val)
+    facts = {"alpha": best, "val/acc": max(val), "test/acc": at(best, data.test), "test/acc_at_1": at(1.0, data.test)}
+    return facts | {"alphas": list(ALPHAS), "val": val}
+
+
+def best_alpha(alphas: Sequence[float], val: Sequence[float]) -> float:
+    """Alpha of the best validation accuracy; of equals the nearest to 1, where the run itself stands.
+
+    >>> best_alpha([0.5, 0.9, 1.2], [0.8, 0.9, 0.9])
+    0.9
+    """
+    return max(zip(alphas, val, strict=True), key=lambda pair: (pair[1], -abs(pair[0] - 1)))[0]
+
+
+def _start_and_end(folder: Path) -> tuple[Setting, torch.Tensor, torch.Tensor]:
+    """Build the run's model as it was before its first round, and read it after its last: rows (P,)."""
+    cfg = read_job(folder, []).cfg
+    federation = build.build_federation(cfg)
+    setting = build.build_setting(cfg, federation, Ledger(), build.build_module(cfg, federation))
+    build.start_head(cfg, setting)
+    start = setting.space.read(setting.net)
+    setting.net.load_state_dict(load_file(folder / "model.safetensors"))
+    return setting, start, setting.space.read(setting.net)
+
+
+@torch.no_grad()
+def accuracy(setting: Setting, split: Split) -> float:
+    """Share of a split that the network classifies rightly, in eval mode."""
+    setting.net.eval()
+    right = sum(int((setting.net(x).argmax(1) == y).sum()) for x, y in setting.batches(split, np.arange(len(split.y))))
+    return right / len(split.y)

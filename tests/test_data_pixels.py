@@ -1,0 +1,436 @@
+"""The public image data sets and one's own folders, from files of their real layout; torchvision reads them beside."""
+
+from __future__ import annotations
+
+import collections
+import gzip
+import hashlib
+import os
+import pickle
+import shutil
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from image_files import CHANGED, idx, write_cifar10, write_cifar100, write_mnist, write_pickle
+from omegaconf import OmegaConf
+from PIL import Image
+from torchvision import datasets as tvd
+from torchvision.transforms import v2
+
+from fedsparse.data import pixels
+from fedsparse.data.datasets import hold_out
+from fedsparse.data.folder import imagefolder
+from fedsparse.data.unpickle import read_pickle
+
+CONF = Path(__file__).parents[1] / "conf" / "data"
+LOADERS = {
+    "cifar10": (write_cifar10, tvd.CIFAR10),
+    "cifar100": (lambda root: write_cifar100(root, 90, 30, classes=6), tvd.CIFAR100),
+    "mnist": (write_mnist, tvd.MNIST),
+    "fashion_mnist": (lambda root: write_mnist(root, "FashionMNIST", packed=False), tvd.FashionMNIST),
+}
+pytestmark = pytest.mark.filterwarnings(CHANGED)
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+def counted(x, y):
+    """The images as bytes with their labels, in no order."""
+    return collections.Counter((image.tobytes(), int(label)) for image, label in zip(x, y, strict=True))
+
+
+def as_published(monkeypatch, published, folder):
+    """Give torchvision's class the checksums of the files that the test made, so that it reads them."""
+    for part in ("train_list", "test_list"):
+        monkeypatch.setattr(published, part, [[name, md5(folder / name)] for name, _ in getattr(published, part)])
+    meta = published.meta | {"md5": md5(folder / published.meta["filename"])}
+    monkeypatch.setattr(published, "meta", meta)
+
+
+def read_by_torchvision(published, folder, root, train):
+    """Images (N, C, H, W) and labels, as torchvision reads them."""
+    if published in (tvd.MNIST, tvd.FashionMNIST):
+        for path in folder.glob("*.gz"):
+            path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        held = published(root, train=train)
+        return held.data.numpy()[:, None], held.targets.numpy()
+    held = published(root, train=train)
+    return held.data.transpose(0, 3, 1, 2), np.array(held.targets)
+
+
+# -------------------------------------------------------------------------------------------- the public data sets
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_agrees_with_torchvision(tmp_path, monkeypatch, name):
+    write, published = LOADERS[name]
+    folder = write(tmp_path)
+    dataset = getattr(pixels, name)(tmp_path, val_fraction=0.1)
+    if hasattr(published, "train_list"):
+        as_published(monkeypatch, published, folder)
+    x, y = read_by_torchvision(published, folder, tmp_path, train=True)
+    ours = [(split.x.numpy(), split.y.numpy()) for split in (dataset.train, dataset.val)]
+    assert counted(*ours[0]) + counted(*ours[1]) == counted(x, y)
+    x, y = read_by_torchvision(published, folder, tmp_path, train=False)
+    assert np.array_equal(dataset.test.x.numpy(), x)
+    assert np.array_equal(dataset.test.y.numpy(), y)
+    assert dataset.test.x.dtype == torch.uint8
+    assert dataset.classes == 1 + y.max()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_validation_is_a_stratified_tenth_by_its_own_seed(tmp_path, name):
+    LOADERS[name][0](tmp_path)
+    load = getattr(pixels, name)
+    dataset = load(tmp_path)
+    classes, held = dataset.classes, len(dataset.train.y) + len(dataset.val.y)
+    assert len(dataset.val.y) == -(-held // 10)
+    assert np.ptp(np.bincount(dataset.val.y.numpy(), minlength=classes)) <= 1
+    np.random.seed(7)  # noqa: NPY002
+    assert torch.equal(load(tmp_path).val.x, dataset.val.x)
+    assert not torch.equal(load(tmp_path, split_seed=1).val.x, dataset.val.x)
+    assert len(load(tmp_path, val_fraction=0.3).val.y) == round(0.3 * held)
+
+
+@pytest.mark.parametrize("name", [*LOADERS, "imagefolder"])
+def test_yaml_names_root_split_and_augmentation(tmp_path, name):
+    cfg = OmegaConf.create({"data": yaml.safe_load((CONF / f"{name}.yaml").read_text())})
+    if name == "imagefolder":
+        write_folder(tmp_path, {"cat": 20, "dog": 20})
+    else:
+        assert cfg.data.root == "data"
+        LOADERS[name][0](tmp_path)
+    cfg.data.root = str(tmp_path)
+    cfg.data.val_fraction = 0.25
+    dataset = instantiate(cfg.data.source)
+    assert len(dataset.val.y) / (len(dataset.val.y) + len(dataset.train.y)) == pytest.approx(0.25, abs=0.02)
+    assert len(dataset.mean) == len(dataset.std) == dataset.train.x.shape[1]
+    assert cfg.data.augment == "none"
+
+
+# of the published training images, by anyone who averages them (three or four digits)
+@pytest.mark.parametrize(
+    ("published", "mean", "std"),
+    [
+        (tvd.CIFAR10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+        (tvd.CIFAR100, (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+        (tvd.MNIST, (33.3,), (78.6,)),
+        (tvd.FashionMNIST, (72.9,), (90.0,)),
+    ],
+)
+def test_constants(published, mean, std):
+    for ours, known in zip(pixels.MOMENTS[published], (mean, std), strict=True):
+        assert np.allclose(np.array(ours) * 255, known, atol=0.06)
+
+
+def test_a_class_too_small_to_hold_out_is_an_error():
+    y = np.array([0] * 20 + [1] * 20)
+    for fraction in (0.0, -0.1, 1.0, 0.99, 0.01, float("nan")):
+        with pytest.raises(ValueError, match=r"data\.val_fraction") as error:
+            hold_out(y, fraction, 0)
+        assert one_line(error)
+    with pytest.raises(ValueError, match="a class has only one"):
+        hold_out(np.array([0, 0, 0, 1]), 0.5, 0)
+    rest, held = hold_out(y, 0.1, 0)
+    assert sorted([*rest, *held]) == list(range(40))
+    assert (np.diff(rest) > 0).all()
+    assert np.bincount(y[held]).tolist() == [2, 2]
+
+
+# ------------------------------------------------------------------------------------------ missing, changed, foreign
+
+
+def offline(monkeypatch, published, folder):
+    """Addresses that are none: the download fails as it does without a network."""
+    nowhere = folder.as_uri() + "/nowhere/"
+    if hasattr(published, "url"):
+        monkeypatch.setattr(published, "url", nowhere + published.filename)
+    monkeypatch.setattr(published, "mirrors", [nowhere, nowhere + "else/"], raising=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "text"),
+    [
+        ("cifar10", tvd.CIFAR10, r"put cifar-10-python\.tar\.gz from file://.*/nowhere/ into"),
+        ("cifar100", tvd.CIFAR100, r"put cifar-100-python\.tar\.gz from .*nowhere/ into .*data\.root"),
+        (
+            "mnist",
+            tvd.MNIST,
+            r"MNIST/raw lacks .* put train-images-.*, t10k-labels-.* from .*nowhere/ into",
+        ),
+        ("fashion_mnist", tvd.FashionMNIST, r"FashionMNIST/raw lacks .* put train-images-idx3-ubyte\.gz, "),
+    ],
+)
+def test_without_a_network_says_what_to_put_where(tmp_path, monkeypatch, name, published, text):
+    offline(monkeypatch, published, tmp_path)
+    with pytest.raises(ValueError, match=text) as error:
+        getattr(pixels, name)(tmp_path / "data")
+    assert one_line(error)
+    assert str(tmp_path / "data") in str(error.value)
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """Address under which this machine serves the folder of the test, to itself."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_downloads_only_what_is_missing(tmp_path, monkeypatch, address):
+    """The archive comes by torchvision's downloader, its checksum is held to, and present files need no network."""
+    folder = write_cifar100(tmp_path / "made", 90, 30, classes=6)
+    archive = tmp_path / "cifar-100-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    monkeypatch.setattr(tvd.CIFAR100, "url", f"{address}/{archive.name}")
+    with pytest.raises(ValueError, match="downloading failed"):
+        pixels.cifar100(tmp_path / "new")
+    monkeypatch.setattr(tvd.CIFAR100, "tgz_md5", md5(archive))
+    assert torch.equal(pixels.cifar100(tmp_path / "new").train.x, pixels.cifar100(tmp_path / "made").train.x)
+    archive.unlink()
+    assert len(pixels.cifar100(tmp_path / "new").test.y) == 30
+    (tmp_path / "new" / "cifar-100-python" / "train").unlink()
+    assert len(pixels.cifar100(tmp_path / "new").test.y) == 30  # the archive lies beside, as where a person put it
+
+
+def test_mnist_downloads_from_the_first_mirror_that_has_it(tmp_path, monkeypatch, address):
+    made = write_mnist(tmp_path / "made")
+    resources = [(name, md5(made / name)) for name, _ in tvd.MNIST.resources]
+    monkeypatch.setattr(tvd.MNIST, "resources", resources)
+    monkeypatch.setattr(tvd.MNIST, "mirrors", [f"{address}/none/", f"{address}/made/MNIST/raw/"])
+    assert torch.equal(pixels.mnist(tmp_path / "new").train.x, pixels.mnist(tmp_path / "made").train.x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_changed_files_warn_in_one_line_and_load(tmp_path, monkeypatch):
+    folder = write_cifar10(tmp_path)
+    with pytest.warns(UserWarning, match="not the published checksum: .*data_batch_1, .*test_batch") as caught:
+        assert len(pixels.cifar10(tmp_path).test.y) == 30
+    assert len(caught) == 1
+    as_published(monkeypatch, tvd.CIFAR10, folder)
+    pixels.cifar10(tmp_path)  # no warning, or it would be an error here
+    write_mnist(tmp_path)
+    with pytest.warns(UserWarning, match=r"train-images-idx3-ubyte\.gz"):
+        pixels.mnist(tmp_path)
+
+
+@pytest.mark.parametrize("text", [str, bytes])
+def test_keys_of_text_and_of_bytes_read_alike(tmp_path, text):
+    write_cifar100(tmp_path, 90, 30, classes=6, text=text)
+    assert np.bincount(pixels.cifar100(tmp_path).test.y).tolist() == [5] * 6
+
+
+class Command:
+    """What a malicious file would hold: to load it is to run a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_malicious_file_runs_nothing(tmp_path):
+    ran = tmp_path / "ran"
+    folder = write_cifar100(tmp_path, 90, 30, classes=6)
+    write_pickle(folder / "train", {"data": Command(ran)})
+    with pytest.raises(ValueError, match=r"train cannot be read .* wants to load \w+\.system") as error:
+        pixels.cifar100(tmp_path)
+    assert one_line(error)
+    assert not ran.exists()
+    pickle.loads((folder / "train").read_bytes())  # noqa: S301
+    assert ran.exists()  # the file was malicious indeed
+
+
+@pytest.mark.parametrize("held", [eval, getattr, np.load, np.memmap, pickle.loads, collections.OrderedDict, slice(1)])
+def test_other_names_are_refused(tmp_path, held):
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "f").write_bytes(pickle.dumps([held], protocol))
+        with pytest.raises(ValueError, match="it wants to load"):
+            read_pickle(tmp_path / "f")
+
+
+def test_bytes_under_another_encoding_are_refused(tmp_path):
+    (tmp_path / "f").write_bytes(b"c_codecs\nencode\n(Vabc\nVrot13\ntR.")
+    with pytest.raises(ValueError, match="rot13"):
+        read_pickle(tmp_path / "f")
+
+
+PLAIN = {
+    "array": np.arange(12, dtype=np.uint8).reshape(3, 4),
+    "fortran": np.asfortranarray(np.eye(3)),
+    "text": np.array(["ab", "c"]),
+    "scalars": [np.int64(-3), np.float32(0.5), np.bool_(True)],
+    "plain": [1, 2.5, "\xe9", b"\xff\x00", None, True, (1, [2, {"a": 3}])],
+}
+
+
+@pytest.mark.parametrize("key", PLAIN)
+@pytest.mark.parametrize("core", [b"numpy._core", b"numpy.core"])
+def test_plain_data_reads_as_it_was(tmp_path, key, core):
+    for protocol in (0, 1, 2):  # those that name a module by a line, so that numpy 1's name is one replacement
+        content = pickle.dumps(PLAIN[key], protocol).replace(b"numpy._core", core)
+        (tmp_path / "f").write_bytes(content)
+        np.testing.assert_equal(read_pickle(tmp_path / "f"), PLAIN[key])
+
+
+def test_a_pickle_of_python_2(tmp_path):
+    """As Python 2.7 and numpy 1 wrote CIFAR: arrays' bytes and keys as strings without an encoding (opcode U)."""
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+    dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    state = b"(K\x01K\x01K\x04\x86" + dtype + b"\x89U\x04\x00\x7f\x80\xfftb"
+    (tmp_path / "f").write_bytes(b"\x80\x02}(U\x04data" + array + state + b"U\x06labels](K\x05eU\x01n\x8a\x01\x07u.")
+    held = read_pickle(tmp_path / "f")
+    assert held["data"].tolist() == [[0, 127, 128, 255]]
+    assert held["data"].dtype == np.uint8
+    assert held["labels"] == [5]
+    assert held["n"] == 7
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"data": np.zeros((3, 3072), np.uint8)},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [1, 2, 3]},
+        {"data": np.zeros((2, 3072), np.float32), "labels": [1, 2]},
+        {"data": np.zeros((2, 768), np.uint8), "labels": [1, 2]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0.5, 1.0]},
+        {"labels": [1]},
+    ],
+)
+def test_a_pickle_of_something_else_is_refused(tmp_path, held):
+    write_pickle(tmp_path / "batch", held)
+    with pytest.raises(ValueError, match=r"batch is no batch of CIFAR; it needs data, uint8 \(N, 3072\)") as error:
+        pixels.read_batch(tmp_path / "batch")
+    assert one_line(error)
+
+
+def test_damaged_files_are_named(tmp_path):
+    folder = write_cifar10(tmp_path)
+    whole = (folder / "test_batch").read_bytes()
+    for content in (b"", whole[:1000], b"no pickle at all\n\n", b"\x80\x02]q\x00."):
+        (folder / "test_batch").write_bytes(content)
+        with pytest.raises(ValueError, match="test_batch") as error:
+            pixels.cifar10(tmp_path)
+        assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0\0\x08",
+        gzip.compress(idx(np.zeros((2, 3, 3))))[:20],
+        gzip.compress(idx(np.zeros((2, 3, 3)))[:-1]),
+        gzip.compress(idx(np.zeros((2, 3)))),
+        gzip.compress(b"\0\0\x0d" + idx(np.zeros((2, 3, 3)))[3:]),
+    ],
+)
+def test_damaged_idx_files_are_named(tmp_path, content):
+    folder = write_mnist(tmp_path)
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is damaged or no IDX file") as error:
+        pixels.mnist(tmp_path)
+    assert one_line(error)
+
+
+# ---------------------------------------------------------------------------------------------------- one's own folder
+
+
+def write_folder(root, counts, suffix=".png", seed=0):
+    """Write images of several sizes and modes, so many in each class folder."""
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            shape = (int(rng.integers(9, 30)), int(rng.integers(9, 30)))
+            image = rng.integers(0, 256, shape if i % 3 == 1 else (*shape, 3 + i % 2), dtype=np.uint8)
+            Image.fromarray(image).convert("RGB" if suffix == ".jpg" else None).save(root / name / f"{i:02}{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_images_are_those_of_torchvision(tmp_path, suffix):
+    for part, count in (("train", 6), ("val", 2), ("test", 3)):
+        write_folder(tmp_path / part, {"cat": count, "ant": count}, suffix)
+    dataset = imagefolder(tmp_path, size=12)
+    bicubic = v2.InterpolationMode.BICUBIC
+    steps = v2.Compose([v2.Resize(12, bicubic), v2.CenterCrop(12), v2.PILToTensor()])
+    for part, split in (("train", dataset.train), ("val", dataset.val), ("test", dataset.test)):
+        oracle = tvd.ImageFolder(tmp_path / part, transform=steps)
+        assert torch.equal(split.x, torch.stack([x for x, _ in oracle]))
+        assert split.y.tolist() == oracle.targets
+    assert dataset.train.x.dtype == torch.uint8
+    assert dataset.classes == 2
+
+
+def test_missing_parts_are_held_out(tmp_path):
+    write_folder(tmp_path / "all", {"a": 20, "b": 20})
+    sizes = [len(s.y) for s in (lambda d: (d.train, d.val, d.test))(imagefolder(tmp_path / "all", 8))]
+    assert sizes == [28, 4, 8]
+    shutil.copytree(tmp_path / "all", tmp_path / "two" / "train")
+    write_folder(tmp_path / "two" / "val", {"b": 3}, seed=1)
+    two = imagefolder(tmp_path / "two", 8)
+    assert [len(s.y) for s in (two.train, two.val, two.test)] == [32, 3, 8]
+    assert two.val.y.tolist() == [1, 1, 1]  # though "b" is the first folder there
+    every = imagefolder(tmp_path / "all", 8)
+    oracle = tvd.ImageFolder(tmp_path / "all", transform=v2.Compose([v2.Resize(8, v2.InterpolationMode.BICUBIC)]))
+    pieces = torch.cat([every.train.y, every.val.y, every.test.y])
+    assert sorted(pieces.tolist()) == oracle.targets
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_folder(tmp_path, {"bus": 20, "train": 20})
+    assert imagefolder(tmp_path, 8).classes == 2
+
+
+def test_folder_errors_name_the_file_or_the_key(tmp_path):
+    def refused(text, **options):
+        with pytest.raises(ValueError, match=text) as error:
+            imagefolder(tmp_path / "mine", **{"size": 8} | options)
+        assert one_line(error)
+
+    refused(r"data\.root=.*mine is no folder")
+    (tmp_path / "mine").mkdir()
+    refused(r"data\.root: .*mine has no folder in it")
+    write_folder(tmp_path / "mine", {"a": 20, "b": 20})
+    refused(r"data\.size is 0", size=0)
+    refused(r"data\.test_fraction=1.5", test_fraction=1.5)
+    refused(r"data\.val_fraction=0\.01", val_fraction=0.01)
+    (tmp_path / "mine" / "c").mkdir()
+    refused(r"mine/c has no image in it")
+    (tmp_path / "mine" / "c").rmdir()
+    whole = (tmp_path / "mine" / "a" / "03.png").read_bytes()
+    for content in (b"", b"text", whole[: len(whole) // 2]):
+        (tmp_path / "mine" / "a" / "03.png").write_bytes(content)
+        refused(r"a/03\.png cannot be read as an image .*repair or remove it")
+    (tmp_path / "mine" / "a" / "03.png").write_bytes(whole)
+    shutil.move(tmp_path / "mine", tmp_path / "train")
+    shutil.move(tmp_path / "train", tmp_path / "mine" / "train")
+    write_folder(tmp_path / "mine" / "test", {"b": 2, "z": 2})
+    refused(r"mine/test has the class z")
+    with pytest.raises(ValueError, match=r"data\.root=None"):
+        imagefolder(None)
