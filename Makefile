@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format bench grid weights wheel clean
+.PHONY: help setup train test test-slow lint format bench table grid weights wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,17 +40,32 @@ bench: $(READY) ## a round's time over that of a hand-written loop, in pairs
 	$(BIN)/python -m fedsparse.bench $(ARGS)
 
 JOBS ?= 2
-GRID = $(BIN)/python -m fedsparse.train -m hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) logger=csv pictures=false \
-	seed=0,1,2,3,4 partition=iid,noniid_nc1,noniid_nc2,dirichlet01 optimizer.lr=0.03,0.1,0.3 calibration.rounds=4 \
-	federation.eval_every=2
-RULES := random,least_sensitive,most_sensitive,talos,lowest_magnitude,highest_magnitude
+SWEEP = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.train -m hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) logger=csv
+TABLE = $(SWEEP) seed=0,1,2,3,4 optimizer.lr=0.03,0.1,0.3 partition=iid,noniid_nc1
+FIVE := random,least_sensitive,most_sensitive,lowest_magnitude,highest_magnitude
 
-grid: $(READY) ## the README's grid on digits: 1,200 runs; goes on where it stopped
-	@echo "1,200 runs of about 6 s each: 1 to 1.5 hours with JOBS=$(JOBS); finished ones are skipped when it is started again"
-	OMP_NUM_THREADS=1 $(GRID) mask_rule=dense hydra.sweep.dir=runs/grid/dense
-	OMP_NUM_THREADS=1 $(GRID) mask_rule=dense model.trainable=head hydra.sweep.dir=runs/grid/head
-	OMP_NUM_THREADS=1 $(GRID) mask_rule=$(RULES) sparsity=s50,s80,s95 hydra.sweep.dir=runs/grid/rules
-	$(BIN)/python -m fedsparse.report runs/grid --out runs/grid/report --pixels
+table: $(READY) ## the README's first table: 210 runs, a quarter of an hour
+	$(TABLE) mask_rule=dense,$(FIVE) hydra.sweep.dir=runs/table/rules
+	$(TABLE) mask_rule=dense model.trainable=head hydra.sweep.dir=runs/table/head
+	$(BIN)/python -m fedsparse.report runs/table --pixels
+
+MODEL ?= mlp
+# one seed finds the learning rate of each cell by validation, the other four repeat it
+GRID = $(SWEEP) pictures=false model=$(MODEL) seed=0 optimizer.lr=0.03,0.1,0.3 \
+	partition=iid,noniid_nc1,noniid_nc2,dirichlet01 calibration.rounds=4 federation.eval_every=2
+REPEAT = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.repeat --seeds 1 2 3 4 --jobs $(JOBS)
+AT = runs/grid/$(MODEL)
+
+grid: $(READY) ## six rules x three sparsities x four partitions x five seeds; MODEL=vit_digits for the default model
+	@echo "560 runs (240 to find learning rates, 320 to repeat the best), JOBS=$(JOBS) at a time: COST"
+	@echo "What is finished in $(AT) is skipped, what was stopped goes on."
+	$(GRID) mask_rule=dense hydra.sweep.dir=$(AT)/dense
+	$(GRID) mask_rule=dense model.trainable=head hydra.sweep.dir=$(AT)/head
+	$(GRID) mask_rule=$(FIVE),talos sparsity=s50,s80,s95 hydra.sweep.dir=$(AT)/rules
+	$(REPEAT) $(AT)/dense
+	$(REPEAT) $(AT)/head
+	$(REPEAT) $(AT)/rules
+	$(BIN)/python -m fedsparse.report $(AT) --out $(AT)/report
 
 weights: $(READY) ## pre-train the embedded model again
 	$(BIN)/python -m fedsparse.pretrain $(ARGS)

@@ -85,7 +85,7 @@ def _check_given(job: Job, mask: Mask) -> None:
     """
     typed = [o for o in _overrides(job.folder) if o.startswith("sparsity")]
     ratio = mask.metadata.get("ratio")
-    if typed and ratio is not None and float(ratio) != float(job.cfg.sparsity.ratio):
+    if typed and ratio is not None and float(ratio) != job.cfg.sparsity.get("ratio"):
         raise ValueError(
             f"mask_rule=from_file sets the sparsity: {job.cfg.mask_rule.path} has sparsity.ratio={ratio}; "
             f"leave out {' '.join(typed)}"

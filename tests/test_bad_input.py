@@ -162,7 +162,6 @@ def test_good_arrays_train(tmp_path, monkeypatch):
     ("changes", "says"),
     [
         ({"x": with_nan}, "(?i)nan"),
-        ({"y": lambda y: y + 5}, "label|classes|outputs"),
         ({"y": lambda y: y - 1}, "label"),
         ({"y": lambda y: y[:-1]}, "79"),
         ({"x": lambda x: x[:0], "y": lambda y: y[:0]}, "empty|no samples"),
@@ -173,6 +172,12 @@ def test_bad_arrays(tmp_path, monkeypatch, changes, says):
     with pytest.raises(Exception, match=says) as caught:  # noqa: PT011
         run([*BASE, *write_arrays(tmp_path / "data", **changes)])
     assert "HYDRA_FULL_ERROR" not in one_line(caught.value)
+
+
+def test_a_head_that_is_told_to_be_too_small(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"10 outputs and the data 15 classes; set model.net.num_classes=15"):
+        run([*BASE, *write_arrays(tmp_path / "data", y=lambda y: y + 5), "model.net.num_classes=10"])
 
 
 @pytest.mark.parametrize(

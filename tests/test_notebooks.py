@@ -117,7 +117,7 @@ def executed(tmp_path, monkeypatch):
 
     def go(path):
         notebook = read(path)
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(here)}}).execute()
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(here)}}).execute()
         assert list(here.iterdir()) == []
         return notebook.cells
 

@@ -46,29 +46,6 @@ def undecided(masks: Mapping[str, Mask]) -> dict[str, Mask]:
     return {rule: Mask({name: mask.tensors[name] for name in kept}) for rule, mask in masks.items()}
 
 
-def overlap_figure(names: Sequence[str], matrix: Matrix) -> Figure:
-    """Draw a matrix of values from 0 to 1, each with its number.
-
-    Args:
-        names: of the M masks.
-        matrix: (M, M).
-
-    """
-    size = 1.2 + 0.75 * len(names)
-    figure = Figure(figsize=(size + 2.0, size + 0.4), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    for (i, j), value in np.ndenumerate(matrix):
-        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color="white" if value > 0.6 else "black")
-    ticks, shown = range(len(names)), [plain(name) for name in names]
-    axes.set_xticks(ticks, shown, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, shown)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, label="Jaccard index", shrink=0.8)
-    return figure
-
-
 def _groups(table: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
     groups: dict[tuple[str, float], list[Row]] = {}
     for row in table:
@@ -110,9 +87,9 @@ def _blocks(caption: str, masks: Mapping[str, Mask]) -> list[Table | Picture]:
     density = float(np.mean([mask.density for mask in masks.values()]))
     chance = f"{caption}; by chance {density / (2 - density):.2f}"
     body = [[name, *(f"{value:.2f}" for value in line)] for name, line in zip(names, matrix, strict=True)]
-    picture = Picture(f"overlap-{slug(caption)}", f"Mask overlap, {chance}", _drawer(names, matrix))
+    picture = Picture(
+        f"overlap-{slug(caption)}",
+        f"Mask overlap, {chance}",
+        lambda: overlap_figure([plain(name) for name in names], matrix),
+    )
     return [picture, Table(["mask rule", *names], body, chance)]
-
-
-def _drawer(names: Sequence[str], matrix: Matrix) -> Callable[[], Figure]:
-    return lambda: overlap_figure(names, matrix)

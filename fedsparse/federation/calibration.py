@@ -129,7 +129,7 @@ def calibrate_clients(setting: Setting, work: Work) -> Calibrated:
     setting.ledger.first_model(clients, setting.model_length)
     setting.ledger.setup(len(clients), up=length, down=length)
     setting.ledger.has_mask |= set(clients)
-    name = {"rule": type(work.rule).__name__, "ratio": str(work.sparsity.ratio), "owner": "client"}
+    name = {"rule": type(work.rule).__name__, "owner": "client", **work.sparsity.words}
     return Calibrated(Mask.of(space, union, **name), bitmaps)
 
 

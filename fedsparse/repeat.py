@@ -1,0 +1,89 @@
+"""Repeat the best of a sweep with more seeds: ``python -m fedsparse.repeat <sweep folder> --seeds 1 2 3 4 [--jobs 2]``.
+
+A sweep over learning rates with all seeds spends most of its time on rates that are not used. Sweep them with one seed,
+and repeat each cell with the others at the rate that validated best. Like a sweep it skips what is finished, goes on
+with what was stopped, and puts each cell into a folder named after its overrides, in the same sweep folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from joblib import Parallel, delayed
+from omegaconf import DictConfig
+
+from fedsparse import train
+from fedsparse.analysis.folders import Run, read_runs
+from fedsparse.analysis.table import once, rows
+from fedsparse.resume import Job, facts
+from fedsparse.sweep import cell_name
+
+CHECKED = "~hydra.callbacks.fresh_run_folder"  # a used folder is not refused: the cell itself looks whose it is
+BESIDE = "hydra/launcher=joblib"  # names what happens: cells side by side keep their progress off the terminal
+LEFT_OUT = ("logger", "pictures", "calibration.cache", "trainer.accelerator", "trainer.devices", "federation.rounds")
+
+
+def cells(folder: Path, seeds: Sequence[int]) -> Iterator[tuple[list[str], Path]]:
+    """List what is to be run: the overrides and the folder of the best cell of every row, with each of the seeds.
+
+    Raises:
+        ValueError: no finished run is there.
+
+    """
+    runs, _ = read_runs([folder])
+    for row in rows(once(runs)[0]):
+        typed = overrides_of(row.runs[0])
+        for seed in seeds:
+            wanted = [o for o in typed if not o.startswith("seed=")] + [f"seed={seed}"]
+            yield wanted, folder / cell_name(wanted, LEFT_OUT)
+
+
+def overrides_of(run: Run) -> list[str]:
+    """Read what was typed for a run, as it was stored."""
+    text = (run.folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
+    return [str(override) for override in yaml.safe_load(text) or []]
+
+
+def execute_cell(cfg: DictConfig) -> dict[str, object]:
+    """Carry out one cell: what is finished is only reported, what was stopped goes on."""
+    hydra_cfg = HydraConfig.get()
+    choices, _ = facts(hydra_cfg)
+    folder = Path(hydra_cfg.runtime.output_dir)
+    return train.run_cell(Job(cfg, folder, choices, group=folder.parent.name), hydra_cfg)
+
+
+def run(overrides: Sequence[str], folder: Path, beside: bool = False) -> bool:
+    """Compose and carry out one cell, maybe beside others; False if it failed, which it has said."""
+    options = [CHECKED, f"hydra.run.dir={folder.absolute()}", *([BESIDE] if beside else [])]
+    try:
+        train.compose_and_run(execute_cell, [*overrides, *options])
+    except ValueError:
+        return False
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a sweep folder with finished cells")
+    parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time (pip install 'fedsparse[sweep]')")
+    options = parser.parse_args(arguments)
+    try:
+        listed = list(cells(options.folder, options.seeds))
+    except ValueError as error:
+        sys.exit(f"fedsparse: {error}")
+    print(f"{len(listed)} cells in {options.folder}", flush=True)
+    beside = options.jobs > 1
+    done = Parallel(n_jobs=options.jobs)(delayed(run)(*cell, beside) for cell in listed)
+    if not all(done):
+        sys.exit(f"fedsparse: {done.count(False)} cells failed, see above; the same command skips what is finished")
+
+
+if __name__ == "__main__":
+    main()
