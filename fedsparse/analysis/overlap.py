@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
-from matplotlib.figure import Figure
 
 from fedsparse.analysis.folders import Problem, Run
+from fedsparse.analysis.mask_plot import overlap_figure
 from fedsparse.analysis.page import Picture, Section, Table, slug
 from fedsparse.analysis.style import plain
 from fedsparse.analysis.table import Row
 from fedsparse.analysis.tables import share
 from fedsparse.masks import Mask, overlaps
 
-Matrix = npt.NDArray[np.float64]
 _TEXT = (
     "Jaccard index of the masks of the first seed: coordinates that train in both, over those that train in either; 1 "
     "is the same mask. Tensors that train whole in all of the masks, as the head does, are left out. A random mask "
@@ -87,9 +85,6 @@ def _blocks(caption: str, masks: Mapping[str, Mask]) -> list[Table | Picture]:
     density = float(np.mean([mask.density for mask in masks.values()]))
     chance = f"{caption}; by chance {density / (2 - density):.2f}"
     body = [[name, *(f"{value:.2f}" for value in line)] for name, line in zip(names, matrix, strict=True)]
-    picture = Picture(
-        f"overlap-{slug(caption)}",
-        f"Mask overlap, {chance}",
-        lambda: overlap_figure([plain(name) for name in names], matrix),
-    )
+    shown = [plain(name) for name in names]
+    picture = Picture(f"overlap-{slug(caption)}", f"Mask overlap, {chance}", lambda: overlap_figure(shown, matrix))
     return [picture, Table(["mask rule", *names], body, chance)]
