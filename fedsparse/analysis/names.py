@@ -87,7 +87,8 @@ def _name(group: Settings, differing: set[tuple[str, str]]) -> str:
 def _partition(group: Settings, differing: set[tuple[str, str]]) -> str:
     """Write the partition with the parameters that tell it from others of its kind: dirichlet(0.1)."""
     keys = [key for key in sorted(group) if key.startswith("partition.")]
-    shown = [group[key] for key in keys if key == _ALWAYS or (key, _option(key, group)) in differing]
+    always = () if group["partition"][-1].isdigit() else (_ALWAYS,)  # dirichlet01 says it in its name
+    shown = [group[key] for key in keys if key in always or (key, _option(key, group)) in differing]
     return group["partition"] + (f"({', '.join(shown)})" if shown else "")
 
 
