@@ -50,18 +50,21 @@ table: $(READY) ## the README's first table: 210 runs, a quarter of an hour
 	$(BIN)/python -m fedsparse.report runs/table --pixels
 
 MODEL ?= mlp
+RULES ?= $(FIVE),talos
+SPARSITY ?= s50,s80,s95
+PARTITION ?= iid,noniid_nc1,noniid_nc2,dirichlet01
 # one seed finds the learning rate of each cell by validation, the other four repeat it
 GRID = $(SWEEP) pictures=false model=$(MODEL) seed=0 optimizer.lr=0.03,0.1,0.3 \
-	partition=iid,noniid_nc1,noniid_nc2,dirichlet01 calibration.rounds=4 federation.eval_every=2
+	partition=$(PARTITION) calibration.rounds=4 federation.eval_every=2
 REPEAT = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.repeat --seeds 1 2 3 4 --jobs $(JOBS)
 AT = runs/grid/$(MODEL)
 
 grid: $(READY) ## six rules x three sparsities x four partitions x five seeds; MODEL=vit_digits for the default model
-	@echo "560 runs (240 to find learning rates, 320 to repeat the best), JOBS=$(JOBS) at a time: a quarter of an hour on two idle cores for mlp, about three for vit_digits"
+	@echo "560 runs (240 to find learning rates, 320 to repeat the best), JOBS=$(JOBS) at a time: on two idle cores a quarter of an hour for mlp, three quarters for vit_digits"
 	@echo "What is finished in $(AT) is skipped, what was stopped goes on."
 	$(GRID) mask_rule=dense hydra.sweep.dir=$(AT)/dense
 	$(GRID) mask_rule=dense model.trainable=head hydra.sweep.dir=$(AT)/head
-	$(GRID) mask_rule=$(FIVE),talos sparsity=s50,s80,s95 hydra.sweep.dir=$(AT)/rules
+	$(GRID) mask_rule=$(RULES) sparsity=$(SPARSITY) hydra.sweep.dir=$(AT)/rules
 	$(REPEAT) $(AT)/dense
 	$(REPEAT) $(AT)/head
 	$(REPEAT) $(AT)/rules
