@@ -60,7 +60,7 @@ REPEAT = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.repeat --seeds 1 2 3 4 --j
 AT = runs/grid/$(MODEL)
 
 grid: $(READY) ## six rules x three sparsities x four partitions x five seeds; MODEL=vit_digits for the default model
-	@echo "560 runs (240 to find learning rates, 320 to repeat the best), JOBS=$(JOBS) at a time: on two idle cores a quarter of an hour for mlp, three quarters for vit_digits"
+	@echo "With all rules, sparsities and partitions 560 runs (240 find learning rates, 320 repeat the best), JOBS=$(JOBS) at a time: on two idle cores a quarter of an hour for mlp, three quarters for vit_digits"
 	@echo "What is finished in $(AT) is skipped, what was stopped goes on."
 	$(GRID) mask_rule=dense hydra.sweep.dir=$(AT)/dense
 	$(GRID) mask_rule=dense model.trainable=head hydra.sweep.dir=$(AT)/head

@@ -24,20 +24,16 @@ from fedsparse.data.partition import client_tests
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.artifacts import Artifacts
 from fedsparse.federation.buffers import Buffers
-from fedsparse.federation.cache import Cache
-from fedsparse.federation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.federation.client import HALF, ClientModule
 from fedsparse.federation.csv import RoundCSV
 from fedsparse.federation.evaluation import Evaluation
-from fedsparse.federation.exchange import OwnMasked
-from fedsparse.federation.head import Head, prepare_head
+from fedsparse.federation.exchange import Exchange, OwnMasks
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.precision import HalfPrecision
 from fedsparse.federation.progress import RoundProgress
 from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.sampling import participants
-from fedsparse.federation.setting import Setting
 from fedsparse.federation.tracking import GracefulStop, RoundLog
 from fedsparse.federation.wire import HEADER
 from fedsparse.keys import Purpose
@@ -84,7 +80,7 @@ def build_federation(cfg: DictConfig) -> Federation:
     net, space = build_net(cfg, dataset)
     _check_classes(cfg, net, dataset)
     inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None)
-    _try_augment(cfg, dataset)
+    _try_parts(cfg, dataset)
     federation = cfg.federation
     count = participants(federation.clients_per_round, federation.num_clients)
     eligible = [client for client, part in enumerate(parts) if len(part)]
@@ -98,11 +94,13 @@ def build_federation(cfg: DictConfig) -> Federation:
     return Federation(dataset, parts, tests, net, space, count, plan, sample, inputs)
 
 
-def _try_augment(cfg: DictConfig, dataset: Dataset) -> None:
-    """Augment one image, so that data which it does not suit is refused before anything is prepared."""
+def _try_parts(cfg: DictConfig, dataset: Dataset) -> None:
+    """Try on one image and one coordinate what is needed later only, so that what does not suit is refused at once."""
     chosen = augment(cfg.data.augment)
     if chosen is not None:
         chosen(dataset.train.x[:1], torch.zeros(1, chosen.numbers, dtype=torch.float64))
+    one = torch.ones(1, dtype=torch.bool)
+    build_exchange(cfg, one, ~one, lambda clients: one.expand(len(clients), 1))
 
 
 def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
@@ -145,73 +143,15 @@ def build_device(cfg: DictConfig) -> torch.device:
     return lightning.Fabric(accelerator=cfg.trainer.accelerator, devices=1).device
 
 
-def build_setting(cfg: DictConfig, federation: Federation, ledger: Ledger, module: ClientModule) -> Setting:
-    """Gather what head and mask are prepared on, and move the network to its device."""
-    device = build_device(cfg)
-    return Setting(
-        net=federation.net.to(device),
-        space=federation.space,
-        dataset=federation.dataset,
-        parts=federation.parts,
-        sample=federation.sample,
-        losses=module.losses,
-        batch_size=cfg.data.batch_size,
-        seed=cfg.seed,
-        ledger=ledger,
-        model_length=federation.model_length,
-        inputs=federation.inputs,
-        device=device,
-    )
-
-
-def start_head(cfg: DictConfig, setting: Setting) -> None:
-    """Prepare the head: every run of a seed starts from the same one, whatever its mask rule."""
-    head, steps, lr = Head(**cfg.head), cfg.calibration.head_steps, cfg.calibration.head_lr
-    if head.init == "random":
-        return
-    read = {**_plain(cfg, "head"), "steps": steps, "lr": lr, "sampled": _sampled(setting, Purpose.HEAD, steps)}
-    Cache(cfg.calibration.cache).head(
-        setting,
-        read | {"client": str(cfg.client._target_)},
-        cfg.model.head,
-        lambda: prepare_head(setting, head, cfg.model.head, steps, lr),
-    )
-
-
-def choose_mask(cfg: DictConfig, setting: Setting) -> Calibrated:
-    """Choose what trains: calibrate, or take the masks of the same calibration."""
-    calibration = Calibration(**cfg.calibration)
-    work = Work(instantiate(cfg.mask_rule), instantiate(cfg.sparsity), calibration, cfg.model.head)
-    choose = calibrate_clients if check_owner(cfg) else calibrate
-    if not work.rule.needs_data:
-        return choose(setting, work)
-    read = {key: _plain(cfg, key) for key in ("mask_rule", "sparsity", "calibration", "mask")}
-    del read["calibration"]["cache"]
-    read["sampled"] = _sampled(setting, Purpose.CALIBRATION, calibration.rounds)
-    read["client"] = str(cfg.client._target_)
-    return Cache(calibration.cache).calibrated(setting, read, lambda: choose(setting, work))
-
-
-def _plain(cfg: DictConfig, key: str) -> Any:
-    return OmegaConf.to_container(cfg[key], resolve=True)
-
-
-def _sampled(setting: Setting, purpose: Purpose, rounds: int) -> list[list[int]]:
-    """Who takes part in each round of a preparation."""
-    return [list(setting.sample(round, purpose)) for round in range(rounds)]
-
-
-def check_owner(cfg: DictConfig) -> bool:
+def own_masks(cfg: DictConfig) -> bool:
     """Whether every client has a mask of its own.
 
     Raises:
-        ValueError: ``mask.owner`` is unknown, or goes with an exchange that sends more than a client's mask.
+        ValueError: ``mask.owner`` is neither of its choices.
 
     """
     if cfg.mask.owner not in ("global", "client"):
         raise ValueError(f"mask.owner is {cfg.mask.owner!r}; it must be global or client")
-    if cfg.mask.owner == "client" and not cfg.exchange._target_.endswith(".Masked"):
-        raise ValueError("mask.owner=client needs exchange=masked: each client sends what its own mask trains")
     return bool(cfg.mask.owner == "client")
 
 
@@ -229,11 +169,11 @@ def build_module(cfg: DictConfig, federation: Federation) -> ClientModule:
     )
 
 
-def build_exchange(cfg: DictConfig, federation: Federation, row: Tensor, module: ClientModule) -> Any:
-    """Build the exchange of the coordinates that train, bool (P,), or of each client's own."""
-    if check_owner(cfg):
-        return OwnMasked(row, federation.space.local, module.own_masks)  # type: ignore[arg-type]
-    return instantiate(cfg.exchange)(trained=row, local=federation.space.local)
+def build_exchange(cfg: DictConfig, trained: Tensor, local: Tensor, masks: OwnMasks) -> Exchange:
+    """Build the exchange of the coordinates that train, bool (P,), or of each client's own among them."""
+    own = {"masks": masks} if own_masks(cfg) else {}
+    exchange: Exchange = instantiate(cfg.exchange)(trained=trained, local=local, **own)
+    return exchange
 
 
 def build_rounds(
@@ -242,7 +182,7 @@ def build_rounds(
     """Build the protocol of a round."""
     row = mask.row(federation.space)
     return FederatedRounds(
-        exchange=build_exchange(cfg, federation, row, module),
+        exchange=build_exchange(cfg, row, federation.space.local, module.own_masks),
         aggregation=instantiate(cfg.aggregation),
         topology=instantiate(cfg.topology),
         buffers=Buffers(cfg.federation.buffers),

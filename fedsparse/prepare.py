@@ -5,18 +5,27 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save
 
 from fedsparse import build, results
 from fedsparse.analysis.mask_plot import mask_figure
-from fedsparse.federation.calibration import Calibrated
+from fedsparse.federation.cache import Cache, source_of
+from fedsparse.federation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients
 from fedsparse.federation.client import ClientModule
+from fedsparse.federation.head import Head, prepare_head
 from fedsparse.federation.ledger import Ledger
-from fedsparse.masks import Mask, overlaps
+from fedsparse.federation.setting import Setting
+from fedsparse.keys import Purpose
+from fedsparse.masks import Mask, MaskRule, overlaps
 from fedsparse.masks.bitmaps import masks_of
+from fedsparse.masks.mask import write_whole
+from fedsparse.masks.rules import FromFile
 from fedsparse.resume import Job
 from fedsparse.space import ParamSpace
 
@@ -28,13 +37,14 @@ def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger
     """Prepare head and masks, and write partition, masks and their picture into the run folder."""
     if job.cfg.pictures:
         results.save_partition(federation, job.choices.get("partition", ""), job.folder / "partition.png")
-    setting = build.build_setting(job.cfg, federation, ledger, module)
-    build.start_head(job.cfg, setting)
-    found = build.choose_mask(job.cfg, setting)
+    setting = build_setting(job.cfg, federation, ledger, module)
+    chosen = instantiate(job.cfg.mask_rule)
+    start_head(job.cfg, setting)
+    found = choose_mask(job.cfg, setting, chosen)
     rule = job.choices.get("mask_rule", found.mask.metadata["rule"])
     mask = Mask(found.mask.tensors, found.mask.metadata | {"rule": rule})
-    if rule == "from_file":
-        _check_given(job, mask)
+    if isinstance(chosen, FromFile):
+        _check_given(job, chosen, mask)
     write(job.folder, mask, found.bitmaps)
     if job.cfg.pictures:
         title = f"mask rule {rule}, {mask.density:.1%} of the weights train"
@@ -42,11 +52,67 @@ def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger
     return replace(found, mask=mask)
 
 
+def build_setting(cfg: DictConfig, federation: build.Federation, ledger: Ledger, module: ClientModule) -> Setting:
+    """Gather what head and mask are prepared on, and move the network to its device."""
+    device = build.build_device(cfg)
+    return Setting(
+        net=federation.net.to(device),
+        space=federation.space,
+        dataset=federation.dataset,
+        parts=federation.parts,
+        sample=federation.sample,
+        losses=module.losses,
+        batch_size=cfg.data.batch_size,
+        seed=cfg.seed,
+        ledger=ledger,
+        model_length=federation.model_length,
+        inputs=federation.inputs,
+        device=device,
+    )
+
+
+def start_head(cfg: DictConfig, setting: Setting) -> None:
+    """Prepare the head: every run of a seed starts from the same one, whatever its mask rule."""
+    head, steps, lr = Head(**cfg.head), cfg.calibration.head_steps, cfg.calibration.head_lr
+    if head.init == "random":
+        return
+    read = {**_plain(cfg, "head"), "steps": steps, "lr": lr, "sampled": _sampled(setting, Purpose.HEAD, steps)}
+    Cache(cfg.calibration.cache).head(
+        setting,
+        read | {"client": _plain(cfg, "client")},
+        cfg.model.head,
+        lambda: prepare_head(setting, head, cfg.model.head, steps, lr),
+    )
+
+
+def choose_mask(cfg: DictConfig, setting: Setting, rule: MaskRule) -> Calibrated:
+    """Choose what trains: calibrate, or take the masks of the same calibration."""
+    calibration = Calibration(**cfg.calibration)
+    work = Work(rule, instantiate(cfg.sparsity), calibration, cfg.model.head)
+    choose = calibrate_clients if build.own_masks(cfg) else calibrate
+    if not rule.needs_data:
+        return choose(setting, work)
+    read = {key: _plain(cfg, key) for key in ("mask_rule", "sparsity", "calibration", "mask")}
+    del read["calibration"]["cache"]
+    read["sampled"] = _sampled(setting, Purpose.CALIBRATION, calibration.rounds)
+    read |= {"client": _plain(cfg, "client"), "rule": source_of(rule)}
+    return Cache(calibration.cache).calibrated(setting, read, lambda: choose(setting, work))
+
+
+def _plain(cfg: DictConfig, key: str) -> Any:
+    return OmegaConf.to_container(cfg[key], resolve=True)
+
+
+def _sampled(setting: Setting, purpose: Purpose, rounds: int) -> list[list[int]]:
+    """Who takes part in each round of a preparation."""
+    return [list(setting.sample(round, purpose)) for round in range(rounds)]
+
+
 def write(folder: Path, mask: Mask, bitmaps: torch.Tensor) -> None:
     """Write the masks, and the density of each layer into the log."""
     mask.save(folder / MASK)
     if len(bitmaps):
-        save_file({"bitmaps": bitmaps}, folder / CLIENT_MASKS, dict(mask.metadata))
+        write_whole(folder / CLIENT_MASKS, save({"bitmaps": bitmaps}, dict(mask.metadata)))
     for layer, density in mask.by_layer().items():
         log.info("density %-30s %.4f", layer, density)
 
@@ -76,7 +142,7 @@ def mean_client_overlap(found: Calibrated, space: ParamSpace) -> float | None:
     return float(matrix[pairs[0], pairs[1]].mean())
 
 
-def _check_given(job: Job, mask: Mask) -> None:
+def _check_given(job: Job, rule: FromFile, mask: Mask) -> None:
     """Refuse another sparsity beside that of a mask file: only one of them could be meant.
 
     Raises:
@@ -87,7 +153,7 @@ def _check_given(job: Job, mask: Mask) -> None:
     ratio = mask.metadata.get("ratio")
     if typed and ratio is not None and float(ratio) != job.cfg.sparsity.get("ratio"):
         raise ValueError(
-            f"mask_rule=from_file sets the sparsity: {job.cfg.mask_rule.path} has sparsity.ratio={ratio}; "
+            f"mask_rule=from_file sets the sparsity: {rule.path} has sparsity.ratio={ratio}; "
             f"leave out {' '.join(typed)}"
         )
 

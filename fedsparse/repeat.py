@@ -21,11 +21,10 @@ from fedsparse import train
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.table import once, rows
 from fedsparse.resume import Job, facts
-from fedsparse.sweep import cell_name
+from fedsparse.sweep import MAY_DIFFER, cell_name
 
 CHECKED = "~hydra.callbacks.fresh_run_folder"  # a used folder is not refused: the cell itself looks whose it is
 BESIDE = "hydra/launcher=joblib"  # names what happens: cells side by side keep their progress off the terminal
-LEFT_OUT = ("logger", "pictures", "calibration.cache", "trainer.accelerator", "trainer.devices", "federation.rounds")
 
 
 def cells(folder: Path, seeds: Sequence[int]) -> Iterator[tuple[list[str], Path]]:
@@ -36,11 +35,17 @@ def cells(folder: Path, seeds: Sequence[int]) -> Iterator[tuple[list[str], Path]
 
     """
     runs, _ = read_runs([folder])
-    for row in rows(once(runs)[0]):
-        typed = overrides_of(row.runs[0])
+    best = [overrides_of(row.runs[0]) for row in rows(once(runs)[0])]
+    left_out = [key for key in MAY_DIFFER if len({_value(key, typed) for typed in best}) == 1]  # as in the sweep itself
+    for typed in best:
         for seed in seeds:
             wanted = [o for o in typed if not o.startswith("seed=")] + [f"seed={seed}"]
-            yield wanted, folder / cell_name(wanted, LEFT_OUT)
+            yield wanted, folder / cell_name(wanted, left_out)
+
+
+def _value(key: str, overrides: Sequence[str]) -> str | None:
+    """Value that overrides give a key."""
+    return next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), None)
 
 
 def overrides_of(run: Run) -> list[str]:

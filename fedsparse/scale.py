@@ -21,6 +21,8 @@ from fedsparse import build
 from fedsparse.data.datasets import Split
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.setting import Setting
+from fedsparse.models.modes import evaluating
+from fedsparse.prepare import build_setting, start_head
 from fedsparse.results import write_atomically
 from fedsparse.resume import read_job
 
@@ -75,8 +77,8 @@ def _start_and_end(folder: Path) -> tuple[Setting, torch.Tensor, torch.Tensor]:
     """Build the run's model as it was before its first round, and read it after its last: rows (P,)."""
     cfg = read_job(folder, []).cfg
     federation = build.build_federation(cfg)
-    setting = build.build_setting(cfg, federation, Ledger(), build.build_module(cfg, federation))
-    build.start_head(cfg, setting)
+    setting = build_setting(cfg, federation, Ledger(), build.build_module(cfg, federation))
+    start_head(cfg, setting)
     start = setting.space.read(setting.net)
     setting.net.load_state_dict(load_file(folder / "model.safetensors"))
     return setting, start, setting.space.read(setting.net)
@@ -85,6 +87,7 @@ def _start_and_end(folder: Path) -> tuple[Setting, torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def accuracy(setting: Setting, split: Split) -> float:
     """Share of a split that the network classifies rightly, in eval mode."""
-    setting.net.eval()
-    right = sum(int((setting.net(x).argmax(1) == y).sum()) for x, y in setting.batches(split, np.arange(len(split.y))))
+    batches = setting.batches(split, np.arange(len(split.y)))
+    with evaluating(setting.net):
+        right = sum(int((setting.net(x).argmax(1) == y).sum()) for x, y in batches)
     return right / len(split.y)

@@ -14,7 +14,7 @@ LEVELS = {"keys": 0, "space": 0, "data": 1, "models": 1, "masks": 1, "optim": 1,
 ENTRY = 4
 # who may import the libraries that shape everything they touch
 MAY = {
-    "hydra": ("config.py", "build.py", "train.py", "calibrate.py", "repeat.py", "resume.py"),
+    "hydra": ("config.py", "build.py", "train.py", "prepare.py", "calibrate.py", "repeat.py", "resume.py"),
     "lightning": ("data/datamodule.py", "federation/", "build.py", "train.py", "bench.py"),
     "wandb": ("federation/artifacts.py", "bench.py"),
 }

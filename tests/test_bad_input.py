@@ -61,6 +61,15 @@ BAD = [
     ("data=arrays data.root=absent", "absent"),
     ("trainer.precision=bf16-true", "bf16-mixed"),
     ("seed=-1", "seed is -1"),
+    ("data.augment=randaugment", "data.augment=randaugment needs pixels"),
+    ("data.augment=blur", "data.augment is 'blur'"),
+    ("head.init=warm", "head.init is 'warm'"),
+    ("head.ridge=-1", "head.ridge is -1"),
+    ("+head.rigde=1", "there is no key head.rigde"),
+    ("mask.owner=everyone", "mask.owner is 'everyone'"),
+    ("mask.owner=client exchange=full", "mask.owner=client needs exchange=masked"),
+    ("mask_rule=talos mask_rule.score=loss", "mask_rule.score"),
+    ("model=timm model.name=resnet_18 model.net.pretrained=false", "close to it are"),
     ("model.checkpoint=absent.safetensors model=vit_digits", "absent.safetensors"),
 ]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from sklearn.linear_model import Ridge
 from small import Small, small_data, small_net, uneven_parts
 
-from fedsparse.federation.cache import Cache, fingerprint
+from fedsparse.federation.cache import Cache, fingerprint, source_of
 from fedsparse.federation.calibration import Calibration, Work, calibrate, calibrate_clients, observe
 from fedsparse.federation.head import Head, prepare_head, probe
 from fedsparse.federation.ledger import Ledger
@@ -248,3 +250,28 @@ def test_a_kept_head_is_the_head_that_was_made(setting, tmp_path):
     Cache(tmp_path).head(fresh, {}, HEAD, lambda: pytest.fail("made again"))
     assert torch.equal(fresh.space.read(start), setting.space.read(setting.net))
     assert fresh.ledger.state_dict() == setting.ledger.state_dict()
+
+
+def test_a_clients_own_losses_are_in_the_fingerprint_by_the_file_that_defines_them(setting, tmp_path, monkeypatch):
+    def client_of(text):
+        (tmp_path / "own_client.py").write_text(text)
+        importlib.invalidate_caches()
+        sys.modules.pop("own_client", None)
+        return importlib.import_module("own_client").Client()
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    text = "class Client:\n    def losses(self, forward, x, y):\n        return forward(x).sum(1)"
+    first, again, other = (client_of(t).losses for t in (text, text, text + " * 2\n"))
+    assert fingerprint(replace(setting, losses=first), {}) != fingerprint(setting, {})
+    (tmp_path / "own_client.py").write_text(text)
+    same = fingerprint(replace(setting, losses=again), {})
+    assert fingerprint(replace(setting, losses=first), {}) == same
+    (tmp_path / "own_client.py").write_text(text + " * 2\n")
+    assert fingerprint(replace(setting, losses=other), {}) != same
+
+
+def test_what_has_no_source_is_never_found_again():
+    made = type("Made", (), {"__module__": "nowhere"})()
+    assert source_of(made) != source_of(made)
+    assert source_of(Random()) == source_of(Random())

@@ -17,7 +17,7 @@ from fedsparse.federation.tracking import RoundLog
 from fedsparse.keys import Purpose, generator, number
 
 
-def watch(tmp_path, terminal):
+def watch(tmp_path, terminal, shared=False):
     """Run two rounds and return what the bar wrote."""
     small = Small(small_net(), small_data(), uneven_parts())
     evaluation, screen = Evaluation(), io.StringIO()
@@ -25,7 +25,7 @@ def watch(tmp_path, terminal):
     small.callbacks = [
         evaluation,
         RoundLog(small.rounds, evaluation),
-        RoundProgress(small.rounds, evaluation, 5, console),
+        RoundProgress(small.rounds, evaluation, 5, console, shared),
     ]
     small.fit(2, tmp_path)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
@@ -46,6 +46,13 @@ def test_the_bar_shows_round_client_loss_accuracy_bytes_and_time(tmp_path):
 def test_without_a_terminal_each_round_is_a_line(tmp_path):
     lines = watch(tmp_path, terminal=False).strip().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["round 1/2", "round 2/2"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_beside_other_runs_rounds_go_to_the_log_alone(tmp_path, terminal, caplog):
+    with caplog.at_level("INFO", logger="fedsparse"):
+        assert watch(tmp_path, terminal, shared=True).strip() == ""
+    assert [record.message.split("  ")[0] for record in caplog.records] == ["round 1/2", "round 2/2"]
 
 
 def test_bytes_for_people():

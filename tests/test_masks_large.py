@@ -87,7 +87,7 @@ def peak_over_start():
     start = resident("VmRSS")
     row, total = space.read(net), torch.zeros(space.size, dtype=torch.float64)
     for half in (slice(0, 2), slice(2, 4)):
-        rule.accumulate(total, net, space, x[half], y[half], loss=sample_losses)
+        rule.observe(net, space, x[half], y[half], loss=sample_losses, into=total)
     state = rule.take(None, total, space=space, sparsity=sparsity, round=0, rounds=1)
     mask = rule.mask(space, row, sparsity, state)
     assert mask.density < 0.21

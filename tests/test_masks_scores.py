@@ -310,21 +310,13 @@ def test_the_chunk_suits_model_and_device(monkeypatch):
     assert gradients.automatic_chunk(8_000_000_000, gpu) == 1
 
 
-def test_accumulate_adds_what_observe_measures_also_in_a_subclass():
-    class Rooted(Fisher):
-        def observe(self, *arguments, **options):
-            return super().observe(*arguments, **options).sqrt()
-
-    class Ones(MaskRule):
-        def observe(self, net, space, x, y, *, loss, generator=None):
-            return torch.ones(space.size, dtype=torch.float64)
-
+@pytest.mark.parametrize("rule", [Fisher(largest=True), Fisher(largest=True, fisher="batch")])
+def test_observe_adds_to_what_it_is_given_in_place(rule):
     net, (x, y) = mlp(), batch((5, 4))
     space = ParamSpace.of(net)
-    for rule in (Fisher(largest=True), Fisher(largest=True, fisher="batch"), Rooted(largest=True), Ones()):
-        total = torch.full((space.size,), 3.0, dtype=torch.float64)
-        rule.accumulate(total, net, space, x, y, loss=losses)
-        torch.testing.assert_close(total, 3 + rule.observe(net, space, x, y, loss=losses), rtol=1e-12, atol=1e-12)
+    total = torch.full((space.size,), 3.0, dtype=torch.float64)
+    assert rule.observe(net, space, x, y, loss=losses, into=total) is total
+    torch.testing.assert_close(total, 3 + rule.observe(net, space, x, y, loss=losses), rtol=1e-12, atol=1e-12)
 
 
 def test_rounds_are_summed_by_default():

@@ -123,7 +123,7 @@ def calibrated(rule, net, sparsity, rounds, seed=5):
         space.write(net, rule.view(row, states[-1]))
         observed = torch.zeros(space.size, dtype=torch.float64)
         for x, y in data():
-            rule.accumulate(observed, net, space, x, y, loss=None, generator=generator)
+            rule.observe(net, space, x, y, loss=None, generator=generator, into=observed)
         states.append(rule.take(states[-1], observed, space=space, sparsity=sparsity, round=round, rounds=rounds))
     space.write(net, row)
     return space, states

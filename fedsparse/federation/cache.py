@@ -6,8 +6,10 @@ A cell of a sweep that differs in learning rate, rounds or server has the head a
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +25,7 @@ import fedsparse
 from fedsparse.federation.calibration import Calibrated
 from fedsparse.federation.setting import Setting
 from fedsparse.masks import Mask
+from fedsparse.masks.mask import write_whole
 from fedsparse.space import Patterns, matches
 
 BITMAPS, MASK = "bitmaps", "mask/"
@@ -99,6 +102,7 @@ def _pieces(setting: Setting, config: Mapping[str, Any]) -> Iterator[bytes]:
     yield json.dumps([config, setting.seed, setting.batch_size, repr(setting.inputs)], sort_keys=True).encode()
     yield json.dumps([setting.ledger.state_dict(), setting.model_length, list(setting.space.names)]).encode()
     yield code_version().encode()
+    yield (source_of(setting.net) + source_of(getattr(setting.losses, "__self__", None))).encode()
     for tensor in setting.net.state_dict().values():
         yield _bytes(tensor)
     for split in (setting.dataset.train, setting.dataset.val):
@@ -121,12 +125,24 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
+def source_of(thing: object) -> str:
+    """SHA-256 of the file that defines a thing's class, which may be a user's own, outside the package.
+
+    Where there is none to read, as in a notebook, nobody knows whether it changed: a new value every time.
+    """
+    try:
+        file = inspect.getsourcefile(type(thing))
+    except (TypeError, OSError):
+        file = None
+    known = file is not None and Path(file).is_file()
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and known else secrets.token_hex(32)
+
+
 def _store(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, Any]) -> None:
-    """Write beside the target and rename: two jobs of a sweep may prepare the same thing at once."""
+    """Write a file that appears whole: two jobs of a sweep may prepare the same thing at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"json": json.dumps(words)}))
-    os.replace(part, path)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(whole, {"json": json.dumps(words)}))
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], Any] | None:

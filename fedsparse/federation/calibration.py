@@ -162,7 +162,7 @@ def _observe(setting: Setting, work: Work, round: int, sources: Sequence[Source]
         order = generator(setting.seed, Purpose.CALIBRATION, round, source.owner).permutation(source.part)
         labels = torch_generator(setting.seed, Purpose.CALIBRATION, round, source.owner)
         for x, y in setting.batches(source.split, order, work.calibration.batches):
-            work.rule.accumulate(total, setting.net, setting.space, x, y, loss=setting.losses, generator=labels)
+            work.rule.observe(setting.net, setting.space, x, y, loss=setting.losses, generator=labels, into=total)
     return total
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsparse.federation.wire import Payload
 
+OwnMasks = Callable[[Sequence[int]], Tensor | None]
 FROM_SERVER = -1  # in place of a client's id: what the server sends to one client
 
 
@@ -57,14 +58,20 @@ class Full:
     """Every coordinate that does not stay with the client is sent.
 
     Args:
-        trained: bool (P,), which coordinates train; both sides know it.
+        trained: bool (P,), which coordinates train, of some client at least; both sides know it.
         local: bool (P,), which coordinates stay with the client.
+        masks: gives the own masks of K clients, bool (K, P); None if all train the same coordinates.
+
+    Raises:
+        ValueError: own masks, with an exchange that sends more than a client's mask.
 
     """
 
     own = False
 
-    def __init__(self, trained: Tensor, local: Tensor) -> None:
+    def __init__(self, trained: Tensor, local: Tensor, masks: OwnMasks | None = None) -> None:
+        if masks is not None:
+            raise ValueError("mask.owner=client needs exchange=masked: each client sends what its own mask trains")
         self.size = trained.numel()
         self.index = _positions(self._sent(trained, local))
 
@@ -92,40 +99,26 @@ class Full:
 
 
 class Masked(Full):
-    """Only trained coordinates are sent; both sides know the mask, so no positions travel."""
+    """Only trained coordinates are sent; both sides know the masks, so no positions travel.
 
-    def _sent(self, trained: Tensor, local: Tensor) -> Tensor:
-        return trained & ~local
-
-
-class OwnMasked(Masked):
-    """Each client sends the coordinates of its own mask, and receives those that anybody trains.
-
-    Both sides hold every mask, so no positions travel. Clients of one cohort need masks of one size.
-
-    Args:
-        trained: bool (P,), which coordinates some client trains.
-        local: bool (P,), which coordinates stay with the client.
-        masks: gives the masks of K clients, bool (K, P).
-
+    Where each client has a mask of its own, it sends the coordinates of that, and receives those that anybody trains.
+    Clients of one cohort then need masks of one size.
     """
 
-    own = True
-
-    def __init__(self, trained: Tensor, local: Tensor, masks: Callable[[Sequence[int]], Tensor]) -> None:
+    def __init__(self, trained: Tensor, local: Tensor, masks: OwnMasks | None = None) -> None:
         super().__init__(trained, local)
-        self.masks, self.stays = masks, local
+        self.masks, self.stays, self.own = masks, local, masks is not None
 
     def encode(self, update: Update) -> Payload:
-        """Gather each client's own coordinates: rows (K, P) -> values (K, n).
+        """Gather the coordinates of the mask, or each client's own: rows (K, P) -> values (K, n).
 
         Raises:
-            ValueError: the masks of a cohort differ in size.
+            ValueError: own masks of a cohort differ in size.
 
         """
-        if update.clients[0] == FROM_SERVER:
+        if self.masks is None or update.clients[0] == FROM_SERVER:
             return super().encode(update)
-        sent = self._sent_by(update.clients)
+        sent = self._sent_by(self.masks, update.clients)
         sizes = sent.sum(1)
         if int(sizes.min()) != int(sizes.max()):
             raise ValueError("the clients' own masks differ in size; mask.owner=client then needs federation.cohort=1")
@@ -133,15 +126,21 @@ class OwnMasked(Masked):
         return Payload(update.clients, values, update.buffers, update.weight, update.loss)
 
     def decode(self, payload: Payload) -> Update:
-        """Scatter values (K, n) into rows (K, P) of zeros, and say which coordinates they are."""
-        sent = self._sent_by(payload.clients)
+        """Scatter values (K, n) into rows (K, P) of zeros; with own masks say which coordinates they are."""
+        if self.masks is None:
+            return super().decode(payload)
+        sent = self._sent_by(self.masks, payload.clients)
         rows = payload.values.new_zeros(sent.shape)
         rows[sent] = payload.values.flatten()
         return Update(payload.clients, rows, payload.buffers, payload.weight, payload.loss, sent)
 
-    def _sent_by(self, clients: Sequence[int]) -> Tensor:
-        masks = self.masks(clients)
-        return masks & ~self.stays.to(masks.device)
+    def _sent(self, trained: Tensor, local: Tensor) -> Tensor:
+        return trained & ~local
+
+    def _sent_by(self, masks: OwnMasks, clients: Sequence[int]) -> Tensor:
+        held = masks(clients)
+        assert held is not None  # there are own masks: they are why this exchange was given them
+        return held & ~self.stays.to(held.device)
 
 
 def _positions(sent: Tensor) -> Tensor | None:

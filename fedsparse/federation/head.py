@@ -19,6 +19,7 @@ from fedsparse.federation.setting import Setting
 from fedsparse.federation.wire import HEADER
 from fedsparse.keys import Purpose, generator
 from fedsparse.models.head import Statistics, features, head_of, temperature
+from fedsparse.models.modes import evaluating
 from fedsparse.space import Patterns, matches
 
 INITS = ("random", "probe", "closed_form")
@@ -79,16 +80,19 @@ def probe(setting: Setting, head: Patterns, steps: int, lr: float) -> None:
     """
     parameters = [p for name, p in setting.net.named_parameters() if matches(name, head)]
     length = HEADER.size + sum(p.nbytes for p in parameters)
-    setting.net.eval()
-    for step in range(steps):
-        clients = setting.sample(step, Purpose.HEAD)
-        mean = _mean_gradient(setting, parameters, step, clients)
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, mean, strict=True):
-                parameter.sub_((lr * gradient).to(parameter.dtype))
-        setting.ledger.first_model(clients, setting.model_length)
-        setting.ledger.setup(len(clients), up=length, down=length)
-    setting.net.train()
+    with evaluating(setting.net):
+        for step in range(steps):
+            clients = setting.sample(step, Purpose.HEAD)
+            _descend(parameters, _mean_gradient(setting, parameters, step, clients), lr)
+            setting.ledger.first_model(clients, setting.model_length)
+            setting.ledger.setup(len(clients), up=length, down=length)
+
+
+@torch.no_grad()
+def _descend(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], lr: float) -> None:
+    """Take one step of plain SGD."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.sub_((lr * gradient).to(parameter.dtype))
 
 
 def _mean_gradient(setting: Setting, parameters: list[nn.Parameter], step: int, clients: Sequence[int]) -> list[Tensor]:

@@ -5,6 +5,8 @@ Shapes: ``P`` coordinates of the space, ``b`` samples of a batch.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -51,44 +53,16 @@ class Fisher(MaskRule):
         *,
         loss: Losses,
         generator: torch.Generator | None = None,
+        into: Tensor | None = None,
     ) -> Tensor:
-        """Sum the squared gradients of one batch: float64 (P,)."""
-        total = torch.zeros(space.size, dtype=torch.float64, device=x.device)
-        self._add(total, net, space, x, y, loss, generator)
-        return total
+        """Add the squared gradients of one batch: float64 (P,)."""
+        measure = fisher_batch if self.fisher == "batch" else partial(fisher_per_sample, chunk=self.chunk)
+        loss = self.differentiated(loss)
+        return measure(net, space, x, y, loss=loss, generator=generator, labels=self.labels, into=into)
 
-    def accumulate(
-        self,
-        total: Tensor,
-        net: nn.Module,
-        space: ParamSpace,
-        x: Tensor,
-        y: Tensor,
-        *,
-        loss: Losses,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Add the squared gradients of one batch to a sum (P,), tensor by tensor."""
-        if type(self).observe is Fisher.observe:
-            self._add(total, net, space, x, y, loss, generator)
-        else:  # a subclass that observes otherwise
-            super().accumulate(total, net, space, x, y, loss=loss, generator=generator)
-
-    def _add(
-        self,
-        total: Tensor,
-        net: nn.Module,
-        space: ParamSpace,
-        x: Tensor,
-        y: Tensor,
-        loss: Losses,
-        generator: torch.Generator | None,
-    ) -> None:
-        if self.fisher == "batch":
-            fisher_batch(net, space, x, y, loss=loss, generator=generator, labels=self.labels, into=total)
-        else:
-            chunk, labels = self.chunk, self.labels
-            fisher_per_sample(net, space, x, y, loss=loss, generator=generator, labels=labels, chunk=chunk, into=total)
+    def differentiated(self, loss: Losses) -> Losses:
+        """Choose what is differentiated: the clients' losses, as they are."""
+        return loss
 
     def scores(self, row: Tensor, observed: Tensor | None, generator: torch.Generator) -> Tensor:
         """Take the summed observations as they are: a mean would give the same order."""

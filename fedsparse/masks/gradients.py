@@ -5,8 +5,7 @@ Shapes: ``P`` coordinates of the space, ``b`` samples of a batch, ``c`` samples 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -100,18 +99,6 @@ def stacked_gradients(
     # The CPU's fused attention has no batching rule: vmap would run it sample by sample, with a warning.
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         return list(vmap(grad(single), in_dims=(None, 0, 0))(dict(params), x, y).values())
-
-
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Run every module in eval mode, then put each back into its own mode (some may have been frozen on purpose)."""
-    before = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _forward(net: nn.Module, params: Mapping[str, Tensor]) -> Forward:

@@ -113,7 +113,7 @@ class Mask:
 
         """
         metadata = self.metadata | {_ORDER: json.dumps(list(self.tensors))}
-        _replace(Path(path), safetensors.torch.save(self.tensors, metadata))
+        write_whole(Path(path), safetensors.torch.save(self.tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Mask:
@@ -178,7 +178,7 @@ def _ordered(tensors: dict[str, Tensor], order: str) -> dict[str, Tensor]:
     return {name: tensors[name] for name in names} if known else tensors
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write beside the target, flush to the disk, then rename: a kill leaves the old file or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

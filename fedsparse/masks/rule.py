@@ -44,6 +44,7 @@ class MaskRule:
         *,
         loss: Losses,
         generator: torch.Generator | None = None,
+        into: Tensor | None = None,
     ) -> Tensor:
         """Measure one calibration batch; called only if ``needs_data``.
 
@@ -54,26 +55,13 @@ class MaskRule:
             y: labels (b,).
             loss: ``loss(forward, x, y)`` gives the losses (b,); ``forward(x)`` gives the logits.
             generator: the randomness of this batch, if the rule draws any.
+            into: float64 (P,) to add to, in place, so that no second row is in memory; zeros by default.
 
         Returns:
-            float64 (P,), additive: the batches and clients of a calibration round are summed.
+            ``into``: the batches and clients of a calibration round are summed.
 
         """
         raise NotImplementedError(f"the rule {type(self).__name__} needs data but has no observe()")
-
-    def accumulate(
-        self,
-        total: Tensor,
-        net: nn.Module,
-        space: ParamSpace,
-        x: Tensor,
-        y: Tensor,
-        *,
-        loss: Losses,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Add what ``observe`` measures to a sum (P,), in place; a rule may do so without a second row in memory."""
-        total += self.observe(net, space, x, y, loss=loss, generator=generator)
 
     def view(self, row: Tensor, state: Tensor | None) -> Tensor:
         """Give the weights that the next calibration round scores: (P,), the row itself by default."""

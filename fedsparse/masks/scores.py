@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedsparse.masks.gradients import Forward, Losses, add_squares, evaluating, gradients, own
+from fedsparse.masks.gradients import Forward, Losses, add_squares, gradients, own
+from fedsparse.models.modes import evaluating
 from fedsparse.space import ParamSpace
 
 Batches = Iterable[tuple[Tensor, Tensor]]

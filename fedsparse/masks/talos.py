@@ -121,17 +121,9 @@ class Talos(Fisher):
             raise ValueError("TaLoS needs calibration rounds: hand in the state that take() returned, bool (P,)")
         return Mask.of(space, observed, rule=type(self).__name__, **sparsity.words)
 
-    def _add(
-        self,
-        total: Tensor,
-        net: nn.Module,
-        space: ParamSpace,
-        x: Tensor,
-        y: Tensor,
-        loss: Losses,
-        generator: torch.Generator | None,
-    ) -> None:
-        super()._add(total, net, space, x, y, SCORES[self.score], generator)
+    def differentiated(self, loss: Losses) -> Losses:
+        """Differentiate the drawn label's logit, or its log-probability, whatever the clients learn by."""
+        return SCORES[self.score]
 
 
 def _logit(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
@@ -160,7 +152,7 @@ def _observe(
     """Sum the scores of one round: float64 (P,)."""
     total, seen = torch.zeros(space.size, dtype=torch.float64, device=space.tensors(net)[0].device), 0
     for x, y in batches:
-        rule.accumulate(total, net, space, x, y, loss=SCORES[rule.score], generator=generator)
+        rule.observe(net, space, x, y, loss=SCORES[rule.score], generator=generator, into=total)
         seen += len(x)
     if not seen:
         raise ValueError(f"the batches held no samples in round {round + 1}; hand in a list or a loader, no iterator")

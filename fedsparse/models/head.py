@@ -6,8 +6,6 @@ Shapes: ``N`` samples, ``D`` features, ``C`` classes. Everything here is float64
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsparse.models.modes import evaluating
 from fedsparse.space import Patterns, matches
 
 
@@ -132,7 +131,7 @@ def features(net: nn.Module, head: nn.Linear, x: Tensor) -> Tensor:
     seen: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        with _evaluating(net):
+        with evaluating(net):
             net(x)
     finally:
         hook.remove()
@@ -179,15 +178,3 @@ def _solve(left: Tensor, right: Tensor, ridge: float) -> Tensor:
 
 def _upper(size: int, device: torch.device) -> Tensor:
     return torch.triu_indices(size, size, device=device)
-
-
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Put a net into eval mode, and every module back into its own."""
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
