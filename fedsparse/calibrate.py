@@ -64,8 +64,8 @@ def figures(job: Job, federation: build.Federation, found: Calibrated) -> dict[s
         "sparsity": sparsity_of(mask, always, space),
         "trainable_fraction": int(mask.row(space).sum()) / sum(p.numel() for p in federation.net.parameters()),
         "density_by_layer": mask.by_layer(),
-        "overlap_of_rounds": list(found.overlap),
-        "overlap_of_clients": mean_client_overlap(found, space),
+        "mask_overlap_rounds": list(found.overlap),
+        "mask_overlap_clients": mean_client_overlap(found, space),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from fedsparse.space import ParamSpace
 
 log = logging.getLogger("fedsparse")
 MASK, CLIENT_MASKS = "mask.safetensors", "client_masks.safetensors"
+OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed run reports it too
 
 
 def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger: Ledger) -> Calibrated:
@@ -42,7 +44,7 @@ def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger
     start_head(job.cfg, setting)
     found = choose_mask(job.cfg, setting, chosen)
     rule = job.choices.get("mask_rule", found.mask.metadata["rule"])
-    mask = Mask(found.mask.tensors, found.mask.metadata | {"rule": rule})
+    mask = Mask(found.mask.tensors, found.mask.metadata | {"rule": rule, OVERLAP: json.dumps(found.overlap)})
     if isinstance(chosen, FromFile):
         _check_given(job, chosen, mask)
     write(job.folder, mask, found.bitmaps)

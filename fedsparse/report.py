@@ -54,6 +54,7 @@ def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
         convergence.section(table),
         convergence.target_section(table, target),
         *overlaps,
+        *overlap.within(table),
         *tables.scaled(runs),
         *tables.missing(sorted([*problems, *apart, *unread]), repeated),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -28,7 +29,7 @@ from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.rounds import EveryUpdateDropped
 from fedsparse.federation.tracking import hand_on
 from fedsparse.masks import Mask
-from fedsparse.prepare import MASK, mean_client_overlap, prepare, sparsity_of
+from fedsparse.prepare import MASK, OVERLAP, mean_client_overlap, prepare, sparsity_of
 from fedsparse.resume import Job, as_found, facts, finished, open_log, read_job, store
 from fedsparse.sweep import CellFailed, held, shown
 
@@ -182,6 +183,7 @@ def _train(
         seed=job.cfg.seed,
         head=job.cfg.head.init,
         sparsity=sparsity_of(found.mask, federation.space.where(job.cfg.sparsity.always_train), federation.space),
+        mask_overlap_rounds=list(found.overlap),
         mask_overlap_clients=mean_client_overlap(found, federation.space),
         **_chosen(job),
     )
@@ -205,7 +207,8 @@ def _stored(job: Job, federation: build.Federation, checkpoint: Path) -> Calibra
     state = read_checkpoint(checkpoint, federation.space)["state_dict"]
     path = job.folder / MASK
     words = Mask.load(path).metadata if path.is_file() else {}
-    return Calibrated(Mask(federation.space.unflatten(state["mask"]), words), state["bitmaps"])
+    overlap = tuple(json.loads(words.get(OVERLAP, "[]")))
+    return Calibrated(Mask(federation.space.unflatten(state["mask"]), words), state["bitmaps"], overlap)
 
 
 def _checkpoint(job: Job, federation: build.Federation) -> Path | None:

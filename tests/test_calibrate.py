@@ -41,8 +41,8 @@ def test_it_leaves_mask_picture_and_facts_and_trains_nothing(calibrated):
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert names - {"run.log"} == {"mask.safetensors", "mask.png", "calibration.json", "partition.png"}
     assert json.loads((folder / "calibration.json").read_text()) == {k: v for k, v in facts.items() if k != "folder"}
-    assert len(facts["overlap_of_rounds"]) == 2
-    first, second = facts["overlap_of_rounds"]
+    assert len(facts["mask_overlap_rounds"]) == 2
+    first, second = facts["mask_overlap_rounds"]
     assert 0 < first < second < 1  # each round freezes more of what trained
     assert facts["bytes_up"] == 0 < facts["bytes_setup_up"]
 
@@ -55,7 +55,7 @@ def test_talos_at_the_end_trains_as_many_as_any_other_rule(calibrated):
 
 def test_own_masks_are_compared(calibrated):
     facts, folder = calibrated("own", "mask.owner=client", "mask_rule=most_sensitive")
-    assert 0 < facts["overlap_of_clients"] < 1
+    assert 0 < facts["mask_overlap_clients"] < 1
     assert (folder / "client_masks.safetensors").is_file()
 
 

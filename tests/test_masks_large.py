@@ -85,11 +85,13 @@ def peak_over_start():
     net, (x, y) = vit_small(), images(4)
     space, rule, sparsity = ParamSpace.of(net), Fisher(largest=False), Sparsity(0.8, always_train="head.*")
     start = resident("VmRSS")
-    row, total = space.read(net), torch.zeros(space.size, dtype=torch.float64)
-    for half in (slice(0, 2), slice(2, 4)):
-        rule.observe(net, space, x[half], y[half], loss=sample_losses, into=total)
-    state = rule.take(None, total, space=space, sparsity=sparsity, round=0, rounds=1)
-    mask = rule.mask(space, row, sparsity, state)
+    row, state = space.read(net), None
+    for round in range(2):
+        total = rule.start(row, state)
+        for half in (slice(0, 2), slice(2, 4)):
+            rule.observe(net, space, x[half], y[half], loss=sample_losses, into=total)
+        state = rule.take(state, total, space=space, sparsity=sparsity, round=round, rounds=2)
+        mask = rule.mask(space, row, sparsity, state)
     assert mask.density < 0.21
     print((resident("VmHWM") - start) / (4 * space.size))
 

@@ -319,11 +319,12 @@ def test_observe_adds_to_what_it_is_given_in_place(rule):
     torch.testing.assert_close(total, 3 + rule.observe(net, space, x, y, loss=losses), rtol=1e-12, atol=1e-12)
 
 
-def test_rounds_are_summed_by_default():
-    space, options = ParamSpace(["w"], [torch.Size([2])]), {"sparsity": Sparsity(), "rounds": 2}
-    first = MaskRule().take(None, torch.tensor([1.0, 2.0]), space=space, round=0, **options)
-    kept = first.clone()
-    second = MaskRule().take(first, torch.tensor([10.0, 20.0]), space=space, round=1, **options)
-    assert second.tolist() == [11.0, 22.0]
-    assert torch.equal(first, kept)
-    assert MaskRule().view(first, second) is first
+def test_a_round_goes_on_where_the_last_one_ended_by_default():
+    space, row = ParamSpace(["w"], [torch.Size([2])]), torch.ones(2)
+    first = MaskRule().start(row, None)
+    assert first.dtype == torch.float64
+    assert first.tolist() == [0.0, 0.0]
+    state = MaskRule().take(None, first.add_(2), space=space, sparsity=Sparsity(), round=0, rounds=2)
+    assert state.tolist() == [2.0, 2.0]
+    assert MaskRule().start(row, state) is state  # no second row of float64
+    assert MaskRule().view(row, state) is row

@@ -99,6 +99,7 @@ def test_masks_of_different_sizes_do_not_stack():
 
 
 OWN = ["mask.owner=client", "mask_rule=most_sensitive", "sparsity=s90", "federation.num_clients=6"]
+TWICE = ["mask_rule=most_sensitive", "calibration.rounds=2", "federation.num_clients=6"]
 
 
 def test_a_run_with_own_masks_from_the_command_line(run_in):
@@ -118,6 +119,18 @@ def test_own_masks_survive_a_resume(run_in):
     more = run([f"resume={folder}", "federation.rounds=4"])
     assert more["global_sha256"] == whole["global_sha256"]
     assert more["bytes_total"] == whole["bytes_total"]
+    assert more["mask_overlap_clients"] == whole["mask_overlap_clients"]
+
+
+def test_the_overlap_of_calibration_rounds_survives_a_resume(run_in):
+    whole, _ = run_in("whole", *TWICE, "federation.rounds=2")
+    _, folder = run_in("part", *TWICE, "federation.rounds=1")
+    from fedsparse import run
+
+    more = run([f"resume={folder}", "federation.rounds=2"])
+    assert more["mask_overlap_rounds"] == whole["mask_overlap_rounds"]
+    assert len(whole["mask_overlap_rounds"]) == 1
+    assert 0 < whole["mask_overlap_rounds"][0] < 1
 
 
 def test_own_masks_go_with_the_masked_exchange_alone(run_in, monkeypatch):

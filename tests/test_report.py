@@ -200,6 +200,18 @@ def test_overlap_leaves_out_what_always_trains(tmp_path):
     assert problem.name == "random"
 
 
+def test_overlap_within_a_rule(tmp_path):
+    for seed, (clients, rounds) in enumerate([(0.2, [0.5, 0.9]), (0.4, [0.7, 0.9]), (None, [])]):
+        path = a_run(tmp_path / f"own{seed}", seed=seed) / "summary.json"
+        facts = {"mask_overlap_clients": clients, "mask_overlap_rounds": rounds}
+        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    a_run(tmp_path / "other", "dense")
+    (section,) = overlap.within(table_of(tmp_path))
+    # n = 2: t(0.975, 1) = 12.706, standard error 0.1
+    assert section.blocks[0].body == [["random", "iid", "80%", "0.30 ± 1.27", "0.60 ± 1.27"]]
+    assert overlap.within([row_of(tmp_path, "dense")]) == []
+
+
 def test_scaled_task_vectors_have_a_table(sweep, capsys):
     figures = {"alpha": 0.8, "val/acc": 0.91, "test/acc": 0.85, "test/acc_at_1": 0.84}
     (sweep / "a0/scale.json").write_text(json.dumps(figures))

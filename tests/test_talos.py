@@ -121,7 +121,7 @@ def calibrated(rule, net, sparsity, rounds, seed=5):
     row = space.read(net)
     for round in range(rounds):
         space.write(net, rule.view(row, states[-1]))
-        observed = torch.zeros(space.size, dtype=torch.float64)
+        observed = rule.start(row, states[-1])
         for x, y in data():
             rule.observe(net, space, x, y, loss=None, generator=generator, into=observed)
         states.append(rule.take(states[-1], observed, space=space, sparsity=sparsity, round=round, rounds=rounds))

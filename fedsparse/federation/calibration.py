@@ -149,21 +149,20 @@ def _rounds(setting: Setting, work: Work, client: int | None = None) -> Iterator
     for round in range(rounds):
         space.write(net, work.rule.view(row, state))
         sources = _sources(setting, work, round, state) if client is None else [_own(setting, client)]
-        total = _observe(setting, work, round, sources)
+        total = work.rule.start(row, state)
+        _observe(setting, work, round, sources, total)
         space.write(net, row)
         state = work.rule.take(state, total, space=space, sparsity=work.sparsity, round=round, rounds=rounds)
         yield state
 
 
-def _observe(setting: Setting, work: Work, round: int, sources: Sequence[Source]) -> Tensor:
-    """Sum what the rule observes on the batches of all sources: float64 (P,)."""
-    total = torch.zeros(setting.space.size, dtype=torch.float64, device=setting.device)
+def _observe(setting: Setting, work: Work, round: int, sources: Sequence[Source], total: Tensor) -> None:
+    """Add what the rule observes on the batches of all sources to a sum in float64 (P,)."""
     for source in sources:
         order = generator(setting.seed, Purpose.CALIBRATION, round, source.owner).permutation(source.part)
         labels = torch_generator(setting.seed, Purpose.CALIBRATION, round, source.owner)
         for x, y in setting.batches(source.split, order, work.calibration.batches):
             work.rule.observe(setting.net, setting.space, x, y, loss=setting.losses, generator=labels, into=total)
-    return total
 
 
 def _own(setting: Setting, client: int) -> Source:

@@ -67,15 +67,22 @@ class MaskRule:
         """Give the weights that the next calibration round scores: (P,), the row itself by default."""
         return row
 
+    def start(self, row: Tensor, state: Tensor | None) -> Tensor:
+        """Give what a calibration round adds to, float64 (P,): by default what the earlier rounds have summed.
+
+        The state itself, not a copy: a second row in float64 is twice the model's size.
+        """
+        return torch.zeros(len(row), dtype=torch.float64, device=row.device) if state is None else state
+
     def take(
         self, state: Tensor | None, observed: Tensor, *, space: ParamSpace, sparsity: Sparsity, round: int, rounds: int
     ) -> Tensor:
-        """Take in what a calibration round observed; by default the rounds are summed.
+        """Take in what a calibration round observed; by default that holds the earlier rounds already (``start``).
 
         Args:
             state: what the rule knew before the round; None before the first.
-            observed: float64 (P,), the sum of ``observe`` over the round's clients and batches; handed over, so a rule
-                may change it.
+            observed: float64 (P,), ``start`` and what ``observe`` added over the round's clients and batches; handed
+                over, so a rule may change it.
             space: the coordinates.
             sparsity: how many will train.
             round: the round that ended, from 0.
@@ -85,7 +92,7 @@ class MaskRule:
             The new state, (P,).
 
         """
-        return observed if state is None else observed.add_(state)
+        return observed
 
     def traffic(self, space: ParamSpace, state: Tensor | None) -> tuple[int, int]:
         """Count the bytes (up, down) of one client's calibration message, beside its header and the head.

@@ -89,6 +89,10 @@ class Talos(Fisher):
         """Shrink the frozen coordinates: (P,)."""
         return row if state is None else torch.where(state, row, self.shrink * row)
 
+    def start(self, row: Tensor, state: Tensor | None) -> Tensor:
+        """Score each round anew, under the weights it sees: zeros, float64 (P,)."""
+        return super().start(row, None)
+
     def take(
         self, state: Tensor | None, observed: Tensor, *, space: ParamSpace, sparsity: Sparsity, round: int, rounds: int
     ) -> Tensor:
