@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format bench table grid weights wheel clean
+.PHONY: help setup train test test-slow lint format bench grid weights wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,14 +41,7 @@ bench: $(READY) ## a round's time over that of a hand-written loop, in pairs
 
 JOBS ?= 2
 SWEEP = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.train -m hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) logger=csv
-TABLE = $(SWEEP) seed=0,1,2,3,4 optimizer.lr=0.03,0.1,0.3 partition=iid,noniid_nc1
 FIVE := random,least_sensitive,most_sensitive,lowest_magnitude,highest_magnitude
-
-table: $(READY) ## the README's first table: 210 runs, a quarter of an hour
-	$(TABLE) mask_rule=dense,$(FIVE) hydra.sweep.dir=runs/table/rules
-	$(TABLE) mask_rule=dense model.trainable=head hydra.sweep.dir=runs/table/head
-	$(BIN)/python -m fedsparse.report runs/table --pixels
-
 MODEL ?= mlp
 RULES ?= $(FIVE),talos
 SPARSITY ?= s50,s80,s95
@@ -60,7 +53,7 @@ REPEAT = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.repeat --seeds 1 2 3 4 --j
 AT = runs/grid/$(MODEL)
 
 grid: $(READY) ## six rules x three sparsities x four partitions x five seeds; MODEL=vit_digits for the default model
-	@echo "With all rules, sparsities and partitions 560 runs (240 find learning rates, 320 repeat the best), JOBS=$(JOBS) at a time: on two idle cores a quarter of an hour for mlp, three quarters for vit_digits"
+	@echo "With all rules, sparsities and partitions 560 runs (240 find learning rates, 320 repeat the best), JOBS=$(JOBS) at a time: on two idle cores a quarter of an hour for mlp, an hour for vit_digits"
 	@echo "What is finished in $(AT) is skipped, what was stopped goes on."
 	$(GRID) mask_rule=dense hydra.sweep.dir=$(AT)/dense
 	$(GRID) mask_rule=dense model.trainable=head hydra.sweep.dir=$(AT)/head
