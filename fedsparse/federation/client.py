@@ -1,6 +1,6 @@
 """K clients as rows of one tensor, and the whole of their local training.
 
-Shapes: K clients of the cohort, P coordinates, S local steps, B samples of a step.
+Shapes: K clients of the cohort, P coordinates of which n train, S local steps, B samples of a step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.server import MakeOptimizer, Server
 from fedsparse.masks.bitmaps import unpack
+from fedsparse.models.units import compute_all_units, compute_units_only, linear_layers
 from fedsparse.optim import SparseSGDM
+from fedsparse.places import Coordinates, pieces
 from fedsparse.space import Binding, ParamSpace
 
 Forward = Callable[[Tensor], Tensor]
@@ -113,30 +115,49 @@ class ClientModule(lightning.LightningModule):
         row, mask = self.space.read(self.net), torch.as_tensor(self.mask)
         self.theta = row.repeat(self.cohort, 1)
         self.theta.grad = torch.zeros_like(self.theta)
-        self.frozen = None if bool(mask.all()) else ~mask
-        self.local = self.make_optimizer([self.theta])
-        self.local.set_masks([None if self.frozen is None else mask.expand_as(self.theta)])
-        self.server = Server(row.unsqueeze(0), self.make_server_optimizer, mask)
+        self.trained = Coordinates(mask)
+        self._set_frozen(mask)
+        self.local = self._local_optimizer(mask)
+        self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained)
         return [self.local, self.server.optimizer]
+
+    def _local_optimizer(self, mask: Tensor) -> SparseSGDM:
+        """Give the optimizer what trains of one row in pieces, or the stacked rows with the mask of all."""
+        self.pieces = pieces(self.space, mask) if self.cohort == 1 and not len(torch.as_tensor(self.bitmaps)) else []
+        if not self.pieces:
+            local = self.make_optimizer([self.theta])
+            local.set_masks([None if self.trained.index is None else mask.expand_as(self.theta)])
+            return local
+        assert self.theta.grad is not None
+        views = [piece.of(self.theta[0]) for piece in self.pieces]
+        for view, piece in zip(views, self.pieces, strict=True):
+            view.grad = piece.of(self.theta.grad[0])
+        local = self.make_optimizer(views)
+        local.set_masks([piece.mask for piece in self.pieces])
+        return local
 
     def on_train_start(self) -> None:
         """Bind the network to its row, or prepare the rows' stacked training."""
         self.loss_scale = LOSS_SCALE if self.trainer.precision == HALF else 1.0
         if self.cohort == 1:
             self._bind()
+            compute_units_only(self.net, self.units)
         else:
             self.theta.requires_grad_(True)
             self._stacked = vmap(self._row_loss, in_dims=(0, 0, 0, 0), randomness="different")
 
+    def on_train_end(self) -> None:
+        """Give the network's layers back their own backward."""
+        compute_all_units(self.net)
+
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients: they are views into the row, and None would unbind them."""
 
-    def start(self, rows: Tensor, masks: Tensor | None = None) -> None:
-        """Let the K clients start from these rows (K, P), with fresh optimizers, and masks of their own if any."""
-        with torch.no_grad():
-            self.theta.copy_(rows)
+    def start(self, values: Tensor, masks: Tensor | None = None) -> None:
+        """Let the K clients start from these trained values (K, n), with fresh optimizers, and masks of their own."""
+        self.trained.write(self.theta, values)
         if masks is not None:
-            self.frozen = ~masks
+            self._set_frozen(masks)
             self.local.set_masks([masks])
         self.local.reset()
         if self.binding is not None and not self.binding.intact():
@@ -164,7 +185,7 @@ class ClientModule(lightning.LightningModule):
         losses = self._backward(self.inputs(x), y, count)
         self._clip()
         self._step_where(count)
-        self.theta.grad.zero_()  # type: ignore[union-attr]
+        self._clear()
         return losses
 
     def _backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
@@ -227,22 +248,44 @@ class ClientModule(lightning.LightningModule):
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         grad.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
 
+    def _set_frozen(self, mask: Tensor) -> None:
+        """Mark what clipping leaves out, if there is any clipping."""
+        self.frozen = None if self.clip_norm is None or bool(mask.all()) else ~mask
+
     def _step_where(self, count: Sequence[int]) -> None:
         """Step the clients that have samples; the others keep row and momentum, by selection: NaN * 0 is NaN."""
         if all(count):
             self.local.update()
             return
         dead = [k for k, n in enumerate(count) if n == 0]
-        state = [t for t in self.local.state[self.theta].values() if isinstance(t, Tensor) and t.dim() == 2]
-        before = [(t, t.detach()[dead].clone()) for t in (self.theta, *state)]
+        momentum = self.local.state[self.theta].get("momentum_buffer")
+        rows = [self.theta.detach(), *([] if momentum is None else [momentum.view(self.cohort, -1)])]
+        before = [(t, t[dead].clone()) for t in rows]
         self.local.update()
         with torch.no_grad():
             for tensor, old in before:
                 tensor[dead] = old
 
     def _bind(self) -> None:
+        """Bind the network to the one row; tensors without a trained coordinate take no gradient."""
         assert self.theta.grad is not None
-        self.binding = self.space.bind(self.net, self.theta[0], self.theta.grad[0])
+        marks = self.space.unflatten(torch.as_tensor(self.mask))
+        trained = {name for name, mark in marks.items() if bool(mark.any())}
+        self.binding = self.space.bind(self.net, self.theta[0], self.theta.grad[0], trained.__contains__)
+        masked = {piece.name: piece.mask for piece in self.pieces if piece.name and piece.mask is not None}
+        layers = linear_layers(self.net, masked)
+        self.units = {name: masked[name].flatten(1).any(1).nonzero().squeeze(1) for name in layers}
+        self.gradients = dict(zip(self.binding.names, self.binding.gradients, strict=True))
+
+    def _clear(self) -> None:
+        """Set what the backward wrote to zero."""
+        assert self.theta.grad is not None
+        if self.cohort > 1 or self.trained.index is None:
+            self.theta.grad.zero_()
+            return
+        torch._foreach_zero_([g for name, g in self.gradients.items() if name not in self.units])
+        for name, units in self.units.items():
+            self.gradients[name].index_fill_(0, units, 0.0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the clients' momentum out: it does not outlive the round."""
