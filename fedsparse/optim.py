@@ -154,6 +154,11 @@ class SparseSGDM(torch.optim.Optimizer):
                 place = self._places.get(param)
                 self.state[param]["momentum_buffer"] = whole if place is None else place.gather(whole)
 
+    @property
+    def index_bytes(self) -> int:
+        """Bytes that the masks cost, beside the momentum of what trains."""
+        return sum(place.index.nbytes for place in self._places.values())
+
     def reset(self) -> None:
         """Forget the momentum, so that the next step is a first step; its memory is kept and overwritten then."""
         for state in self.state.values():

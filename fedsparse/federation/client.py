@@ -115,7 +115,7 @@ class ClientModule(lightning.LightningModule):
         row, mask = self.space.read(self.net), torch.as_tensor(self.mask)
         self.theta = row.repeat(self.cohort, 1)
         self.theta.grad = torch.zeros_like(self.theta)
-        self.trained = Coordinates(mask)
+        self.trained, self.swept, self.rows = Coordinates(mask), [self.theta.grad], dict[Tensor, Tensor]()
         self._set_frozen(mask)
         self.local = self._local_optimizer(mask)
         self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained)
@@ -140,8 +140,7 @@ class ClientModule(lightning.LightningModule):
         """Bind the network to its row, or prepare the rows' stacked training."""
         self.loss_scale = LOSS_SCALE if self.trainer.precision == HALF else 1.0
         if self.cohort == 1:
-            self._bind()
-            compute_units_only(self.net, self.units)
+            self.bind()
         else:
             self.theta.requires_grad_(True)
             self._stacked = vmap(self._row_loss, in_dims=(0, 0, 0, 0), randomness="different")
@@ -161,13 +160,13 @@ class ClientModule(lightning.LightningModule):
             self.local.set_masks([masks])
         self.local.reset()
         if self.binding is not None and not self.binding.intact():
-            self._bind()
+            self.bind()
 
     def training_step(self, cohort: Cohort, batch_idx: int) -> None:
         """Run the whole local training of the cohort; leaves the rows in ``theta`` and the losses in ``mean_loss``."""
         x, y = self.trainer.datamodule.fetch(cohort)  # type: ignore[attr-defined]
         batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
-        losses = [self._local_step(*batch, count) for batch, count in zip(batches, cohort.count, strict=True)]
+        losses = [self.local_step(*batch, count) for batch, count in zip(batches, cohort.count, strict=True)]
         self.mean_loss = mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), cohort.count)
         if self.trainer.is_last_batch:  # a step without gradients: it moves Lightning's global_step by one a round
             self.optimizers()[1].step()  # type: ignore[index]
@@ -178,7 +177,7 @@ class ClientModule(lightning.LightningModule):
         logits = self.net(self.inputs(x))
         return {"logits": logits, "y": y, "losses": self.losses(lambda _: logits, x, y)}
 
-    def _local_step(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
+    def local_step(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
         """One step of all K clients, x (K, B, ...) and y (K, B), or of one client without K: the losses (K,) or ()."""
         if not any(count):
             return self.theta.new_zeros(self.cohort)
@@ -266,26 +265,26 @@ class ClientModule(lightning.LightningModule):
             for tensor, old in before:
                 tensor[dead] = old
 
-    def _bind(self) -> None:
-        """Bind the network to the one row; tensors without a trained coordinate take no gradient."""
+    def bind(self) -> None:
+        """Bind the network to the one row; frozen tensors take no gradient, nor do frozen units of linear layers."""
         assert self.theta.grad is not None
         marks = self.space.unflatten(torch.as_tensor(self.mask))
         trained = {name for name, mark in marks.items() if bool(mark.any())}
         self.binding = self.space.bind(self.net, self.theta[0], self.theta.grad[0], trained.__contains__)
         masked = {piece.name: piece.mask for piece in self.pieces if piece.name and piece.mask is not None}
         layers = linear_layers(self.net, masked)
-        self.units = {name: masked[name].flatten(1).any(1).nonzero().squeeze(1) for name in layers}
-        self.gradients = dict(zip(self.binding.names, self.binding.gradients, strict=True))
+        units = {name: masked[name].flatten(1).any(1).nonzero().squeeze(1) for name in layers}
+        compute_units_only(self.net, units)
+        gradients = dict(zip(self.binding.names, self.binding.gradients, strict=True))
+        self.rows = {gradients[name]: index for name, index in units.items()}
+        if units or len(trained) < len(marks):
+            self.swept = [gradient for name, gradient in gradients.items() if name not in units]
 
     def _clear(self) -> None:
-        """Set what the backward wrote to zero."""
-        assert self.theta.grad is not None
-        if self.cohort > 1 or self.trained.index is None:
-            self.theta.grad.zero_()
-            return
-        torch._foreach_zero_([g for name, g in self.gradients.items() if name not in self.units])
-        for name, units in self.units.items():
-            self.gradients[name].index_fill_(0, units, 0.0)
+        """Set to zero what a backward writes, and touch nothing else."""
+        torch._foreach_zero_(self.swept)
+        for gradient, units in self.rows.items():
+            gradient.index_fill_(0, units, 0.0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the clients' momentum out: it does not outlive the round."""
