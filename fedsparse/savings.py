@@ -80,7 +80,8 @@ def client(name: str) -> ClientModule:
     optimizers = partial(SparseSGDM, lr=LR, momentum=MOMENTUM), partial(torch.optim.SGD, lr=1.0)
     module = ClientModule(net, space, mask, *optimizers)
     module.configure_optimizers()
-    module.bind()
+    assert module.bound is not None
+    module.bound.bind()
     return module
 
 

@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsparse.data.rounds import Cohort
+from fedsparse.federation.bound import BoundRow
 from fedsparse.federation.server import MakeOptimizer, Server
 from fedsparse.masks.bitmaps import unpack
-from fedsparse.models.units import compute_all_units, compute_units_only, linear_layers
 from fedsparse.optim import SparseSGDM
-from fedsparse.places import Coordinates, pieces
-from fedsparse.space import Binding, ParamSpace
+from fedsparse.places import Coordinates
+from fedsparse.space import ParamSpace
 
 Forward = Callable[[Tensor], Tensor]
 HALF = "16-mixed"
@@ -77,7 +77,7 @@ class ClientModule(lightning.LightningModule):
         self.register_buffer("mask", mask.clone())
         self.register_buffer("bitmaps", torch.zeros(0, 0, dtype=torch.uint8))
         self.loss_scale = 1.0
-        self.binding: Binding | None = None
+        self.bound: BoundRow | None = None
         self.mean_loss: tuple[float, ...] = ()
 
     def set_mask(self, mask: Tensor, bitmaps: Tensor | None = None) -> None:
@@ -115,39 +115,36 @@ class ClientModule(lightning.LightningModule):
         row, mask = self.space.read(self.net), torch.as_tensor(self.mask)
         self.theta = row.repeat(self.cohort, 1)
         self.theta.grad = torch.zeros_like(self.theta)
-        self.trained, self.swept, self.rows = Coordinates(mask), [self.theta.grad], dict[Tensor, Tensor]()
+        self.trained = Coordinates(mask)
         self._set_frozen(mask)
         self.local = self._local_optimizer(mask)
         self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained)
         return [self.local, self.server.optimizer]
 
     def _local_optimizer(self, mask: Tensor) -> SparseSGDM:
-        """Give the optimizer what trains of one row in pieces, or the stacked rows with the mask of all."""
-        self.pieces = pieces(self.space, mask) if self.cohort == 1 and not len(torch.as_tensor(self.bitmaps)) else []
-        if not self.pieces:
-            local = self.make_optimizer([self.theta])
-            local.set_masks([None if self.trained.index is None else mask.expand_as(self.theta)])
-            return local
-        assert self.theta.grad is not None
-        views = [piece.of(self.theta[0]) for piece in self.pieces]
-        for view, piece in zip(views, self.pieces, strict=True):
-            view.grad = piece.of(self.theta.grad[0])
-        local = self.make_optimizer(views)
-        local.set_masks([piece.mask for piece in self.pieces])
+        """Give the optimizer one bound row in pieces, or the stacked rows with the mask of all."""
+        whole, own = self.trained.index is None, len(torch.as_tensor(self.bitmaps)) > 0
+        rows, masks = [self.theta], [None if whole else mask.expand_as(self.theta)]
+        if self.cohort == 1:
+            self.bound = BoundRow(self.net, self.space, self.theta, mask, in_pieces=not own)
+            rows, masks = self.bound.views, self.bound.masks
+        local = self.make_optimizer(rows)
+        local.set_masks(masks)
         return local
 
     def on_train_start(self) -> None:
         """Bind the network to its row, or prepare the rows' stacked training."""
         self.loss_scale = LOSS_SCALE if self.trainer.precision == HALF else 1.0
-        if self.cohort == 1:
-            self.bind()
+        if self.bound is not None:
+            self.bound.bind()
         else:
             self.theta.requires_grad_(True)
             self._stacked = vmap(self._row_loss, in_dims=(0, 0, 0, 0), randomness="different")
 
     def on_train_end(self) -> None:
         """Give the network's layers back their own backward."""
-        compute_all_units(self.net)
+        if self.bound is not None:
+            self.bound.release()
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients: they are views into the row, and None would unbind them."""
@@ -157,10 +154,10 @@ class ClientModule(lightning.LightningModule):
         self.trained.write(self.theta, values)
         if masks is not None:
             self._set_frozen(masks)
-            self.local.set_masks([masks])
+            self.local.set_masks([masks if self.bound is None else masks[0]])
         self.local.reset()
-        if self.binding is not None and not self.binding.intact():
-            self.bind()
+        if self.bound is not None and not self.bound.intact():
+            self.bound.bind()
 
     def training_step(self, cohort: Cohort, batch_idx: int) -> None:
         """Run the whole local training of the cohort; leaves the rows in ``theta`` and the losses in ``mean_loss``."""
@@ -184,7 +181,10 @@ class ClientModule(lightning.LightningModule):
         losses = self._backward(self.inputs(x), y, count)
         self._clip()
         self._step_where(count)
-        self._clear()
+        if self.bound is not None:
+            self.bound.clear()
+        else:
+            self.theta.grad.zero_()  # type: ignore[union-attr]
         return losses
 
     def _backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
@@ -264,27 +264,6 @@ class ClientModule(lightning.LightningModule):
         with torch.no_grad():
             for tensor, old in before:
                 tensor[dead] = old
-
-    def bind(self) -> None:
-        """Bind the network to the one row; frozen tensors take no gradient, nor do frozen units of linear layers."""
-        assert self.theta.grad is not None
-        marks = self.space.unflatten(torch.as_tensor(self.mask))
-        trained = {name for name, mark in marks.items() if bool(mark.any())}
-        self.binding = self.space.bind(self.net, self.theta[0], self.theta.grad[0], trained.__contains__)
-        masked = {piece.name: piece.mask for piece in self.pieces if piece.name and piece.mask is not None}
-        layers = linear_layers(self.net, masked)
-        units = {name: masked[name].flatten(1).any(1).nonzero().squeeze(1) for name in layers}
-        compute_units_only(self.net, units)
-        gradients = dict(zip(self.binding.names, self.binding.gradients, strict=True))
-        self.rows = {gradients[name]: index for name, index in units.items()}
-        if units or len(trained) < len(marks):
-            self.swept = [gradient for name, gradient in gradients.items() if name not in units]
-
-    def _clear(self) -> None:
-        """Set to zero what a backward writes, and touch nothing else."""
-        torch._foreach_zero_(self.swept)
-        for gradient, units in self.rows.items():
-            gradient.index_fill_(0, units, 0.0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the clients' momentum out: it does not outlive the round."""
