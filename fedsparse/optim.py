@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fedsparse.places import Place, laid_like
+from fedsparse.places import CHUNK, Place, laid_like
 
 _OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
 
@@ -202,7 +202,7 @@ class SparseSGDM(torch.optim.Optimizer):
         if place is None:
             if buffer is not None and buffer.shape != param.shape:
                 buffer = _spread(buffer, None, param)
-            buffer = sgdm_update(param, grad, buffer, fresh=fresh, **options)
+            buffer = _update_whole(param, grad, buffer, fresh, options)
         else:
             buffer = _update_at(place, param, grad, buffer, fresh, options)
         if options["momentum"]:
@@ -211,6 +211,21 @@ class SparseSGDM(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Keep the masks in a ``copy.deepcopy``; ``state_dict`` leaves them out."""
         return {**super().__getstate__(), "_places": self._places}
+
+
+def _update_whole(
+    param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
+) -> Tensor | None:
+    """Step a parameter that trains whole, on a CPU in chunks that stay in its cache."""
+    large = param.numel() > 2 * CHUNK and param.device.type == "cpu"
+    if not large or not (param.is_contiguous() and grad.is_contiguous()):
+        return sgdm_update(param, grad, buffer, fresh=fresh, **options)
+    if buffer is None and options["momentum"]:
+        buffer, fresh = torch.empty_like(param), True
+    parts = [None] * -(-param.numel() // CHUNK) if buffer is None else buffer.view(-1).split(CHUNK)
+    for values, steep, part in zip(param.view(-1).split(CHUNK), grad.view(-1).split(CHUNK), parts, strict=True):
+        sgdm_update(values, steep, part, fresh=fresh, **options)
+    return buffer
 
 
 def _update_at(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsparse.space import ParamSpace
 
-_CHUNK = 1 << 17  # coordinates at once on a CPU: they stay in its cache, and values and a long index need no second row
+CHUNK = 1 << 17  # coordinates at once on a CPU: they stay in its cache, and values and a long index need no second row
 
 
 _LARGE = 1 << 14  # coordinates of a tensor that is worth a step of its own
@@ -154,7 +154,7 @@ class Place:
     def chunks(self, buffer: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Split index and momentum for one pass over them; the index comes as int64, which torch writes by."""
         n, wide = len(self.index), math.prod(self.shape) // max(1, self.shape[self.dim])
-        size = max(1, _CHUNK // wide) if self.index.device.type == "cpu" else n
+        size = max(1, CHUNK // wide) if self.index.device.type == "cpu" else n
         if n <= size:
             yield self.index.long(), buffer
             return

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from torch import nn
 
-from fedsparse import places
+from fedsparse import optim, places
 from fedsparse.optim import SparseSGDM
 from fedsparse.places import Place
 
@@ -76,6 +76,15 @@ def test_without_a_mask_equals_torch_bit_for_bit(options, dtype):
     ours, theirs = randoms(SHAPES, dtype), randoms(SHAPES, dtype)
     walk(SparseSGDM(ours, lr=0.05, **options), ours, 100)
     walk(torch.optim.SGD(theirs, lr=0.05, foreach=False, **options), theirs, 100)
+    assert [bits(a) for a in ours] == [bits(b) for b in theirs]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_a_large_parameter_in_chunks_equals_torch_bit_for_bit(options, monkeypatch):
+    monkeypatch.setattr(optim, "CHUNK", 7)
+    ours, theirs = randoms(SHAPES), randoms(SHAPES)
+    walk(SparseSGDM(ours, lr=0.05, **options), ours, 5)
+    walk(torch.optim.SGD(theirs, lr=0.05, foreach=False, **options), theirs, 5)
     assert [bits(a) for a in ours] == [bits(b) for b in theirs]
 
 
@@ -301,7 +310,7 @@ UNIT = torch.tensor([True, False, True, True])
     ids=["units", "channels", "coordinates", "vector", "cohort"],
 )
 def test_any_chunk_of_units_coordinates_or_clients_equals_torch(mask, shape, chunk, monkeypatch):
-    monkeypatch.setattr(places, "_CHUNK", chunk)
+    monkeypatch.setattr(places, "CHUNK", chunk)
     options = {"momentum": 0.9, "weight_decay": 0.1}
     ours, start = randoms([mask.shape])[0], randoms([mask.shape])[0]
     theirs = start.clone()
