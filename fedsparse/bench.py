@@ -1,4 +1,4 @@
-"""A round's time over that of a hand-written loop, in pairs: ``python -m fedsparse.bench [--models mlp conv vit]``.
+"""A round's time over that of a hand-written loop, in pairs: ``python -m fedsparse.bench [--models mlp conv ...]``.
 
 Both do the same work on the same batches and end at the same weights. After warm-up rounds, each round here
 is followed by one of the hand-written loop in the same process, so that the machine's drift meets both alike.
@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,12 @@ from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.sampling import everyone
 from fedsparse.federation.topology import Flat
 from fedsparse.federation.tracking import RoundLog
+from fedsparse.models.convnets import resnet18_gn
 from fedsparse.models.vision import conv, mlp
 from fedsparse.optim import SparseSGDM
 from fedsparse.space import ParamSpace
 
-CLIENTS, STEPS, BATCH, LR, MOMENTUM = 10, 4, 32, 0.05, 0.9
+CLIENTS, STEPS, LR, MOMENTUM = 10, 4, 0.05, 0.9
 BARE, UNVALIDATED, EVERYTHING = "bytes, csv", "all but validation", "everything"
 SETTINGS = (BARE, UNVALIDATED, EVERYTHING)
 Batches = list[list[tuple[Tensor, Tensor]]]
@@ -57,21 +58,52 @@ Batches = list[list[tuple[Tensor, Tensor]]]
 
 @dataclass(frozen=True)
 class Problem:
-    """A model and the shape of its samples."""
+    """A model, its samples, and how often it is measured.
+
+    Attributes:
+        name: of the model.
+        net: builds it.
+        shape: of a sample.
+        batch: samples of a local step.
+        pairs: rounds that count.
+        warmup: rounds before them.
+        settings: what runs beside training.
+
+    """
 
     name: str
     net: Callable[[], nn.Module]
     shape: tuple[int, ...]
+    batch: int = 32
+    pairs: int = 30
+    warmup: int = 5
+    settings: tuple[str, ...] = SETTINGS
 
 
 def _vit() -> nn.Module:
     return VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4)
 
 
+def _vit_small() -> nn.Module:
+    return VisionTransformer(num_classes=10, embed_dim=384, depth=12, num_heads=6)
+
+
+def _mlp_large() -> nn.Module:
+    """Build 4.3 million weights in three dense layers."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 1664), nn.ReLU(), nn.Linear(1664, 1792), nn.ReLU(), nn.Linear(1792, 10)
+    )
+
+
+_FEW: dict[str, Any] = {"pairs": 5, "warmup": 1, "settings": (BARE,)}  # a round of these takes seconds
+
 PROBLEMS = {
     "mlp": Problem("mlp", partial(mlp, in_features=64, hidden=128, num_classes=10, seed=0), (1, 8, 8)),
     "conv": Problem("conv", partial(conv, num_classes=10, in_chans=1, seed=0), (1, 16, 16)),
     "vit": Problem("vit", _vit, (1, 8, 8)),
+    "mlp_large": Problem("mlp_large", _mlp_large, (1, 28, 28), pairs=15, settings=(BARE,)),
+    "resnet18_gn": Problem("resnet18_gn", partial(resnet18_gn, num_classes=10), (3, 32, 32), batch=4, **_FEW),
+    "vit_small": Problem("vit_small", _vit_small, (3, 224, 224), batch=2, **_FEW),
 }
 
 
@@ -144,28 +176,26 @@ class Pairs(lightning.Callback):
         self.resumed = time.perf_counter()
 
 
-def measure(problem: Problem, rounds: int, warmup: int, setting: str, folder: Path) -> Result:
+def measure(problem: Problem, setting: str, folder: Path) -> Result:
     """Run both on one problem.
 
     Args:
-        problem: the model.
-        rounds: pairs that count.
-        warmup: rounds before them.
+        problem: the model, and how often it is measured.
         setting: one of ``SETTINGS``.
         folder: for what the run writes.
 
     """
     torch.manual_seed(0)
     net = problem.net()
-    dataset, plan = _data(problem), _plan()
+    dataset, plan = _data(problem), _plan(problem)
 
     def batches_of(round: int) -> Batches:
         return [[(dataset.train.x[s], dataset.train.y[s]) for s in c.samples[0]] for c in plan.cohorts(round)]
 
     hand = HandWritten(copy.deepcopy(net), batches_of(0), **_fastest(problem, batches_of(0)))
     module, federation = _federation(net)
-    pairs = Pairs(hand, batches_of, warmup)
-    total = rounds + warmup + 1
+    pairs = Pairs(hand, batches_of, problem.warmup)
+    total = problem.pairs + problem.warmup + 1
     _trainer(federation, pairs, total, setting, folder).fit(module, FederatedDataModule(dataset, plan))
     if wandb.run is not None:
         wandb.run.finish()
@@ -218,15 +248,15 @@ def _timed(function: Callable[[], None]) -> float:
 def _data(problem: Problem) -> Dataset:
     """Random samples of the problem's shape, labels of ten classes."""
     g = torch.Generator().manual_seed(0)
-    sizes = (CLIENTS * STEPS * BATCH, 256, 256)
+    sizes = (CLIENTS * STEPS * problem.batch, 256, 256)
     splits = [Split(torch.randn(n, *problem.shape, generator=g), torch.randint(10, (n,), generator=g)) for n in sizes]
     return Dataset(splits[0], splits[1], splits[2], classes=10, name=problem.name)
 
 
-def _plan() -> RoundPlan:
-    parts = list(np.arange(CLIENTS * STEPS * BATCH).reshape(CLIENTS, -1))
+def _plan(problem: Problem) -> RoundPlan:
+    parts = list(np.arange(CLIENTS * STEPS * problem.batch).reshape(CLIENTS, -1))
     sample = partial(everyone, eligible=range(CLIENTS), count=CLIENTS, seed=0)
-    return RoundPlan(parts, LocalWork(BATCH, STEPS), sample)
+    return RoundPlan(parts, LocalWork(problem.batch, STEPS), sample)
 
 
 def _federation(net: nn.Module) -> tuple[ClientModule, FederatedRounds]:
@@ -270,7 +300,7 @@ def _trainer(federation: FederatedRounds, pairs: Pairs, rounds: int, setting: st
 
 def print_results(results: Sequence[Result]) -> None:
     """Show the pairs as a table."""
-    table = Table(title=f"{CLIENTS} clients x {STEPS} steps of {BATCH} a round, K = 1", title_justify="left")
+    table = Table(title=f"{CLIENTS} clients x {STEPS} local steps a round, K = 1", title_justify="left")
     for column in ("model", "with", "loop ms", "fedsparse ms", "ratio", "spread", "more ms/cohort"):
         table.add_column(column, justify="left" if column in ("model", "with") else "right")
     for r in results:
@@ -291,18 +321,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--rounds", type=int, default=30, help="pairs that count")
-    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--pairs", type=int, help="pairs that count, instead of the model's own number")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     results = []
-    for setting in SETTINGS:
-        for name in options.models:
+    problems = [PROBLEMS[name] for name in options.models]
+    if options.pairs:
+        problems = [replace(problem, pairs=options.pairs) for problem in problems]
+    for problem in problems:
+        for setting in problem.settings:
             with tempfile.TemporaryDirectory() as folder:
-                results.append(measure(PROBLEMS[name], options.rounds, options.warmup, setting, Path(folder)))
+                results.append(measure(problem, setting, Path(folder)))
     print_results(results)
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n", encoding="utf-8")

@@ -13,33 +13,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from fedsparse.places import CHUNK, Place, laid_like
+
 _OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
-
-
-def keep_bits(mask: Tensor, param: Tensor) -> Tensor:
-    """Turn a mask into integers of the parameter's width: all ones where it trains, all zeros elsewhere.
-
-    ``and`` with them is a selection: what is not kept becomes +0.0, be it NaN or infinite, where a multiplication
-    would leave NaN. On a CPU it takes a quarter of the time of ``masked_fill_``. An expanded mask stays expanded.
-
-    Args:
-        mask: bool, the shape of ``param``.
-        param: a tensor whose element has 1, 2, 4 or 8 bytes.
-
-    Returns:
-        Integers of the shape of ``param``.
-
-    """
-    distinct = mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.stride())]
-    return distinct.to(param.device, _INTEGERS[param.element_size()]).neg_().expand_as(mask)
 
 
 def sgdm_update(
     param: Tensor,
     grad: Tensor,
     buffer: Tensor | None = None,
-    keep: Tensor | None = None,
     *,
     lr: float,
     momentum: float = 0.0,
@@ -48,20 +30,19 @@ def sgdm_update(
     nesterov: bool = False,
     fresh: bool = False,
 ) -> Tensor | None:
-    r"""Take one step of SGD with momentum in place, where ``keep`` allows it.
+    r"""Take one step of SGD with momentum in place.
 
     .. math::
         d = g + \lambda \theta, \quad b \leftarrow \mu b + (1 - \tau) d, \quad
         \theta \leftarrow \theta - \eta b \quad (\text{nesterov: } \theta - \eta (d + \mu b))
 
-    with :math:`d = 0` outside the mask, and :math:`b = d` in the first step (Sutskever et al. 2013, in the form of
-    ``torch.optim.SGD``, to which it is bit-equal where it trains). Subtracting +0.0 leaves -0.0 as it is.
+    with :math:`b = d` in the first step (Sutskever et al. 2013, in the form of ``torch.optim.SGD``, to which it is
+    bit-equal).
 
     Args:
         param: the tensor to move.
         grad: its gradient, of the same shape; not changed.
         buffer: momentum so far, changed in place; None before the first step and without momentum.
-        keep: what ``keep_bits`` made of the mask; None trains all.
         lr: eta.
         momentum: mu.
         dampening: tau.
@@ -73,17 +54,14 @@ def sgdm_update(
         The momentum for the next step; None without momentum.
 
     >>> param = torch.tensor([1.0, 2.0])
-    >>> keep = keep_bits(torch.tensor([True, False]), param)
-    >>> sgdm_update(param, torch.tensor([1.0, float("nan")]), keep=keep, lr=0.5)
+    >>> sgdm_update(param, torch.tensor([1.0, 0.0]), lr=0.5)
     >>> param
     tensor([0.5000, 2.0000])
     """
     direction = grad if weight_decay == 0 else grad.add(param, alpha=weight_decay)
     if momentum != 0:
-        buffer = _select_(_accumulate(buffer, direction, momentum, dampening, fresh), keep)
+        buffer = _accumulate(buffer, direction, momentum, dampening, fresh)
         direction = direction.add(buffer, alpha=momentum) if nesterov else buffer
-    if direction is not buffer and keep is not None:
-        direction = torch.bitwise_and(direction.view(keep.dtype), keep).view(direction.dtype)
     param.add_(direction, alpha=-float(lr))  # -float: an integer lr of 0 would add +0.0, which changes -0.0
     return buffer
 
@@ -97,19 +75,13 @@ def _accumulate(buffer: Tensor | None, direction: Tensor, momentum: float, dampe
     return buffer.mul_(momentum).add_(direction, alpha=1 - dampening)
 
 
-def _select_(values: Tensor, keep: Tensor | None) -> Tensor:
-    """Set values to +0.0 in place where ``keep`` is zero."""
-    if keep is not None:
-        values.view(keep.dtype).bitwise_and_(keep)
-    return values
-
-
 class SparseSGDM(torch.optim.Optimizer):
     """SGD with momentum for any module; where a mask is False it changes no bit, whatever the gradient.
 
-    Without masks it equals ``torch.optim.SGD(foreach=False)`` bit for bit. Weight decay and momentum act on trained
-    coordinates only. A coordinate that a new mask freezes stops at once; one that trains again starts from zero
-    momentum. The optimizer's state is the momentum; masks are not part of it: give them again after loading.
+    Where it trains it equals ``torch.optim.SGD(foreach=False)`` bit for bit. Weight decay and momentum act on trained
+    coordinates only, and only they have momentum: a mask costs four bytes for each of them, and nothing for the others.
+    A coordinate that a new mask freezes stops at once; one that trains again starts from zero momentum. The optimizer's
+    state is the momentum; masks are not part of it: give them before a state is loaded.
 
     Args:
         params: tensors, named tensors or dicts of groups, as for every ``torch.optim.Optimizer``.
@@ -143,7 +115,7 @@ class SparseSGDM(torch.optim.Optimizer):
     ) -> None:
         defaults = dict(zip(_OPTIONS, (lr, momentum, dampening, weight_decay, nesterov), strict=True))
         _check_options(defaults)
-        self._keep: dict[Tensor, Tensor] = {}
+        self._places: dict[Tensor, Place] = {}
         super().__init__(params, defaults)
         if masks is not None:
             self.set_masks(masks)
@@ -175,11 +147,17 @@ class SparseSGDM(torch.optim.Optimizer):
         for index, (mask, param) in enumerate(zip(masks, params, strict=True)):
             _check_mask(index, mask, param)
         partial = {p: m for p, m in zip(params, masks, strict=True) if m is not None and not bool(m.all())}
-        self._keep = {p: keep_bits(m, p) for p, m in partial.items()}
-        for param, keep in self._keep.items():
-            buffer = self.state.get(param, {}).get("momentum_buffer")
-            if buffer is not None:
-                _select_(buffer, keep)
+        before, self._places = self._places, {p: Place.of(m, p) for p, m in partial.items()}
+        for param in params:
+            if (buffer := self.state.get(param, {}).get("momentum_buffer")) is not None:
+                whole = _spread(buffer, before.get(param), param)
+                place = self._places.get(param)
+                self.state[param]["momentum_buffer"] = whole if place is None else place.gather(whole)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes that the masks cost, beside the momentum of what trains."""
+        return sum(place.index.nbytes for place in self._places.values())
 
     def reset(self) -> None:
         """Forget the momentum, so that the next step is a first step; its memory is kept and overwritten then."""
@@ -218,19 +196,67 @@ class SparseSGDM(torch.optim.Optimizer):
                     self._update(param, param.grad, options)
 
     def _update(self, param: Tensor, grad: Tensor, options: dict[str, Any]) -> None:
-        """Step one parameter, with its momentum if it has any."""
-        keep = self._keep.get(param)
-        if options["momentum"] == 0:
-            sgdm_update(param, grad, None, keep, **options)
-            return
-        state = self.state[param]
+        """Step one parameter where it trains, with its momentum if it has any."""
+        place, state = self._places.get(param), self.state[param] if options["momentum"] else {}
         buffer, fresh = state.get("momentum_buffer"), state.get("fresh", False)
-        state["momentum_buffer"] = sgdm_update(param, grad, buffer, keep, fresh=fresh, **options)
-        state["fresh"] = False
+        if place is None:
+            if buffer is not None and buffer.shape != param.shape:
+                buffer = _spread(buffer, None, param)
+            buffer = _update_whole(param, grad, buffer, fresh, options)
+        else:
+            buffer = _update_at(place, param, grad, buffer, fresh, options)
+        if options["momentum"]:
+            state["momentum_buffer"], state["fresh"] = buffer, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the masks in a ``copy.deepcopy``; ``state_dict`` leaves them out."""
-        return {**super().__getstate__(), "_keep": self._keep}
+        return {**super().__getstate__(), "_places": self._places}
+
+
+def _update_whole(
+    param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
+) -> Tensor | None:
+    """Step a parameter that trains whole, on a CPU in chunks that stay in its cache."""
+    large = param.numel() > 2 * CHUNK and param.device.type == "cpu"
+    if not large or not (param.is_contiguous() and grad.is_contiguous()):
+        return sgdm_update(param, grad, buffer, fresh=fresh, **options)
+    if buffer is None and options["momentum"]:
+        buffer, fresh = torch.empty_like(param), True
+    parts = [None] * -(-param.numel() // CHUNK) if buffer is None else buffer.view(-1).split(CHUNK)
+    for values, steep, part in zip(param.view(-1).split(CHUNK), grad.view(-1).split(CHUNK), parts, strict=True):
+        sgdm_update(values, steep, part, fresh=fresh, **options)
+    return buffer
+
+
+def _update_at(
+    place: Place, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
+) -> Tensor | None:
+    """Step what trains of a parameter, a chunk after the other; the momentum of what trains, if any."""
+    if buffer is None and options["momentum"]:
+        buffer, fresh = place.gather(grad if grad.stride() == param.stride() else laid_like(grad, param)), True
+    elif buffer is not None and buffer.numel() != place.numel:
+        buffer = place.gather(_spread(buffer, None, param))  # of a state that was stored without a mask
+    seen, steep = place.see(param), place.see(grad if grad.stride() == param.stride() else laid_like(grad, param))
+    for index, part in place.chunks(buffer):
+        values = seen.index_select(place.dim, index)
+        sgdm_update(values, steep.index_select(place.dim, index), part, fresh=fresh, **options)
+        seen.index_copy_(place.dim, index, values)
+    return buffer
+
+
+def _spread(buffer: Tensor, place: Place | None, param: Tensor) -> Tensor:
+    """Lay momentum out like its parameter, zero where nothing trained.
+
+    Raises:
+        ValueError: momentum of another number of coordinates: it was stored under another mask.
+
+    """
+    if buffer.numel() != (param.numel() if place is None else place.numel):
+        raise ValueError(
+            f"momentum of {buffer.numel()} coordinates does not fit a parameter of {param.numel()}: it was stored "
+            "under another mask; give that one before loading"
+        )
+    return laid_like(buffer, param) if place is None else place.scatter(buffer, param)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -261,5 +287,5 @@ def _check_mask(index: int, mask: Any, param: Tensor) -> None:
         raise ValueError(f"masks[{index}] is {kind}; it must be a bool tensor of shape {tuple(param.shape)}, or None")
     if mask.shape != param.shape:
         raise ValueError(f"masks[{index}] has shape {tuple(mask.shape)}; its parameter has {tuple(param.shape)}")
-    if param.element_size() not in _INTEGERS:
-        raise ValueError(f"masks[{index}] is for a parameter of {param.dtype}, which cannot be masked; give None")
+    if sum((size - 1) * step for size, step in zip(param.shape, param.stride(), strict=True)) + 1 > param.numel() > 0:
+        raise ValueError(f"masks[{index}] is for a parameter with gaps in its memory; give a contiguous one, or None")

@@ -39,6 +39,7 @@ class Binding:
     train a copy that nobody reads. ``intact`` costs a few microseconds and is asked once a cohort.
     """
 
+    names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     gradients: tuple[Tensor, ...]
 
@@ -116,21 +117,22 @@ class ParamSpace:
         """Split rows (*, P) into named tensors (*, *shape): views, so that gradients flow back to the rows."""
         return dict(zip(self.names, self._views(row), strict=True))
 
-    def bind(self, net: nn.Module, row: Tensor, grad: Tensor) -> Binding:
+    def bind(self, net: nn.Module, row: Tensor, grad: Tensor, trained: Callable[[str], bool] = always) -> Binding:
         """Make the network's parameters views into ``row`` (P,) and their gradients views into ``grad`` (P,).
 
-        Any module works, with no copy between the network and the row. Parameters outside the space stop requiring a
-        gradient, those inside start.
+        Any module works, with no copy between the network and the row. Parameters of the space that ``trained``
+        accepts start requiring a gradient; all others stop, so that none is computed for them.
         """
         found = dict(net.named_parameters())
-        inside = [found[name] for name in self.names]
         for parameter in found.values():
             parameter.requires_grad_(False)
-        for parameter, data, g in zip(inside, self._views(row), self._views(grad), strict=True):
-            parameter.data = data
-            parameter.requires_grad_(True)
-            parameter.grad = g
-        return Binding(tuple(inside), tuple(p.grad for p in inside if p.grad is not None))
+        for name, data, g in zip(self.names, self._views(row), self._views(grad), strict=True):
+            found[name].data = data
+            if trained(name):
+                found[name].requires_grad_(True).grad = g
+        names = tuple(filter(trained, self.names))
+        bound = tuple(found[name] for name in names)
+        return Binding(names, bound, tuple(p.grad for p in bound if p.grad is not None))
 
     def where(self, patterns: Patterns) -> Tensor:
         """Mark the coordinates of the tensors whose name matches a glob pattern: bool (P,)."""

@@ -16,7 +16,7 @@ RULES = {"full": Full, "masked": Masked}
 
 def an_update(dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
-    rows = torch.randn(K, P, generator=g).to(dtype)
+    rows = torch.randn(K, int(TRAINED.sum()), generator=g).to(dtype)
     return Update((4, 9, 2), rows, torch.randn(K, 2, generator=g).to(dtype), (1.0, 2.5, 3.0), (0.1, 0.2, 0.3))
 
 
@@ -40,14 +40,14 @@ def test_exactly_these_coordinates_arrive(name, sent):
     exchange = RULES[name](trained=TRAINED, local=LOCAL)
     update = an_update()
     arrived = exchange.decode(exchange.encode(update)).rows
-    assert torch.equal(arrived, torch.where(sent, update.rows, 0.0))
+    assert torch.equal(arrived, torch.where(~LOCAL[TRAINED], update.rows, 0.0))
     assert exchange.encode(update).length == HEADER.size + 4 * (int(sent.sum()) + 2)
 
 
 def test_a_masked_payload_is_a_fifth_of_a_dense_one():
     trained = torch.arange(1000) < 200
     none = torch.zeros(1000, dtype=torch.bool)
-    update = Update((0,), torch.randn(1, 1000), torch.zeros(1, 0), (1.0,), (0.0,))
+    update = Update((0,), torch.randn(1, 200), torch.zeros(1, 0), (1.0,), (0.0,))
     lengths = [rule(trained=trained, local=none).encode(update).length for rule in (Masked, Full)]
     assert lengths[0] == HEADER.size + 800
     assert lengths[1] == HEADER.size + 4000

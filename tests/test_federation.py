@@ -10,6 +10,7 @@ import torch
 from plain import plain_fedavg, replay
 from small import Small, small_data, small_net, uneven_parts
 
+from fedsparse import places
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.exchange import Full, Masked
@@ -30,17 +31,30 @@ def half_mask(net):
     return top_fraction(scores, 0.4)
 
 
+def unit_mask(net):
+    """Five hidden units with their biases, the whole output weight, and nothing of the output bias."""
+    space = ParamSpace.of(net)
+    mask = torch.zeros(space.size, dtype=torch.bool)
+    weight, bias, out, _ = space.unflatten(mask).values()
+    weight[2:7], bias[2:7], out[:] = True, True, True
+    return mask
+
+
+MASKS = {False: lambda net: None, True: half_mask, "units": unit_mask}
+
+
 def build(work="steps", masked=False, **options):
     net = small_net()
-    mask = half_mask(net) if masked else None
+    mask = MASKS[masked](net)
     return Small(net, small_data(), uneven_parts(), work=WORK[work], mask=mask, **options)
 
 
 @pytest.mark.parametrize("cohort", [1, 3, 20])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", list(MASKS))
 @pytest.mark.parametrize("work", list(WORK))
 @pytest.mark.parametrize("exchange", [Full, Masked])
-def test_three_rounds_equal_a_plain_loop(tmp_path, work, masked, cohort, exchange):
+def test_three_rounds_equal_a_plain_loop(tmp_path, work, masked, cohort, exchange, monkeypatch):
+    monkeypatch.setattr(places, "_LARGE", 1)  # these layers are small, and yet stepped as large ones are
     options = {"weight_decay": 0.01, "clip": 0.5}
     small = build(work, masked, cohort=cohort, exchange=exchange, **options)
     masks = small.space.unflatten(small.mask) if masked else None
@@ -136,6 +150,22 @@ def test_frozen_coordinates_keep_their_bits(tmp_path, cohort, server, exchange):
     assert len(seen) >= ROUNDS * 5
     assert all(torch.equal(row[frozen], before[frozen]) for row in [*seen, after])
     assert not torch.equal(after[small.mask], before[small.mask])
+
+
+def test_only_what_trains_is_differentiated_stepped_averaged_and_kept(tmp_path, monkeypatch):
+    """Counts: n values in updates and moments, no gradient of a frozen tensor, weight gradients of five units of 16."""
+    monkeypatch.setattr(places, "_LARGE", 1)
+    small = build(masked="units", server=partial(torch.optim.Adam, lr=0.05))
+    products, multiply = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a.shape) or multiply(a, b))
+    small.fit(1, tmp_path)
+    trained, module = int(small.mask.sum()), small.module
+    (state,) = module.server.optimizer.state.values()
+    assert small.rounds.tally.rows.shape == state["exp_avg"].shape == (1, trained)
+    assert sum(s["momentum_buffer"].numel() for s in module.local.state.values()) == trained
+    assert [p.grad is not None for p in small.net.parameters()] == [True, True, True, False]
+    assert set(products) == {(5, 8)}  # units x samples; the first layer's inputs take no gradient
+    assert "forward" not in vars(small.net[1])
 
 
 def poison(small, clients):

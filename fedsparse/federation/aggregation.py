@@ -1,4 +1,4 @@
-"""How updates become one change per group. G groups, P coordinates, Q buffer values.
+"""How updates become one change per group. G groups, n coordinates that train, Q buffer values.
 
 Aggregations are additive, so that clients can stream through, in cohorts of any size and over several processes.
 """
@@ -20,9 +20,9 @@ class Change:
     """What a round changes.
 
     Attributes:
-        rows: (G, P) mean change, zero for a group that nobody sent to.
+        rows: (G, n) mean change, zero for a group that nobody sent to.
         buffers: (G, Q) mean change of the float buffers.
-        touched: bool (G, P), which coordinates somebody sent, or None for all.
+        touched: bool (G, n), which coordinates somebody sent, or None for all.
         loss: mean training loss over the clients.
 
     """
@@ -38,7 +38,7 @@ class Tally:
 
     Args:
         groups: G.
-        size: P.
+        size: n.
         buffers: Q.
         device: where the sums are kept.
         own: whether clients send different coordinates, so that the weights of each are summed too.

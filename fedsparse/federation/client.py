@@ -1,6 +1,6 @@
 """K clients as rows of one tensor, and the whole of their local training.
 
-Shapes: K clients of the cohort, P coordinates, S local steps, B samples of a step.
+Shapes: K clients of the cohort, P coordinates of which n train, S local steps, B samples of a step.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsparse.data.rounds import Cohort
+from fedsparse.federation.bound import BoundRow
 from fedsparse.federation.server import MakeOptimizer, Server
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim import SparseSGDM
-from fedsparse.space import Binding, ParamSpace
+from fedsparse.places import Coordinates
+from fedsparse.space import ParamSpace
 
 Forward = Callable[[Tensor], Tensor]
 HALF = "16-mixed"
@@ -75,7 +77,7 @@ class ClientModule(lightning.LightningModule):
         self.register_buffer("mask", mask.clone())
         self.register_buffer("bitmaps", torch.zeros(0, 0, dtype=torch.uint8))
         self.loss_scale = 1.0
-        self.binding: Binding | None = None
+        self.bound: BoundRow | None = None
         self.mean_loss: tuple[float, ...] = ()
 
     def set_mask(self, mask: Tensor, bitmaps: Tensor | None = None) -> None:
@@ -113,40 +115,55 @@ class ClientModule(lightning.LightningModule):
         row, mask = self.space.read(self.net), torch.as_tensor(self.mask)
         self.theta = row.repeat(self.cohort, 1)
         self.theta.grad = torch.zeros_like(self.theta)
-        self.frozen = None if bool(mask.all()) else ~mask
-        self.local = self.make_optimizer([self.theta])
-        self.local.set_masks([None if self.frozen is None else mask.expand_as(self.theta)])
-        self.server = Server(row.unsqueeze(0), self.make_server_optimizer, mask)
+        self.trained = Coordinates(mask)
+        self._set_frozen(mask)
+        self.local = self._local_optimizer(mask)
+        self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained)
         return [self.local, self.server.optimizer]
+
+    def _local_optimizer(self, mask: Tensor) -> SparseSGDM:
+        """Give the optimizer one bound row in pieces, or the stacked rows with the mask of all."""
+        whole, own = self.trained.index is None, len(torch.as_tensor(self.bitmaps)) > 0
+        rows, masks = [self.theta], [None if whole else mask.expand_as(self.theta)]
+        if self.cohort == 1:
+            self.bound = BoundRow(self.net, self.space, self.theta, mask, in_pieces=not own)
+            rows, masks = self.bound.views, self.bound.masks
+        local = self.make_optimizer(rows)
+        local.set_masks(masks)
+        return local
 
     def on_train_start(self) -> None:
         """Bind the network to its row, or prepare the rows' stacked training."""
         self.loss_scale = LOSS_SCALE if self.trainer.precision == HALF else 1.0
-        if self.cohort == 1:
-            self._bind()
+        if self.bound is not None:
+            self.bound.bind()
         else:
             self.theta.requires_grad_(True)
             self._stacked = vmap(self._row_loss, in_dims=(0, 0, 0, 0), randomness="different")
 
+    def on_train_end(self) -> None:
+        """Give the network's layers back their own backward."""
+        if self.bound is not None:
+            self.bound.release()
+
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients: they are views into the row, and None would unbind them."""
 
-    def start(self, rows: Tensor, masks: Tensor | None = None) -> None:
-        """Let the K clients start from these rows (K, P), with fresh optimizers, and masks of their own if any."""
-        with torch.no_grad():
-            self.theta.copy_(rows)
+    def start(self, values: Tensor, masks: Tensor | None = None) -> None:
+        """Let the K clients start from these trained values (K, n), with fresh optimizers, and masks of their own."""
+        self.trained.write(self.theta, values)
         if masks is not None:
-            self.frozen = ~masks
-            self.local.set_masks([masks])
+            self._set_frozen(masks)
+            self.local.set_masks([masks if self.bound is None else masks[0]])
         self.local.reset()
-        if self.binding is not None and not self.binding.intact():
-            self._bind()
+        if self.bound is not None and not self.bound.intact():
+            self.bound.bind()
 
     def training_step(self, cohort: Cohort, batch_idx: int) -> None:
         """Run the whole local training of the cohort; leaves the rows in ``theta`` and the losses in ``mean_loss``."""
         x, y = self.trainer.datamodule.fetch(cohort)  # type: ignore[attr-defined]
         batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
-        losses = [self._local_step(*batch, count) for batch, count in zip(batches, cohort.count, strict=True)]
+        losses = [self.local_step(*batch, count) for batch, count in zip(batches, cohort.count, strict=True)]
         self.mean_loss = mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), cohort.count)
         if self.trainer.is_last_batch:  # a step without gradients: it moves Lightning's global_step by one a round
             self.optimizers()[1].step()  # type: ignore[index]
@@ -157,14 +174,17 @@ class ClientModule(lightning.LightningModule):
         logits = self.net(self.inputs(x))
         return {"logits": logits, "y": y, "losses": self.losses(lambda _: logits, x, y)}
 
-    def _local_step(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
+    def local_step(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
         """One step of all K clients, x (K, B, ...) and y (K, B), or of one client without K: the losses (K,) or ()."""
         if not any(count):
             return self.theta.new_zeros(self.cohort)
         losses = self._backward(self.inputs(x), y, count)
         self._clip()
         self._step_where(count)
-        self.theta.grad.zero_()  # type: ignore[union-attr]
+        if self.bound is not None:
+            self.bound.clear()
+        else:
+            self.theta.grad.zero_()  # type: ignore[union-attr]
         return losses
 
     def _backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
@@ -227,22 +247,23 @@ class ClientModule(lightning.LightningModule):
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         grad.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
 
+    def _set_frozen(self, mask: Tensor) -> None:
+        """Mark what clipping leaves out, if there is any clipping."""
+        self.frozen = None if self.clip_norm is None or bool(mask.all()) else ~mask
+
     def _step_where(self, count: Sequence[int]) -> None:
         """Step the clients that have samples; the others keep row and momentum, by selection: NaN * 0 is NaN."""
         if all(count):
             self.local.update()
             return
         dead = [k for k, n in enumerate(count) if n == 0]
-        state = [t for t in self.local.state[self.theta].values() if isinstance(t, Tensor) and t.dim() == 2]
-        before = [(t, t.detach()[dead].clone()) for t in (self.theta, *state)]
+        momentum = self.local.state[self.theta].get("momentum_buffer")
+        rows = [self.theta.detach(), *([] if momentum is None else [momentum.view(self.cohort, -1)])]
+        before = [(t, t[dead].clone()) for t in rows]
         self.local.update()
         with torch.no_grad():
             for tensor, old in before:
                 tensor[dead] = old
-
-    def _bind(self) -> None:
-        assert self.theta.grad is not None
-        self.binding = self.space.bind(self.net, self.theta[0], self.theta.grad[0])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the clients' momentum out: it does not outlive the round."""

@@ -1,4 +1,8 @@
-"""What of an update is sent. K clients of the cohort, P coordinates, Q buffer values, n values sent."""
+"""What of an update is sent.
+
+Shapes: K clients of the cohort, P coordinates of which n train, Q buffer values, m values sent. An update holds trained
+coordinates only: nothing else can change.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedsparse.federation.wire import Payload
 
@@ -21,11 +26,11 @@ class Update:
 
     Attributes:
         clients: K ids.
-        rows: (K, P) change of each coordinate.
+        rows: (K, n) change of each coordinate that trains.
         buffers: (K, Q) change of the float buffers.
         weight: K weights in the average.
         loss: K mean training losses.
-        sent: bool (K, P), which coordinates each client sent, where that differs between them; None: all alike.
+        sent: bool (K, n), which coordinates each client sent, where that differs between them; None: all alike.
 
     """
 
@@ -72,23 +77,27 @@ class Full:
     def __init__(self, trained: Tensor, local: Tensor, masks: OwnMasks | None = None) -> None:
         if masks is not None:
             raise ValueError("mask.owner=client needs exchange=masked: each client sends what its own mask trains")
-        self.size = trained.numel()
-        self.index = _positions(self._sent(trained, local))
+        stays = local.to(trained.device)
+        self.size = int(trained.sum())
+        self.index = _positions(~stays[trained])
+        self.still = self._still(trained, stays)
 
-    def _sent(self, trained: Tensor, local: Tensor) -> Tensor:
-        return ~local
+    def _still(self, trained: Tensor, local: Tensor) -> int:
+        """Count the coordinates that are sent although they cannot have changed: zeros, behind the others."""
+        return int((~trained & ~local).sum())
 
     def encode(self, update: Update) -> Payload:
-        """Gather the sent coordinates: rows (K, P) -> values (K, n)."""
+        """Gather what is sent: rows (K, n) -> values (K, m)."""
         values = update.rows if self.index is None else update.rows[:, self._index(update.rows.device)]
+        values = F.pad(values, (0, self.still)) if self.still else values
         return Payload(update.clients, values, update.buffers, update.weight, update.loss)
 
     def decode(self, payload: Payload) -> Update:
-        """Scatter values (K, n) into rows (K, P) of zeros."""
-        rows = payload.values
+        """Scatter values (K, m) into rows (K, n) of zeros."""
+        rows = payload.values[:, : payload.values.shape[1] - self.still]
         if self.index is not None:
-            index = self._index(rows.device)
-            rows = rows.new_zeros(len(payload.clients), self.size).index_copy_(1, index, payload.values)
+            index, values = self._index(rows.device), rows
+            rows = rows.new_zeros(len(payload.clients), self.size).index_copy_(1, index, values)
         return Update(payload.clients, rows, payload.buffers, payload.weight, payload.loss)
 
     def _index(self, device: torch.device) -> Tensor:
@@ -107,10 +116,11 @@ class Masked(Full):
 
     def __init__(self, trained: Tensor, local: Tensor, masks: OwnMasks | None = None) -> None:
         super().__init__(trained, local)
-        self.masks, self.stays, self.own = masks, local, masks is not None
+        self.masks, self.own = masks, masks is not None
+        self.trained, self.travels = trained, ~local.to(trained.device)[trained]
 
     def encode(self, update: Update) -> Payload:
-        """Gather the coordinates of the mask, or each client's own: rows (K, P) -> values (K, n).
+        """Gather the coordinates of the mask, or each client's own: rows (K, n) -> values (K, m).
 
         Raises:
             ValueError: own masks of a cohort differ in size.
@@ -126,7 +136,7 @@ class Masked(Full):
         return Payload(update.clients, values, update.buffers, update.weight, update.loss)
 
     def decode(self, payload: Payload) -> Update:
-        """Scatter values (K, n) into rows (K, P) of zeros; with own masks say which coordinates they are."""
+        """Scatter values (K, m) into rows (K, n) of zeros; with own masks say which coordinates they are."""
         if self.masks is None:
             return super().decode(payload)
         sent = self._sent_by(self.masks, payload.clients)
@@ -134,13 +144,13 @@ class Masked(Full):
         rows[sent] = payload.values.flatten()
         return Update(payload.clients, rows, payload.buffers, payload.weight, payload.loss, sent)
 
-    def _sent(self, trained: Tensor, local: Tensor) -> Tensor:
-        return trained & ~local
+    def _still(self, trained: Tensor, local: Tensor) -> int:
+        return 0
 
     def _sent_by(self, masks: OwnMasks, clients: Sequence[int]) -> Tensor:
         held = masks(clients)
         assert held is not None  # there are own masks: they are why this exchange was given them
-        return held & ~self.stays.to(held.device)
+        return held[:, self.trained.to(held.device)] & self.travels.to(held.device)
 
 
 def _positions(sent: Tensor) -> Tensor | None:

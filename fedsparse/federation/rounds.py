@@ -1,6 +1,7 @@
 """The protocol of one round, and only that.
 
-Shapes: G global rows, K clients of the cohort, P coordinates, Q float-buffer values.
+Shapes: G global rows, K clients of the cohort, n coordinates that train, Q float-buffer values. What does not train is
+not touched: it stays in the network and in the rows of clients and server as it is.
 """
 
 from __future__ import annotations
@@ -76,14 +77,14 @@ class FederatedRounds(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Prepare what lasts over rounds: local coordinates and the base learning rate."""
-        self.local = module.space.local.to(module.device)
+        self.local = module.trained.of(module.space.local.to(module.device))
         self.keeps_local = bool(self.local.any())
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
         self.buffers.open(module.net)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Open the round: an empty tally, and this round's learning rate."""
-        groups, size = module.server.rows.shape
+        groups, size = module.server.values.shape
         self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device, self.exchange.own)
         self.down = self.exchange.encode(self._broadcast_message(module)).length
         factor = self.schedule(trainer.current_epoch, int(trainer.max_epochs or 0))
@@ -93,7 +94,7 @@ class FederatedRounds(lightning.Callback):
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, batch_idx: int
     ) -> None:
-        """Send the global rows to the cohort."""
+        """Send the global values to the cohort."""
         self.group = self.topology.group(batch.clients)
         self.begin = self._with_local(batch.clients, module.server.broadcast(self.group))
         module.start(self.begin, module.own_masks(batch.clients))
@@ -104,7 +105,7 @@ class FederatedRounds(lightning.Callback):
         self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
     ) -> None:
         """Take the cohort's update in, and close the round after the last one."""
-        rows = module.theta.detach()
+        rows = module.trained.of(module.theta.detach())
         if self.keeps_local:
             self.store.write(batch.clients, rows[:, self.local])
         update = self._finite(
@@ -119,7 +120,7 @@ class FederatedRounds(lightning.Callback):
         )
         payload = self.exchange.encode(update)
         self.aggregation.add(self.tally, self.exchange.decode(payload), self.group)
-        self._count([client for _, client in batch.members], payload.length, rows)
+        self._count([client for _, client in batch.members], payload.length, module.server.rows[0].nbytes)
         if trainer.is_last_batch:
             self._close(module, batch.round)
 
@@ -164,11 +165,11 @@ class FederatedRounds(lightning.Callback):
         return rows
 
     def _broadcast_message(self, module: ClientModule) -> Update:
-        """The global row as a message to one client."""
-        return Update((FROM_SERVER,), module.server.rows[:1], self.buffers.row.unsqueeze(0), (0.0,), (0.0,))
+        """The global values as a message to one client."""
+        return Update((FROM_SERVER,), module.server.values[:1], self.buffers.row.unsqueeze(0), (0.0,), (0.0,))
 
-    def _count(self, clients: Sequence[int], up: int, rows: Tensor) -> None:
-        dense = HEADER.size + rows[0].nbytes + self.buffers.row.nbytes
+    def _count(self, clients: Sequence[int], up: int, whole: int) -> None:
+        dense = HEADER.size + whole + self.buffers.row.nbytes
         self.ledger.first_model(clients, self.model_length)
         self.ledger.mask(clients, self.mask_length)
         self.ledger.round(len(clients), up, self.down, dense)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.federation.aggregation import Change
+from fedsparse.places import Coordinates
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -20,34 +21,29 @@ class Server:
     Args:
         rows: (G, P) global rows; kept, not copied.
         make_optimizer: builds the optimizer of a list of parameters.
-        trained: bool (P,), which coordinates train; the others keep their bits whatever the optimizer does.
+        trained: which n of the P coordinates train; the optimizer has only these.
 
     """
 
-    def __init__(self, rows: Tensor, make_optimizer: MakeOptimizer, trained: Tensor) -> None:
-        self.rows = rows
-        self.optimizer = make_optimizer([self.rows])
-        self.trained = None if bool(trained.all()) else trained.to(rows.device)
+    def __init__(self, rows: Tensor, make_optimizer: MakeOptimizer, trained: Coordinates) -> None:
+        self.rows, self.trained = rows, trained
+        self.values = trained.of(rows)  # (G, n); the rows themselves if everything trains
+        self.optimizer = make_optimizer([self.values])
 
     def broadcast(self, group: Sequence[int]) -> Tensor:
-        """Rows (K, P) that K clients of these groups start from."""
-        if len(self.rows) == 1:
-            return self.rows.expand(len(group), -1)
-        return self.rows[torch.tensor(group, device=self.rows.device)]
+        """Trained values (K, n) that K clients of these groups start from."""
+        if len(self.values) == 1:
+            return self.values.expand(len(group), -1)
+        return self.values[torch.tensor(group, device=self.values.device)]
 
     @torch.no_grad()
     def step(self, change: Change) -> None:
         """Take one server step along the mean change; coordinates that nobody touched stay."""
-        moved = self._moved(change.touched)
-        before = None if moved is None else self.rows.clone()
-        self.rows.grad = change.rows.neg().to(self.rows.dtype)
+        before = None if change.touched is None else self.values.clone()
+        self.values.grad = change.rows.neg().to(self.values.dtype)
         self.optimizer.step()
-        self.rows.grad = None
-        if before is not None and moved is not None:
-            self.rows.copy_(torch.where(moved, self.rows, before))
-
-    def _moved(self, touched: Tensor | None) -> Tensor | None:
-        """Coordinates that may move: trained and touched; None for all."""
-        if touched is None or self.trained is None:
-            return touched if self.trained is None else self.trained
-        return touched & self.trained
+        self.values.grad = None
+        if before is not None and change.touched is not None:
+            self.values.copy_(torch.where(change.touched, self.values, before))
+        if self.values is not self.rows:
+            self.trained.write(self.rows, self.values)

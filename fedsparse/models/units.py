@@ -1,0 +1,66 @@
+"""Linear layers that compute the weight gradient of the output units that train, and of no others.
+
+Shapes: b samples (of any leading dimensions), I inputs, O output units, u of them train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _UnitGradient(torch.autograd.Function):
+    """A linear map whose backward adds the trained rows of the weight's gradient to ``weight.grad``, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, units: Tensor) -> Tensor:
+        """Map x (b, I) by weight (O, I) and bias (O,) to (b, O)."""
+        ctx.save_for_backward(x, units)
+        ctx.weight = weight
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        """Gradient of x and bias as usual; that of the weight is added where it is kept, to units (u,) only."""
+        (x, units), weight, (grad,) = ctx.saved_tensors, ctx.weight, grads
+        flat, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        rows = flat.index_select(1, units).t() @ inputs.to(grad.dtype)
+        weight.grad.index_add_(0, units, rows.to(weight.dtype))
+        back = grad @ weight.detach().to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return back, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def _forward(layer: nn.Linear, units: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled() or not layer.weight.requires_grad:
+        return F.linear(x, layer.weight, layer.bias)
+    return _UnitGradient.apply(x, layer.weight, layer.bias, units)
+
+
+def linear_layers(net: nn.Module, weights: Iterable[str]) -> dict[str, nn.Linear]:
+    """Find the linear layers whose weight has one of these names; a subclass may use its weight otherwise."""
+    found = {name: net.get_submodule(name.rpartition(".")[0]) for name in weights if name.endswith(".weight")}
+    return {name: layer for name, layer in found.items() if type(layer) is nn.Linear}
+
+
+def compute_units_only(net: nn.Module, units: Mapping[str, Tensor]) -> None:
+    """Let linear layers compute the weight gradient of some units only; the weight needs a ``grad`` to add to.
+
+    Args:
+        net: the network; its layers get a ``forward`` of their own until ``compute_all_units``.
+        units: int64 (u,), the units that train, by the weight's name.
+
+    """
+    for name, layer in linear_layers(net, units).items():
+        layer.forward = partial(_forward, layer, units[name])  # type: ignore[method-assign]
+
+
+def compute_all_units(net: nn.Module) -> None:
+    """Undo ``compute_units_only``."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            layer.__dict__.pop("forward", None)

@@ -1,0 +1,189 @@
+"""Where a mask lets a tensor train, as an index: what trains can be gathered, stepped and written back by itself.
+
+Shapes: P coordinates of the space, n of them train; N entries of a dimension; K clients of a cohort, * any dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fedsparse.space import ParamSpace
+
+CHUNK = 1 << 17  # coordinates at once on a CPU: they stay in its cache, and values and a long index need no second row
+
+
+_LARGE = 1 << 14  # coordinates of a tensor that is worth a step of its own
+
+
+class Coordinates:
+    """The n of P coordinates that train, of rows that hold all P.
+
+    Args:
+        mask: bool (P,), True where a coordinate trains.
+
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        whole = bool(mask.all())
+        self.index = None if whole else _narrow(mask.nonzero().squeeze(1), len(mask))
+        self.size = len(mask) if self.index is None else len(self.index)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Gather what trains of rows (*, P): (*, n), or the rows themselves if everything trains."""
+        return rows if self.index is None else rows.index_select(-1, self.index)
+
+    @torch.no_grad()
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        """Put values (*, n) where they train in rows (*, P); nothing else is touched."""
+        rows.copy_(values) if self.index is None else rows.index_copy_(-1, self.index.long(), values)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a row with one kind of mask.
+
+    Attributes:
+        name: the tensor's, or empty for a piece of the whole row.
+        start: its first coordinate.
+        shape: the tensor's shape, or (P,).
+        mask: bool of this shape, or None where all of it trains.
+
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    mask: Tensor | None
+
+    def of(self, row: Tensor) -> Tensor:
+        """View the piece of a row (P,)."""
+        return row.narrow(0, self.start, math.prod(self.shape)).view(self.shape)
+
+
+def pieces(space: ParamSpace, mask: Tensor) -> list[Piece]:
+    """Split a row so that an optimizer touches little: large tensors that train whole, or by output units, apart.
+
+    All other trained coordinates are one piece, over the whole row: its mask is False where another piece trains.
+    """
+    if bool(mask.all()):
+        return [Piece("", 0, (space.size,), None)]
+    apart = [piece for piece in map(partial(_piece, mask), *_tensors(space)) if piece is not None]
+    rest = mask.clone()
+    for piece in apart:
+        piece.of(rest).fill_(False)
+    return [*apart, *[Piece("", 0, (space.size,), rest)] * bool(rest.any())]
+
+
+def _tensors(space: ParamSpace) -> tuple[Sequence[str], Sequence[int], Sequence[torch.Size]]:
+    return space.names, space.offsets, space.shapes
+
+
+def _piece(mask: Tensor, name: str, start: int, shape: tuple[int, ...]) -> Piece | None:
+    """Say whether a tensor is worth a piece of its own."""
+    whole = Piece(name, start, shape, None)
+    part = whole.of(mask)
+    if part.numel() < _LARGE or not bool(part.any()):
+        return None
+    if bool(part.all()):
+        return whole
+    return replace(whole, mask=part) if part.dim() > 1 and _by_units(part) else None
+
+
+def _by_units(mask: Tensor) -> bool:
+    """Whether every index of the first dimension trains whole or not at all."""
+    units = mask.reshape(len(mask), -1)
+    return torch.equal(units.any(1), units.all(1))
+
+
+def _narrow(index: Tensor, total: int) -> Tensor:
+    """Store positions below ``total`` in four bytes each where that is enough."""
+    return index.to(torch.int32 if total < 1 << 31 else torch.int64)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mask lets a parameter train: n of the N entries of one dimension of it, seen in a shape of two at most.
+
+    Single coordinates are entries of the flat parameter. Where a mask lets whole output units train (an index of the
+    first dimension), the units are; where it was expanded from one row to K, the coordinates of that row.
+
+    Attributes:
+        shape: how the parameter's memory is seen: (N,), (N, coordinates of a unit) or (K, N).
+        dim: the dimension that ``index`` is about.
+        index: int32 (n,), ascending; int64 where N needs it.
+
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    index: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, param: Tensor) -> Place:
+        """Find the coarsest entries that the mask does not cut."""
+        laid = mask if mask.stride() == param.stride() or _expanded(mask) else laid_like(mask, param)
+        shape, dim, marks = _marks(laid, param)
+        return cls(shape, dim, _narrow(marks.nonzero().squeeze(1), shape[dim]).to(param.device))
+
+    @property
+    def numel(self) -> int:
+        """Coordinates that train."""
+        return len(self.index) * math.prod(self.shape) // self.shape[self.dim]
+
+    def see(self, tensor: Tensor) -> Tensor:
+        """View a dense tensor's memory in this shape."""
+        same = tensor.shape == self.shape and tensor.is_contiguous()
+        return tensor if same else tensor.as_strided(self.shape, _strides(self.shape))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Copy what trains of a tensor that lies like the parameter: (n,), (n, coordinates of a unit) or (K, n)."""
+        return self.see(tensor).index_select(self.dim, self.index)
+
+    def scatter(self, values: Tensor, like: Tensor) -> Tensor:
+        """Write gathered values into zeros that lie like a parameter."""
+        out = torch.zeros_like(like)
+        self.see(out).index_copy_(self.dim, self.index.long(), values)
+        return out
+
+    def chunks(self, buffer: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Split index and momentum for one pass over them; the index comes as int64, which torch writes by."""
+        n, wide = len(self.index), math.prod(self.shape) // max(1, self.shape[self.dim])
+        size = max(1, CHUNK // wide) if self.index.device.type == "cpu" else n
+        if n <= size:
+            yield self.index.long(), buffer
+            return
+        for low in range(0, n, size):
+            length = min(size, n - low)
+            index = self.index.narrow(0, low, length).long()
+            yield index, None if buffer is None else buffer.narrow(self.dim, low, length)
+
+
+def _marks(mask: Tensor, param: Tensor) -> tuple[tuple[int, ...], int, Tensor]:
+    """Say how to see a parameter, which dimension the mask is about, and which of its entries train."""
+    if _expanded(mask):
+        return (mask.shape[0], mask[0].numel()), 1, mask[0].reshape(-1)
+    if mask.dim() > 1 and param.is_contiguous():
+        units = mask.reshape(len(mask), -1)
+        if _by_units(mask):
+            return tuple(units.shape), 0, units.any(1)
+    return (mask.numel(),), 0, mask.as_strided((mask.numel(),), (1,))
+
+
+def _expanded(mask: Tensor) -> bool:
+    """Whether one row stands for all of them, and is dense."""
+    return mask.dim() > 1 and len(mask) > 1 and mask.stride(0) == 0 and mask[0].is_contiguous()
+
+
+def laid_like(values: Tensor, param: Tensor) -> Tensor:
+    """Copy values so that they lie in memory as the parameter does."""
+    return torch.empty_strided(param.shape, param.stride(), dtype=values.dtype, device=values.device).copy_(values)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (1,) if len(shape) == 1 else (shape[1], 1)
