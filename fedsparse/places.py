@@ -16,8 +16,6 @@ from torch import Tensor
 from fedsparse.space import ParamSpace
 
 CHUNK = 1 << 17  # coordinates at once on a CPU: they stay in its cache, and values and a long index need no second row
-
-
 _LARGE = 1 << 14  # coordinates of a tensor that is worth a step of its own
 
 

@@ -47,6 +47,8 @@ def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger
     mask = Mask(found.mask.tensors, found.mask.metadata | {"rule": rule, OVERLAP: json.dumps(found.overlap)})
     if isinstance(chosen, FromFile):
         _check_given(job, chosen, mask)
+    if mask.density == 0:
+        raise ValueError("this mask lets no weight train: lower sparsity.ratio, or let the head train (head.frozen)")
     write(job.folder, mask, found.bitmaps)
     if job.cfg.pictures:
         title = f"mask rule {rule}, {mask.density:.1%} of the weights train"
