@@ -34,12 +34,15 @@ from fedsparse.federation.precision import HalfPrecision
 from fedsparse.federation.progress import RoundProgress
 from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.sampling import participants
+from fedsparse.federation.store import make_store
 from fedsparse.federation.tracking import GracefulStop, RoundLog
 from fedsparse.federation.wire import HEADER
 from fedsparse.keys import Purpose
 from fedsparse.masks import Mask
 from fedsparse.models.trainable import trainable_filter
 from fedsparse.space import ParamSpace, Patterns, matches
+
+CLIENTS, BUFFERS = "clients.bin", "client_buffers.bin"  # what clients keep, with federation.store=file
 
 
 @dataclass(frozen=True)
@@ -177,16 +180,17 @@ def build_exchange(cfg: DictConfig, trained: Tensor, local: Tensor, masks: OwnMa
 
 
 def build_rounds(
-    cfg: DictConfig, federation: Federation, mask: Mask, ledger: Ledger, module: ClientModule
+    cfg: DictConfig, federation: Federation, mask: Mask, ledger: Ledger, module: ClientModule, folder: Path
 ) -> FederatedRounds:
-    """Build the protocol of a round."""
-    row = mask.row(federation.space)
+    """Build the protocol of a round; what clients keep may lie in the run folder."""
+    row, kind = mask.row(federation.space), cfg.federation.store
     return FederatedRounds(
         exchange=build_exchange(cfg, row, federation.space.local, module.own_masks),
         aggregation=instantiate(cfg.aggregation),
         topology=instantiate(cfg.topology),
-        buffers=Buffers(cfg.federation.buffers),
+        buffers=Buffers(cfg.federation.buffers, make_store(kind, folder / BUFFERS)),
         ledger=ledger,
+        store=make_store(kind, folder / CLIENTS),
         schedule=instantiate(cfg.schedule),
         seed=cfg.seed,
         model_length=federation.model_length,

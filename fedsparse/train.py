@@ -161,7 +161,7 @@ def _train(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Train to the last round, and write the results."""
-    rounds = build.build_rounds(job.cfg, federation, found.mask, ledger, module)
+    rounds = build.build_rounds(job.cfg, federation, found.mask, ledger, module, job.folder)
     callbacks = build.build_callbacks(job.cfg, rounds, federation, found.mask, job.folder, _beside_others())
     closed = 0 if checkpoint is None else read_checkpoint(checkpoint, federation.space)["epoch"] + 1
     if closed > job.cfg.federation.rounds:

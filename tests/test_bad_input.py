@@ -67,6 +67,7 @@ BAD = [
     ("head.ridge=-1", "head.ridge is -1"),
     ("+head.rigde=1", "there is no key head.rigde"),
     ("head.frozen=true mask_rule=random sparsity.unit=output sparsity.ratio=0.999", "lets no weight train"),
+    ("federation.store=disk", "federation.store is 'disk'; it must be memory or file"),
     ("mask.owner=everyone", "mask.owner is 'everyone'"),
     ("mask.owner=client exchange=full", "mask.owner=client needs exchange=masked"),
     ("mask_rule=talos mask_rule.score=loss", "mask_rule.score"),

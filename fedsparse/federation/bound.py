@@ -5,11 +5,13 @@ Shapes: P coordinates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fedsparse.models.units import compute_all_units, compute_units_only, linear_layers
-from fedsparse.places import Piece, pieces
+from fedsparse.places import Piece
 from fedsparse.space import Binding, ParamSpace
 
 
@@ -21,24 +23,21 @@ class BoundRow:
         space: its federated tensors.
         theta: the row (1, P), with its gradient.
         mask: bool (P,), what some client trains.
-        in_pieces: whether the optimizer gets large tensors apart; else the whole row, whose mask may then change.
+        split: the pieces of the row that the optimizer steps.
 
     Attributes:
-        views: what the optimizer steps: views of the row, with views of its gradient.
-        masks: the mask of each, or None where it trains whole.
+        views: these pieces: views of the row, with views of its gradient.
 
     """
 
-    def __init__(self, net: nn.Module, space: ParamSpace, theta: Tensor, mask: Tensor, in_pieces: bool) -> None:
+    def __init__(self, net: nn.Module, space: ParamSpace, theta: Tensor, mask: Tensor, split: Sequence[Piece]) -> None:
         assert theta.grad is not None
         self.net, self.space, self.row, self.grad = net, space, theta[0], theta.grad[0]
-        whole = [Piece("", 0, (space.size,), None if bool(mask.all()) else mask)]
-        found = pieces(space, mask) if in_pieces else whole
-        self.views, self.masks = [piece.of(self.row) for piece in found], [piece.mask for piece in found]
-        for view, piece in zip(self.views, found, strict=True):
+        self.views = [piece.of(self.row) for piece in split]
+        for view, piece in zip(self.views, split, strict=True):
             view.grad = piece.of(self.grad)
         self.trained = {name for name, marks in space.unflatten(mask).items() if bool(marks.any())}
-        self.units = self._units({piece.name: piece.mask for piece in found if piece.name and piece.mask is not None})
+        self.units = self._units({piece.name: piece.mask for piece in split if piece.name and piece.mask is not None})
 
     def _units(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """Output units that train, by the weight's name, of the linear layers that train by units."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsparse.federation.store import ClientStore
+from fedsparse.federation.store import ClientStore, MemoryStore
 from fedsparse.space import ParamSpace
 
 POLICIES = ("average", "local", "frozen")
@@ -23,17 +23,18 @@ class Buffers:
     Args:
         policy: ``average`` sends their change with the update and averages it with the same weights; ``local`` keeps
             them with each client; ``frozen`` leaves them as they were pre-trained.
+        store: where ``local`` keeps them; in memory by default.
 
     Raises:
         ValueError: an unknown policy.
 
     """
 
-    def __init__(self, policy: str = "average") -> None:
+    def __init__(self, policy: str = "average", store: ClientStore | None = None) -> None:
         if policy not in POLICIES:
             raise ValueError(f"federation.buffers is {policy!r}; it must be one of {', '.join(POLICIES)}")
         self.policy = policy
-        self.store = ClientStore()
+        self.store: ClientStore = MemoryStore() if store is None else store
         self.space = ParamSpace((), ())
         self.row = torch.zeros(0)
 
@@ -54,7 +55,7 @@ class Buffers:
         """Give a client the global buffers, or its own."""
         if not self.every.size:
             return
-        kept = self.store.rows.get(clients[0], self.start) if self.policy == "local" else self.start
+        kept = self.store.get(clients[0], self.start) if self.policy == "local" else self.start
         self.every.write(self.net, kept)
         if self.policy == "frozen":
             _freeze(self.net)

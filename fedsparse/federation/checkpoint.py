@@ -43,13 +43,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RoundCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, whose folder may have been moved between a kill and the resume."""
+    """Lightning's ModelCheckpoint, whose folder may have been moved between a kill and the resume.
+
+    A callback with a method ``saved`` is told when the last round's checkpoint is whole on the disk.
+    """
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save; a round that was not evaluated has no score to compare, and Lightning would take an old one."""
         evaluated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
         if self.monitor is None or evaluated:
             super().on_train_epoch_end(trainer, pl_module)
+        if self.monitor is None and self._last_global_step_saved == trainer.global_step:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                getattr(callback, "saved", lambda: None)()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state with all its paths moved to today's folder."""

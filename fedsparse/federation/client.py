@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -22,7 +23,7 @@ from fedsparse.federation.bound import BoundRow
 from fedsparse.federation.server import MakeOptimizer, Server
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim import SparseSGDM
-from fedsparse.places import Coordinates
+from fedsparse.places import Coordinates, Piece, pieces
 from fedsparse.space import ParamSpace
 
 Forward = Callable[[Tensor], Tensor]
@@ -114,7 +115,7 @@ class ClientModule(lightning.LightningModule):
         """Make the clients' rows and SparseSGDM, and the server with its optimizer; Lightning stores the latter."""
         row, mask = self.space.read(self.net), torch.as_tensor(self.mask)
         self.theta = row.repeat(self.cohort, 1)
-        self.theta.grad = torch.zeros_like(self.theta)
+        self.theta.grad = zeros(self.theta)
         self.trained = Coordinates(mask)
         self._set_frozen(mask)
         self.local = self._local_optimizer(mask)
@@ -123,13 +124,15 @@ class ClientModule(lightning.LightningModule):
 
     def _local_optimizer(self, mask: Tensor) -> SparseSGDM:
         """Give the optimizer one bound row in pieces, or the stacked rows with the mask of all."""
-        whole, own = self.trained.index is None, len(torch.as_tensor(self.bitmaps)) > 0
-        rows, masks = [self.theta], [None if whole else mask.expand_as(self.theta)]
-        if self.cohort == 1:
-            self.bound = BoundRow(self.net, self.space, self.theta, mask, in_pieces=not own)
-            rows, masks = self.bound.views, self.bound.masks
-        local = self.make_optimizer(rows)
-        local.set_masks(masks)
+        if self.cohort > 1:
+            local = self.make_optimizer([self.theta])
+            local.set_masks([None if self.trained.index is None else mask.expand_as(self.theta)])
+            return local
+        own = len(torch.as_tensor(self.bitmaps)) > 0
+        split = [Piece("", 0, (self.space.size,), mask)] if own else pieces(self.space, mask)
+        self.bound = BoundRow(self.net, self.space, self.theta, mask, split)
+        local = self.make_optimizer(self.bound.views)
+        local.set_masks([piece.mask for piece in split])
         return local
 
     def on_train_start(self) -> None:
@@ -268,6 +271,13 @@ class ClientModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the clients' momentum out: it does not outlive the round."""
         checkpoint["optimizer_states"][0]["state"] = {}
+
+
+def zeros(like: Tensor) -> Tensor:
+    """Make zeros; on a CPU numpy's, whose memory is taken when it is first written: frozen tensors' never is."""
+    if like.device.type != "cpu":
+        return torch.zeros_like(like)
+    return torch.from_numpy(np.zeros(like.shape, like.numpy().dtype))
 
 
 def mean_losses(losses: Sequence[Sequence[float]], count: Sequence[Sequence[int]]) -> tuple[float, ...]:

@@ -25,9 +25,12 @@ def client_figures(correct: np.ndarray, tests: Sequence[np.ndarray]) -> dict[str
     >>> figures["client/acc_mean"], figures["client/acc_worst10"], figures["client/acc_std"]
     (0.75, 0.5, 0.25)
     """
-    accuracies = np.sort([correct[part].mean() for part in tests if len(part)])
-    if not len(accuracies):
+    held = [part for part in tests if len(part)]
+    if not held:
         return {}
+    sizes = np.array([len(part) for part in held])
+    hits = np.add.reduceat(correct[np.concatenate(held)].astype(np.float64), sizes.cumsum() - sizes)
+    accuracies = np.sort(hits / sizes)
     worst = accuracies[: max(1, len(accuracies) // 10)]
     return {
         "client/acc_mean": float(accuracies.mean()),

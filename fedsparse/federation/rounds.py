@@ -22,7 +22,7 @@ from fedsparse.federation.client import ClientModule
 from fedsparse.federation.exchange import FROM_SERVER, Exchange, Update
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.schedule import Schedule, constant
-from fedsparse.federation.store import ClientStore
+from fedsparse.federation.store import ClientStore, MemoryStore, read
 from fedsparse.federation.topology import Topology
 from fedsparse.federation.wire import HEADER
 from fedsparse.keys import Purpose, number
@@ -66,7 +66,7 @@ class FederatedRounds(lightning.Callback):
     topology: Topology
     buffers: Buffers = field(default_factory=Buffers)
     ledger: Ledger = field(default_factory=Ledger)
-    store: ClientStore = field(default_factory=ClientStore)
+    store: ClientStore = field(default_factory=MemoryStore)
     schedule: Schedule = constant
     seed: int = 0
     model_length: int = 0
@@ -161,7 +161,7 @@ class FederatedRounds(lightning.Callback):
         if not self.keeps_local:
             return rows
         rows = rows.clone()
-        rows[:, self.local] = self.store.read(clients, rows[:, self.local])
+        rows[:, self.local] = read(self.store, clients, rows[:, self.local])
         return rows
 
     def _broadcast_message(self, module: ClientModule) -> Update:
@@ -182,6 +182,11 @@ class FederatedRounds(lightning.Callback):
             "store": self.store.state_dict(),
             "buffers": self.buffers.store.state_dict(),
         }
+
+    def saved(self) -> None:
+        """Be told that a checkpoint to resume from is whole on the disk."""
+        self.store.saved()
+        self.buffers.store.saved()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the state of a checkpoint."""

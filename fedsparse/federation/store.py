@@ -1,32 +1,160 @@
-"""What a client keeps between rounds: its local coordinates, allocated at the first write."""
+"""What a client keeps between rounds: a row, allocated at its first write, in memory or in a memory-mapped file.
+
+Shapes: K clients of the cohort, n values of a row.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+KINDS = ("memory", "file")
+_FIRST = 16  # rows of a new file; it doubles when they are used up
 
-class ClientStore:
-    """Rows of the coordinates that stay with each client, by client id."""
+
+class ClientStore(Protocol):
+    """Rows by client id."""
+
+    def get(self, client: int, default: Tensor) -> Tensor:
+        """Kept row (n,) of a client, or the default where it has none."""
+
+    def write(self, clients: Sequence[int], rows: Tensor) -> None:
+        """Keep rows (K, n) of K clients; a padding row (id below 0) is not kept."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to find the rows as they are now."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the rows of a checkpoint."""
+
+    def saved(self) -> None:
+        """Be told that a checkpoint to resume from, with the last state, is whole on the disk."""
+
+
+def read(store: ClientStore, clients: Sequence[int], default: Tensor) -> Tensor:
+    """Read rows (K, n) of K clients; ``default`` (K, n) where a client has none yet."""
+    kept = [store.get(client, default[k]).to(default.device) for k, client in enumerate(clients)]
+    return torch.stack(kept)
+
+
+class MemoryStore:
+    """Rows in memory, and in every checkpoint."""
 
     def __init__(self) -> None:
         self.rows: dict[int, Tensor] = {}
 
-    def read(self, clients: Sequence[int], default: Tensor) -> Tensor:
-        """Kept rows (K, n) of K clients; ``default`` (K, n) where a client has none yet."""
-        kept = [self.rows.get(client, default[k]).to(default.device) for k, client in enumerate(clients)]
-        return torch.stack(kept)
+    def get(self, client: int, default: Tensor) -> Tensor:
+        """Kept row of a client."""
+        return self.rows.get(client, default)
 
     def write(self, clients: Sequence[int], rows: Tensor) -> None:
-        """Keep rows (K, n) of K clients; a padding row (id below 0) is not kept."""
+        """Keep copies."""
         self.rows |= {client: rows[k].detach().cpu().clone() for k, client in enumerate(clients) if client >= 0}
 
-    def state_dict(self) -> dict[int, Tensor]:
-        """Rows by client, for a checkpoint."""
-        return dict(self.rows)
+    def state_dict(self) -> dict[str, Any]:
+        """All rows."""
+        return {"rows": dict(self.rows)}
 
-    def load_state_dict(self, state: dict[int, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the rows of a checkpoint."""
-        self.rows = {int(client): row for client, row in state.items()}
+        self.rows = {int(client): row for client, row in state["rows"].items()}
+
+    def saved(self) -> None:
+        """Nothing to do: the checkpoint holds the rows."""
+
+
+class FileStore:
+    """Rows in a file beside the checkpoints, for states that do not fit in memory; a checkpoint says where they lie.
+
+    A slot that one of the last two checkpoints refers to is not written again: the client's next row goes to another.
+    So after a kill both still find their rows, and the file holds at most three for each client.
+
+    Args:
+        path: the file; it is made at the first write.
+
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.slots: dict[int, int] = {}
+        self.shape: tuple[int, int] = (0, 0)
+        self.dtype = "float32"
+        self.pinned: deque[list[int]] = deque([[], []], maxlen=2)
+        self.free: list[int] = []
+
+    def get(self, client: int, default: Tensor) -> Tensor:
+        """Copy of the kept row of a client."""
+        slot = self.slots.get(client)
+        return default if slot is None else torch.from_numpy(self.rows[slot].copy())
+
+    def write(self, clients: Sequence[int], rows: Tensor) -> None:
+        """Keep rows: in the client's own slot, or in another if a checkpoint refers to that."""
+        held = {slot for slots in self.pinned for slot in slots}
+        for client, row in zip(clients, rows.detach().cpu(), strict=True):
+            if client >= 0:
+                slot = self.slots.get(client)
+                self.slots[client] = self._new(row) if slot is None or slot in held else slot
+                self.rows[self.slots[client]] = row.numpy()
+
+    def _new(self, row: Tensor) -> int:
+        """Take a free slot; the file grows if there is none."""
+        if not self.free:
+            before, self.dtype = self.shape[0], row.numpy().dtype.name
+            self.shape = (max(_FIRST, 2 * before), len(row))
+            self.free = list(range(self.shape[0] - 1, before - 1, -1))
+            self._open()
+        return self.free.pop()
+
+    def _open(self) -> None:
+        """Map the file, at its length of now; what was never written takes no room on the disk."""
+        with self.path.open("ab") as file:
+            file.truncate(int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize)
+        self.rows = np.memmap(self.path, dtype=self.dtype, mode="r+", shape=self.shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where each client's row lies, and what the checkpoint before may refer to."""
+        if self.slots:
+            self.rows.flush()
+        return {"slots": dict(self.slots), "shape": self.shape, "dtype": self.dtype, "before": list(self.pinned[-1])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Find the rows of a checkpoint again.
+
+        Raises:
+            ValueError: the file is not there.
+
+        """
+        self.slots, self.shape, self.dtype = dict(state["slots"]), tuple(state["shape"]), state["dtype"]
+        self.pinned.extend([state["before"], list(self.slots.values())])
+        if self.slots and not self.path.is_file():
+            raise ValueError(f"{self.path} is missing: it holds what the clients keep between rounds")
+        if self.slots:
+            self._open()
+        self._release()
+
+    def saved(self) -> None:
+        """Pin the slots of the new checkpoint, and free those that only older ones refer to."""
+        self.pinned.append(list(self.slots.values()))
+        self._release()
+
+    def _release(self) -> None:
+        used = {slot for slots in (*self.pinned, self.slots.values()) for slot in slots}
+        self.free = [slot for slot in range(self.shape[0] - 1, -1, -1) if slot not in used]
+
+
+def make_store(kind: str, path: Path) -> ClientStore:
+    """Make the store that ``federation.store`` names.
+
+    Raises:
+        ValueError: another name.
+
+    """
+    if kind not in KINDS:
+        raise ValueError(f"federation.store is {kind!r}; it must be memory or file")
+    return MemoryStore() if kind == "memory" else FileStore(path)

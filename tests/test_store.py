@@ -1,0 +1,101 @@
+"""What clients keep: a file gives back what memory would, after any kill, from either of the last two checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsparse.federation.store import FileStore, MemoryStore, make_store, read
+
+WIDTH = 5
+NONE = torch.full((WIDTH,), -1.0)
+
+
+def row(value):
+    return torch.arange(WIDTH, dtype=torch.float32) + value
+
+
+def contents(store, clients=8):
+    return [store.get(client, NONE).tolist() for client in range(clients)]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), st.integers(0, 7)),
+        st.tuples(st.sampled_from(["best", "last", "resume", "resume from the one before"]), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(STEPS)
+def test_any_history_equals_memory(steps):
+    """The oracle copies whole dictionaries; a checkpoint of the best round pins nothing, and is not resumed from."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clients.bin"
+        file, memory = FileStore(path), MemoryStore()
+        checkpoints = [(file.state_dict(), memory.state_dict())] * 2
+        for number, (step, client) in enumerate(steps):
+            if step == "write":
+                for store in (file, memory):
+                    store.write([client, -1], torch.stack([row(number), row(0)]))
+            elif step == "best":
+                file.state_dict()
+            elif step == "last":
+                checkpoints = [checkpoints[-1], (copy.deepcopy(file.state_dict()), memory.state_dict())]
+                file.saved()
+            else:
+                chosen = checkpoints[-1 if step == "resume" else 0]
+                checkpoints = checkpoints if step == "resume" else [checkpoints[0]] * 2
+                file, memory = FileStore(path), MemoryStore()
+                file.load_state_dict(chosen[0])
+                memory.load_state_dict(chosen[1])
+            assert contents(file) == contents(memory)
+
+
+def test_the_file_holds_at_most_three_rows_a_client(tmp_path):
+    store = FileStore(tmp_path / "clients.bin")
+    for round in range(20):
+        store.write(range(10), torch.stack([row(round)] * 10))
+        store.state_dict()
+        store.saved()
+    assert store.path.stat().st_size <= 32 * WIDTH * 4  # 30 rows, and room for a power of two
+
+
+def test_nothing_is_allocated_before_the_first_write(tmp_path):
+    store = make_store("file", tmp_path / "clients.bin")
+    assert read(store, [3, 4], torch.zeros(2, WIDTH)).tolist() == [[0.0] * WIDTH] * 2
+    store.saved()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    store = FileStore(tmp_path / "clients.bin")
+    store.write([0], row(1)[None])
+    state = store.state_dict()
+    store.path.unlink()
+    with pytest.raises(ValueError, match=r"clients.bin is missing: it holds what the clients keep"):
+        FileStore(store.path).load_state_dict(state)
+
+
+KEEPING = ["model=mlp", "model.local=[head.*]", "logger=csv", "pictures=false", "calibration.head_steps=2"]
+
+
+def test_a_run_with_a_file_equals_one_in_memory_over_a_resume(tmp_path, monkeypatch):
+    from fedsparse import run
+
+    monkeypatch.chdir(tmp_path)
+    options = [*KEEPING, "federation.num_clients=6", "calibration.cache=null"]
+    memory = run([*options, "federation.rounds=3", "hydra.run.dir=memory"])
+    run([*options, "federation.rounds=2", "federation.store=file", "hydra.run.dir=file"])
+    resumed = run(["resume=file", "federation.rounds=3"])
+    assert resumed["global_sha256"] == memory["global_sha256"]
+    assert (tmp_path / "file/clients.bin").stat().st_size > 0
+    assert not (tmp_path / "memory/clients.bin").exists()
