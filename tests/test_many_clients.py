@@ -1,0 +1,53 @@
+"""A million clients: what a round takes does not depend on how many there are."""
+
+from __future__ import annotations
+
+import tracemalloc
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from fedsparse.data.partition import client_tests, iid
+from fedsparse.data.rounds import LocalWork, RoundPlan
+from fedsparse.federation.aggregation import WeightedMean
+from fedsparse.federation.exchange import Update
+from fedsparse.federation.sampling import uniform
+
+
+def peak_of_a_round(clients, taking_part=1000):
+    """Bytes allocated to sample the clients of a round and to deal their samples to their steps."""
+    sample = partial(uniform, eligible=range(clients), count=taking_part, seed=0)
+    plan = RoundPlan([np.arange(10)] * clients, LocalWork(4, 2), sample)
+    tracemalloc.start()
+    cohorts = plan.cohorts(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len({cohort.clients for cohort in cohorts}) == taking_part
+    return peak
+
+
+def test_the_memory_of_a_round_does_not_depend_on_the_population():
+    peak_of_a_round(100_000)  # what is allocated once
+    assert peak_of_a_round(1_000_000) < 1.1 * peak_of_a_round(100_000)
+
+
+def test_the_memory_of_aggregation_does_not_depend_on_the_clients_of_a_round():
+    rule = WeightedMean()
+    tally = rule.zero(1, 50, 0, torch.device("cpu"))
+    held, place = tally.vector.nbytes, tally.vector.data_ptr()
+    for client in range(100):
+        rule.add(tally, Update((client,), torch.ones(1, 50), torch.zeros(1, 0), (1.0,), (0.5,)), [0])
+    assert (tally.vector.nbytes, tally.vector.data_ptr()) == (held, place)
+    assert torch.equal(rule.finish(tally).rows, torch.ones(1, 50, dtype=torch.float64))
+
+
+@pytest.mark.slow
+def test_a_million_clients_hold_ten_million_samples():
+    """Every sample once, every client its ten, and a test part for each; 3 s and 0.6 GB for the partition alone."""
+    labels = np.random.default_rng(0).integers(0, 10, 10_000_000)
+    parts = iid(labels, 1_000_000, 0)
+    assert {len(part) for part in parts} == {10}
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(10_000_000))
+    assert len(client_tests(parts, labels, labels[:10_000], 0)) == 1_000_000
