@@ -6,9 +6,8 @@ Shapes: P coordinates of the space, n of them train; N entries of a dimension; K
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from fedsparse.space import ParamSpace
 
 CHUNK = 1 << 17  # coordinates at once on a CPU: they stay in its cache, and values and a long index need no second row
-_LARGE = 1 << 14  # coordinates of a tensor that is worth a step of its own
+_LARGE = 1 << 16  # coordinates of a tensor that is worth a step of its own
 
 
 class Coordinates:
@@ -65,35 +64,25 @@ class Piece:
 
 
 def pieces(space: ParamSpace, mask: Tensor) -> list[Piece]:
-    """Split a row so that an optimizer touches little: large tensors that train whole, or by output units, apart.
+    """Split a row for an optimizer: each large tensor apart, unless it is frozen; all small ones are one piece.
 
-    All other trained coordinates are one piece, over the whole row: its mask is False where another piece trains.
+    That piece is the whole row; its mask is False where another piece trains.
     """
-    if bool(mask.all()):
-        return [Piece("", 0, (space.size,), None)]
-    apart = [piece for piece in map(partial(_piece, mask), *_tensors(space)) if piece is not None]
+    named = [Piece(*tensor, None) for tensor in zip(space.names, space.offsets, space.shapes, strict=True)]
+    large = [piece for piece in named if math.prod(piece.shape) >= _LARGE]
+    apart = [_masked(piece, piece.of(mask)) for piece in large if bool(piece.of(mask).any())]
     rest = mask.clone()
-    for piece in apart:
+    for piece in large:
         piece.of(rest).fill_(False)
-    return [*apart, *[Piece("", 0, (space.size,), rest)] * bool(rest.any())]
+    whole = Piece("", 0, (space.size,), None if bool(rest.all()) else rest)
+    return [*apart, *[whole] * bool(rest.any())]
 
 
-def _tensors(space: ParamSpace) -> tuple[Sequence[str], Sequence[int], Sequence[torch.Size]]:
-    return space.names, space.offsets, space.shapes
+def _masked(piece: Piece, mask: Tensor) -> Piece:
+    return piece if bool(mask.all()) else replace(piece, mask=mask)
 
 
-def _piece(mask: Tensor, name: str, start: int, shape: tuple[int, ...]) -> Piece | None:
-    """Say whether a tensor is worth a piece of its own."""
-    whole = Piece(name, start, shape, None)
-    part = whole.of(mask)
-    if part.numel() < _LARGE or not bool(part.any()):
-        return None
-    if bool(part.all()):
-        return whole
-    return replace(whole, mask=part) if part.dim() > 1 and _by_units(part) else None
-
-
-def _by_units(mask: Tensor) -> bool:
+def by_units(mask: Tensor) -> bool:
     """Whether every index of the first dimension trains whole or not at all."""
     units = mask.reshape(len(mask), -1)
     return torch.equal(units.any(1), units.all(1))
@@ -168,7 +157,7 @@ def _marks(mask: Tensor, param: Tensor) -> tuple[tuple[int, ...], int, Tensor]:
         return (mask.shape[0], mask[0].numel()), 1, mask[0].reshape(-1)
     if mask.dim() > 1 and param.is_contiguous():
         units = mask.reshape(len(mask), -1)
-        if _by_units(mask):
+        if by_units(mask):
             return tuple(units.shape), 0, units.any(1)
     return (mask.numel(),), 0, mask.as_strided((mask.numel(),), (1,))
 

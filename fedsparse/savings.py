@@ -146,7 +146,8 @@ def measure(pairs: int, samples: int) -> list[Saving]:
     steps = interleaved({n: partial(m.local_step, x, y, [len(y)]) for n, m in clients.items()}, pairs)
     updates = {n: m.local.update for n, m in clients.items()}
     for module in clients.values():  # a step clears its gradients; any will do here
-        module.theta.grad.fill_(1e-6)  # type: ignore[union-attr]
+        for view in module.bound.views:  # type: ignore[union-attr]
+            view.grad = torch.full_like(view, 1e-6)
     alone = interleaved({**updates, "fused": torch_sgd(True).step, "default": torch_sgd(False).step}, 5 * pairs)
     memory = {name: grown(name, 1) for name in MASKS}
     return [

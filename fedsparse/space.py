@@ -31,6 +31,11 @@ def always(name: str) -> bool:
     return True
 
 
+def never(name: str) -> bool:
+    """Accept no name."""
+    return False
+
+
 @dataclass(frozen=True)
 class Binding:
     """A network whose parameters, and their gradients, are views into one row.
@@ -117,11 +122,25 @@ class ParamSpace:
         """Split rows (*, P) into named tensors (*, *shape): views, so that gradients flow back to the rows."""
         return dict(zip(self.names, self._views(row), strict=True))
 
-    def bind(self, net: nn.Module, row: Tensor, grad: Tensor, trained: Callable[[str], bool] = always) -> Binding:
+    def bind(
+        self,
+        net: nn.Module,
+        row: Tensor,
+        grad: Tensor,
+        trained: Callable[[str], bool] = always,
+        apart: Callable[[str], bool] = never,
+    ) -> Binding:
         """Make the network's parameters views into ``row`` (P,) and their gradients views into ``grad`` (P,).
 
-        Any module works, with no copy between the network and the row. Parameters of the space that ``trained``
-        accepts start requiring a gradient; all others stop, so that none is computed for them.
+        Any module works, with no copy between the network and the row.
+
+        Args:
+            net: the network.
+            row: its values.
+            grad: their gradients.
+            trained: names of the space that require a gradient; for all others none is computed.
+            apart: names whose gradient is not bound: autograd makes it anew in each backward, which saves adding it up.
+
         """
         found = dict(net.named_parameters())
         for parameter in found.values():
@@ -129,8 +148,8 @@ class ParamSpace:
         for name, data, g in zip(self.names, self._views(row), self._views(grad), strict=True):
             found[name].data = data
             if trained(name):
-                found[name].requires_grad_(True).grad = g
-        names = tuple(filter(trained, self.names))
+                found[name].requires_grad_(True).grad = None if apart(name) else g
+        names = tuple(name for name in self.names if trained(name) and not apart(name))
         bound = tuple(found[name] for name in names)
         return Binding(names, bound, tuple(p.grad for p in bound if p.grad is not None))
 

@@ -28,7 +28,8 @@ def kinds(mask):
     return [(p.name, None if p.mask is None else p.mask.dim()) for p in pieces(SPACE, mask)]
 
 
-def test_pieces_by_hand():
+def test_pieces_by_hand(monkeypatch):
+    monkeypatch.setattr(places, "_LARGE", 20)  # the bias is small
     mask = torch.zeros(SPACE.size, dtype=torch.bool)
     a, bias, b = SPACE.unflatten(mask).values()
     assert kinds(mask) == []
@@ -36,8 +37,10 @@ def test_pieces_by_hand():
     assert kinds(mask) == [("a.weight", 2), ("b.weight", None)]
     bias[0] = True
     assert kinds(mask) == [("a.weight", 2), ("b.weight", None), ("", 1)]
-    a[0, 0] = True
+    a[:], bias[:] = False, True
     assert kinds(mask) == [("b.weight", None), ("", 1)]
+    monkeypatch.setattr(places, "_LARGE", 100)
+    assert kinds(mask) == [("", 1)]
     assert kinds(torch.ones_like(mask)) == [("", None)]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.federation.exchange import Update
+from fedsparse.places import CHUNK
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ class Tally:
         *self.weight, self.loss = self.numbers.tolist()
 
 
+def add_scaled(total: Tensor, row: Tensor, weight: float) -> None:
+    """Add a float32 row times a weight to a float64 sum; in chunks on a CPU, where torch first copies it to float64."""
+    size = CHUNK if total.device.type == "cpu" else max(1, len(total))
+    for part, values in zip(total.split(size), row.split(size), strict=True):
+        part.add_(values, alpha=weight)
+
+
 class Aggregation(Protocol):
     """Collects the updates of a round."""
 
@@ -90,7 +98,7 @@ class WeightedMean:
         """Add w * rows in client order, so that the cohort size does not change the order of summation."""
         for k, (weight, g) in enumerate(zip(update.weight, group, strict=True)):
             if weight > 0:
-                tally.rows[g].add_(update.rows[k], alpha=weight)
+                add_scaled(tally.rows[g], update.rows[k], weight)
                 tally.weight[g] += weight
                 tally.loss += weight * update.loss[k]
                 if update.buffers.numel():

@@ -6,12 +6,13 @@ Shapes: P coordinates.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fedsparse.models.units import compute_all_units, compute_units_only, linear_layers
-from fedsparse.places import Piece
+from fedsparse.places import Piece, by_units
 from fedsparse.space import Binding, ParamSpace
 
 
@@ -33,32 +34,52 @@ class BoundRow:
     def __init__(self, net: nn.Module, space: ParamSpace, theta: Tensor, mask: Tensor, split: Sequence[Piece]) -> None:
         assert theta.grad is not None
         self.net, self.space, self.row, self.grad = net, space, theta[0], theta.grad[0]
-        self.views = [piece.of(self.row) for piece in split]
-        for view, piece in zip(self.views, split, strict=True):
-            view.grad = piece.of(self.grad)
+        self.pieces, self.views = (
+            [replace(piece, mask=None) for piece in split],
+            [piece.of(self.row) for piece in split],
+        )
         self.trained = {name for name, marks in space.unflatten(mask).items() if bool(marks.any())}
         self.units = self._units({piece.name: piece.mask for piece in split if piece.name and piece.mask is not None})
+        self.apart = {piece.name for piece in split if piece.name} - self.units.keys()
+        for view, piece in zip(self.views, split, strict=True):
+            view.grad = None if piece.name in self.apart else piece.of(self.grad)
 
     def _units(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """Output units that train, by the weight's name, of the linear layers that train by units."""
-        layers = linear_layers(self.net, masks)
+        layers = [name for name in linear_layers(self.net, masks) if by_units(masks[name])]
         return {name: masks[name].flatten(1).any(1).nonzero().squeeze(1) for name in layers}
 
     def bind(self) -> None:
         """Make the network's parameters and gradients views of the row's, and let its layers skip what is frozen."""
-        self.binding: Binding = self.space.bind(self.net, self.row, self.grad, self.trained.__contains__)
+        trained, apart = self.trained.__contains__, self.apart.__contains__
+        self.binding: Binding = self.space.bind(self.net, self.row, self.grad, trained, apart)
         compute_units_only(self.net, self.units)
         gradients = dict(zip(self.binding.names, self.binding.gradients, strict=True))
         self.by_unit = [(gradients.pop(name), index) for name, index in self.units.items()]
-        self.whole = list(gradients.values()) if len(gradients) < len(self.space.names) else [self.grad]
+        self.swept = list(gradients.values()) if len(gradients) < len(self.space.names) else [self.grad]
+        named = zip(self.pieces, self.views, strict=True)
+        self.taken = [(self.net.get_parameter(p.name), view) for p, view in named if p.name in self.apart]
+
+    def collect(self) -> list[Tensor]:
+        """Hand the gradients that a backward made anew to the optimizer's pieces; the gradients of all pieces."""
+        for parameter, view in self.taken:
+            view.grad = torch.zeros_like(view) if parameter.grad is None else parameter.grad
+        return [view.grad for view in self.views if view.grad is not None]
+
+    def frozen(self, marks: Tensor) -> list[Tensor]:
+        """View what a row (P,) marks as frozen in each piece."""
+        return [piece.of(marks) for piece in self.pieces]
 
     def intact(self) -> bool:
         """Whether the network is still bound to the row."""
         return self.binding.intact()
 
     def clear(self) -> None:
-        """Set to zero what a backward writes, and touch nothing else."""
-        torch._foreach_zero_(self.whole)
+        """Forget the gradients: none where the next backward makes them anew, else zero what this one wrote."""
+        for parameter, view in self.taken:
+            parameter.grad = view.grad = None
+        if self.swept:
+            torch._foreach_zero_(self.swept)
         for gradient, index in self.by_unit:
             gradient.index_fill_(0, index, 0.0)
 

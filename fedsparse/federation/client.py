@@ -116,6 +116,7 @@ class ClientModule(lightning.LightningModule):
         row, mask = self.space.read(self.net), torch.as_tensor(self.mask)
         self.theta = row.repeat(self.cohort, 1)
         self.theta.grad = zeros(self.theta)
+        self.gradients = [self.theta.grad]
         self.trained = Coordinates(mask)
         self._set_frozen(mask)
         self.local = self._local_optimizer(mask)
@@ -184,10 +185,7 @@ class ClientModule(lightning.LightningModule):
         losses = self._backward(self.inputs(x), y, count)
         self._clip()
         self._step_where(count)
-        if self.bound is not None:
-            self.bound.clear()
-        else:
-            self.theta.grad.zero_()  # type: ignore[union-attr]
+        self._clear()
         return losses
 
     def _backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
@@ -202,20 +200,20 @@ class ClientModule(lightning.LightningModule):
         The step is done again, not skipped, and every step starts from the same scale: so the scale is no state that a
         resume or another cohort size would have to know. Who overflows at the smallest scale too has diverged.
         """
-        grad = self.theta.grad
-        assert grad is not None
-        scale = grad.new_full((self.cohort,), self.loss_scale)
+        scale = self.theta.new_full((self.cohort,), self.loss_scale)
         while True:
             if self.cohort == 1:
                 losses = self._single_backward(x, y, count[0], scale)
             else:
                 losses = self._stacked_backward(x, y, count, scale)
-            done = grad.isfinite().all(1) | (scale <= SMALLEST_SCALE)
+            rows = [g.view(self.cohort, -1) for g in self.gradients]
+            done = torch.stack([g.isfinite().all(1) for g in rows]).all(0) | (scale <= SMALLEST_SCALE)
             if bool(done.all()):
-                grad.div_(scale.unsqueeze(1))
+                for g in rows:
+                    g.div_(scale.unsqueeze(1))
                 return losses
             scale = torch.where(done, scale, scale / 2)
-            grad.zero_()
+            self._clear()
 
     def _single_backward(self, x: Tensor, y: Tensor, count: int, scale: Tensor | None = None) -> Tensor:
         """Gradient of the one client's mean loss over its real samples; the loss ()."""
@@ -224,6 +222,8 @@ class ClientModule(lightning.LightningModule):
         losses = self.losses(self.net, x, y)
         weight = losses.new_full((count,), 1 / count)  # as mean().backward(), two kernels shorter
         losses.backward(weight if scale is None else weight * scale)
+        assert self.bound is not None
+        self.gradients = self.bound.collect()
         return losses.detach().mean()
 
     def _stacked_backward(self, x: Tensor, y: Tensor, count: Sequence[int], scale: Tensor | None = None) -> Tensor:
@@ -243,12 +243,22 @@ class ClientModule(lightning.LightningModule):
         """Clip each client's gradient over its trained coordinates, as ``torch.nn.utils.clip_grad_norm_`` does."""
         if self.clip_norm is None:
             return
-        grad = self.theta.grad
-        assert grad is not None
         if self.frozen is not None:
-            grad.masked_fill_(self.frozen, 0.0)
-        norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
-        grad.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            marks = [self.frozen] if self.bound is None else self.bound.frozen(self.frozen.view(-1))
+            for g, frozen in zip(self.gradients, marks, strict=True):
+                g.masked_fill_(frozen, 0.0)
+        rows = [g.view(self.cohort, -1) for g in self.gradients]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dim=1) for g in rows]), dim=0)
+        factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0).unsqueeze(1)
+        for g in rows:
+            g.mul_(factor)
+
+    def _clear(self) -> None:
+        """Forget the gradients of a step."""
+        if self.bound is not None:
+            self.bound.clear()
+        else:
+            self.theta.grad.zero_()  # type: ignore[union-attr]
 
     def _set_frozen(self, mask: Tensor) -> None:
         """Mark what clipping leaves out, if there is any clipping."""

@@ -79,6 +79,7 @@ class FederatedRounds(lightning.Callback):
         """Prepare what lasts over rounds: local coordinates and the base learning rate."""
         self.local = module.trained.of(module.space.local.to(module.device))
         self.keeps_local = bool(self.local.any())
+        self.change: Tensor | None = None
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
         self.buffers.open(module.net)
 
@@ -112,7 +113,7 @@ class FederatedRounds(lightning.Callback):
             batch,
             Update(
                 batch.clients,
-                rows - self.begin,
+                self._difference(rows),
                 self.buffers.take(batch.clients),
                 batch.weight,
                 module.mean_loss,
@@ -123,6 +124,12 @@ class FederatedRounds(lightning.Callback):
         self._count([client for _, client in batch.members], payload.length, module.server.rows[0].nbytes)
         if trainer.is_last_batch:
             self._close(module, batch.round)
+
+    def _difference(self, rows: Tensor) -> Tensor:
+        """What the cohort changed, (K, n), in memory that the next cohort writes again."""
+        if self.change is None or self.change.shape != rows.shape:
+            self.change = torch.empty_like(rows)
+        return torch.sub(rows, self.begin, out=self.change)
 
     def _close(self, module: ClientModule, round: int) -> None:
         """Average, step the server, and put the new global row into the network."""
