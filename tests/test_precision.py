@@ -7,9 +7,16 @@ import torch
 from plain import plain_fedavg, replay
 from small import Small, small_data, small_net, uneven_parts
 
+from fedsparse import places
 from fedsparse.federation.precision import HalfPrecision
 
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
+
+
+@pytest.fixture(autouse=True, params=[1, 1 << 16], ids=["large", "small"])
+def _tensors(request, monkeypatch):
+    """Large tensors take gradients of their own in each step, small ones share a row."""
+    monkeypatch.setattr(places, "_LARGE", request.param)
 
 
 def options(precision):

@@ -19,6 +19,8 @@ from fedsparse.space import Binding, ParamSpace
 class BoundRow:
     """The row of a cohort of one. What does not train takes no gradient: frozen tensors, frozen units of linear layers.
 
+    Large tensors take a new gradient in each backward, which saves adding it to zeros; small ones share the row's.
+
     Args:
         net: the network.
         space: its federated tensors.
@@ -27,17 +29,15 @@ class BoundRow:
         split: the pieces of the row that the optimizer steps.
 
     Attributes:
-        views: these pieces: views of the row, with views of its gradient.
+        views: these pieces, as views of the row.
 
     """
 
     def __init__(self, net: nn.Module, space: ParamSpace, theta: Tensor, mask: Tensor, split: Sequence[Piece]) -> None:
         assert theta.grad is not None
         self.net, self.space, self.row, self.grad = net, space, theta[0], theta.grad[0]
-        self.pieces, self.views = (
-            [replace(piece, mask=None) for piece in split],
-            [piece.of(self.row) for piece in split],
-        )
+        self.pieces = [replace(piece, mask=None) for piece in split]
+        self.views = [piece.of(self.row) for piece in split]
         self.trained = {name for name, marks in space.unflatten(mask).items() if bool(marks.any())}
         self.units = self._units({piece.name: piece.mask for piece in split if piece.name and piece.mask is not None})
         self.apart = {piece.name for piece in split if piece.name} - self.units.keys()

@@ -254,8 +254,9 @@ class ClientModule(lightning.LightningModule):
             g.mul_(factor)
 
     def _clear(self) -> None:
-        """Forget the gradients of a step."""
+        """Forget the gradients of a step, so that the next one's take their memory."""
         if self.bound is not None:
+            self.gradients = []
             self.bound.clear()
         else:
             self.theta.grad.zero_()  # type: ignore[union-attr]
