@@ -13,10 +13,10 @@ from fedsparse.federation.precision import HalfPrecision
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
 
 
-@pytest.fixture(autouse=True, params=[1, 1 << 16], ids=["large", "small"])
-def _tensors(request, monkeypatch):
-    """Large tensors take gradients of their own in each step, small ones share a row."""
-    monkeypatch.setattr(places, "_LARGE", request.param)
+@pytest.fixture(autouse=True)
+def _large_tensors(monkeypatch):
+    """These are small, and yet take gradients of their own in each step, as large ones do."""
+    monkeypatch.setattr(places, "_LARGE", 1)
 
 
 def options(precision):
