@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format bench grid weights wheel clean
+.PHONY: help setup train test test-slow lint format bench bench-peers grid weights wheel clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(READY) ## virtual environment with pinned packages
 
@@ -21,11 +21,14 @@ $(READY): pyproject.toml .constraints.txt
 train: $(READY) ## the main job on the embedded data
 	$(BIN)/python -m fedsparse.train $(ARGS)
 
+# files go to two processes as they become free
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(READY) ## the tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(READY) ## the tests that take longer
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
@@ -36,8 +39,19 @@ format: $(READY) ## put the code in its usual form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## a round's time over that of a hand-written loop, in pairs
+bench: $(READY) ## a round's time, memory and bytes beside a hand-written loop's, and the peers' that are installed
 	$(BIN)/python -m fedsparse.bench $(ARGS)
+
+# the packages of .venv stand behind a peer's own, so that torch is the same build and there once
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+bench-peers: $(addprefix .peers/,$(addsuffix /.ready,pfl flwr fedlab)) ## environments of the peers, for make bench
+
+.peers/%/.ready: fedsparse/bench/peers/%.txt $(READY)
+	$(BIN)/python -m venv --clear --without-pip .peers/$*
+	$(BIN)/python $(PURELIB) > "$$(.peers/$*/bin/python $(PURELIB))/main.pth"
+	.peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location --no-deps -r $<
+	@touch $@
 
 JOBS ?= 2
 SWEEP = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.train -m hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) logger=csv
@@ -70,4 +84,4 @@ wheel: $(READY) ## build the wheel
 	$(BIN)/python -m build --wheel
 
 clean: ## remove what was built, not the runs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

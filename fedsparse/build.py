@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import secrets
 from collections.abc import Callable, Sequence
@@ -17,19 +19,23 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fedsparse.data.augment import augment
+from fedsparse.data.checks import checked_integer
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.images import Inputs, inputs_for
 from fedsparse.data.partition import client_tests
 from fedsparse.data.rounds import LocalWork, RoundPlan
+from fedsparse.federation import parallel
 from fedsparse.federation.artifacts import Artifacts
+from fedsparse.federation.autotune import choose, measure
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
-from fedsparse.federation.client import HALF, ClientModule
+from fedsparse.federation.client import HALF, ClientModule, can_stack
 from fedsparse.federation.csv import RoundCSV
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.exchange import Exchange, OwnMasks
 from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.parallel import CohortStrategy
 from fedsparse.federation.precision import HalfPrecision
 from fedsparse.federation.progress import RoundProgress
 from fedsparse.federation.rounds import FederatedRounds
@@ -42,6 +48,8 @@ from fedsparse.masks import Mask
 from fedsparse.models.trainable import trainable_filter
 from fedsparse.space import ParamSpace, Patterns, matches
 
+log = logging.getLogger("fedsparse")
+AUTO = "auto"  # federation.cohort, to be measured
 CLIENTS, BUFFERS = "clients.bin", "client_buffers.bin"  # what clients keep, with federation.store=file
 
 
@@ -77,6 +85,7 @@ def build_federation(cfg: DictConfig) -> Federation:
         ValueError: data, partition or model cannot be had as configured.
 
     """
+    streaming(cfg)
     dataset: Dataset = instantiate(cfg.data.source)
     parts = build_parts(cfg, dataset)
     tests = client_tests(parts, _labels(dataset.train), _labels(dataset.test), cfg.seed)
@@ -93,7 +102,8 @@ def build_federation(cfg: DictConfig) -> Federation:
         return sampler(round, eligible=eligible, count=count, seed=cfg.seed, purpose=purpose)
 
     work = LocalWork(cfg.data.batch_size, federation.local_steps, federation.local_epochs, federation.weight)
-    plan = RoundPlan(parts, work, sample, federation.cohort, cfg.seed)
+    bound = 1 if federation.cohort == AUTO else federation.cohort
+    plan = RoundPlan(parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())
     return Federation(dataset, parts, tests, net, space, count, plan, sample, inputs)
 
 
@@ -101,7 +111,7 @@ def _try_parts(cfg: DictConfig, dataset: Dataset) -> None:
     """Try on one image and one coordinate what is needed later only, so that what does not suit is refused at once."""
     chosen = augment(cfg.data.augment)
     if chosen is not None:
-        chosen(dataset.train.x[:1], torch.zeros(1, chosen.numbers, dtype=torch.float64))
+        chosen(dataset.train.x[torch.tensor([0])], torch.zeros(1, chosen.numbers, dtype=torch.float64))
     one = torch.ones(1, dtype=torch.bool)
     build_exchange(cfg, one, ~one, lambda clients: one.expand(len(clients), 1))
 
@@ -158,18 +168,73 @@ def own_masks(cfg: DictConfig) -> bool:
     return bool(cfg.mask.owner == "client")
 
 
-def build_module(cfg: DictConfig, federation: Federation) -> ClientModule:
-    """Build the clients of a cohort; everything trains until a mask is set."""
+def build_module(
+    cfg: DictConfig, federation: Federation, net: nn.Module | None = None, cohort: int | None = None
+) -> ClientModule:
+    """Build the clients of a cohort; everything trains until a mask is set.
+
+    Args:
+        cfg: the configuration.
+        federation: data, model and clients.
+        net: a network in place of the federation's.
+        cohort: K, in place of the plan's.
+
+    """
     return instantiate(cfg.client)(
-        federation.net,
+        federation.net if net is None else net,
         federation.space,
         torch.ones(federation.space.size, dtype=torch.bool),
         instantiate(cfg.optimizer.build),
         instantiate(cfg.server.optimizer),
-        cohort=federation.cohort,
+        cohort=cohort or federation.cohort,
         clip_norm=cfg.optimizer.clip_norm,
         inputs=federation.inputs,
+        compile=cfg.federation.get("compile", False),
     )
+
+
+def settle_cohort(cfg: DictConfig, federation: Federation, module: ClientModule, stored: int | None) -> None:
+    """Fix the size of cohorts if ``federation.cohort=auto`` leaves it open.
+
+    Args:
+        cfg: the configuration.
+        federation: data, model and clients; its plan deals cohorts of this size from now on.
+        module: the clients, with their masks.
+        stored: the size that the run began with, where it is resumed.
+
+    """
+    if cfg.federation.cohort != AUTO:
+        return
+    set_cohort(federation, module, stored or _fastest(cfg, federation, module))
+
+
+def set_cohort(federation: Federation, module: ClientModule, bound: int) -> None:
+    """Let at most so many clients train stacked."""
+    federation.plan.bound = bound
+    module.cohort = federation.cohort
+
+
+def _fastest(cfg: DictConfig, federation: Federation, module: ClientModule) -> int:
+    """Measure a local step with several sizes, on copies of the network."""
+    if not can_stack(federation.net) or len(torch.as_tensor(module.bitmaps)):
+        return 1
+    precision = None if cfg.trainer.precision == HALF else cfg.trainer.precision
+    fabric = lightning.Fabric(accelerator=cfg.trainer.accelerator, devices=1, precision=precision)
+    split, size = federation.dataset.train, cfg.data.batch_size
+
+    def trial(cohort: int) -> ClientModule:
+        tried = build_module(cfg, federation, copy.deepcopy(federation.net), cohort).to(fabric.device).train()
+        tried.set_mask(torch.as_tensor(module.mask))
+        tried.configure_optimizers()
+        tried.rows.bind()
+        return tried
+
+    with fabric.autocast():
+        few = torch.arange(min(size, len(split.y)))
+        batch = (split.x[few].to(fabric.device), split.y[few].to(fabric.device))
+        seconds = measure(trial, batch, -(-len(federation.plan.sample(0)) // federation.plan.processes))
+    log.info("federation.cohort=auto, ms a client and step: %s", {k: round(1e3 * s, 2) for k, s in seconds.items()})
+    return choose(seconds)
 
 
 def build_exchange(cfg: DictConfig, trained: Tensor, local: Tensor, masks: OwnMasks) -> Exchange:
@@ -257,13 +322,16 @@ def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) 
 def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any]) -> lightning.Trainer:
     """Build the one Trainer that runs the whole federation."""
     half = {"precision": None} if cfg.trainer.precision == HALF else {}
+    several = {"strategy": CohortStrategy()} if parallel.joined() else {}
+    found = [environment] if (environment := parallel.environment()) else []
     return instantiate(cfg.trainer)(
         **half,
+        **several,
         max_epochs=cfg.federation.rounds,
         check_val_every_n_epoch=cfg.federation.eval_every,
         callbacks=callbacks.listed(),
         logger=loggers,
-        plugins=[AtomicCheckpointIO(), *([HalfPrecision(build_device(cfg))] if half else [])],
+        plugins=[AtomicCheckpointIO(), *found, *([HalfPrecision(build_device(cfg))] if half else [])],
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
@@ -276,7 +344,20 @@ def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any]) -> 
 def build_datamodule(cfg: DictConfig, federation: Federation) -> FederatedDataModule:
     """Build the loaders of cohorts and splits."""
     chosen = augment(cfg.data.augment)
-    return FederatedDataModule(federation.dataset, federation.plan, federation.tests, augment=chosen)
+    return FederatedDataModule(federation.dataset, federation.plan, federation.tests, augment=chosen, **streaming(cfg))
+
+
+def streaming(cfg: DictConfig) -> dict[str, Any]:
+    """Read whether samples are streamed and by how many workers; a configuration without a word of it does not.
+
+    Raises:
+        ValueError: one line that names the key.
+
+    """
+    stream, workers = cfg.data.get("stream", False), cfg.data.get("workers", 0)
+    if not isinstance(stream, bool):
+        raise ValueError(f"data.stream is {stream!r}; it must be true or false")
+    return {"stream": stream, "workers": checked_integer("data.workers", workers, 0)}
 
 
 def _labels(split: Any) -> np.ndarray:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from fedsparse import build, train
 from fedsparse.config import check, conf_dir
+from fedsparse.execute import quiet
 from fedsparse.federation.calibration import Calibrated
 from fedsparse.federation.ledger import Ledger
 from fedsparse.prepare import mean_client_overlap, prepare, sparsity_of
@@ -45,7 +46,7 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
 
 def execute(job: Job) -> dict[str, Any]:
     """Prepare head and mask as a training run does, and stop there."""
-    train.quiet()
+    quiet()
     federation, ledger, began = build.build_federation(job.cfg), Ledger(), time.perf_counter()
     found = prepare(job, federation, build.build_module(job.cfg, federation), ledger)
     facts = figures(job, federation, found) | ledger.figures() | {"seconds": time.perf_counter() - began}

@@ -22,7 +22,6 @@ PACKAGES = ("fedsparse", "torch", "torchvision", "torchmetrics", "lightning", "t
 COUNTS = (
     "federation.num_clients",
     "federation.rounds",
-    "federation.cohort",
     "federation.eval_every",
     "federation.checkpoint_every",
     "data.batch_size",
@@ -144,6 +143,10 @@ def check(cfg: DictConfig) -> None:
     for key in OPTIONAL_COUNTS:
         if OmegaConf.select(cfg, key) is not None:
             _check_count(key, OmegaConf.select(cfg, key))
+    if cfg.federation.cohort != "auto":
+        _check_count("federation.cohort", cfg.federation.cohort, ", or auto")
+    if not isinstance(cfg.federation.get("compile", False), bool):
+        raise ValueError(f"federation.compile is {cfg.federation.compile!r}; it must be true or false")
     for key in POSITIVE:
         _check_positive(key, OmegaConf.select(cfg, key))
     if cfg.optimizer.clip_norm is not None:
@@ -166,9 +169,9 @@ def _check_keys(cfg: DictConfig) -> None:
         raise ValueError(f"there is no key {', '.join(unknown)}; --cfg job lists all keys with their values")
 
 
-def _check_count(key: str, value: Any) -> None:
+def _check_count(key: str, value: Any, other: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} is {value!r}; it must be a whole number of 1 or more")
+        raise ValueError(f"{key} is {value!r}; it must be a whole number of 1 or more{other}")
 
 
 def _check_positive(key: str, value: Any) -> None:

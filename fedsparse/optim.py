@@ -13,8 +13,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fedsparse.places import CHUNK, Place, laid_like
+from fedsparse.places import Place, laid_like
 
+_WORTH = 1 << 14  # coordinates from which one sweep beats the overhead of its kernel
+_REGISTERS = 64  # coordinates; a multiple of what any processor's registers hold
 _OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
 
 
@@ -58,6 +60,10 @@ def sgdm_update(
     >>> param
     tensor([0.5000, 2.0000])
     """
+    if _one_sweep(param, grad, buffer, momentum):
+        options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        _update_in_one_sweep(param, grad, buffer, nesterov=nesterov, fresh=fresh, **options)
+        return buffer
     direction = grad if weight_decay == 0 else grad.add(param, alpha=weight_decay)
     if momentum != 0:
         buffer = _accumulate(buffer, direction, momentum, dampening, fresh)
@@ -73,6 +79,33 @@ def _accumulate(buffer: Tensor | None, direction: Tensor, momentum: float, dampe
     if fresh:
         return buffer.copy_(direction)
     return buffer.mul_(momentum).add_(direction, alpha=1 - dampening)
+
+
+def _one_sweep(param: Tensor, grad: Tensor, buffer: Tensor | None, momentum: float) -> bool:
+    """Whether torch's fused kernel can take the step, and is worth its overhead."""
+    if param.numel() < max(_WORTH, _REGISTERS) or param.device.type != "cpu" or (buffer is None and momentum != 0):
+        return False
+    tensors = [param, grad, *([] if buffer is None else [buffer])]
+    return all(t.is_contiguous() and t.dtype == param.dtype in (torch.float32, torch.float64) for t in tensors)
+
+
+def _update_in_one_sweep(
+    param: Tensor, grad: Tensor, buffer: Tensor | None, *, momentum: float, fresh: bool, **options: Any
+) -> None:
+    """Take a step in one sweep over the memory.
+
+    The kernel makes the bits of the separate operations where it works on whole registers. The rest of a tensor it
+    would round otherwise, so that is left to them.
+    """
+    whole = param.numel() - param.numel() % _REGISTERS
+    parts = [t.view(-1)[:whole] for t in (param, grad)]
+    momenta = [buffer.view(-1)[:whole]] if buffer is not None and momentum != 0 else []
+    torch._fused_sgd_(
+        [parts[0]], [parts[1]], momenta, momentum=momentum, maximize=False, is_first_step=fresh, **options
+    )
+    if whole < param.numel():
+        rest = None if buffer is None else buffer.view(-1)[whole:]
+        sgdm_update(param.view(-1)[whole:], grad.view(-1)[whole:], rest, momentum=momentum, fresh=fresh, **options)
 
 
 class SparseSGDM(torch.optim.Optimizer):
@@ -216,16 +249,10 @@ class SparseSGDM(torch.optim.Optimizer):
 def _update_whole(
     param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
 ) -> Tensor | None:
-    """Step a parameter that trains whole, on a CPU in chunks that stay in its cache."""
-    large = param.numel() > 2 * CHUNK and param.device.type == "cpu"
-    if not large or not (param.is_contiguous() and grad.is_contiguous()):
-        return sgdm_update(param, grad, buffer, fresh=fresh, **options)
-    if buffer is None and options["momentum"]:
-        buffer, fresh = torch.empty_like(param), True
-    parts = [None] * -(-param.numel() // CHUNK) if buffer is None else buffer.view(-1).split(CHUNK)
-    for values, steep, part in zip(param.view(-1).split(CHUNK), grad.view(-1).split(CHUNK), parts, strict=True):
-        sgdm_update(values, steep, part, fresh=fresh, **options)
-    return buffer
+    """Step a parameter that trains whole."""
+    if buffer is None and options["momentum"] and param.numel() >= _WORTH:
+        buffer, fresh = torch.empty_like(param), True  # to be written in the same sweep
+    return sgdm_update(param, grad, buffer, fresh=fresh, **options)
 
 
 def _update_at(

@@ -185,8 +185,8 @@ def features(net: VisionTransformer, x: Tensor) -> np.ndarray:
 
 def linear_probe(net: VisionTransformer, train: Split, test: Split) -> float:
     """Accuracy on ``test`` of a logistic regression on frozen features, fitted on ``train``."""
-    model = LogisticRegression(max_iter=5000).fit(features(net, train.x), train.y.numpy())
-    return float(model.score(features(net, test.x), test.y.numpy()))
+    model = LogisticRegression(max_iter=5000).fit(features(net, train.held), train.y.numpy())
+    return float(model.score(features(net, test.held), test.y.numpy()))
 
 
 def backbone(net: nn.Module) -> dict[str, Tensor]:

@@ -26,8 +26,8 @@ def pixels_accuracy() -> float:
     from fedsparse.data.datasets import digits
 
     data = digits()
-    model = LogisticRegression(max_iter=5000).fit(data.train.x.flatten(1).numpy(), data.train.y.numpy())
-    return float(model.score(data.test.x.flatten(1).numpy(), data.test.y.numpy()))
+    model = LogisticRegression(max_iter=5000).fit(data.train.held.flatten(1).numpy(), data.train.y.numpy())
+    return float(model.score(data.test.held.flatten(1).numpy(), data.test.y.numpy()))
 
 
 def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:

@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from fedsparse.bench.memory import forget_peak, resident
+from fedsparse.bench.problems import vit_small
 from fedsparse.federation.client import ClientModule
 from fedsparse.masks import Sparsity
 from fedsparse.masks.select import select
@@ -65,23 +66,22 @@ class Saving:
     memory: float
 
 
-def vit_small() -> nn.Module:
-    """Build the published model with random weights."""
+def build_net() -> nn.Module:
+    """Build the published model, every time with the same random weights."""
     torch.manual_seed(0)
-    return timm.create_model("vit_small_patch16_224", num_classes=CLASSES)
+    return vit_small(CLASSES)
 
 
 def client(name: str) -> ClientModule:
     """Build a single client with one of ``MASKS``, ready for its local steps."""
-    net = vit_small()
+    net = build_net()
     space, (ratio, unit) = ParamSpace.of(net), MASKS[name]
     scores = torch.rand(space.size, generator=torch.Generator().manual_seed(0))
     mask = select(scores, space, Sparsity(ratio, unit=unit, always_train="head.*"), largest=True)
     optimizers = partial(SparseSGDM, lr=LR, momentum=MOMENTUM), partial(torch.optim.SGD, lr=1.0)
     module = ClientModule(net, space, mask, *optimizers)
     module.configure_optimizers()
-    assert module.bound is not None
-    module.bound.bind()
+    module.rows.bind()
     return module
 
 
@@ -104,7 +104,7 @@ def interleaved(works: Mapping[str, Callable[[], object]], pairs: int) -> dict[s
 
 def torch_sgd(fused: bool) -> torch.optim.SGD:
     """Build torch's SGD on all weights, with gradients."""
-    parameters = list(vit_small().parameters())
+    parameters = list(build_net().parameters())
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM, **({"fused": True} if fused else {}))
@@ -127,17 +127,12 @@ def print_growth(name: str, samples: int) -> None:
     """Run three steps and print the peak of resident memory less what it was before there was a model."""
     torch.set_num_threads(1)
     x, y = batch(samples)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     module = client(name)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak: choosing the mask had its own
+    forget_peak()  # choosing the mask had its own
     for _ in range(3):
         module.local_step(x, y, [len(y)])
-    print(_resident("VmHWM") - before)
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    print(resident("VmHWM") - before)
 
 
 def measure(pairs: int, samples: int) -> list[Saving]:
@@ -146,7 +141,7 @@ def measure(pairs: int, samples: int) -> list[Saving]:
     steps = interleaved({n: partial(m.local_step, x, y, [len(y)]) for n, m in clients.items()}, pairs)
     updates = {n: m.local.update for n, m in clients.items()}
     for module in clients.values():  # a step clears its gradients; any will do here
-        for view in module.bound.views:  # type: ignore[union-attr]
+        for view in module.rows.views:
             view.grad = torch.full_like(view, 1e-6)
     alone = interleaved({**updates, "fused": torch_sgd(True).step, "default": torch_sgd(False).step}, 5 * pairs)
     memory = {name: grown(name, 1) for name in MASKS}

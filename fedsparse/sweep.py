@@ -30,6 +30,10 @@ MAY_DIFFER = (
     "resume",
     "trainer.accelerator",
     "trainer.devices",
+    "trainer.num_nodes",
+    "data.stream",
+    "data.workers",
+    "data.source.stream",
     "calibration.cache",
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -19,22 +18,15 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsparse import build, results
+from fedsparse import results, team
 from fedsparse.config import RunFolderUsed, check, conf_dir, register_resolvers
-from fedsparse.federation.calibration import Calibrated
-from fedsparse.federation.checkpoint import choose_checkpoint, read_checkpoint
-from fedsparse.federation.client import ClientModule
-from fedsparse.federation.csv import read_rows
-from fedsparse.federation.ledger import Ledger
+from fedsparse.execute import execute, follow
+from fedsparse.federation import parallel
 from fedsparse.federation.rounds import EveryUpdateDropped
-from fedsparse.federation.tracking import hand_on
-from fedsparse.masks import Mask
-from fedsparse.prepare import MASK, OVERLAP, mean_client_overlap, prepare, sparsity_of
 from fedsparse.resume import Job, as_found, facts, finished, open_log, read_job, store
-from fedsparse.sweep import CellFailed, held, shown
+from fedsparse.sweep import CellFailed, shown
 
 log = logging.getLogger("fedsparse")
-TERMINATED = 143  # 128 + SIGTERM
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -135,108 +127,10 @@ def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     return summary
 
 
-def execute(job: Job) -> dict[str, Any]:
-    """Carry out a run, alone in its folder: build, prepare head and mask, train, write."""
-    with held(job.folder):
-        return _execute(job)
-
-
-def _execute(job: Job) -> dict[str, Any]:
-    quiet()
-    log.info("process %d", os.getpid())
-    federation = build.build_federation(job.cfg)
-    module, ledger = build.build_module(job.cfg, federation), Ledger()
-    checkpoint = _checkpoint(job, federation)
-    found = prepare(job, federation, module, ledger) if checkpoint is None else _stored(job, federation, checkpoint)
-    module.set_mask(found.mask.row(federation.space), found.bitmaps)
-    return _train(job, federation, module, found, ledger, checkpoint)
-
-
-def _train(
-    job: Job,
-    federation: build.Federation,
-    module: ClientModule,
-    found: Calibrated,
-    ledger: Ledger,
-    checkpoint: Path | None,
-) -> dict[str, Any]:
-    """Train to the last round, and write the results."""
-    rounds = build.build_rounds(job.cfg, federation, found.mask, ledger, module, job.folder)
-    callbacks = build.build_callbacks(job.cfg, rounds, federation, found.mask, job.folder, _beside_others())
-    closed = 0 if checkpoint is None else read_checkpoint(checkpoint, federation.space)["epoch"] + 1
-    if closed > job.cfg.federation.rounds:
-        raise ValueError(f"{closed} rounds are closed already; federation.rounds={job.cfg.federation.rounds} is fewer")
-    loggers = build.build_loggers(job.cfg, job.folder, job.group, closed)
-    trainer = build.build_trainer(job.cfg, callbacks, loggers)
-    trainer.fit(module, build.build_datamodule(job.cfg, federation), ckpt_path=checkpoint)
-    if callbacks.stop.received:
-        said = ", ".join(number.name for number in callbacks.stop.received)
-        log.warning("%s: round %d is closed and saved; go on with resume=%s", said, trainer.current_epoch, job.folder)
-        hand_on(callbacks.stop.received)
-        raise SystemExit(TERMINATED)
-    summary = results.summarise(
-        federation,
-        rounds,
-        found.mask,
-        read_rows(job.folder / "metrics.csv"),
-        seconds=callbacks.log.seconds,
-        seed=job.cfg.seed,
-        head=job.cfg.head.init,
-        sparsity=sparsity_of(found.mask, federation.space.where(job.cfg.sparsity.always_train), federation.space),
-        mask_overlap_rounds=list(found.overlap),
-        mask_overlap_clients=mean_client_overlap(found, federation.space),
-        **_chosen(job),
-    )
-    results.write_results(job.folder, federation, summary, job.cfg.pictures)
-    return summary | {"folder": str(job.folder)}
-
-
-def _beside_others() -> bool:
-    """Whether this is one of several jobs that a launcher of Hydra runs at the same time."""
-    return HydraConfig.initialized() and not str(HydraConfig.get().launcher._target_).endswith("BasicLauncher")
-
-
-def _chosen(job: Job) -> dict[str, str | None]:
-    """The options that name a run, as the summary keeps them."""
-    keys = ("mask_rule", "partition", "data", "model", "experiment")
-    return {key: None if job.choices.get(key) in (None, "None", "null") else job.choices[key] for key in keys}
-
-
-def _stored(job: Job, federation: build.Federation, checkpoint: Path) -> Calibrated:
-    """Take the masks of a checkpoint, under the words of the run's mask file."""
-    state = read_checkpoint(checkpoint, federation.space)["state_dict"]
-    path = job.folder / MASK
-    words = Mask.load(path).metadata if path.is_file() else {}
-    overlap = tuple(json.loads(words.get(OVERLAP, "[]")))
-    return Calibrated(Mask(federation.space.unflatten(state["mask"]), words), state["bitmaps"], overlap)
-
-
-def _checkpoint(job: Job, federation: build.Federation) -> Path | None:
-    """Choose what a resumed run goes on from."""
-    if not job.resumed:
-        return None
-    path, complaints = choose_checkpoint(job.folder / "checkpoints", federation.space)
-    for complaint in complaints:
-        log.warning("%s; the one before it is used", complaint)
-    return path
-
-
 def _resume_folder(arguments: Sequence[str]) -> Path | None:
     """Folder of ``resume=<folder>`` among the arguments: Hydra would write into a fresh one before it is read."""
     given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
     return Path(given[-1]) if given and given[-1] not in ("", "null") else None
-
-
-def quiet() -> None:
-    """Keep what Lightning says about itself off the terminal; warnings that a person can act on stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in (
-        "does not have many workers",
-        "Checkpoint directory",
-        "`isinstance\\(treespec",
-        "smaller than the logging",
-    ):
-        warnings.filterwarnings("ignore", f".*{text}.*")
 
 
 def one_line(error: BaseException) -> str:
@@ -263,11 +157,15 @@ def main() -> None:
     """Entry point of the command line."""
 
     def body() -> None:
+        if team.join() and parallel.process() > 0:
+            return team.serve(follow)
         folder = _resume_folder(sys.argv[1:])
         if folder is not None:
             resume(folder, [a for a in sys.argv[1:] if not a.startswith("resume=")])
         else:
             _hydra_main()
+        parallel.share(None)  # where torchrun or SLURM started the others: there is nothing more
+        return team.leave()
 
     on_command_line(body)
 

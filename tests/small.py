@@ -65,14 +65,19 @@ class Small:
     server: Any = partial(torch.optim.SGD, lr=1.0)
     schedule: Any = constant
     buffers: str = "average"
+    compile: bool = False
+    space: ParamSpace | None = None
+    processes: int = 1
+    process: int = 0
     seed: int = 0
     client: Any = ClientModule
     callbacks: list = field(default_factory=list)
+    data: dict = field(default_factory=dict)
 
     def __post_init__(self):
         sample = partial(uniform, eligible=range(len(self.parts)), count=self.count, seed=self.seed)
-        self.plan = RoundPlan(self.parts, self.work, sample, self.cohort, self.seed)
-        self.space = ParamSpace.of(self.net)
+        self.plan = RoundPlan(self.parts, self.work, sample, self.cohort, self.seed, self.processes, self.process)
+        self.space = self.space or ParamSpace.of(self.net)
         row = torch.ones(self.space.size, dtype=torch.bool) if self.mask is None else self.mask
         make = partial(SparseSGDM, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         self.module = self.client(
@@ -83,6 +88,7 @@ class Small:
             self.server,
             cohort=self.plan.cohort_size(self.count),
             clip_norm=self.clip,
+            compile=self.compile,
         )
         exchange = self.exchange(trained=row, local=self.space.local)
         self.rounds = FederatedRounds(
@@ -104,7 +110,7 @@ class Small:
             default_root_dir=folder,
             **options,
         )
-        trainer.fit(self.module, FederatedDataModule(self.dataset, self.plan))
+        trainer.fit(self.module, FederatedDataModule(self.dataset, self.plan, **self.data))
         self.trainer = trainer
         return self
 

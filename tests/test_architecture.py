@@ -15,9 +15,18 @@ LEVELS |= {"federation": 2, "analysis": 3}
 ENTRY = 4
 # who may import the libraries that shape everything they touch
 MAY = {
-    "hydra": ("config.py", "build.py", "train.py", "prepare.py", "calibrate.py", "repeat.py", "resume.py"),
-    "lightning": ("data/datamodule.py", "federation/", "build.py", "train.py", "bench.py"),
-    "wandb": ("federation/artifacts.py", "bench.py"),
+    "hydra": (
+        "config.py",
+        "build.py",
+        "train.py",
+        "execute.py",
+        "prepare.py",
+        "calibrate.py",
+        "repeat.py",
+        "resume.py",
+    ),
+    "lightning": ("data/datamodule.py", "federation/", "build.py", "execute.py", "team.py", "bench/federated.py"),
+    "wandb": ("federation/artifacts.py", "bench/federated.py"),
 }
 
 

@@ -158,10 +158,12 @@ def test_only_what_trains_is_differentiated_stepped_averaged_and_kept(tmp_path, 
     small = build(masked="units", server=partial(torch.optim.Adam, lr=0.05))
     products, multiply = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a.shape) or multiply(a, b))
+    zero, tallies = small.rounds.aggregation.zero, []
+    monkeypatch.setattr(small.rounds.aggregation, "zero", lambda *a: tallies.append(zero(*a)) or tallies[-1])
     small.fit(1, tmp_path)
     trained, module = int(small.mask.sum()), small.module
     (state,) = module.server.optimizer.state.values()
-    assert small.rounds.tally.rows.shape == state["exp_avg"].shape == (1, trained)
+    assert tallies[0].rows.shape == state["exp_avg"].shape == (1, trained)
     assert sum(s["momentum_buffer"].numel() for s in module.local.state.values()) == trained
     assert [p.requires_grad for p in small.net.parameters()] == [True, True, True, False]
     assert set(products) == {(5, 8)}  # units x samples; the first layer's inputs take no gradient

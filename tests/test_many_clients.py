@@ -11,6 +11,7 @@ import torch
 
 from fedsparse.data.partition import client_tests, iid
 from fedsparse.data.rounds import LocalWork, RoundPlan
+from fedsparse.federation import aggregation
 from fedsparse.federation.aggregation import WeightedMean
 from fedsparse.federation.exchange import Update
 from fedsparse.federation.sampling import uniform
@@ -41,6 +42,16 @@ def test_the_memory_of_aggregation_does_not_depend_on_the_clients_of_a_round():
         rule.add(tally, Update((client,), torch.ones(1, 50), torch.zeros(1, 0), (1.0,), (0.5,)), [0])
     assert (tally.vector.nbytes, tally.vector.data_ptr()) == (held, place)
     assert torch.equal(rule.finish(tally).rows, torch.ones(1, 50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_a_sum_in_chunks_is_the_sum(chunk, monkeypatch):
+    """Each float32 value is taken to float64 before it is weighed."""
+    monkeypatch.setattr(aggregation, "CHUNK", chunk)
+    row = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    total = torch.full((50,), 3.0, dtype=torch.float64)
+    aggregation.add_scaled(total, row, 0.1)
+    assert total.tolist() == pytest.approx([3.0 + 0.1 * float(value) for value in row], abs=1e-15)
 
 
 @pytest.mark.slow

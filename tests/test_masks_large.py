@@ -12,17 +12,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedsparse.masks import top_fraction
+from fedsparse.bench.problems import vit_small
 from fedsparse.masks.scores import fisher, fisher_per_sample, sample_losses
 from fedsparse.space import ParamSpace
 
 pytestmark = pytest.mark.slow
 
 
-def vit_small():
-    timm = pytest.importorskip("timm")
+def seeded():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return timm.create_model("vit_small_patch16_224", num_classes=100).eval()
+        return vit_small(classes=100).eval()
 
 
 def images(number):
@@ -41,7 +41,7 @@ def plain_mean(net, x, y):
 
 
 def test_per_sample_fisher_equals_a_plain_loop():
-    net, (x, y) = vit_small(), images(3)
+    net, (x, y) = seeded(), images(3)
     expected = plain_mean(net, x, y)
     torch.testing.assert_close(fisher(net, [(x[:2], y[:2]), (x[2:], y[2:])]), expected, rtol=1e-5, atol=1e-16)
     stacked = fisher_per_sample(net, ParamSpace.of(net), x, y, loss=sample_losses, chunk=2) / 3
@@ -62,7 +62,7 @@ def seconds(work):
 
 def test_per_sample_fisher_costs_at_most_half_more_than_a_training_step():
     """On one thread, 8 samples, the least of five times each: 1.3."""
-    net, (x, y) = vit_small(), images(8)
+    net, (x, y) = seeded(), images(8)
     sgd = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
     works = [lambda: step(net, sgd, x, y), lambda: fisher(net, [(x, y)])]
     pairs = [[seconds(work) for work in works] for _ in range(6)][1:]
@@ -82,7 +82,7 @@ def peak_over_start():
     from fedsparse.masks.rules import Fisher
 
     torch.set_num_threads(1)
-    net, (x, y) = vit_small(), images(4)
+    net, (x, y) = seeded(), images(4)
     space, rule, sparsity = ParamSpace.of(net), Fisher(largest=False), Sparsity(0.8, always_train="head.*")
     start = resident("VmRSS")
     row, state = space.read(net), None

@@ -80,12 +80,25 @@ def test_without_a_mask_equals_torch_bit_for_bit(options, dtype):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_a_large_parameter_in_chunks_equals_torch_bit_for_bit(options, monkeypatch):
-    monkeypatch.setattr(optim, "CHUNK", 7)
-    ours, theirs = randoms(SHAPES), randoms(SHAPES)
-    walk(SparseSGDM(ours, lr=0.05, **options), ours, 5)
-    walk(torch.optim.SGD(theirs, lr=0.05, foreach=False, **options), theirs, 5)
-    assert [bits(a) for a in ours] == [bits(b) for b in theirs]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trained", [1.0, 0.5])
+def test_a_large_parameter_in_one_sweep_equals_torch_bit_for_bit(options, dtype, trained, monkeypatch):
+    """Also where the kernel's last coordinates do not fill a register, and after the momentum was reset."""
+    monkeypatch.setattr(optim, "_WORTH", 1)
+    swept, real = [], torch._fused_sgd_
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda p, *a, **k: (swept.append(p[0].numel()), real(p, *a, **k))[1])
+    shapes = [(16, 8), (1031,), (63,)]
+    ours, theirs, start = (randoms(shapes, dtype) for _ in range(3))
+    masks = [torch.rand(shape, generator=generator(9)) < trained for shape in shapes]
+    sparse = SparseSGDM(ours, lr=0.05, masks=masks, **options)
+    for _ in range(2):
+        sparse.reset()
+        walk(sparse, ours, 5)
+        walk(torch.optim.SGD(theirs, lr=0.05, foreach=False, **options), theirs, 5)
+    for own, other, first, mask in zip(ours, theirs, start, masks, strict=True):
+        assert bits(own[mask]) == bits(other[mask])
+        assert bits(own[~mask]) == bits(first[~mask])
+    assert {1024, 128} <= set(swept) or trained < 1
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))

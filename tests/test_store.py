@@ -89,13 +89,14 @@ KEEPING = ["model=mlp", "model.local=[head.*]", "logger=csv", "pictures=false", 
 
 
 def test_a_run_with_a_file_equals_one_in_memory_over_a_resume(tmp_path, monkeypatch):
+    """It stops a round after its last checkpoint: what the clients kept in that round must not be found again."""
     from fedsparse import run
 
     monkeypatch.chdir(tmp_path)
-    options = [*KEEPING, "federation.num_clients=6", "calibration.cache=null"]
-    memory = run([*options, "federation.rounds=3", "hydra.run.dir=memory"])
-    run([*options, "federation.rounds=2", "federation.store=file", "hydra.run.dir=file"])
-    resumed = run(["resume=file", "federation.rounds=3"])
+    options = [*KEEPING, "federation.num_clients=6", "calibration.cache=null", "federation.checkpoint_every=2"]
+    memory = run([*options, "federation.rounds=4", "hydra.run.dir=memory"])
+    run([*options, "federation.rounds=3", "federation.store=file", "hydra.run.dir=file"])
+    resumed = run(["resume=file", "federation.rounds=4"])
     assert resumed["global_sha256"] == memory["global_sha256"]
     assert (tmp_path / "file/clients.bin").stat().st_size > 0
     assert not (tmp_path / "memory/clients.bin").exists()

@@ -18,6 +18,13 @@ _IDLE = (
     "calibration.cache",
     "trainer.accelerator",
     "trainer.devices",
+    "trainer.num_nodes",
+    "data.stream",
+    "data.workers",
+    "data.source.stream",
+    "federation.cohort",
+    "model.cohort",
+    "federation.compile",
 )
 # a dense run reads none of these
 _OF_MASKS = ("mask_rule", "sparsity", "mask")

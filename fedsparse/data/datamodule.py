@@ -1,8 +1,8 @@
-"""The data of a federation as a LightningDataModule: one tensor on the device, gathered by index."""
+"""The data of a federation as a LightningDataModule: one tensor on the device, gathered by index, or a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import lightning
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from fedsparse.data.augment import Augment
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.rounds import PADDING, Cohort, RoundPlan
+from fedsparse.data.stream import CohortStream, gathered
 from fedsparse.keys import Purpose, generator
 
 
@@ -30,23 +31,65 @@ class CohortLoader:
         return iter(self.cohorts)
 
 
-class SplitLoader:
-    """A whole split in fixed batches, unshuffled."""
+class StreamLoader:
+    """The cohorts of one round out of a stream; nothing is gathered for an iterator that nobody uses."""
 
-    def __init__(self, split: Split, batch_size: int) -> None:
-        self.split, self.batch_size = split, batch_size
+    def __init__(self, stream: CohortStream, round: int) -> None:
+        self.stream, self.number = stream, round
 
     def __len__(self) -> int:
-        """Number of batches."""
-        return -(-len(self.split.y) // self.batch_size)
+        """Number of cohorts."""
+        return self.stream.plan.number_of_cohorts(self.number)
+
+    def __iter__(self) -> Iterator[Cohort]:
+        """Yield the cohorts in order, with their samples."""
+        return self.stream.round(self.number)
+
+
+class SplitLoader:
+    """A whole split in fixed batches, unshuffled; what lies on the disk is gathered by so many workers.
+
+    Of several processes each has every n-th batch, and at least one: Lightning leaves out a loop without any.
+
+    Attributes:
+        total: number of batches of all processes.
+
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        workers: int = 0,
+        pin: bool = False,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.split, self.batch_size, self.workers, self.pin = split, batch_size, workers, pin
+        self.total = -(-len(split.y) // batch_size)
+        self.own = range(process, self.total, processes) or range(1)
+
+    def __len__(self) -> int:
+        """Number of batches of this process."""
+        return len(self.own)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x, y) batches."""
-        return zip(self.split.x.split(self.batch_size), self.split.y.split(self.batch_size), strict=True)
+        y = self.split.y.split(self.batch_size)
+        return zip(self._images(), (y[batch] for batch in self.own), strict=True)
+
+    def _images(self) -> Iterable[Tensor]:
+        x = self.split.x
+        if isinstance(x, Tensor):
+            batches = x.split(self.batch_size)
+            return (batches[batch] for batch in self.own)
+        ends = range(self.batch_size, len(x), self.batch_size)
+        indices = np.split(np.arange(len(x)), ends)
+        return gathered(x, [indices[i] for i in self.own], self.workers if len(self.own) > 1 else 0, self.pin)
 
 
 class FederatedDataModule(lightning.LightningDataModule):
-    """Clients' data on the device; ``train_dataloader`` is this round's cohorts.
+    """Clients' data, on the device or streamed to it; ``train_dataloader`` is this round's cohorts.
 
     Args:
         dataset: train, validation and test split.
@@ -54,6 +97,9 @@ class FederatedDataModule(lightning.LightningDataModule):
         tests: for every client the indices of its part of the test split.
         eval_batch_size: samples of an evaluation batch.
         augment: changes training images at random; None leaves them.
+        stream: whether the training images stay where they are, in memory or on the disk, and each cohort brings its
+            own; those on the disk always do. It changes no result.
+        workers: processes that gather the next cohorts while one trains; 0 gathers in between.
 
     """
 
@@ -64,18 +110,22 @@ class FederatedDataModule(lightning.LightningDataModule):
         tests: Sequence[np.ndarray] = (),
         eval_batch_size: int = 512,
         augment: Augment | None = None,
+        stream: bool = False,
+        workers: int = 0,
     ) -> None:
         super().__init__()
         self.dataset, self.plan, self.tests, self.eval_batch_size = dataset, plan, tests, eval_batch_size
-        self.augment = augment
+        self.augment, self.workers = augment, workers
         self.x, self.y = dataset.train.x, dataset.train.y
+        self.streams = stream or not isinstance(self.x, Tensor)
+        self.stream: CohortStream | None = None
 
     def fetch(self, cohort: Cohort) -> tuple[Tensor, Tensor]:
         """Gather, and augment, the samples of a cohort at once: x (K, S, B, C, H, W), y (K, S, B)."""
         samples = cohort.samples
-        if self.x.device != samples.device:
-            self.x, self.y = self.x.to(samples.device), self.y.to(samples.device)
-        x, y = self.x[samples], self.y[samples]
+        if self.y.device != samples.device:
+            self.to(samples.device)
+        x, y = self.x[samples] if cohort.x is None else cohort.x, self.y[samples]
         return (x if self.augment is None else self._augmented(self.augment, x, cohort)), y
 
     def _augmented(self, augment: Augment, x: Tensor, cohort: Cohort) -> Tensor:
@@ -89,16 +139,40 @@ class FederatedDataModule(lightning.LightningDataModule):
             return np.zeros(shape)
         return generator(self.plan.seed, Purpose.AUGMENT, round, client).random(shape)
 
-    def train_dataloader(self) -> CohortLoader:
+    def train_dataloader(self) -> CohortLoader | StreamLoader:
         """Build the cohorts of the trainer's current round, from (seed, round) alone."""
         epoch = self.trainer.current_epoch if self.trainer else 0
-        return CohortLoader(self.plan.cohorts(epoch))
+        if not self.streams:
+            return CohortLoader(self.plan.cohorts(epoch))
+        if self.stream is None:
+            rounds = self.trainer.max_epochs if self.trainer else -1
+            self.stream = CohortStream(self.x, self.plan, None if rounds == -1 else rounds, self.workers, self.pin)
+        return StreamLoader(self.stream, epoch)
 
     def val_dataloader(self) -> list[SplitLoader]:
         """Loaders of the validation and of the test split, in this order."""
-        return [SplitLoader(split, self.eval_batch_size) for split in (self.dataset.val, self.dataset.test)]
+        splits = (self.dataset.val, self.dataset.test)
+        place = (self.plan.process, self.plan.processes)
+        return [SplitLoader(split, self.eval_batch_size, self.workers, self.pin, *place) for split in splits]
+
+    @property
+    def pin(self) -> bool:
+        """Whether samples are on their way to a GPU."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def teardown(self, stage: str) -> None:
+        """End the workers."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the workers of a run that failed."""
+        self.teardown("fit")
 
     def to(self, device: torch.device | str) -> FederatedDataModule:
-        """Move the training data to a device."""
-        self.x, self.y = self.x.to(device), self.y.to(device)
+        """Move the training data to a device; of a stream, the labels."""
+        self.y = self.y.to(device)
+        if isinstance(self.x, Tensor) and not self.streams:
+            self.x = self.x.to(device)
         return self

@@ -17,6 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from fedsparse.data.checks import checked_positive
+from fedsparse.data.samples import Mapped, Samples, as_tensor, read_npy
 
 # Mean and standard deviation of all pixels of scikit-learn's digits (values 0 to 16). Fixed numbers, so that neither
 # the split nor the seed moves the inputs, and the glyphs of pre-training are scaled alike.
@@ -31,15 +32,21 @@ class Split:
     """Samples and their labels.
 
     Attributes:
-        x: (N, C, H, W), float as the model takes them, or uint8 pixels of 0 to 255, which ``Inputs`` prepares.
+        x: (N, C, H, W), float as the model takes them, or uint8 pixels of 0 to 255, which ``Inputs`` prepares; a
+            tensor, or what lies on the disk and gives tensors when it is indexed.
         y: int64 (N,), labels from 0 on.
         users: (N,), who wrote or owns each sample; None where nobody knows.
 
     """
 
-    x: Tensor
+    x: Tensor | Samples
     y: Tensor
     users: np.ndarray | None = None
+
+    @property
+    def held(self) -> Tensor:
+        """``x`` for those who need it whole, in memory."""
+        return self.x if isinstance(self.x, Tensor) else self.x[torch.arange(len(self.x))]
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,8 @@ def check_split(split: Split, classes: int, where: str) -> None:
         raise ValueError(f"{where} has {counts}; it needs as many of each")
     if strange := sorted(set(y[(y < 0) | (y >= classes)].tolist())):
         raise ValueError(f"{where} has labels {_some(strange)}; with {classes} classes they are 0 to {classes - 1}")
-    bad = int((~x.isfinite()).flatten(1).any(1).sum()) if x.is_floating_point() else 0
+    here = isinstance(x, Tensor) and x.is_floating_point()  # what lies on the disk is checked when it is gathered
+    bad = int((~torch.as_tensor(x).isfinite()).flatten(1).any(1).sum()) if here else 0
     if bad:
         raise ValueError(f"{where} has NaN or infinite pixels in {bad} of {len(x)} images; remove or repair them")
 
@@ -201,13 +209,19 @@ def hold_out(y: np.ndarray, fraction: float, seed: int, key: str = "data.val_fra
     return np.sort(rest), np.sort(held)
 
 
-def arrays(root: str | Path | None) -> Dataset:
+def arrays(root: str | Path | None, stream: bool = False) -> Dataset:
     """Load your own images: a folder with ``train.npz``, ``val.npz`` and ``test.npz``.
 
     Each file holds ``x`` (N, C, H, W), or (N, H, W) for one channel, ``y`` (N,) of whole numbers from 0 on, and if you
     like ``users`` (N,) for ``partition=natural``. An ``x`` of uint8 is kept as pixels of 0 to 255, which are scaled,
     resized and normalised as the model wants them. Other values are taken as they are: standardise them yourself. The
-    number of classes is the highest label of all splits plus one.
+    number of classes is the highest label of all splits plus one. Instead of ``train.npz`` there may be
+    ``train_x.npy``, ``train_y.npy`` and ``train_users.npy``, an array each, and so for ``val`` and ``test``.
+
+    Args:
+        root: the folder.
+        stream: whether the images of ``.npy`` files stay on the disk, memory-mapped; those of an ``.npz`` file, which
+            cannot be mapped, are read all the same.
 
     Raises:
         ValueError: the folder, a file or an array is missing or of a wrong kind; says what to put where.
@@ -217,21 +231,20 @@ def arrays(root: str | Path | None) -> Dataset:
         raise ValueError(
             f"data.root={root} is no folder; set data.root to a folder with train.npz, val.npz and test.npz"
         )
-    train, val, test = (load_split(Path(root) / f"{part}.npz") for part in PARTS)
+    train, val, test = (load_split(Path(root) / f"{part}.npz", stream=stream) for part in PARTS)
     classes = 1 + max(int(split.y.max()) if len(split.y) else 0 for split in (train, val, test))
     return Dataset(train, val, test, classes=max(classes, 1), name=str(root))
 
 
-def load_split(path: Path) -> Split:
-    """Read one npz file of ``x``, ``y`` and maybe ``users``; pickled objects are refused.
+def load_split(path: Path, *, stream: bool = False) -> Split:
+    """Read one npz file of ``x``, ``y`` and maybe ``users``, or the npy files beside it; pickled objects are refused.
 
     Raises:
         ValueError: the file is missing, unreadable, lacks an array, or holds one of a wrong shape or type.
 
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; put an npz file there with x (N, C, H, W) and y (N,)")
-    held = _read(path)
+    files = npy_files(path)
+    held = {key: read_npy(file, mapped=stream and key == "x") for key, file in files.items()} or _read(path)
     if lacking := [key for key in ("x", "y") if key not in held]:
         raise ValueError(f"{path} lacks {' and '.join(lacking)}; it needs x (N, C, H, W) and y (N,)")
     x, y = held["x"], held["y"]
@@ -239,9 +252,31 @@ def load_split(path: Path) -> Split:
         raise ValueError(f"{path}: x is {x.dtype} {x.shape}; it needs to be numbers of shape (N, C, H, W) or (N, H, W)")
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise ValueError(f"{path}: y is {y.dtype} {y.shape}; it needs to be whole numbers of shape (N,)")
-    kind = np.uint8 if x.dtype == np.uint8 else np.float32
-    images = np.ascontiguousarray(x if x.ndim == 4 else x[:, None], dtype=kind)
-    return Split(torch.from_numpy(images), torch.from_numpy(y.astype(np.int64)), held.get("users"))
+    images = Mapped(files["x"]) if isinstance(x, np.memmap) else as_tensor(x if x.ndim == 4 else x[:, None])
+    return Split(images, torch.from_numpy(y.astype(np.int64)), held.get("users"))
+
+
+def npy_files(path: Path) -> dict[str, Path]:
+    """Find the files ``train_x.npy``, ``train_y.npy`` and ``train_users.npy`` that stand for ``train.npz``, if any do.
+
+    Raises:
+        ValueError: there are both, neither, or not all that are needed.
+
+    """
+    places = {key: path.with_name(f"{path.stem}_{key}.npy") for key in ("x", "y", "users")}
+    found = {key: file for key, file in places.items() if file.is_file()}
+    if found and path.is_file():
+        raise ValueError(
+            f"{path} and {min(found.values())} are both there; remove one, so that it is clear what counts"
+        )
+    if found and (lacking := [str(places[key]) for key in ("x", "y") if key not in found]):
+        raise ValueError(f"{' and '.join(lacking)} is missing beside {min(found.values()).name}")
+    if not found and not path.is_file():
+        raise ValueError(
+            f"{path} is missing; put an npz file there with x (N, C, H, W) and y (N,), or {places['x'].name} and "
+            f"{places['y'].name} beside it"
+        )
+    return found
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""One's own images: a folder with a folder a class, decoded once and kept as pixels."""
+"""One's own images: a folder with a folder a class, decoded once and kept as pixels, or whenever asked for."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from fedsparse.data.checks import checked_integer
 from fedsparse.data.datasets import PARTS, Dataset, Split, hold_out
+from fedsparse.data.samples import stamp
 
 # of ImageNet, which most backbones for photographs were pre-trained on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,12 +29,14 @@ def imagefolder(
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     split_seed: int = 0,
+    stream: bool = False,
 ) -> Dataset:
     """Load your own images: ``<root>/train/<class>/*``, and ``val`` and ``test`` beside ``train`` where there are any.
 
     Without a folder ``train``, the class folders lie in ``root`` itself. Images that test, and then those that
     validate, are held out of the training ones, with the same class mix, unless they have a folder of their own.
-    Labels are the places of the class names in alphabetical order. Each image takes 3 x size x size bytes of memory.
+    Labels are the places of the class names in alphabetical order. Each image takes 3 x size x size bytes of memory,
+    unless ``stream`` leaves it on the disk: then it is decoded whenever a client or a validation needs it.
 
     Args:
         root: the folder.
@@ -41,9 +44,11 @@ def imagefolder(
         val_fraction: share of the training images that validate; without a folder ``val``.
         test_fraction: share of all images that test; without a folder ``test``.
         split_seed: decides both, whatever the seed of a run.
+        stream: whether to leave the images on the disk.
 
     Raises:
-        ValueError: the folder is missing or lacks classes or images, or a file is no image; names it.
+        ValueError: the folder is missing or lacks classes or images, or a file is no image; names it. With ``stream``
+            an image is found damaged when it is first needed.
 
     """
     size = checked_integer("data.size", size, 1)
@@ -55,7 +60,7 @@ def imagefolder(
             labels = np.array([label for _, label in found["train"]])
             indices = hold_out(labels, fraction, split_seed, f"data.{part}_fraction")
             found["train"], found[part] = ([found["train"][i] for i in chosen] for chosen in indices)
-    train, val, test = (read_images(found[part], size) for part in PARTS)
+    train, val, test = (read_images(found[part], size, stream=stream) for part in PARTS)
     return Dataset(train, val, test, 1 + int(train.y.max()), str(root), MEAN, STD)
 
 
@@ -101,12 +106,44 @@ def labelled(folder: Path, names: Sequence[str], *, every: bool) -> Files:
     return [(path, places[number]) for path, number in found.samples]
 
 
-def read_images(files: Files, size: int) -> Split:
-    """Decode images: pixels, uint8 (N, 3, size, size), and labels (N,)."""
-    x = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for row, (path, _) in zip(x, files, strict=True):
-        row.copy_(read_image(path, size))
-    return Split(x, torch.tensor([label for _, label in files], dtype=torch.int64))
+def read_images(files: Files, size: int, *, stream: bool = False) -> Split:
+    """Decode images, or leave them on the disk: pixels, uint8 (N, 3, size, size), and labels (N,)."""
+    x = ImageFiles([path for path, _ in files], size)
+    labels = torch.tensor([label for _, label in files], dtype=torch.int64)
+    return Split(x if stream else x[torch.arange(len(x))], labels)
+
+
+class ImageFiles:
+    """Images that are decoded when they are gathered, each once however often an index names it.
+
+    Args:
+        paths: N files.
+        size: of the square that ``read_image`` cuts out.
+
+    """
+
+    dtype = torch.uint8
+
+    def __init__(self, paths: Sequence[str], size: int) -> None:
+        self.paths, self.size = paths, size
+        self.shape = (len(paths), 3, size, size)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.paths)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Decode images: int64 (*) -> uint8 (*, 3, size, size); a ValueError names a damaged file."""
+        x = torch.empty(index.numel(), *self.shape[1:], dtype=self.dtype)
+        places: dict[int, int] = {}
+        for place, image in enumerate(index.flatten().tolist()):
+            first = places.setdefault(image, place)
+            x[place] = x[first] if first < place else read_image(self.paths[image], self.size)
+        return x.view(*index.shape, *self.shape[1:])
+
+    def stamp(self) -> bytes:
+        """Give names, sizes and times of change; which class a file is of, the labels tell."""
+        return stamp(self.paths)
 
 
 def read_image(path: str, size: int) -> Tensor:

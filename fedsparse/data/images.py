@@ -76,7 +76,7 @@ def inputs_for(dataset: Dataset, wanted: Mapping[str, Any] | None) -> Inputs:
     if height != width:
         raise ValueError(f"the model takes images of {height} x {width}; only square ones can be prepared")
     check_channels(dataset.train.x.shape[-3], channels)
-    pixels = not dataset.train.x.is_floating_point()
+    pixels = not dataset.train.x.dtype.is_floating_point
     source = (wanted if wanted.get("mean") else vars(dataset)) if pixels else {}
     mean, std = (tuple(map(float, source.get(key, ()))) for key in ("mean", "std"))
     return Inputs(height, channels, mean, std, wanted.get("interpolation") or "bicubic")

@@ -100,13 +100,13 @@ def _dataset(published: type, labelled: Split, test: Split, val_fraction: float,
     """Hold validation images out of the training ones; the official test split tests."""
     mean, std = MOMENTS[published]
     indices = hold_out(labelled.y.numpy(), val_fraction, seed)
-    train, val = (Split(labelled.x[part], labelled.y[part]) for part in indices)
+    train, val = (Split(labelled.held[part], labelled.y[part]) for part in indices)
     classes = 1 + int(torch.cat([labelled.y, test.y]).max())
     return Dataset(train, val, test, classes, published.__name__, mean, std)
 
 
 def _joined(batches: Sequence[Split]) -> Split:
-    return Split(torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches]))
+    return Split(torch.cat([batch.held for batch in batches]), torch.cat([batch.y for batch in batches]))
 
 
 def fetch(files: Mapping[str, str], addresses: Sequence[str], folder: Path) -> None:

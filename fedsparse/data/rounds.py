@@ -19,7 +19,7 @@ PADDING = -1  # the id of a row that no client fills
 class Cohort:
     """One batch of the loader: K clients that train together, S local steps of at most B samples each.
 
-    What the host asks stays on the host; only ``samples`` moves to the device.
+    What the host asks stays on the host; only ``samples`` and ``x`` move to the device.
 
     Attributes:
         round: index of the round, from 0.
@@ -27,6 +27,8 @@ class Cohort:
         samples: int64 (K, S, B), indices of every local step; entries past ``count`` are to be ignored.
         count: [S][K] real samples of each step; 0 is no step.
         weight: K weights in the average.
+        x: (K, S, B, C, H, W), the samples themselves where the loader has gathered them; None where they lie on the
+            device already.
 
     """
 
@@ -35,10 +37,16 @@ class Cohort:
     samples: Tensor
     count: tuple[tuple[int, ...], ...]
     weight: tuple[float, ...]
+    x: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Cohort:
-        """Move the sample indices to a device."""
-        return replace(self, samples=self.samples.to(device, non_blocking=non_blocking))
+        """Move the sample indices, and samples where there are any, to a device."""
+        samples = self.samples.to(device, non_blocking=non_blocking)
+        if self.x is None:
+            return replace(self, samples=samples)
+        # Lightning asks for this of tensors alone; to a GPU, pinned samples are copied while it still computes
+        asynchronous = non_blocking or self.x.is_pinned()
+        return replace(self, samples=samples, x=self.x.to(device, non_blocking=asynchronous))
 
     @property
     def members(self) -> list[tuple[int, int]]:
@@ -91,6 +99,10 @@ class LocalWork:
         dealt = [_one_pass(rng.permutation(part), self.batch_size) for _ in range(self.epochs or 0)]
         return np.concatenate([d for d, _ in dealt]), [c for _, counts in dealt for c in counts]
 
+    def count(self, held: int) -> int:
+        """Count the local steps of a client that holds so many samples."""
+        return self.steps if self.steps is not None else (self.epochs or 0) * math.ceil(held / self.batch_size)
+
     def weigh(self, held: int, processed: int) -> float:
         """Weight of a client that holds and processed so many samples."""
         return float({"held": held, "processed": processed, "equal": 1}[self.weight])
@@ -114,6 +126,8 @@ class RoundPlan:
         cohort: upper bound of the clients that train together; the clients of a round are dealt evenly, so that
             ten clients at a bound of eight make two cohorts of five.
         seed: the run's seed.
+        processes: how many processes share the clients of a round.
+        process: which of them this is.
 
     """
 
@@ -124,23 +138,42 @@ class RoundPlan:
         sample: Callable[[int], Sequence[int]],
         cohort: int = 1,
         seed: int = 0,
+        processes: int = 1,
+        process: int = 0,
     ) -> None:
         self.parts, self.work, self.sample, self.bound, self.seed = parts, work, sample, cohort, seed
+        self.processes, self.process = processes, process
 
     def cohort_size(self, clients: int) -> int:
         """Rows of a cohort when so many clients take part."""
-        return math.ceil(clients / math.ceil(clients / self.bound))
+        share = math.ceil(clients / self.processes)
+        return math.ceil(share / math.ceil(share / self.bound))
+
+    def number_of_cohorts(self, round: int) -> int:
+        """Cohorts of one round, as many for each process; which are dealt no samples for that."""
+        size, dealt = self._dealt(round)
+        return math.ceil(max(len(clients) for clients in dealt) / size)
 
     def cohorts(self, round: int) -> list[Cohort]:
-        """Build the cohorts of one round."""
+        """Build the cohorts of one round that this process trains, if need be some without clients."""
+        size, dealt = self._dealt(round)
+        mine = dealt[self.process]
+        starts = range(0, self.number_of_cohorts(round) * size, size)
+        return [self._cohort(round, mine[start : start + size], size) for start in starts]
+
+    def _dealt(self, round: int) -> tuple[int, list[list[int]]]:
+        """Rows of a cohort, and the clients of each process."""
         clients = list(self.sample(round))
-        size = self.cohort_size(len(clients))
-        return [self._cohort(round, clients[i : i + size], size) for i in range(0, len(clients), size)]
+        loads = [self.work.count(len(self.parts[client])) for client in clients]
+        dealt = [[clients[place] for place in places] for places in deal(loads, self.processes)]
+        return self.cohort_size(len(clients)), dealt
 
     def _cohort(self, round: int, clients: Sequence[int], size: int) -> Cohort:
         work = [self.work.batches(self.parts[c], generator(self.seed, Purpose.BATCHES, round, c)) for c in clients]
-        steps = max(len(counts) for _, counts in work)
-        samples = np.zeros((size, steps, self.work.batch_size), dtype=np.int64)
+        steps = max((len(counts) for _, counts in work), default=1)
+        # what no client fills is ignored: a sample that the cohort has at hand, so that none is gathered for it
+        filler = work[0][0].flat[0] if work else 0
+        samples = np.full((size, steps, self.work.batch_size), filler, dtype=np.int64)
         count = np.zeros((steps, size), dtype=np.int64)
         for row, (indices, counts) in enumerate(work):
             samples[row, : len(counts)] = indices
@@ -154,3 +187,27 @@ class RoundPlan:
             count=tuple(tuple(step) for step in count.tolist()),
             weight=(*weight, *[0.0] * padding),
         )
+
+
+def deal(loads: Sequence[int], processes: int) -> list[list[int]]:
+    """Deal work to processes, the longest first, each to the process with the least so far (Graham 1969).
+
+    Args:
+        loads: local steps of each client.
+        processes: how many there are.
+
+    Returns:
+        Places in ``loads`` for each process, in the order given if there is one process, else longest first.
+
+    >>> deal([3, 1, 1, 2], 2)
+    [[0, 2], [3, 1]]
+    """
+    if processes == 1:
+        return [list(range(len(loads)))]
+    dealt: list[list[int]] = [[] for _ in range(processes)]
+    total = [0] * processes
+    for place in sorted(range(len(loads)), key=lambda i: -loads[i]):
+        least = total.index(min(total))
+        dealt[least].append(place)
+        total[least] += loads[place]
+    return dealt

@@ -120,8 +120,8 @@ class WeightedMean:
         weight = tally.rows.new_tensor(tally.weight).unsqueeze(1)
         divisor = torch.where(weight > 0, weight, 1.0)
         touched = None if all(tally.weight) else (weight > 0).expand_as(tally.rows)
-        if tally.senders is None:
-            return Change(tally.rows / divisor, tally.buffers / divisor, touched, tally.loss / total)
+        if tally.senders is None:  # in place: the tally has served
+            return Change(tally.rows.div_(divisor), tally.buffers / divisor, touched, tally.loss / total)
         touched = tally.senders > 0
         rows = tally.rows / torch.where(touched, tally.senders, 1.0)
         return Change(rows, tally.buffers / divisor, touched, tally.loss / total)

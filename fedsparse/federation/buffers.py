@@ -60,13 +60,16 @@ class Buffers:
         if self.policy == "frozen":
             _freeze(self.net)
 
-    def take(self, clients: Sequence[int]) -> Tensor:
-        """Change (K, Q) of the buffers that travel; keeps the client's own where they do not."""
-        if self.policy == "local" and self.every.size:
-            self.store.write(clients, self.every.read(self.net).unsqueeze(0))
+    def take(self, clients: int) -> Tensor:
+        """Change (K, Q) of the buffers that travel, for so many clients."""
         if not self.space.size:
-            return self.row.expand(len(clients), 0)
+            return self.row.expand(clients, 0)
         return (self.space.read(self.net) - self.row).unsqueeze(0)
+
+    def kept(self) -> Tensor | None:
+        """What the client that has just trained keeps (1, values), or None."""
+        local = self.policy == "local" and self.every.size
+        return self.every.read(self.net).unsqueeze(0).cpu() if local else None
 
     def close(self, change: Tensor) -> None:
         """Add the mean change (G, Q) and put the global buffers into the network.

@@ -91,7 +91,10 @@ class Cache:
 
 
 def fingerprint(setting: Setting, config: Mapping[str, Any]) -> str:
-    """SHA-256 of the configuration, the start, the data, who holds what, the ledger so far, and the code."""
+    """SHA-256 of the configuration, the start, the data, who holds what, the ledger so far, and the code.
+
+    Of data that lies on the disk, names, sizes and times of change stand for the bytes.
+    """
     digest = hashlib.sha256()
     for piece in _pieces(setting, config):
         digest.update(hashlib.sha256(piece).digest())
@@ -106,7 +109,7 @@ def _pieces(setting: Setting, config: Mapping[str, Any]) -> Iterator[bytes]:
     for tensor in setting.net.state_dict().values():
         yield _bytes(tensor)
     for split in (setting.dataset.train, setting.dataset.val):
-        yield from (_bytes(split.x), _bytes(split.y))
+        yield from (_bytes(split.x) if isinstance(split.x, Tensor) else split.x.stamp(), _bytes(split.y))
     for part in setting.parts:
         yield part.tobytes()
 

@@ -13,20 +13,20 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.bound import BoundRow
 from fedsparse.federation.server import MakeOptimizer, Server
+from fedsparse.federation.stacked import StackedRows
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim import SparseSGDM
 from fedsparse.places import Coordinates, Piece, pieces
 from fedsparse.space import ParamSpace
 
 Forward = Callable[[Tensor], Tensor]
+Rows = BoundRow | StackedRows
 HALF = "16-mixed"
 LOSS_SCALE, SMALLEST_SCALE = 1024.0, 2.0**-8
 
@@ -39,8 +39,8 @@ def unchanged(x: Tensor) -> Tensor:
 class ClientModule(lightning.LightningModule):
     """The clients of a cohort: their losses, their local training, and the optimizers of clients and server.
 
-    With K = 1 the network's parameters are views into the row, so that any module trains without a copy. With K > 1
-    the rows train together through ``vmap``. To change what is learned, subclass and override ``losses``.
+    With K = 1 the network's parameters are views into the row, so that any module trains without a copy (``BoundRow``).
+    With K > 1 the rows train together (``StackedRows``). To change what is learned, subclass and override ``losses``.
 
     Args:
         net: the network; between rounds it holds the global model.
@@ -51,11 +51,14 @@ class ClientModule(lightning.LightningModule):
         cohort: K, clients that train together.
         clip_norm: largest L2 norm of a client's gradient over its trained coordinates, or None.
         inputs: turns images of any leading dimensions into what the network takes, on their device.
+        compile: let torch compile the network for the local steps.
 
     Raises:
         ValueError: K > 1 with BatchNorm, whose running statistics cannot be stacked.
 
     """
+
+    rows: Rows
 
     def __init__(
         self,
@@ -67,18 +70,18 @@ class ClientModule(lightning.LightningModule):
         cohort: int = 1,
         clip_norm: float | None = None,
         inputs: Callable[[Tensor], Tensor] = unchanged,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        if cohort > 1 and any(isinstance(module, _BatchNorm) for module in net.modules()):
+        if cohort > 1 and not can_stack(net):
             raise ValueError("federation.cohort above 1 cannot stack BatchNorm; use federation.cohort=1 or GroupNorm")
         self.automatic_optimization = False
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
         self.make_optimizer, self.make_server_optimizer = make_optimizer, make_server_optimizer
-        self.inputs = inputs
+        self.inputs, self.compile_net = inputs, compile
         self.register_buffer("mask", mask.clone())
         self.register_buffer("bitmaps", torch.zeros(0, 0, dtype=torch.uint8))
         self.loss_scale = 1.0
-        self.bound: BoundRow | None = None
         self.mean_loss: tuple[float, ...] = ()
 
     def set_mask(self, mask: Tensor, bitmaps: Tensor | None = None) -> None:
@@ -116,39 +119,39 @@ class ClientModule(lightning.LightningModule):
         row, mask = self.space.read(self.net), torch.as_tensor(self.mask)
         self.theta = row.repeat(self.cohort, 1)
         self.theta.grad = zeros(self.theta)
-        self.gradients = [self.theta.grad]
         self.trained = Coordinates(mask)
         self._set_frozen(mask)
-        self.local = self._local_optimizer(mask)
+        self.rows, masks = self._single(mask) if self.cohort == 1 else self._several(mask)
+        self.local = self.make_optimizer(self.rows.views)
+        self.local.set_masks(masks)
         self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained)
         return [self.local, self.server.optimizer]
 
-    def _local_optimizer(self, mask: Tensor) -> SparseSGDM:
-        """Give the optimizer one bound row in pieces, or the stacked rows with the mask of all."""
-        if self.cohort > 1:
-            local = self.make_optimizer([self.theta])
-            local.set_masks([None if self.trained.index is None else mask.expand_as(self.theta)])
-            return local
+    def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
+        """One row, in the pieces that the optimizer steps, with the mask of each."""
         own = len(torch.as_tensor(self.bitmaps)) > 0
         split = [Piece("", 0, (self.space.size,), mask)] if own else pieces(self.space, mask)
-        self.bound = BoundRow(self.net, self.space, self.theta, mask, split)
-        local = self.make_optimizer(self.bound.views)
-        local.set_masks([piece.mask for piece in split])
-        return local
+        rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self._forward())
+        return rows, [piece.mask for piece in split]
+
+    def _several(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
+        """K rows, stepped as one tensor with the mask of all; joined batches only for a loss that is known."""
+        known = type(self).losses is ClientModule.losses
+        rows = StackedRows(self.net, self.space, self.theta, mask, self.losses, self._forward(), known)
+        return rows, [None if self.trained.index is None else mask.expand_as(self.theta)]
+
+    def _forward(self) -> Forward:
+        """The network as local steps call it; evaluation calls it as it is, and compiles nothing."""
+        return torch.compile(self.net, dynamic=False) if self.compile_net else self.net
 
     def on_train_start(self) -> None:
-        """Bind the network to its row, or prepare the rows' stacked training."""
+        """Bind the network to its row."""
         self.loss_scale = LOSS_SCALE if self.trainer.precision == HALF else 1.0
-        if self.bound is not None:
-            self.bound.bind()
-        else:
-            self.theta.requires_grad_(True)
-            self._stacked = vmap(self._row_loss, in_dims=(0, 0, 0, 0), randomness="different")
+        self.rows.bind()
 
     def on_train_end(self) -> None:
         """Give the network's layers back their own backward."""
-        if self.bound is not None:
-            self.bound.release()
+        self.rows.release()
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients: they are views into the row, and None would unbind them."""
@@ -158,10 +161,10 @@ class ClientModule(lightning.LightningModule):
         self.trained.write(self.theta, values)
         if masks is not None:
             self._set_frozen(masks)
-            self.local.set_masks([masks if self.bound is None else masks[0]])
+            self.local.set_masks([masks if self.cohort > 1 else masks[0]])
         self.local.reset()
-        if self.bound is not None and not self.bound.intact():
-            self.bound.bind()
+        if not self.rows.intact():
+            self.rows.bind()
 
     def training_step(self, cohort: Cohort, batch_idx: int) -> None:
         """Run the whole local training of the cohort; leaves the rows in ``theta`` and the losses in ``mean_loss``."""
@@ -182,17 +185,13 @@ class ClientModule(lightning.LightningModule):
         """One step of all K clients, x (K, B, ...) and y (K, B), or of one client without K: the losses (K,) or ()."""
         if not any(count):
             return self.theta.new_zeros(self.cohort)
-        losses = self._backward(self.inputs(x), y, count)
+        x = self.inputs(x)
+        scaled = self.loss_scale != 1.0
+        losses = self._scaled_backward(x, y, count) if scaled else self.rows.backward(x, y, count, None)
         self._clip()
         self._step_where(count)
-        self._clear()
+        self.rows.clear()
         return losses
-
-    def _backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
-        """Gradients of all clients in ``theta.grad``; their losses (K,), or () without K."""
-        if self.loss_scale != 1.0:
-            return self._scaled_backward(x, y, count)
-        return self._single_backward(x, y, count[0]) if self.cohort == 1 else self._stacked_backward(x, y, count)
 
     def _scaled_backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
         """Gradients in half precision: each client's loss is scaled up, and its scale halved while they overflow.
@@ -202,64 +201,32 @@ class ClientModule(lightning.LightningModule):
         """
         scale = self.theta.new_full((self.cohort,), self.loss_scale)
         while True:
-            if self.cohort == 1:
-                losses = self._single_backward(x, y, count[0], scale)
-            else:
-                losses = self._stacked_backward(x, y, count, scale)
-            rows = [g.view(self.cohort, -1) for g in self.gradients]
-            done = torch.stack([g.isfinite().all(1) for g in rows]).all(0) | (scale <= SMALLEST_SCALE)
+            losses = self.rows.backward(x, y, count, scale)
+            gradients = self._gradients()
+            done = torch.stack([g.isfinite().all(1) for g in gradients]).all(0) | (scale <= SMALLEST_SCALE)
             if bool(done.all()):
-                for g in rows:
+                for g in gradients:
                     g.div_(scale.unsqueeze(1))
                 return losses
             scale = torch.where(done, scale, scale / 2)
-            self._clear()
+            self.rows.clear()
 
-    def _single_backward(self, x: Tensor, y: Tensor, count: int, scale: Tensor | None = None) -> Tensor:
-        """Gradient of the one client's mean loss over its real samples; the loss ()."""
-        if count < len(y):
-            x, y = x[:count], y[:count]
-        losses = self.losses(self.net, x, y)
-        weight = losses.new_full((count,), 1 / count)  # as mean().backward(), two kernels shorter
-        losses.backward(weight if scale is None else weight * scale)
-        assert self.bound is not None
-        self.gradients = self.bound.collect()
-        return losses.detach().mean()
-
-    def _stacked_backward(self, x: Tensor, y: Tensor, count: Sequence[int], scale: Tensor | None = None) -> Tensor:
-        """Gradient of each client's mean loss over its real samples; the losses (K,)."""
-        real = torch.arange(x.shape[1]) < torch.tensor(count).unsqueeze(1)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule on a CPU
-            losses = self._stacked(self.space.unflatten(self.theta), x, y, real.to(x.device))
-        losses.backward(torch.ones_like(losses) if scale is None else scale)
-        return losses.detach()
-
-    def _row_loss(self, tensors: dict[str, Tensor], x: Tensor, y: Tensor, real: Tensor) -> Tensor:
-        """Mean loss of one client over its real samples (B,)."""
-        losses = self.losses(lambda z: functional_call(self.net, tensors, (z,)), x, y)
-        return torch.where(real, losses, 0.0).sum() / real.sum().clamp(min=1)
+    def _gradients(self) -> list[Tensor]:
+        """Gradients of the last backward, each with a row for a client."""
+        return [g.view(self.cohort, -1) for g in self.rows.gradients]
 
     def _clip(self) -> None:
         """Clip each client's gradient over its trained coordinates, as ``torch.nn.utils.clip_grad_norm_`` does."""
         if self.clip_norm is None:
             return
         if self.frozen is not None:
-            marks = [self.frozen] if self.bound is None else self.bound.frozen(self.frozen.view(-1))
-            for g, frozen in zip(self.gradients, marks, strict=True):
+            for g, frozen in zip(self.rows.gradients, self.rows.frozen(self.frozen), strict=True):
                 g.masked_fill_(frozen, 0.0)
-        rows = [g.view(self.cohort, -1) for g in self.gradients]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dim=1) for g in rows]), dim=0)
-        factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0).unsqueeze(1)
-        for g in rows:
+        gradients = self._gradients()
+        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients])
+        factor = (self.clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0).unsqueeze(1)
+        for g in gradients:
             g.mul_(factor)
-
-    def _clear(self) -> None:
-        """Forget the gradients of a step, so that the next one's take their memory."""
-        if self.bound is not None:
-            self.gradients = []
-            self.bound.clear()
-        else:
-            self.theta.grad.zero_()  # type: ignore[union-attr]
 
     def _set_frozen(self, mask: Tensor) -> None:
         """Mark what clipping leaves out, if there is any clipping."""
@@ -280,8 +247,14 @@ class ClientModule(lightning.LightningModule):
                 tensor[dead] = old
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the clients' momentum out: it does not outlive the round."""
+        """Leave the clients' momentum out: it does not outlive the round. Keep K, which may have been measured."""
         checkpoint["optimizer_states"][0]["state"] = {}
+        checkpoint["cohort"] = self.cohort
+
+
+def can_stack(net: nn.Module) -> bool:
+    """Whether several clients can share a forward: not with BatchNorm, whose running statistics are one client's."""
+    return not any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
 def zeros(like: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from fedsparse.federation import parallel
+
 SPLITS = ("val", "test")
 
 
@@ -78,9 +80,21 @@ class Evaluation(lightning.Callback):
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Compute the figures and hand them to checkpoints and early stopping."""
         self.figures = {}
-        for name, seen in zip(SPLITS, self.seen, strict=True):
+        for name, seen in zip(SPLITS, self._of_all(trainer), strict=True):
             whole = {key: torch.cat([batch[key] for batch in seen]) for key in ("logits", "y", "losses")}
             self.figures |= split_figures(name, **whole)
         correct = (whole["logits"].argmax(1) == whole["y"]).cpu().numpy()
         self.figures |= client_figures(correct, self.tests)
         pl_module.log_dict(self.figures, logger=False, batch_size=1)
+
+    def _of_all(self, trainer: lightning.Trainer) -> list[list[dict[str, Tensor]]]:
+        """Batches of both splits in their order; of several processes each has seen every n-th."""
+        if not parallel.joined():
+            return self.seen
+        own = [[{key: value.cpu() for key, value in batch.items()} for batch in seen] for seen in self.seen]
+        everyone, loaders = parallel.gather(own), trainer.val_dataloaders
+        turns = len(everyone)
+        return [
+            [everyone[batch % turns][split][batch // turns] for batch in range(loader.total)]
+            for split, loader in enumerate(loaders)  # type: ignore[arg-type]
+        ]

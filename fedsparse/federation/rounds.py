@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.data.rounds import Cohort
+from fedsparse.federation import parallel
 from fedsparse.federation.aggregation import Aggregation
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.client import ClientModule
@@ -34,6 +35,26 @@ class Dropped:
 
     round: int
     client: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cohort's training leaves beside its update, for every process to know.
+
+    Attributes:
+        clients: who trained.
+        up: bytes that each sent.
+        dropped: updates that were left out.
+        kept: local coordinates that the clients keep, a row each; None if they keep none.
+        buffers: buffers that they keep, likewise.
+
+    """
+
+    clients: tuple[int, ...]
+    up: int
+    dropped: tuple[Dropped, ...]
+    kept: Tensor | None
+    buffers: Tensor | None
 
 
 class EveryUpdateDropped(RuntimeError):
@@ -81,12 +102,14 @@ class FederatedRounds(lightning.Callback):
         self.keeps_local = bool(self.local.any())
         self.change: Tensor | None = None
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
+        self.dense = HEADER.size + module.server.rows[0].nbytes
         self.buffers.open(module.net)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Open the round: an empty tally, and this round's learning rate."""
         groups, size = module.server.values.shape
         self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device, self.exchange.own)
+        self.reports: list[Report] = []
         self.down = self.exchange.encode(self._broadcast_message(module)).length
         factor = self.schedule(trainer.current_epoch, int(trainer.max_epochs or 0))
         for group, lr in zip(module.local.param_groups, self.base_lr, strict=True):
@@ -100,30 +123,46 @@ class FederatedRounds(lightning.Callback):
         self.begin = self._with_local(batch.clients, module.server.broadcast(self.group))
         module.start(self.begin, module.own_masks(batch.clients))
         self.buffers.send(batch.clients)
-        seed_dropout(module.device, number(self.seed, Purpose.DROPOUT, batch.round, batch.clients[0]))
+        if batch.members:
+            seed_dropout(module.device, number(self.seed, Purpose.DROPOUT, batch.round, batch.clients[0]))
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
     ) -> None:
         """Take the cohort's update in, and close the round after the last one."""
-        rows = module.trained.of(module.theta.detach())
-        if self.keeps_local:
-            self.store.write(batch.clients, rows[:, self.local])
-        update = self._finite(
-            batch,
-            Update(
-                batch.clients,
-                self._difference(rows),
-                self.buffers.take(batch.clients),
-                batch.weight,
-                module.mean_loss,
-            ),
-        )
-        payload = self.exchange.encode(update)
-        self.aggregation.add(self.tally, self.exchange.decode(payload), self.group)
-        self._count([client for _, client in batch.members], payload.length, module.server.rows[0].nbytes)
+        if batch.members:
+            self._take(module, batch)
         if trainer.is_last_batch:
             self._close(module, batch.round)
+
+    def _take(self, module: ClientModule, cohort: Cohort) -> None:
+        """Take a cohort's update in."""
+        rows, members = module.trained.of(module.theta.detach()), cohort.members
+        change, buffers = self._difference(rows), self.buffers.take(len(cohort.clients))
+        update, dropped = self._finite(cohort, Update(cohort.clients, change, buffers, cohort.weight, module.mean_loss))
+        payload = self.exchange.encode(update)
+        self.aggregation.add(self.tally, self.exchange.decode(payload), self.group)
+        kept = rows[: len(members), self.local].cpu() if self.keeps_local else None
+        clients = tuple(client for _, client in members)
+        self._tell(Report(clients, payload.length, dropped, kept, self.buffers.kept()))
+
+    def _tell(self, report: Report) -> None:
+        """Note what a cohort leaves; of several processes all do at the round's end, when they hear of it."""
+        if parallel.joined():
+            self.reports.append(report)
+        else:
+            self._note(report)
+
+    def _note(self, report: Report) -> None:
+        """Count bytes and dropped updates, and keep what the clients keep."""
+        self.ledger.first_model(report.clients, self.model_length)
+        self.ledger.mask(report.clients, self.mask_length)
+        self.ledger.round(len(report.clients), report.up, self.down, self.dense + self.buffers.row.nbytes)
+        self.dropped += report.dropped
+        if report.kept is not None:
+            self.store.write(report.clients, report.kept)
+        if report.buffers is not None:
+            self.buffers.store.write(report.clients, report.buffers)
 
     def _difference(self, rows: Tensor) -> Tensor:
         """What the cohort changed, (K, n), in memory that the next cohort writes again."""
@@ -133,6 +172,9 @@ class FederatedRounds(lightning.Callback):
 
     def _close(self, module: ClientModule, round: int) -> None:
         """Average, step the server, and put the new global row into the network."""
+        for reports in parallel.gather(self.reports):
+            for report in reports:
+                self._note(report)
         change = self.aggregation.finish(self.aggregation.merge(self.tally))
         if change is None:
             raise EveryUpdateDropped(self._nothing_left(round))
@@ -140,6 +182,7 @@ class FederatedRounds(lightning.Callback):
         module.space.write(module.net, module.server.rows[0])
         self.buffers.close(change.buffers)
         self.loss = change.loss
+        del self.tally  # before the next round takes memory for its own
 
     def _nothing_left(self, round: int) -> str:
         return (
@@ -147,21 +190,22 @@ class FederatedRounds(lightning.Callback):
             "try a smaller optimizer.lr, or optimizer.clip_norm=1.0"
         )
 
-    def _finite(self, cohort: Cohort, update: Update) -> Update:
-        """Drop updates that are not finite: by selection, so that NaN never reaches the tally."""
+    def _finite(self, cohort: Cohort, update: Update) -> tuple[Update, tuple[Dropped, ...]]:
+        """Drop updates that are not finite: by selection, so that NaN never reaches the tally; and say whose."""
         sums = update.rows.sum(1) + update.buffers.sum(1) if self.buffers.size else update.rows.sum(1)
         good = [math.isfinite(a) and math.isfinite(b) for a, b in zip(sums.tolist(), update.loss, strict=True)]
         if all(good):
-            return update
-        self.dropped += [Dropped(cohort.round, client) for row, client in cohort.members if not good[row]]
+            return update, ()
+        dropped = tuple(Dropped(cohort.round, client) for row, client in cohort.members if not good[row])
         keep = torch.tensor(good, device=update.rows.device).unsqueeze(1)
-        return replace(
+        left = replace(
             update,
             rows=torch.where(keep, update.rows, 0.0),
             buffers=torch.where(keep, update.buffers, 0.0),
             weight=tuple(w if g else 0.0 for w, g in zip(update.weight, good, strict=True)),
             loss=tuple(v if g else 0.0 for v, g in zip(update.loss, good, strict=True)),
         )
+        return left, dropped
 
     def _with_local(self, clients: Sequence[int], rows: Tensor) -> Tensor:
         """Replace the local coordinates by what each client kept."""
@@ -174,12 +218,6 @@ class FederatedRounds(lightning.Callback):
     def _broadcast_message(self, module: ClientModule) -> Update:
         """The global values as a message to one client."""
         return Update((FROM_SERVER,), module.server.values[:1], self.buffers.row.unsqueeze(0), (0.0,), (0.0,))
-
-    def _count(self, clients: Sequence[int], up: int, whole: int) -> None:
-        dense = HEADER.size + whole + self.buffers.row.nbytes
-        self.ledger.first_model(clients, self.model_length)
-        self.ledger.mask(clients, self.mask_length)
-        self.ledger.round(len(clients), up, self.down, dense)
 
     def state_dict(self) -> dict[str, Any]:
         """What lasts over rounds and is not the network's or the server optimizer's."""

@@ -40,7 +40,7 @@ class Server:
     def step(self, change: Change) -> None:
         """Take one server step along the mean change; coordinates that nobody touched stay."""
         before = None if change.touched is None else self.values.clone()
-        self.values.grad = change.rows.neg().to(self.values.dtype)
+        self.values.grad = change.rows.to(self.values.dtype, copy=True).neg_()
         self.optimizer.step()
         self.values.grad = None
         if before is not None and change.touched is not None:

@@ -60,7 +60,7 @@ class Setting:
 
     def take(self, split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Gather samples by index, as the network takes them: x (n, C, H, W), y (n,). Never augmented."""
-        index = torch.from_numpy(np.asarray(indices)).to(split.x.device)
+        index = torch.from_numpy(np.asarray(indices))
         return self.inputs(split.x[index].to(self.device)), split.y[index].to(self.device)
 
     def batches(self, split: Split, indices: np.ndarray, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -86,6 +86,7 @@ class FileStore:
         self.shape: tuple[int, int] = (0, 0)
         self.dtype = "float32"
         self.pinned: deque[list[int]] = deque([[], []], maxlen=2)
+        self.held: set[int] = set()  # the pinned slots: what a write must not touch
         self.free: list[int] = []
 
     def get(self, client: int, default: Tensor) -> Tensor:
@@ -95,11 +96,10 @@ class FileStore:
 
     def write(self, clients: Sequence[int], rows: Tensor) -> None:
         """Keep rows: in the client's own slot, or in another if a checkpoint refers to that."""
-        held = {slot for slots in self.pinned for slot in slots}
         for client, row in zip(clients, rows.detach().cpu(), strict=True):
             if client >= 0:
                 slot = self.slots.get(client)
-                self.slots[client] = self._new(row) if slot is None or slot in held else slot
+                self.slots[client] = self._new(row) if slot is None or slot in self.held else slot
                 self.rows[self.slots[client]] = row.numpy()
 
     def _new(self, row: Tensor) -> int:
@@ -144,7 +144,8 @@ class FileStore:
         self._release()
 
     def _release(self) -> None:
-        used = {slot for slots in (*self.pinned, self.slots.values()) for slot in slots}
+        self.held = {slot for slots in self.pinned for slot in slots}
+        used = self.held | set(self.slots.values())
         self.free = [slot for slot in range(self.shape[0] - 1, -1, -1) if slot not in used]
 
 

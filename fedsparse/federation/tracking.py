@@ -9,10 +9,11 @@ from typing import Any
 
 import lightning
 
+from fedsparse.data.stream import SIGNALS
+from fedsparse.federation import parallel
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.rounds import FederatedRounds
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 class RoundLog(lightning.Callback):
@@ -84,7 +85,8 @@ class GracefulStop(lightning.Callback):
         self.received.append(signal.Signals(number))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Stop after this round."""
+        """Stop after this round, all processes of a run if one of them is asked to."""
+        self.received = [number for numbers in parallel.gather(self.received) for number in numbers]
         if self.received:
             trainer.should_stop = True
 

@@ -1,0 +1,113 @@
+"""fedsparse as a runner: the federation that ``python -m fedsparse.train`` would build, dense, ``exchange=full``."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import wandb
+from rich.console import Console
+from torch import nn
+
+from fedsparse import __version__
+from fedsparse.bench.compare import in_pairs
+from fedsparse.bench.pairs import Feed, Trained
+from fedsparse.bench.problems import BARE, CLIENTS, EVERYTHING, LR, MOMENTUM, Problem, Task
+from fedsparse.bench.rows import Row
+from fedsparse.data.datamodule import FederatedDataModule
+from fedsparse.federation.aggregation import WeightedMean
+from fedsparse.federation.artifacts import wandb_logger
+from fedsparse.federation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
+from fedsparse.federation.client import ClientModule
+from fedsparse.federation.csv import RoundCSV
+from fedsparse.federation.evaluation import Evaluation
+from fedsparse.federation.exchange import Full
+from fedsparse.federation.progress import RoundProgress
+from fedsparse.federation.rounds import FederatedRounds
+from fedsparse.federation.topology import Flat
+from fedsparse.federation.tracking import RoundLog
+from fedsparse.optim import SparseSGDM
+from fedsparse.space import ParamSpace
+
+
+class Ticks(lightning.Callback):
+    """Tells a feed when a round begins."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """An epoch is a round."""
+        self.feed.tick()
+
+
+def measure(problem: Problem, setting: str, folder: Path, cohort: int = 1) -> Row:
+    """Run fedsparse and the hand-written loop in pairs on one problem.
+
+    Args:
+        problem: the model, and how often it is measured.
+        setting: one of ``SETTINGS``.
+        folder: for what the run writes.
+        cohort: bound of the clients that train together; the row says how many do.
+
+    """
+    size = Task(problem, 1).plan(cohort).cohort_size(CLIENTS)
+    figures = in_pairs(partial(train, setting=setting, folder=folder), problem, size)
+    return Row(problem.name, "fedsparse", __version__, setting, **figures)
+
+
+def train(task: Task, feed: Feed, setting: str = BARE, folder: Path = Path()) -> Trained:
+    """Run the federation."""
+    module, federation = _federation(task.net(), task.cohort)
+    data = FederatedDataModule(task.dataset, task.plan(task.cohort))
+    _trainer(federation, Ticks(feed), task.rounds, setting, folder).fit(module, data)
+    if wandb.run is not None:
+        wandb.run.finish()
+    return Trained(module.server.rows[0], federation.ledger.bytes_up // task.rounds)
+
+
+def _federation(net: nn.Module, cohort: int) -> tuple[ClientModule, FederatedRounds]:
+    """Build clients and protocol."""
+    space = ParamSpace.of(net)
+    trained = torch.ones(space.size, dtype=torch.bool)
+    optimizers = partial(SparseSGDM, lr=LR, momentum=MOMENTUM), partial(torch.optim.SGD, lr=1.0)
+    module = ClientModule(net, space, trained, *optimizers, cohort=cohort)
+    return module, FederatedRounds(Full(trained=trained, local=space.local), WeightedMean(), Flat())
+
+
+def _trainer(federation: FederatedRounds, ticks: Ticks, rounds: int, setting: str, folder: Path) -> lightning.Trainer:
+    """Build the trainer: bytes and csv always, the rest if asked for."""
+    evaluation, more = Evaluation(), setting != BARE
+    callbacks = [federation, evaluation, RoundLog(federation, evaluation), ticks]
+    loggers: list[Any] = [RoundCSV(folder)]
+    if more:
+        callbacks += _beside(federation, evaluation, setting == EVERYTHING, folder)
+        loggers.append(wandb_logger(offline=True, project="fedsparse-bench", save_dir=folder))
+    return lightning.Trainer(
+        max_epochs=rounds,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        limit_val_batches=None if setting == EVERYTHING else 0,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        log_every_n_steps=1,
+        enable_checkpointing=more,
+        default_root_dir=folder,
+    )
+
+
+def _beside(federation: FederatedRounds, evaluation: Evaluation, validated: bool, folder: Path) -> list[Any]:
+    """Build progress bar and checkpoints."""
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    best = RoundCheckpoint(folder, "best", monitor="val/acc", mode="max", save_on_train_epoch_end=True)
+    last = RoundCheckpoint(folder, "last", save_on_train_epoch_end=True)
+    return [RoundProgress(federation, evaluation, CLIENTS, terminal), *([best] if validated else []), last]

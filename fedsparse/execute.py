@@ -1,0 +1,206 @@
+"""A run, carried out: build, prepare head and mask, train, write. Of several processes one leads, the others follow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+from hydra.core.hydra_config import HydraConfig
+from torch import Tensor
+
+from fedsparse import build, results, team
+from fedsparse.federation import parallel
+from fedsparse.federation.calibration import Calibrated
+from fedsparse.federation.checkpoint import choose_checkpoint, read_checkpoint
+from fedsparse.federation.client import ClientModule
+from fedsparse.federation.csv import read_rows
+from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.rounds import EveryUpdateDropped, FederatedRounds
+from fedsparse.federation.tracking import hand_on
+from fedsparse.masks import Mask
+from fedsparse.prepare import MASK, OVERLAP, mean_client_overlap, prepare, sparsity_of
+from fedsparse.resume import Job
+from fedsparse.sweep import held
+
+log = logging.getLogger("fedsparse")
+TERMINATED = 143  # 128 + SIGTERM
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the rounds begin with, as the leading process prepared it.
+
+    Attributes:
+        found: mask, and the clients' own masks.
+        ledger: bytes so far.
+        net: the model's tensors by name, on the CPU.
+        cohort: upper bound of the clients that train together.
+        checkpoint: what a resumed run goes on from.
+
+    """
+
+    found: Calibrated
+    ledger: Ledger
+    net: dict[str, Tensor]
+    cohort: int
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parts of a training that are asked something afterwards."""
+
+    trainer: lightning.Trainer
+    rounds: FederatedRounds
+    callbacks: build.Callbacks
+
+
+def execute(job: Job) -> dict[str, Any]:
+    """Carry out a run, alone in its folder, with as many processes as it asks for; returns its summary."""
+    quiet()
+    with held(job.folder), team.team(team.size_of(job.cfg)):
+        log.info("process %d", os.getpid())
+        return _lead(job)
+
+
+def _lead(job: Job) -> dict[str, Any]:
+    federation = build.build_federation(job.cfg)
+    parallel.share(job)  # only now: what the data set downloads is there for all
+    module = build.build_module(job.cfg, federation)
+    start = _start(job, federation, module)
+    parallel.share(start)
+    training = _train(job, federation, module, start)
+    _stopped(job, training)
+    summary = _summary(job, federation, start.found, training)
+    results.write_results(job.folder, federation, summary, job.cfg.pictures)
+    return summary | {"folder": str(job.folder)}
+
+
+def follow() -> None:
+    """Train other clients of the same rounds, until the leading process has nothing more to do.
+
+    Raises:
+        ValueError: this process cannot build what the leading one could.
+
+    """
+    warnings.simplefilter("ignore")  # the leading process warns
+    try:
+        while (job := parallel.share()) is not None:
+            quiet()
+            federation = build.build_federation(job.cfg)
+            module, start = build.build_module(job.cfg, federation), parallel.share()
+            if start is None:
+                return
+            federation.net.load_state_dict(start.net)
+            module.set_mask(start.found.mask.row(federation.space), start.found.bitmaps)
+            build.set_cohort(federation, module, start.cohort)
+            _train(job, federation, module, start)
+    except EveryUpdateDropped:
+        return  # the leading process says so
+
+
+def _start(job: Job, federation: build.Federation, module: ClientModule) -> Start:
+    """Prepare a run's first round, or find what a resumed one goes on from."""
+    ledger, checkpoint = Ledger(), _checkpoint(job, federation)
+    found = prepare(job, federation, module, ledger) if checkpoint is None else _stored(job, federation, checkpoint)
+    module.set_mask(found.mask.row(federation.space), found.bitmaps)
+    state = {} if checkpoint is None else read_checkpoint(checkpoint, federation.space)
+    build.settle_cohort(job.cfg, federation, module, state.get("cohort"))
+    net = {name: tensor.cpu() for name, tensor in federation.net.state_dict().items()} if parallel.joined() else {}
+    return Start(found, ledger, net, federation.plan.bound, checkpoint)
+
+
+def _train(job: Job, federation: build.Federation, module: ClientModule, start: Start) -> Training:
+    """Train to the last round."""
+    mask, closed = start.found.mask, 0
+    if start.checkpoint is not None:
+        closed = read_checkpoint(start.checkpoint, federation.space)["epoch"] + 1
+    if closed > job.cfg.federation.rounds:
+        raise ValueError(f"{closed} rounds are closed already; federation.rounds={job.cfg.federation.rounds} is fewer")
+    leads = parallel.process() == 0
+    rounds = build.build_rounds(job.cfg, federation, mask, start.ledger, module, job.folder)
+    callbacks = build.build_callbacks(job.cfg, rounds, federation, mask, job.folder, _beside_others() or not leads)
+    loggers = build.build_loggers(job.cfg, job.folder, job.group, closed) if leads else []
+    trainer = build.build_trainer(job.cfg, callbacks, loggers)
+    trainer.fit(module, build.build_datamodule(job.cfg, federation), ckpt_path=start.checkpoint)
+    return Training(trainer, rounds, callbacks)
+
+
+def _stopped(job: Job, training: Training) -> None:
+    """End the process if a signal asked for it: the round is closed and saved."""
+    received = training.callbacks.stop.received
+    if received:
+        said = ", ".join(number.name for number in received)
+        closed = training.trainer.current_epoch
+        log.warning("%s: round %d is closed and saved; go on with resume=%s", said, closed, job.folder)
+        hand_on(received)
+        raise SystemExit(TERMINATED)
+
+
+def _summary(job: Job, federation: build.Federation, found: Calibrated, training: Training) -> dict[str, Any]:
+    """Gather what summary.json holds."""
+    always = federation.space.where(job.cfg.sparsity.always_train)
+    return results.summarise(
+        federation,
+        training.rounds,
+        found.mask,
+        read_rows(job.folder / "metrics.csv"),
+        seconds=training.callbacks.log.seconds,
+        seed=job.cfg.seed,
+        cohort=federation.cohort,
+        processes=parallel.processes(),
+        head=job.cfg.head.init,
+        sparsity=sparsity_of(found.mask, always, federation.space),
+        mask_overlap_rounds=list(found.overlap),
+        mask_overlap_clients=mean_client_overlap(found, federation.space),
+        **_chosen(job),
+    )
+
+
+def _beside_others() -> bool:
+    """Whether this is one of several jobs that a launcher of Hydra runs at the same time."""
+    return HydraConfig.initialized() and not str(HydraConfig.get().launcher._target_).endswith("BasicLauncher")
+
+
+def _chosen(job: Job) -> dict[str, str | None]:
+    """The options that name a run, as the summary keeps them."""
+    keys = ("mask_rule", "partition", "data", "model", "experiment")
+    return {key: None if job.choices.get(key) in (None, "None", "null") else job.choices[key] for key in keys}
+
+
+def _stored(job: Job, federation: build.Federation, checkpoint: Path) -> Calibrated:
+    """Take the masks of a checkpoint, under the words of the run's mask file."""
+    state = read_checkpoint(checkpoint, federation.space)["state_dict"]
+    path = job.folder / MASK
+    words = Mask.load(path).metadata if path.is_file() else {}
+    overlap = tuple(json.loads(words.get(OVERLAP, "[]")))
+    return Calibrated(Mask(federation.space.unflatten(state["mask"]), words), state["bitmaps"], overlap)
+
+
+def _checkpoint(job: Job, federation: build.Federation) -> Path | None:
+    """Choose what a resumed run goes on from."""
+    if not job.resumed:
+        return None
+    path, complaints = choose_checkpoint(job.folder / "checkpoints", federation.space)
+    for complaint in complaints:
+        log.warning("%s; the one before it is used", complaint)
+    return path
+
+
+def quiet() -> None:
+    """Keep what Lightning says about itself off the terminal; warnings that a person can act on stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in (
+        "does not have many workers",
+        "Checkpoint directory",
+        "`isinstance\\(treespec",
+        "smaller than the logging",
+        "sync_dist=True",  # all processes hold the same figures
+    ):
+        warnings.filterwarnings("ignore", f".*{text}.*")

@@ -1,0 +1,178 @@
+"""The processes of a run. On one machine the leading one starts and stops the others; torchrun or SLURM may do so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from torch import distributed
+
+from fedsparse.federation import parallel
+
+MEETING = "FEDSPARSE_MEETING"  # file where the processes of one machine meet
+GRACE = 20.0  # seconds that a following process has to end by itself
+
+Followers = list["subprocess.Popen[bytes]"]
+
+
+def size_of(cfg: DictConfig) -> int:
+    """Count the processes that a configuration asks for.
+
+    Raises:
+        ValueError: torchrun or SLURM started another number, or processes on other machines are asked for without them.
+
+    """
+    asked = _asked(cfg)
+    found = parallel.environment()
+    nodes = cfg.trainer.get("num_nodes", 1)  # a run that was stored before the key was there has one
+    if found is None and nodes > 1:
+        raise ValueError(f"trainer.num_nodes={nodes} needs torchrun or srun, which start the processes")
+    if found is not None and found.world_size() != asked:
+        raise ValueError(
+            f"{found.world_size()} processes were started, but trainer.devices={cfg.trainer.devices} x "
+            f"trainer.num_nodes={nodes} are {asked}; make them equal"
+        )
+    return asked
+
+
+def _asked(cfg: DictConfig) -> int:
+    """Let Lightning say how many processes its options mean.
+
+    Raises:
+        ValueError: it cannot make sense of them.
+
+    """
+    options = {key: cfg.trainer.get(key, 1) for key in ("accelerator", "devices", "num_nodes")}
+    try:
+        silent: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+        return lightning.Trainer(**options, **silent).world_size
+    except (TypeError, MisconfigurationException) as error:
+        said = ", ".join(f"trainer.{key}={value}" for key, value in options.items())
+        raise ValueError(f"{said} cannot be had here ({error})") from error
+
+
+@contextmanager
+def team(size: int) -> Iterator[None]:
+    """Have so many processes meet for the time of a run.
+
+    Args:
+        size: processes; the others are started here, unless torchrun or SLURM did.
+
+    Raises:
+        ValueError: one of the others failed.
+
+    """
+    if size == 1 or parallel.joined():
+        yield
+        return
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, parallel.variables(_variables(0, size)):
+        meeting = Path(folder) / "meeting"
+        followers = [_start(rank, size, meeting) for rank in range(1, size)]
+        try:
+            torch.set_num_threads(_threads(size))
+            meet(meeting, followers)
+            yield
+            parallel.share(None)
+            _wait(followers)
+        except RuntimeError as error:
+            raise _explained(error, followers) from error
+        finally:
+            torch.set_num_threads(threads)
+            _stop(followers)
+
+
+def meet(meeting: Path, followers: Sequence[subprocess.Popen[bytes]] = ()) -> None:
+    """Wait until all processes are there, and join them.
+
+    Raises:
+        RuntimeError: one of them ended before.
+
+    """
+    found = parallel.environment()
+    assert found is not None
+    size, store = found.world_size(), torch.distributed.FileStore(str(meeting), found.world_size())  # type: ignore[attr-defined]
+    store.set(f"here{found.global_rank()}", "yes")
+    while not store.check([f"here{rank}" for rank in range(size)]):
+        if any(follower.poll() is not None for follower in followers):
+            raise RuntimeError("a process ended before the run began")
+        time.sleep(0.02)
+    parallel.join(found, store)
+
+
+def join() -> bool:
+    """Join the others if this process was started as one of several; whether it was."""
+    found = parallel.environment()
+    if found is not None and not parallel.joined():
+        meeting = os.environ.get(MEETING)
+        parallel.join(found) if meeting is None else meet(Path(meeting))
+    return found is not None
+
+
+def serve(follow: Callable[[], None]) -> None:
+    """Follow the leading process. If the connection to it is lost, it has failed and says so: end without a word."""
+    try:
+        follow()
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "onnection" not in str(error):
+            raise
+        sys.exit(1)
+    finally:
+        leave()
+
+
+def leave() -> None:
+    """Part from the others."""
+    if parallel.joined():
+        distributed.destroy_process_group()
+
+
+def _variables(rank: int, size: int) -> dict[str, str]:
+    """What torchrun would set."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GROUP_RANK": "0"}
+
+
+def _threads(size: int) -> int:
+    """Threads of each of several processes on this machine."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    return int(given) if given else max(1, (os.cpu_count() or 1) // size)
+
+
+def _start(rank: int, size: int, meeting: Path) -> subprocess.Popen[bytes]:
+    """Start a process that follows; in a session of its own, so that Ctrl-C reaches the leading one alone."""
+    own = _variables(rank, size) | {MEETING: str(meeting), "OMP_NUM_THREADS": str(_threads(size))}
+    command = [sys.executable, "-m", "fedsparse.train"]
+    return subprocess.Popen(command, env=os.environ | own, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _wait(followers: Followers) -> None:
+    for follower in followers:
+        follower.wait(GRACE)
+
+
+def _explained(error: RuntimeError, followers: Followers) -> Exception:
+    """Say that another process failed, if that is what a lost connection means."""
+    time.sleep(0.2)  # a process that has just failed may still be ending
+    failed = [rank for rank, follower in enumerate(followers, 1) if follower.poll() not in (None, 0)]
+    if not failed:
+        return error
+    return ValueError(f"process {failed[0]} of the run failed; if it said why, its line is above")
+
+
+def _stop(followers: Followers) -> None:
+    """End what still runs: a following process has nothing of its own to save."""
+    for follower in followers:
+        follower.kill()
+        follower.wait()
+    leave()

@@ -1,0 +1,121 @@
+"""The benchmark compares like with like."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fedsparse import bench
+from fedsparse.bench import pairs
+from fedsparse.bench.loop import SGDS, HandWritten, fastest
+from fedsparse.bench.peers import PEERS
+from fedsparse.bench.problems import LR, MOMENTUM, Task
+
+SHORT = replace(bench.PROBLEMS["mlp"], pairs=2, warmup=1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "bound", "cohort", "tolerance"),
+    [(bench.BARE, 1, 1, 1e-6), (bench.UNVALIDATED, 1, 1, 1e-6), (bench.BARE, 10, 10, 1e-5), (bench.BARE, 8, 5, 1e-5)],
+)
+def test_both_loops_end_at_the_same_weights(tmp_path, setting, bound, cohort, tolerance):
+    row = bench.measure(SHORT, setting, tmp_path, bound)
+    assert row.weights_differ < tolerance
+    assert row.ratio_min <= row.ratio <= row.ratio_max
+    assert row.hand_ms > 0
+    assert (row.runner, row.setting, row.cohort, row.pairs) == ("fedsparse", setting, cohort, 2)
+    assert row.bytes_up > 10 * 4 * 9610  # ten clients, four bytes a weight
+    assert (tmp_path / "metrics.csv").is_file()
+
+
+def averaged(net, clients):
+    """One round of FedAvg, with a network of its own for every client and torch's defaults."""
+    ends = []
+    for batches in clients:
+        own = copy.deepcopy(net)
+        optimizer = torch.optim.SGD(own.parameters(), lr=LR, momentum=MOMENTUM)
+        for x, y in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(own(x), y).backward()
+            optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in own.parameters()]))
+    return torch.stack(ends).mean(0)
+
+
+@pytest.mark.parametrize("options", SGDS, ids=str)
+def test_the_hand_written_loop_is_federated_averaging(options):
+    task = Task(SHORT, 2)
+    hand, net = HandWritten(task.net(), options), task.net()
+    for round in range(2):
+        expected = averaged(net, task.batches(round))
+        torch.nn.utils.vector_to_parameters(expected, net.parameters())
+        hand.round(task.batches(round))
+    assert (hand.weights - expected).abs().max() < 1e-6
+    start = torch.cat([p.detach().flatten() for p in task.net().parameters()])
+    assert (hand.weights - start).abs().max() > 1e-2
+
+
+def test_every_network_of_a_task_starts_from_the_same_weights_and_rounds_differ():
+    task = Task(bench.PROBLEMS["vit"], 1)
+    one, other = (torch.cat([p.flatten() for p in task.net().parameters()]) for _ in range(2))
+    assert torch.equal(one, other)
+    (first, _), (second, _) = task.batches(0)[3][1], task.batches(1)[3][1]
+    assert first.shape == (32, 1, 8, 8)
+    assert not torch.equal(first, second)
+
+
+class Watch:
+    """A clock that work moves."""
+
+    def __init__(self):
+        self.now, self.log = 100.0, []
+
+    def perf_counter(self):
+        return self.now
+
+    def work(self, what, seconds):
+        self.log.append(what)
+        self.now += seconds
+
+
+@pytest.mark.parametrize("ticks_at_the_end", [False, True])
+def test_rounds_alternate_and_neither_counts_the_others_time(monkeypatch, ticks_at_the_end):
+    watch, rounds = Watch(), 5
+    monkeypatch.setattr(pairs, "time", watch)
+
+    def gather(round):
+        watch.now += 1000.0
+        return round
+
+    clock = pairs.Clock(gather, {}, lambda b: watch.work(f"hand {b}", 10.0 + b), range(1, rounds - 1))
+    for round in range(rounds):
+        clock.tick()
+        watch.work(f"runner {clock.batches}", 3.0 + round)
+    if ticks_at_the_end:
+        clock.tick()
+    clock.finish(rounds)
+    assert watch.log == [f"{who} {round}" for round in range(rounds) for who in ("runner", "hand")]
+    assert clock.times == pairs.Times(runner=[4.0, 5.0, 6.0], hand=[11.0, 12.0, 13.0])
+
+
+def test_the_fastest_sgd_is_chosen(monkeypatch):
+    def least(trial, batches):
+        return {None: 3.0, True: 1.0, False: 2.0}[trial.optimizer.defaults["foreach"]]
+
+    monkeypatch.setattr("fedsparse.bench.loop._least", least)
+    assert fastest(Task(SHORT, 1)) == {"foreach": True}
+
+
+def test_every_peer_has_its_module_its_packages_and_its_environment():
+    root = Path(__file__).parents[1]
+    makefile = (root / "Makefile").read_text()
+    (line,) = [line for line in makefile.splitlines() if line.startswith("bench-peers:")]
+    for name, module in PEERS.items():
+        assert (root / f"{module.replace('.', '/')}.py").is_file()
+        assert f"{name}==" in (root / "fedsparse/bench/peers" / f"{name}.txt").read_text()
+        assert name in line
