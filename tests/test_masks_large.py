@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from fedsparse.masks import top_fraction
 from fedsparse.bench.problems import vit_small
+from fedsparse.masks import top_fraction
 from fedsparse.masks.scores import fisher, fisher_per_sample, sample_losses
 from fedsparse.space import ParamSpace
 

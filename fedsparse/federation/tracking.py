@@ -15,7 +15,6 @@ from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.rounds import FederatedRounds
 
 
-
 class RoundLog(lightning.Callback):
     """Writes the figures of a closed round once, with x = rounds closed so far.
 
