@@ -8,6 +8,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,31 @@ from fedsparse.federation.autotune import choose, measure
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.federation.client import HALF, ClientModule, can_stack
+from fedsparse.federation.combinations import check_sizes, check_together
 from fedsparse.federation.csv import RoundCSV
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.exchange import Exchange, OwnMasks
 from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.objective import Objective
 from fedsparse.federation.parallel import CohortStrategy
 from fedsparse.federation.precision import HalfPrecision
 from fedsparse.federation.progress import RoundProgress
-from fedsparse.federation.rounds import FederatedRounds
+from fedsparse.federation.rounds import BUFFERS, LOCAL, FederatedRounds
 from fedsparse.federation.sampling import participants
-from fedsparse.federation.store import make_store
+from fedsparse.federation.server import Server
+from fedsparse.federation.store import ClientStore, make_store
 from fedsparse.federation.tracking import GracefulStop, RoundLog
+from fedsparse.federation.traffic import Traffic
 from fedsparse.federation.wire import HEADER
 from fedsparse.keys import Purpose
 from fedsparse.masks import Mask
 from fedsparse.models.trainable import trainable_filter
+from fedsparse.places import Coordinates
 from fedsparse.space import ParamSpace, Patterns, matches
 
 log = logging.getLogger("fedsparse")
 AUTO = "auto"  # federation.cohort, to be measured
-CLIENTS, BUFFERS = "clients.bin", "client_buffers.bin"  # what clients keep, with federation.store=file
+TRAFFIC = "traffic.csv"
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,13 @@ def _try_parts(cfg: DictConfig, dataset: Dataset) -> None:
     if chosen is not None:
         chosen(dataset.train.x[torch.tensor([0])], torch.zeros(1, chosen.numbers, dtype=torch.float64))
     one = torch.ones(1, dtype=torch.bool)
-    build_exchange(cfg, one, ~one, lambda clients: one.expand(len(clients), 1))
+    exchange = build_exchange(cfg, one, ~one, lambda clients: one.expand(len(clients), 1))
+    aggregation, objective = instantiate(cfg.aggregation), build_objective(cfg)
+    check_together(exchange, aggregation, objective)
+    taking_part = participants(cfg.federation.clients_per_round, cfg.federation.num_clients)
+    check_sizes(exchange, aggregation, cfg.federation.num_clients, taking_part)
+    Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Coordinates(one), cfg.server.untouched)
+    instantiate(cfg.link)
 
 
 def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
@@ -190,7 +202,15 @@ def build_module(
         clip_norm=cfg.optimizer.clip_norm,
         inputs=federation.inputs,
         compile=cfg.federation.get("compile", False),
+        objective=build_objective(cfg),
+        untouched=cfg.server.untouched,
     )
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    """Build what clients minimise beside their loss."""
+    built: Objective = instantiate(cfg.objective)
+    return built
 
 
 def settle_cohort(cfg: DictConfig, federation: Federation, module: ClientModule, stored: int | None) -> None:
@@ -237,10 +257,13 @@ def _fastest(cfg: DictConfig, federation: Federation, module: ClientModule) -> i
     return choose(seconds)
 
 
-def build_exchange(cfg: DictConfig, trained: Tensor, local: Tensor, masks: OwnMasks) -> Exchange:
+def build_exchange(
+    cfg: DictConfig, trained: Tensor, local: Tensor, masks: OwnMasks, space: ParamSpace | None = None
+) -> Exchange:
     """Build the exchange of the coordinates that train, bool (P,), or of each client's own among them."""
     own = {"masks": masks} if own_masks(cfg) else {}
-    exchange: Exchange = instantiate(cfg.exchange)(trained=trained, local=local, **own)
+    build = instantiate(cfg.exchange.build, _convert_="object")
+    exchange: Exchange = build(trained=trained, local=local, space=space, **own)
     return exchange
 
 
@@ -248,19 +271,30 @@ def build_rounds(
     cfg: DictConfig, federation: Federation, mask: Mask, ledger: Ledger, module: ClientModule, folder: Path
 ) -> FederatedRounds:
     """Build the protocol of a round; what clients keep may lie in the run folder."""
-    row, kind = mask.row(federation.space), cfg.federation.store
+    row = mask.row(federation.space)
+    exchange = build_exchange(cfg, row, federation.space.local, module.own_masks, federation.space)
+    make = partial(_store, cfg.federation.store, folder)
+    exchange.keep_in(make)
+    module.objective.stores |= {name: make(name) for name in module.objective.stores}
+    ledger.link = instantiate(cfg.link)
     return FederatedRounds(
-        exchange=build_exchange(cfg, row, federation.space.local, module.own_masks),
+        exchange=exchange,
         aggregation=instantiate(cfg.aggregation),
         topology=instantiate(cfg.topology),
-        buffers=Buffers(cfg.federation.buffers, make_store(kind, folder / BUFFERS)),
+        buffers=Buffers(cfg.federation.buffers, make(BUFFERS)),
         ledger=ledger,
-        store=make_store(kind, folder / CLIENTS),
+        store=make(LOCAL),
         schedule=instantiate(cfg.schedule),
         seed=cfg.seed,
         model_length=federation.model_length,
         mask_length=0 if bool(row.all()) else len(mask.to_bytes()),
+        traffic=Traffic(folder / TRAFFIC if parallel.process() == 0 else None),
     )
+
+
+def _store(kind: str, folder: Path, name: str) -> ClientStore:
+    """Make a store of what clients keep, in memory or in the run folder."""
+    return make_store(kind, folder / f"{name}.bin")
 
 
 def build_checkpoints(cfg: DictConfig, folder: Path) -> list[lightning.Callback]:

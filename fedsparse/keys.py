@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     TEST_PARTS = 6
     DROPOUT = 7
     AUGMENT = 8
+    EXCHANGE = 9
 
 
 def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:

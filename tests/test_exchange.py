@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedsparse.federation.exchange import Full, Masked, Update
-from fedsparse.federation.wire import HEADER, Payload
+from fedsparse.federation.wire import HEADER, PayloadError
 
 P, K = 40, 3
 TRAINED = torch.arange(P) % 4 == 0
@@ -26,9 +28,9 @@ def test_counted_bytes_are_those_of_the_messages_and_nothing_is_lost(name, dtype
     exchange = RULES[name](trained=TRAINED, local=LOCAL)
     update = an_update(dtype)
     payload = exchange.encode(update)
-    messages = payload.messages()
-    assert [len(m) for m in messages] == [payload.length] * K
-    back = exchange.decode(Payload.read(messages, update.clients))
+    messages = exchange.messages(payload)
+    assert [len(m) for m in messages] == [size.total for size in payload.sizes]
+    back = exchange.decode(replace(payload, written=tuple(messages)))
     direct = exchange.decode(payload)
     assert torch.equal(back.rows, direct.rows)
     assert torch.equal(back.buffers, update.buffers)
@@ -41,20 +43,22 @@ def test_exactly_these_coordinates_arrive(name, sent):
     update = an_update()
     arrived = exchange.decode(exchange.encode(update)).rows
     assert torch.equal(arrived, torch.where(~LOCAL[TRAINED], update.rows, 0.0))
-    assert exchange.encode(update).length == HEADER.size + 4 * (int(sent.sum()) + 2)
+    assert exchange.encode(update).sizes[0].total == HEADER.size + 4 * (int(sent.sum()) + 2)
 
 
 def test_a_masked_payload_is_a_fifth_of_a_dense_one():
     trained = torch.arange(1000) < 200
     none = torch.zeros(1000, dtype=torch.bool)
     update = Update((0,), torch.randn(1, 200), torch.zeros(1, 0), (1.0,), (0.0,))
-    lengths = [rule(trained=trained, local=none).encode(update).length for rule in (Masked, Full)]
+    lengths = [rule(trained=trained, local=none).encode(update).sizes[0].total for rule in (Masked, Full)]
     assert lengths[0] == HEADER.size + 800
     assert lengths[1] == HEADER.size + 4000
 
 
 @pytest.mark.parametrize("damage", [lambda m: m[:10], lambda m: m[:-1], lambda m: b"XXXX" + m[4:], lambda m: m + b"\0"])
 def test_a_damaged_message_is_refused(damage):
-    message = Full(trained=TRAINED, local=LOCAL).encode(an_update()).messages()[0]
-    with pytest.raises(ValueError, match="message"):
-        Payload.read([damage(message)], (0,))
+    exchange = Full(trained=TRAINED, local=LOCAL)
+    payload = exchange.encode(an_update())
+    messages = exchange.messages(payload)
+    with pytest.raises(PayloadError):
+        exchange.decode(replace(payload, written=(damage(messages[0]), *messages[1:])))

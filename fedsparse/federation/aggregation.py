@@ -1,19 +1,50 @@
 """How updates become one change per group. G groups, n coordinates that train, Q buffer values.
 
-Aggregations are additive, so that clients can stream through, in cohorts of any size and over several processes.
+Means are additive, so that clients can stream through, in cohorts of any size and over several processes. Robust ones
+need all rows of a round at once: their memory grows with the clients, and processes gather them when a round closes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fedsparse.federation import parallel
 from fedsparse.federation.exchange import Update
+from fedsparse.federation.robust import (
+    Averaged,
+    check_denominator,
+    coordinate_mean,
+    geometric_median,
+    krum,
+    median,
+    multi_krum,
+    trimmed_mean,
+    weighted_mean,
+)
 from fedsparse.places import CHUNK
+
+__all__ = [
+    "Aggregation",
+    "Change",
+    "CoordinateMean",
+    "FedNova",
+    "Robust",
+    "Tally",
+    "WeightedMean",
+    "coordinate_mean",
+    "geometric_median",
+    "krum",
+    "median",
+    "multi_krum",
+    "trimmed_mean",
+    "weighted_mean",
+]
+AverageRows = Callable[[Tensor, Tensor, Tensor], Averaged]
 
 
 @dataclass(frozen=True)
@@ -47,18 +78,26 @@ class Tally:
     """
 
     def __init__(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> None:
-        sizes = [groups * size, groups * buffers, groups * size * own, groups + 1]
+        sizes = [groups * size, groups * buffers, groups * size * own, 2 * groups + 1]
         self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         rows, extra, senders, self.numbers = self.vector.split(sizes)
         self.rows, self.buffers = rows.view(groups, size), extra.view(groups, buffers)
         self.senders = senders.view(groups, size) if own else None
-        self.weight, self.loss = [0.0] * groups, 0.0
+        self.weight, self.steps, self.loss = [0.0] * groups, [0.0] * groups, 0.0
 
     def all_reduce(self) -> None:
         """Sum over processes, all in one call."""
-        self.numbers.copy_(torch.tensor([*self.weight, self.loss], dtype=torch.float64))
+        groups = len(self.weight)
+        self.numbers.copy_(torch.tensor([*self.weight, *self.steps, self.loss], dtype=torch.float64))
         torch.distributed.all_reduce(self.vector)
-        *self.weight, self.loss = self.numbers.tolist()
+        *both, self.loss = self.numbers.tolist()
+        self.weight, self.steps = both[:groups], both[groups:]
+
+    def change(self, rows: Tensor, touched: Tensor | None) -> Change:
+        """Close the round with these mean changes of the rows (G, n); buffers and loss are averaged by weight."""
+        weight = self.rows.new_tensor(self.weight).unsqueeze(1)
+        buffers = self.buffers / torch.where(weight > 0, weight, 1.0)
+        return Change(rows, buffers, touched, self.loss / sum(self.weight))
 
 
 def add_scaled(total: Tensor, row: Tensor, weight: float) -> None:
@@ -69,7 +108,14 @@ def add_scaled(total: Tensor, row: Tensor, weight: float) -> None:
 
 
 class Aggregation(Protocol):
-    """Collects the updates of a round."""
+    """Collects the updates of a round.
+
+    Attributes:
+        denominator: over whom each coordinate is averaged, where that is a choice; else empty.
+
+    """
+
+    denominator: str
 
     def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:
         """Start a round; ``own`` if clients send different coordinates."""
@@ -78,17 +124,27 @@ class Aggregation(Protocol):
         """Take in K updates; a client of weight 0 adds nothing."""
 
     def merge(self, tally: Tally) -> Tally:
-        """Sum the tallies of all processes."""
+        """Join the tallies of all processes."""
 
     def finish(self, tally: Tally) -> Change | None:
         """Close a round; None if nobody sent."""
 
 
-class WeightedMean:
+class CoordinateMean:
     r"""Average of the updates by weight, :math:`\sum_k w_k \Delta_k / \sum_k w_k` (FedAvg, McMahan et al. 2017).
 
-    Where clients send different coordinates, each is averaged over those who sent it; what nobody sent stays.
+    Args:
+        denominator: where clients send different coordinates, each is averaged over its ``senders`` (what nobody sent
+            stays), or over all ``participants`` of the round (not sent means no change).
+
+    Raises:
+        ValueError: another denominator.
+
     """
+
+    def __init__(self, denominator: str = "senders") -> None:
+        check_denominator(denominator)
+        self.denominator = denominator
 
     def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:
         """Start a round with empty sums."""
@@ -98,30 +154,124 @@ class WeightedMean:
         """Add w * rows in client order, so that the cohort size does not change the order of summation."""
         for k, (weight, g) in enumerate(zip(update.weight, group, strict=True)):
             if weight > 0:
-                add_scaled(tally.rows[g], update.rows[k], weight)
-                tally.weight[g] += weight
-                tally.loss += weight * update.loss[k]
-                if update.buffers.numel():
-                    tally.buffers[g].add_(update.buffers[k], alpha=weight)
+                add_scaled(tally.rows[g], update.rows[k], self._scale(update, k))
+                _add_numbers(tally, update, k, g)
                 if tally.senders is not None and update.sent is not None:
                     tally.senders[g].add_(update.sent[k], alpha=weight)
 
+    def _scale(self, update: Update, k: int) -> float:
+        """Factor of a client's row in the sum."""
+        return update.weight[k]
+
     def merge(self, tally: Tally) -> Tally:
         """Sum over processes; nothing to do in one."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if parallel.joined():
             tally.all_reduce()
         return tally
 
     def finish(self, tally: Tally) -> Change | None:
         """Divide by the weights."""
-        total = sum(tally.weight)
-        if total == 0:
+        if sum(tally.weight) == 0:
             return None
         weight = tally.rows.new_tensor(tally.weight).unsqueeze(1)
         divisor = torch.where(weight > 0, weight, 1.0)
-        touched = None if all(tally.weight) else (weight > 0).expand_as(tally.rows)
         if tally.senders is None:  # in place: the tally has served
-            return Change(tally.rows.div_(divisor), tally.buffers / divisor, touched, tally.loss / total)
+            touched = None if all(tally.weight) else (weight > 0).expand_as(tally.rows)
+            return tally.change(tally.rows.div_(divisor), touched)
         touched = tally.senders > 0
-        rows = tally.rows / torch.where(touched, tally.senders, 1.0)
-        return Change(rows, tally.buffers / divisor, touched, tally.loss / total)
+        if self.denominator == "senders":
+            divisor = torch.where(touched, tally.senders, 1.0)
+        return tally.change(tally.rows / divisor, touched)
+
+
+class WeightedMean(CoordinateMean):
+    """FedAvg's average by weight; where clients send different coordinates, each over those who sent it."""
+
+
+class FedNova(CoordinateMean):
+    r"""Average of the updates per step, times the mean number of steps (Wang et al. 2020, equation 6).
+
+    A client's steps count :math:`\lVert a_k \rVert_1`, the sum of its step weights, momentum included: how far it would
+    go on gradients of 1 at a learning rate of 1. So clients that take more steps do not pull the model their way.
+    """
+
+    def _scale(self, update: Update, k: int) -> float:
+        return update.weight[k] / update.steps[k]
+
+    def finish(self, tally: Tally) -> Change | None:
+        """Average, and scale by the mean of the step weights."""
+        change = super().finish(tally)
+        if change is not None:
+            pairs = zip(tally.steps, tally.weight, strict=True)
+            mean = [steps / weight if weight else 0.0 for steps, weight in pairs]
+            change.rows.mul_(change.rows.new_tensor(mean).unsqueeze(1))
+        return change
+
+
+class RowTally(Tally):
+    """Sums of what every aggregation averages, and all rows of a round."""
+
+    def __init__(self, groups: int, buffers: int, size: int, device: torch.device) -> None:
+        super().__init__(groups, 0, buffers, device)
+        self.size, self.device = size, device
+        self.kept: list[tuple[int, int, float, Tensor, Tensor]] = []  # client, group, weight, row, sent
+
+
+class Robust:
+    """A robust average of the rows of each group, by one of the functions of ``robust``.
+
+    Args:
+        average: values (K, n), sent bool (K, n), weight (K,) -> mean (n,), touched bool (n,).
+
+    """
+
+    denominator = ""
+
+    def __init__(self, average: AverageRows) -> None:
+        self.average = average
+
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> RowTally:
+        """Start a round without rows."""
+        return RowTally(groups, buffers, size, device)
+
+    def add(self, tally: RowTally, update: Update, group: Sequence[int]) -> None:
+        """Keep the rows of those who count."""
+        for k, (client, weight, g) in enumerate(zip(update.clients, update.weight, group, strict=True)):
+            if weight > 0:
+                row = update.rows[k].cpu().clone()
+                sent = torch.ones(row.shape, dtype=torch.bool) if update.sent is None else update.sent[k].cpu()
+                tally.kept.append((client, g, weight, row, sent))
+                _add_numbers(tally, update, k, g)
+
+    def merge(self, tally: RowTally) -> RowTally:
+        """Gather the rows of all processes, in the order of their clients."""
+        if parallel.joined():
+            tally.all_reduce()
+        tally.kept = sorted((row for rows in parallel.gather(tally.kept) for row in rows), key=lambda row: row[0])
+        return tally
+
+    def finish(self, tally: RowTally) -> Change | None:
+        """Average the rows of each group."""
+        if sum(tally.weight) == 0:
+            return None
+        averaged = [self._group(tally, g) for g in range(len(tally.weight))]
+        rows, touched = (torch.stack(parts).to(tally.device) for parts in zip(*averaged, strict=True))
+        return tally.change(rows, None if bool(touched.all()) else touched)
+
+    def _group(self, tally: RowTally, group: int) -> Averaged:
+        kept = [row for row in tally.kept if row[1] == group]
+        if not kept:
+            return torch.zeros(tally.size, dtype=torch.float64), torch.zeros(tally.size, dtype=torch.bool)
+        weight = torch.tensor([row[2] for row in kept], dtype=torch.float64)
+        return self.average(torch.stack([row[3] for row in kept]), torch.stack([row[4] for row in kept]), weight)
+
+
+def _add_numbers(tally: Tally, update: Update, k: int, group: int) -> None:
+    """Add what every aggregation averages by weight: loss, buffers, steps."""
+    weight = update.weight[k]
+    tally.weight[group] += weight
+    tally.loss += weight * update.loss[k]
+    if update.steps:
+        tally.steps[group] += weight * update.steps[k]
+    if update.buffers.numel():
+        tally.buffers[group].add_(update.buffers[k], alpha=weight)

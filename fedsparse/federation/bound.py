@@ -101,9 +101,9 @@ class BoundRow:
             view.grad = torch.zeros_like(view) if parameter.grad is None else parameter.grad
         self.gradients = [view.grad for view in self.views if view.grad is not None]
 
-    def frozen(self, marks: Tensor) -> list[Tensor]:
-        """View what marks (P,) or (1, P) say is frozen in each piece."""
-        return [piece.of(marks.view(-1)) for piece in self.pieces]
+    def parts(self, row: Tensor) -> list[Tensor]:
+        """View a row (P,) or (1, P) piece by piece, as ``views`` and ``gradients`` are."""
+        return [piece.of(row.view(-1)) for piece in self.pieces]
 
     def intact(self) -> bool:
         """Whether the network is still bound to the row."""

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.bound import BoundRow
+from fedsparse.federation.objective import Objective, Plain, Rows, step_weights
 from fedsparse.federation.server import MakeOptimizer, Server
 from fedsparse.federation.stacked import StackedRows
 from fedsparse.masks.bitmaps import unpack
@@ -26,7 +27,6 @@ from fedsparse.places import Coordinates, Piece, pieces
 from fedsparse.space import ParamSpace
 
 Forward = Callable[[Tensor], Tensor]
-Rows = BoundRow | StackedRows
 HALF = "16-mixed"
 LOSS_SCALE, SMALLEST_SCALE = 1024.0, 2.0**-8
 
@@ -52,6 +52,8 @@ class ClientModule(lightning.LightningModule):
         clip_norm: largest L2 norm of a client's gradient over its trained coordinates, or None.
         inputs: turns images of any leading dimensions into what the network takes, on their device.
         compile: let torch compile the network for the local steps.
+        objective: adds to the clients' gradients.
+        untouched: what becomes of a coordinate that nobody sent; see ``Server``.
 
     Raises:
         ValueError: K > 1 with BatchNorm, whose running statistics cannot be stacked.
@@ -71,6 +73,8 @@ class ClientModule(lightning.LightningModule):
         clip_norm: float | None = None,
         inputs: Callable[[Tensor], Tensor] = unchanged,
         compile: bool = False,
+        objective: Objective | None = None,
+        untouched: str = "hold",
     ) -> None:
         super().__init__()
         if cohort > 1 and not can_stack(net):
@@ -79,6 +83,7 @@ class ClientModule(lightning.LightningModule):
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
         self.make_optimizer, self.make_server_optimizer = make_optimizer, make_server_optimizer
         self.inputs, self.compile_net = inputs, compile
+        self.objective, self.untouched = Plain() if objective is None else objective, untouched
         self.register_buffer("mask", mask.clone())
         self.register_buffer("bitmaps", torch.zeros(0, 0, dtype=torch.uint8))
         self.loss_scale = 1.0
@@ -124,7 +129,7 @@ class ClientModule(lightning.LightningModule):
         self.rows, masks = self._single(mask) if self.cohort == 1 else self._several(mask)
         self.local = self.make_optimizer(self.rows.views)
         self.local.set_masks(masks)
-        self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained)
+        self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained, self.untouched)
         return [self.local, self.server.optimizer]
 
     def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
@@ -156,9 +161,10 @@ class ClientModule(lightning.LightningModule):
     def on_validation_model_zero_grad(self) -> None:
         """Keep the gradients: they are views into the row, and None would unbind them."""
 
-    def start(self, values: Tensor, masks: Tensor | None = None) -> None:
+    def start(self, values: Tensor, masks: Tensor | None = None, clients: Sequence[int] = ()) -> None:
         """Let the K clients start from these trained values (K, n), with fresh optimizers, and masks of their own."""
         self.trained.write(self.theta, values)
+        self.objective.start(self.theta, clients, self.trained)
         if masks is not None:
             self._set_frozen(masks)
             self.local.set_masks([masks if self.cohort > 1 else masks[0]])
@@ -188,6 +194,7 @@ class ClientModule(lightning.LightningModule):
         x = self.inputs(x)
         scaled = self.loss_scale != 1.0
         losses = self._scaled_backward(x, y, count) if scaled else self.rows.backward(x, y, count, None)
+        self.objective.correct(self.rows)
         self._clip()
         self._step_where(count)
         self.rows.clear()
@@ -220,13 +227,17 @@ class ClientModule(lightning.LightningModule):
         if self.clip_norm is None:
             return
         if self.frozen is not None:
-            for g, frozen in zip(self.rows.gradients, self.rows.frozen(self.frozen), strict=True):
+            for g, frozen in zip(self.rows.gradients, self.rows.parts(self.frozen), strict=True):
                 g.masked_fill_(frozen, 0.0)
         gradients = self._gradients()
         norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients])
         factor = (self.clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0).unsqueeze(1)
         for g in gradients:
             g.mul_(factor)
+
+    def step_weights(self, count: Sequence[Sequence[int]]) -> tuple[float, ...]:
+        """Sum the step weights of K clients: ``count`` [S][K] real samples of each step."""
+        return step_weights(count, self.local)
 
     def _set_frozen(self, mask: Tensor) -> None:
         """Mark what clipping leaves out, if there is any clipping."""

@@ -1,23 +1,28 @@
-"""What of an update is sent.
+"""What of an update is sent, and what the receiver reads.
 
-Shapes: K clients of the cohort, P coordinates of which n train, Q buffer values, m values sent. An update holds trained
-coordinates only: nothing else can change.
+Shapes: K clients of the cohort, P coordinates of which n train, Q buffer values. An update holds trained coordinates
+only: nothing else can change. Nothing here knows of the simulator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fedsparse.federation.wire import Payload
+from fedsparse.federation.selection import Layout, Rule, Sender, select
+from fedsparse.federation.store import ClientStore
+from fedsparse.federation.wire import Message, Size, encode, known_size, read, split_size
+from fedsparse.space import ParamSpace
+
+__all__ = ["Exchange", "Filter", "Full", "Masked", "Payload", "Update", "select"]
 
 OwnMasks = Callable[[Sequence[int]], Tensor | None]
-FROM_SERVER = -1  # in place of a client's id: what the server sends to one client
+PAYLOADS = ("change", "value")
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,16 @@ class Update:
     """What K clients changed in a round.
 
     Attributes:
-        clients: K ids.
+        clients: K ids; below 0 is a padding row.
         rows: (K, n) change of each coordinate that trains.
         buffers: (K, Q) change of the float buffers.
         weight: K weights in the average.
         loss: K mean training losses.
         sent: bool (K, n), which coordinates each client sent, where that differs between them; None: all alike.
+        anchor: (K, n) values that the clients started from, which both sides know; None where nothing asks for them.
+        round: the round.
+        steps: K sums of step weights (``objective.step_weight``); empty where nothing asks for them.
+        dtype: of the values on the wire; None for the rows' own.
 
     """
 
@@ -40,119 +49,279 @@ class Update:
     weight: tuple[float, ...]
     loss: tuple[float, ...]
     sent: Tensor | None = None
+    anchor: Tensor | None = None
+    round: int = 0
+    steps: tuple[float, ...] = ()
+    dtype: torch.dtype | None = None
+
+    @property
+    def start(self) -> Tensor:
+        """Values that the clients started from; zeros where nobody said."""
+        return torch.zeros_like(self.rows) if self.anchor is None else self.anchor
 
 
-class Exchange(Protocol):
-    """Turns updates into payloads and back; knows nothing of the simulator.
+@dataclass(frozen=True)
+class Payload:
+    """What K clients send.
+
+    Where both sides know the positions and no value is rounded, the values stay where they are, and the lengths are
+    those that the messages would have: a simulation need not copy every update to the host to count it.
 
     Attributes:
-        own: whether clients send different coordinates, so that each is averaged over those who sent it.
+        update: the update without its rows, if there are messages; else with what is sent in them.
+        sizes: bytes of each client's message.
+        written: the messages, or empty where they need not be written.
 
     """
 
-    own: bool
-
-    def encode(self, update: Update) -> Payload:
-        """Write what is sent of K updates."""
-
-    def decode(self, payload: Payload) -> Update:
-        """Read it back; what was not sent is zero."""
+    update: Update
+    sizes: tuple[Size, ...]
+    written: tuple[bytes, ...] = ()
 
 
-class Full:
-    """Every coordinate that does not stay with the client is sent.
+Send = Callable[[Update], Payload]
+
+
+class Filter(Protocol):
+    """Changes an update on its way; the first of a list sees it first and hears last what became of it."""
+
+    def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
+        """Send an update on; ``exchange.decode`` says what the receiver reads."""
+
+
+class Exchange:
+    """Turns updates into payloads and back.
 
     Args:
         trained: bool (P,), which coordinates train, of some client at least; both sides know it.
         local: bool (P,), which coordinates stay with the client.
         masks: gives the own masks of K clients, bool (K, P); None if all train the same coordinates.
+        rule: chooses what each client sends; None for all that it may.
+        payload: ``change``, or ``value`` for what the coordinates are now.
+        filters: by name, in the order in which they see an update; None is left out.
+        compat: ``original`` takes what was not sent of a tensor as values of 0, as FL4Health's sparse exchanger does.
+        space: the tensors' names; None where no rule asks for them.
 
     Raises:
-        ValueError: own masks, with an exchange that sends more than a client's mask.
+        ValueError: an unknown payload, or a compatibility that needs another one.
 
     """
 
-    own = False
-
-    def __init__(self, trained: Tensor, local: Tensor, masks: OwnMasks | None = None) -> None:
-        if masks is not None:
-            raise ValueError("mask.owner=client needs exchange=masked: each client sends what its own mask trains")
-        stays = local.to(trained.device)
-        self.size = int(trained.sum())
-        self.index = _positions(~stays[trained])
-        self.still = self._still(trained, stays)
-
-    def _still(self, trained: Tensor, local: Tensor) -> int:
-        """Count the coordinates that are sent although they cannot have changed: zeros, behind the others."""
-        return int((~trained & ~local).sum())
-
-    def encode(self, update: Update) -> Payload:
-        """Gather what is sent: rows (K, n) -> values (K, m)."""
-        values = update.rows if self.index is None else update.rows[:, self._index(update.rows.device)]
-        values = F.pad(values, (0, self.still)) if self.still else values
-        return Payload(update.clients, values, update.buffers, update.weight, update.loss)
-
-    def decode(self, payload: Payload) -> Update:
-        """Scatter values (K, m) into rows (K, n) of zeros."""
-        rows = payload.values[:, : payload.values.shape[1] - self.still]
-        if self.index is not None:
-            index, values = self._index(rows.device), rows
-            rows = rows.new_zeros(len(payload.clients), self.size).index_copy_(1, index, values)
-        return Update(payload.clients, rows, payload.buffers, payload.weight, payload.loss)
-
-    def _index(self, device: torch.device) -> Tensor:
-        assert self.index is not None
-        if self.index.device != device:
-            self.index = self.index.to(device)
-        return self.index
-
-
-class Masked(Full):
-    """Only trained coordinates are sent; both sides know the masks, so no positions travel.
-
-    Where each client has a mask of its own, it sends the coordinates of that, and receives those that anybody trains.
-    Clients of one cohort then need masks of one size.
-    """
-
-    def __init__(self, trained: Tensor, local: Tensor, masks: OwnMasks | None = None) -> None:
-        super().__init__(trained, local)
-        self.masks, self.own = masks, masks is not None
+    def __init__(
+        self,
+        trained: Tensor,
+        local: Tensor,
+        masks: OwnMasks | None = None,
+        rule: Rule | None = None,
+        payload: str = "change",
+        filters: Mapping[str, Filter | None] | None = None,
+        compat: str | None = None,
+        space: ParamSpace | None = None,
+    ) -> None:
+        if payload not in PAYLOADS:
+            raise ValueError(f"exchange.payload is {payload!r}; it must be change or value")
+        if compat and payload != "value":
+            raise ValueError("exchange.compat=original sends values: set exchange.payload=value and no feedback")
+        self.masks, self.rule, self.payload, self.compat = masks, rule, payload, compat
+        self.filters = [chosen for chosen in (filters or {}).values() if chosen is not None]
         self.trained, self.travels = trained, ~local.to(trained.device)[trained]
+        self.still = self._still(int((~trained & ~local.to(trained.device)).sum()))
+        self.all = bool(self.travels.all())
+        self.layout = _layout(space, trained)
+        self.own = masks is not None or rule is not None
 
-    def encode(self, update: Update) -> Payload:
-        """Gather the coordinates of the mask, or each client's own: rows (K, n) -> values (K, m).
-
-        Raises:
-            ValueError: own masks of a cohort differ in size.
-
-        """
-        if self.masks is None or update.clients[0] == FROM_SERVER:
-            return super().encode(update)
-        sent = self._sent_by(self.masks, update.clients)
-        sizes = sent.sum(1)
-        if int(sizes.min()) != int(sizes.max()):
-            raise ValueError("the clients' own masks differ in size; mask.owner=client then needs federation.cohort=1")
-        values = update.rows[sent].view(len(update.clients), -1)
-        return Payload(update.clients, values, update.buffers, update.weight, update.loss)
-
-    def decode(self, payload: Payload) -> Update:
-        """Scatter values (K, m) into rows (K, n) of zeros; with own masks say which coordinates they are."""
-        if self.masks is None:
-            return super().decode(payload)
-        sent = self._sent_by(self.masks, payload.clients)
-        rows = payload.values.new_zeros(sent.shape)
-        rows[sent] = payload.values.flatten()
-        return Update(payload.clients, rows, payload.buffers, payload.weight, payload.loss, sent)
-
-    def _still(self, trained: Tensor, local: Tensor) -> int:
+    def _still(self, frozen: int) -> int:
+        """Count the frozen coordinates that are sent all the same, as zeros behind the others."""
         return 0
 
-    def _sent_by(self, masks: OwnMasks, clients: Sequence[int]) -> Tensor:
-        held = masks(clients)
+    @property
+    def size(self) -> int:
+        """Coordinates that may travel: those that train and do not stay with the client."""
+        return int(self.travels.sum())
+
+    @property
+    def feedback(self) -> bool:
+        """Whether what is not sent is carried over to the next round."""
+        return any(getattr(chosen, "carries", False) for chosen in self.filters)
+
+    def stores(self) -> dict[str, ClientStore]:
+        """What the clients keep for the filters, by name."""
+        return {name: store for chosen in self.filters for name, store in getattr(chosen, "stores", {}).items()}
+
+    def keep_in(self, make: Callable[[str], ClientStore]) -> None:
+        """Let the clients keep what filters need in other stores, made by name."""
+        for chosen in self.filters:
+            held = getattr(chosen, "stores", {})
+            held |= {name: make(name) for name in held}
+
+    def kept(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        """Rows that the clients of the last update keep, by the store's name."""
+        return {name: kept for chosen in self.filters for name, kept in getattr(chosen, "kept", {}).items()}
+
+    def encode(self, update: Update) -> Payload:
+        """Send an update through the filters."""
+        send: Send = self._send
+        for chosen in reversed(self.filters):
+            send = partial(chosen, send=send, exchange=self)
+        return send(update)
+
+    def decode(self, payload: Payload) -> Update:
+        """Read what the clients changed; what was not sent is zero."""
+        update = payload.update
+        if payload.written:
+            update = self._received(payload)
+        return _absent_is_zero(update, self.layout) if self.compat else update
+
+    def messages(self, payload: Payload) -> list[bytes]:
+        """Write each client's message, where ``encode`` had no need to."""
+        if payload.written:
+            return list(payload.written)
+        return [self._message(payload.update, k) for k in range(len(payload.update.clients))]
+
+    def _send(self, update: Update) -> Payload:
+        if self.rule is None and update.dtype in (None, update.rows.dtype) and self.payload == "change":
+            return self._in_place(update)
+        written = tuple(self._message(update, k) for k in range(len(update.clients)))
+        return Payload(update, tuple(split_size(message) for message in written), written)
+
+    def _in_place(self, update: Update) -> Payload:
+        """Leave the values where they are; only count them."""
+        held = self._held(update.clients)
+        extra = update.buffers.shape[1]
+        if held is None:
+            sizes = (known_size(self.size + self.still, extra, update.rows.dtype),) * len(update.clients)
+        else:
+            sizes = tuple(known_size(count, extra, update.rows.dtype) for count in held.sum(1).tolist())
+        if held is None and self.all:
+            return Payload(update, sizes)
+        rows = torch.where(self.travels.to(update.rows.device) if held is None else held, update.rows, 0.0)
+        return Payload(replace(update, rows=rows, sent=held), sizes)
+
+    def _message(self, update: Update, k: int) -> bytes:
+        """Write one client's message."""
+        index = self._known(update.clients[k])
+        change, anchor = _at(update.rows[k], index), _at(update.start[k], index)
+        theta = anchor + change
+        marks = self._marks(theta, anchor, index, update, k)
+        values = change if self.payload == "change" else theta
+        if self.rule is not None and self.rule.shared:
+            assert marks is not None
+            values, marks = values[marks], None
+        values = torch.nn.functional.pad(values, (0, self.still)) if self.still else values
+        return encode(
+            values,
+            marks,
+            dtype=update.dtype,
+            buffers=update.buffers[k],
+            weight=update.weight[k],
+            loss=update.loss[k],
+        )
+
+    def _marks(self, theta: Tensor, anchor: Tensor, index: Tensor | None, update: Update, k: int) -> Tensor | None:
+        """What the rule chooses of what a client may send."""
+        if self.rule is None:
+            return None
+        layout = self.layout.at(index)
+        return self.rule.mark(theta, anchor, layout, Sender(max(0, update.clients[k]), update.round))
+
+    def _received(self, payload: Payload) -> Update:
+        """Read messages, with what both sides know."""
+        update = payload.update
+        parts = [self._read(message, update, k) for k, message in enumerate(payload.written)]
+        sent = torch.stack([part for _, part, _ in parts])
+        return replace(
+            update,
+            rows=torch.stack([row for row, _, _ in parts]),
+            sent=sent if self.own else None,
+            buffers=torch.stack([message.buffers for _, _, message in parts]).to(update.buffers),
+            weight=tuple(message.weight for _, _, message in parts),
+            loss=tuple(message.loss for _, _, message in parts),
+        )
+
+    def _read(self, message: bytes, update: Update, k: int) -> tuple[Tensor, Tensor, Message]:
+        """Read one client's message: change (n,), sent bool (n,), and all that it says."""
+        like = update.rows[k]
+        index, anchor = self._known(update.clients[k]), update.start[k]
+        shared = self._shared(index, update, k)
+        places = index if shared is None else (shared.nonzero().squeeze(1) if index is None else index[shared])
+        said = read(message, (len(like) if places is None else len(places)) + self.still)
+        values, marks = (part[: len(part) - self.still].to(like.device) for part in (said.values, said.sent))
+        if self.payload == "value":
+            values = torch.where(marks, values - _at(anchor, places), 0.0)
+        row, sent = torch.zeros_like(like), torch.zeros(len(like), dtype=torch.bool, device=like.device)
+        if places is None:
+            return values, marks, said
+        row[places], sent[places] = values, marks
+        return row, sent, said
+
+    def _shared(self, index: Tensor | None, update: Update, k: int) -> Tensor | None:
+        """What the receiver knows of a rule's choice without being told; it needs no values for that."""
+        if self.rule is None or not self.rule.shared:
+            return None
+        nothing = _at(torch.zeros_like(update.rows[k]), index)
+        return self._marks(nothing, nothing, index, update, k)
+
+    def _held(self, clients: Sequence[int]) -> Tensor | None:
+        """What each client may send, bool (K, n), if they have masks of their own."""
+        if self.masks is None:
+            return None
+        held = self.masks(clients)
         assert held is not None  # there are own masks: they are why this exchange was given them
         return held[:, self.trained.to(held.device)] & self.travels.to(held.device)
 
+    def _known(self, client: int) -> Tensor | None:
+        """Positions that a client may send, among the n; None for all."""
+        held = self._held([client])
+        if held is None and self.all:
+            return None
+        return (self.travels if held is None else held[0]).nonzero().squeeze(1)
 
-def _positions(sent: Tensor) -> Tensor | None:
-    """Positions of the sent coordinates, or None for all of them."""
-    return None if bool(sent.all()) else sent.nonzero().squeeze(1)
+
+class Full(Exchange):
+    """Every coordinate is sent, also those that do not train.
+
+    Raises:
+        ValueError: own masks, of which this would send more than each client trains.
+
+    """
+
+    def __init__(self, trained: Tensor, local: Tensor, masks: OwnMasks | None = None, **options: Any) -> None:
+        if masks is not None:
+            raise ValueError("mask.owner=client needs exchange=masked: each client sends what its own mask trains")
+        super().__init__(trained, local, **options)
+
+    def _still(self, frozen: int) -> int:
+        return frozen
+
+
+class Masked(Exchange):
+    """Only trained coordinates are sent; both sides know the masks, so no positions travel.
+
+    Where each client has a mask of its own, it sends the coordinates of that, and receives those that anybody trains.
+    """
+
+
+class Sparse(Exchange):
+    """Of what trains, the coordinates that a rule chooses anew for each round and client."""
+
+
+def _layout(space: ParamSpace | None, trained: Tensor) -> Layout:
+    """Which tensor each trained coordinate belongs to."""
+    if space is None:
+        return Layout(("row",), torch.zeros(int(trained.sum()), dtype=torch.long, device=trained.device))
+    owner = torch.arange(len(space.names)).repeat_interleave(torch.tensor(space.sizes, dtype=torch.long))
+    return Layout(space.names, owner.to(trained.device)[trained])
+
+
+def _at(row: Tensor, index: Tensor | None) -> Tensor:
+    return row if index is None else row[index]
+
+
+def _absent_is_zero(update: Update, layout: Layout) -> Update:
+    """Take each tensor of which something was sent whole, with values of 0 where nothing was."""
+    assert update.sent is not None
+    whole = torch.zeros(len(update.rows), len(layout.names), device=update.rows.device)
+    whole.index_add_(1, layout.owner, update.sent.to(whole.dtype))
+    tensors = (whole > 0)[:, layout.owner]
+    rows = torch.where(update.sent, update.rows, torch.where(tensors, -update.start, 0.0))
+    return replace(update, rows=rows, sent=tensors)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from fedsparse.federation.link import Link
+from fedsparse.federation.traffic import Entry
+from fedsparse.federation.wire import Size
+
+_UNSTORED = ("link", "entries")
 
 
 @dataclass
@@ -19,6 +25,9 @@ class Ledger:
         bytes_setup_down: first model, mask, and what clients received for head and calibration.
         has_model: clients that hold the first model.
         has_mask: clients that hold the mask.
+        link_seconds: time that training rounds would take on the link, each as long as its slowest client.
+        link: the link; None for no time.
+        entries: the clients of the round that is open.
 
     """
 
@@ -29,6 +38,9 @@ class Ledger:
     bytes_setup_down: int = 0
     has_model: set[int] = field(default_factory=set)
     has_mask: set[int] = field(default_factory=set)
+    link_seconds: float = 0.0
+    link: Link | None = None
+    entries: list[Entry] = field(default_factory=list)
 
     @property
     def bytes_total(self) -> int:
@@ -52,11 +64,19 @@ class Ledger:
         self.bytes_setup_up += clients * up
         self.bytes_setup_down += clients * down
 
-    def round(self, clients: int, up: int, down: int, dense: int) -> None:
-        """Count one message up and one down for so many clients of a training round."""
-        self.bytes_up += clients * up
-        self.bytes_down += clients * down
-        self.bytes_dense += clients * dense
+    def trained(self, client: int, up: Size, down: Size, dense: int, first: int = 0) -> None:
+        """Count what a client of a training round sent and received, and would have sent with every coordinate."""
+        self.bytes_up += up.total
+        self.bytes_down += down.total
+        self.bytes_dense += dense
+        seconds = self.link.seconds(up.total, down.total + first) if self.link else 0.0
+        self.entries.append(Entry(client, up, down, first, dense, seconds))
+
+    def close(self) -> list[Entry]:
+        """Close a round: its entries, by client."""
+        entries, self.entries = sorted(self.entries, key=lambda entry: entry.client), []
+        self.link_seconds += max((entry.seconds for entry in entries), default=0.0)
+        return entries
 
     def figures(self) -> dict[str, int]:
         """All byte figures by name."""
@@ -64,8 +84,9 @@ class Ledger:
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in asdict(self).items()}
+        """Plain values for a checkpoint, which is written between rounds."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSTORED}
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the values of a checkpoint."""

@@ -20,13 +20,18 @@ from fedsparse.federation import parallel
 from fedsparse.federation.aggregation import Aggregation
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.client import ClientModule
-from fedsparse.federation.exchange import FROM_SERVER, Exchange, Update
+from fedsparse.federation.downlink import Downlink
+from fedsparse.federation.exchange import Exchange, Payload, Update
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.schedule import Schedule, constant
 from fedsparse.federation.store import ClientStore, MemoryStore, read
 from fedsparse.federation.topology import Topology
-from fedsparse.federation.wire import HEADER
+from fedsparse.federation.traffic import Traffic
+from fedsparse.federation.wire import HEADER, Size, known_size
 from fedsparse.keys import Purpose, number
+
+LOCAL, BUFFERS = "clients", "client_buffers"  # names of stores; those of filters and objectives come to them
+NOTHING = Size(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,14 @@ class Report:
         clients: who trained.
         up: bytes that each sent.
         dropped: updates that were left out.
-        kept: local coordinates that the clients keep, a row each; None if they keep none.
-        buffers: buffers that they keep, likewise.
+        kept: what clients keep, by the store's name: their ids, and a row each.
 
     """
 
     clients: tuple[int, ...]
-    up: int
+    up: tuple[Size, ...]
     dropped: tuple[Dropped, ...]
-    kept: Tensor | None
-    buffers: Tensor | None
+    kept: dict[str, tuple[tuple[int, ...], Tensor]]
 
 
 class EveryUpdateDropped(RuntimeError):
@@ -74,11 +77,12 @@ class FederatedRounds(lightning.Callback):
         topology: which global row each client starts from.
         buffers: what becomes of float buffers.
         ledger: counts bytes.
-        store: what clients keep between rounds.
+        store: what clients keep of the row between rounds.
         schedule: factor of the clients' learning rate by round, from (round, rounds).
         seed: the run's seed, for dropout.
         model_length: bytes of the first model.
         mask_length: bytes of the mask.
+        traffic: what each client of each round sent and received.
 
     """
 
@@ -92,7 +96,11 @@ class FederatedRounds(lightning.Callback):
     seed: int = 0
     model_length: int = 0
     mask_length: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
+    downlink: Downlink = field(default_factory=Downlink)
     dropped: list[Dropped] = field(default_factory=list)
+    stores: dict[str, ClientStore] = field(default_factory=dict)
+    loaded: dict[str, Any] | None = None
     loss: float = math.nan
     lr: float = math.nan
 
@@ -100,17 +108,32 @@ class FederatedRounds(lightning.Callback):
         """Prepare what lasts over rounds: local coordinates and the base learning rate."""
         self.local = module.trained.of(module.space.local.to(module.device))
         self.keeps_local = bool(self.local.any())
+        self.travels = ~self.local
         self.change: Tensor | None = None
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
         self.dense = HEADER.size + module.server.rows[0].nbytes
         self.buffers.open(module.net)
+        self.objective = module.objective
+        self.stores = {LOCAL: self.store, BUFFERS: self.buffers.store}
+        self.stores |= self.exchange.stores() | self.objective.stores
+        self._resume()
+
+    def _resume(self) -> None:
+        """Give objective and stores what a checkpoint holds for them."""
+        if self.loaded is None:
+            return
+        self.objective.load_state_dict(self.loaded["objective"])
+        for name, store in self.stores.items():
+            store.load_state_dict(self.loaded["stores"][name])
+        self.loaded = None
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Open the round: an empty tally, and this round's learning rate."""
         groups, size = module.server.values.shape
         self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device, self.exchange.own)
         self.reports: list[Report] = []
-        self.down = self.exchange.encode(self._broadcast_message(module)).length
+        self.arrived: list[int] = []
+        self.row = self._travelling(module)
         factor = self.schedule(trainer.current_epoch, int(trainer.max_epochs or 0))
         for group, lr in zip(module.local.param_groups, self.base_lr, strict=True):
             group["lr"] = self.lr = lr * factor
@@ -121,7 +144,7 @@ class FederatedRounds(lightning.Callback):
         """Send the global values to the cohort."""
         self.group = self.topology.group(batch.clients)
         self.begin = self._with_local(batch.clients, module.server.broadcast(self.group))
-        module.start(self.begin, module.own_masks(batch.clients))
+        module.start(self.begin, module.own_masks(batch.clients), batch.clients)
         self.buffers.send(batch.clients)
         if batch.members:
             seed_dropout(module.device, number(self.seed, Purpose.DROPOUT, batch.round, batch.clients[0]))
@@ -138,13 +161,39 @@ class FederatedRounds(lightning.Callback):
     def _take(self, module: ClientModule, cohort: Cohort) -> None:
         """Take a cohort's update in."""
         rows, members = module.trained.of(module.theta.detach()), cohort.members
-        change, buffers = self._difference(rows), self.buffers.take(len(cohort.clients))
-        update, dropped = self._finite(cohort, Update(cohort.clients, change, buffers, cohort.weight, module.mean_loss))
+        whole = Update(
+            cohort.clients,
+            self._difference(rows),
+            self.buffers.take(len(cohort.clients)),
+            cohort.weight,
+            module.mean_loss,
+            anchor=self.begin,
+            round=cohort.round,
+            steps=module.step_weights(cohort.count),
+        )
+        update, dropped = self._finite(cohort, whole)
         payload = self.exchange.encode(update)
         self.aggregation.add(self.tally, self.exchange.decode(payload), self.group)
-        kept = rows[: len(members), self.local].cpu() if self.keeps_local else None
         clients = tuple(client for _, client in members)
-        self._tell(Report(clients, payload.length, dropped, kept, self.buffers.kept()))
+        kept = self._kept(clients, rows) | self.exchange.kept() | self._variates(update, self.lr)
+        self._tell(Report(clients, self._sizes(payload)[: len(clients)], dropped, kept))
+
+    def _sizes(self, payload: Payload) -> tuple[Size, ...]:
+        """Bytes that each client sent, an objective's own messages included."""
+        more = known_size(self.exchange.size, 0, payload.update.rows.dtype) * self.objective.messages
+        return tuple(size + more for size in payload.sizes)
+
+    def _kept(self, clients: tuple[int, ...], rows: Tensor) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        """Local coordinates and buffers that the clients of a cohort keep."""
+        local = {LOCAL: (clients, rows[: len(clients), self.local].cpu())} if self.keeps_local else {}
+        buffers = self.buffers.kept()
+        return local if buffers is None else local | {BUFFERS: (clients, buffers)}
+
+    def _variates(self, update: Update, lr: float) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        """What the objective lets those keep whose update counts."""
+        kept = self.objective.finish(update.rows, update.clients, lr, update.steps)
+        counted = [k for k, weight in enumerate(update.weight) if weight > 0]
+        return {name: (tuple(ids[k] for k in counted), rows[counted].cpu()) for name, (ids, rows) in kept.items()}
 
     def _tell(self, report: Report) -> None:
         """Note what a cohort leaves; of several processes all do at the round's end, when they hear of it."""
@@ -155,14 +204,23 @@ class FederatedRounds(lightning.Callback):
 
     def _note(self, report: Report) -> None:
         """Count bytes and dropped updates, and keep what the clients keep."""
-        self.ledger.first_model(report.clients, self.model_length)
-        self.ledger.mask(report.clients, self.mask_length)
-        self.ledger.round(len(report.clients), report.up, self.down, self.dense + self.buffers.row.nbytes)
+        for client, up in zip(report.clients, report.up, strict=True):
+            self._count(client, up)
         self.dropped += report.dropped
-        if report.kept is not None:
-            self.store.write(report.clients, report.kept)
-        if report.buffers is not None:
-            self.buffers.store.write(report.clients, report.buffers)
+        for name, (clients, rows) in report.kept.items():
+            self.objective.take(name, clients, rows)
+            self.stores[name].write(clients, rows)
+
+    def _count(self, client: int, up: Size) -> None:
+        """Count what a client sent and received: the model at first contact, later what moved since."""
+        first, dtype, extra = client not in self.ledger.has_model, self.row.dtype, self.buffers.size
+        self.ledger.first_model([client], self.model_length)
+        self.ledger.mask([client], self.mask_length)
+        down = NOTHING if first else self.downlink.size(client, self.row, extra)
+        down += known_size(self.exchange.size, 0, dtype) * self.objective.messages
+        dense = self.dense + self.buffers.row.nbytes
+        self.ledger.trained(client, up, down, dense, self.model_length if first else 0)
+        self.arrived.append(client)
 
     def _difference(self, rows: Tensor) -> Tensor:
         """What the cohort changed, (K, n), in memory that the next cohort writes again."""
@@ -181,8 +239,21 @@ class FederatedRounds(lightning.Callback):
         module.server.step(change)
         module.space.write(module.net, module.server.rows[0])
         self.buffers.close(change.buffers)
+        self._settle(module, round)
         self.loss = change.loss
         del self.tally  # before the next round takes memory for its own
+
+    def _settle(self, module: ClientModule, round: int) -> None:
+        """Note what the round moved and who holds what, and write its traffic down."""
+        self.downlink.close(round, self.row, self._travelling(module))
+        for client in self.arrived:
+            self.downlink.told(client, round)
+        self.traffic.write(round + 1, self.ledger.close())
+
+    def _travelling(self, module: ClientModule) -> Tensor:
+        """Copy the global values that travel, (n,)."""
+        values = module.server.values[0]
+        return values[self.travels] if self.keeps_local else values.clone()
 
     def _nothing_left(self, round: int) -> str:
         return (
@@ -215,30 +286,27 @@ class FederatedRounds(lightning.Callback):
         rows[:, self.local] = read(self.store, clients, rows[:, self.local])
         return rows
 
-    def _broadcast_message(self, module: ClientModule) -> Update:
-        """The global values as a message to one client."""
-        return Update((FROM_SERVER,), module.server.values[:1], self.buffers.row.unsqueeze(0), (0.0,), (0.0,))
-
     def state_dict(self) -> dict[str, Any]:
         """What lasts over rounds and is not the network's or the server optimizer's."""
         return {
             "ledger": self.ledger.state_dict(),
             "dropped": [(d.round, d.client) for d in self.dropped],
-            "store": self.store.state_dict(),
-            "buffers": self.buffers.store.state_dict(),
+            "stores": {name: store.state_dict() for name, store in self.stores.items()},
+            "downlink": self.downlink.state_dict(),
+            "objective": self.objective.state_dict(),
         }
 
     def saved(self) -> None:
         """Be told that a checkpoint to resume from is whole on the disk."""
-        self.store.saved()
-        self.buffers.store.saved()
+        for store in self.stores.values():
+            store.saved()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state of a checkpoint."""
+        """Take the state of a checkpoint; the stores and the objective have theirs once training starts."""
         self.ledger.load_state_dict(state["ledger"])
         self.dropped = [Dropped(*d) for d in state["dropped"]]
-        self.store.load_state_dict(state["store"])
-        self.buffers.store.load_state_dict(state["buffers"])
+        self.downlink.load_state_dict(state["downlink"])
+        self.loaded = state
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:

@@ -11,6 +11,7 @@ from fedsparse.federation.aggregation import Change
 from fedsparse.places import Coordinates
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+UNTOUCHED = ("step", "hold", "freeze")
 
 
 class Server:
@@ -22,11 +23,20 @@ class Server:
         rows: (G, P) global rows; kept, not copied.
         make_optimizer: builds the optimizer of a list of parameters.
         trained: which n of the P coordinates train; the optimizer has only these.
+        untouched: what becomes of a coordinate that nobody sent: ``step``, the moments move it; ``hold``, they decay
+            and the value stays; ``freeze``, both stay.
+
+    Raises:
+        ValueError: another choice.
 
     """
 
-    def __init__(self, rows: Tensor, make_optimizer: MakeOptimizer, trained: Coordinates) -> None:
-        self.rows, self.trained = rows, trained
+    def __init__(
+        self, rows: Tensor, make_optimizer: MakeOptimizer, trained: Coordinates, untouched: str = "hold"
+    ) -> None:
+        if untouched not in UNTOUCHED:
+            raise ValueError(f"server.untouched is {untouched!r}; it must be one of {', '.join(UNTOUCHED)}")
+        self.rows, self.trained, self.untouched = rows, trained, untouched
         self.values = trained.of(rows)  # (G, n); the rows themselves if everything trains
         self.optimizer = make_optimizer([self.values])
 
@@ -38,12 +48,29 @@ class Server:
 
     @torch.no_grad()
     def step(self, change: Change) -> None:
-        """Take one server step along the mean change; coordinates that nobody touched stay."""
-        before = None if change.touched is None else self.values.clone()
+        """Take one server step along the mean change."""
+        touched = None if self.untouched == "step" else change.touched
+        before = [] if touched is None else [(tensor, tensor.clone()) for tensor in self._held()]
         self.values.grad = change.rows.to(self.values.dtype, copy=True).neg_()
         self.optimizer.step()
         self.values.grad = None
-        if before is not None and change.touched is not None:
-            self.values.copy_(torch.where(change.touched, self.values, before))
+        for tensor, old in before:
+            tensor.copy_(torch.where(touched, tensor, old))  # type: ignore[arg-type]
+        if touched is not None and not before[1:] and self.untouched == "freeze":
+            self._forget(touched)
         if self.values is not self.rows:
             self.trained.write(self.rows, self.values)
+
+    def _held(self) -> list[Tensor]:
+        """What stays at a coordinate that nobody sent: its value, and with ``freeze`` its moments."""
+        return [self.values, *(self._moments() if self.untouched == "freeze" else [])]
+
+    def _moments(self) -> list[Tensor]:
+        """The optimizer's tensors that have an entry for each coordinate."""
+        state = self.optimizer.state[self.values] if self.values in self.optimizer.state else {}
+        return [t for t in state.values() if isinstance(t, Tensor) and t.shape == self.values.shape]
+
+    def _forget(self, touched: Tensor) -> None:
+        """Undo what a first step gave the moments of coordinates that nobody sent: they begin at 0."""
+        for moment in self._moments():
+            moment.mul_(touched)

@@ -72,9 +72,9 @@ class StackedRows:
     def release(self) -> None:
         """Nothing to do: the network is changed during a forward only."""
 
-    def frozen(self, marks: Tensor) -> list[Tensor]:
-        """Marks (K, P) or (P,) of what is frozen, for each of ``gradients``."""
-        return [marks]
+    def parts(self, row: Tensor) -> list[Tensor]:
+        """View rows (K, P) or (P,) as ``views`` and ``gradients`` are: whole."""
+        return [row]
 
     def backward(self, x: Tensor, y: Tensor, count: Sequence[int], scale: Tensor | None) -> Tensor:
         """Compute the gradient of each client's mean loss over its real samples.

@@ -1,0 +1,111 @@
+"""What changes an update on its way: error feedback, fewer bits, an attack. They compose in the order of the YAML.
+
+Shapes: K clients of the cohort, n coordinates that train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsparse.federation.exchange import Exchange, Payload, Send, Update
+from fedsparse.federation.store import ClientStore, MemoryStore, read
+
+RESIDUAL = "residuals"
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+class Feedback:
+    """Error feedback: what a message leaves out, or rounds away, is added to the client's next change.
+
+    Sent plus kept equals carried plus change (Stich et al. 2018, algorithm 1; Karimireddy et al. 2019).
+
+    Args:
+        decay: factor of what is carried over, above 0 and at most 1.
+        store: where the clients keep it; in memory by default.
+
+    Raises:
+        ValueError: a decay out of range.
+
+    """
+
+    carries = True
+
+    def __init__(self, decay: float = 1.0, store: ClientStore | None = None) -> None:
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay <= 1:
+            raise ValueError(f"exchange.feedback is {decay!r}; it must be null, or a decay above 0 and at most 1")
+        self.decay, self.kept = decay, dict[str, tuple[tuple[int, ...], Tensor]]()
+        self.stores: dict[str, ClientStore] = {RESIDUAL: MemoryStore() if store is None else store}
+
+    def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
+        """Add what is carried over, send, and keep what did not arrive."""
+        carried = read(self.stores[RESIDUAL], update.clients, torch.zeros_like(update.rows))
+        wanted = update.rows + self.decay * carried
+        payload = send(replace(update, rows=wanted))
+        left = wanted - exchange.decode(payload).rows
+        self._keep(update, torch.where(exchange.travels.to(left.device), left, 0.0))
+        return payload
+
+    def _keep(self, update: Update, left: Tensor) -> None:
+        """Keep the rows of those whose update counts: a dropped one leaves what was carried as it is."""
+        rows = [k for k, weight in enumerate(update.weight) if weight > 0]
+        self.kept = {RESIDUAL: (tuple(update.clients[k] for k in rows), left[rows].cpu())}
+
+
+class Precision:
+    """Values travel with fewer bits.
+
+    Args:
+        dtype: ``float16``, ``bfloat16``, or ``int8`` for 8-bit steps of the largest of each 256 values.
+
+    Raises:
+        ValueError: another one.
+
+    """
+
+    def __init__(self, dtype: str) -> None:
+        if dtype not in PRECISIONS:
+            raise ValueError(f"exchange.precision is {dtype!r}; it must be null, float16, bfloat16 or int8")
+        self.dtype = PRECISIONS[dtype]
+
+    def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
+        """Send in this precision."""
+        return send(replace(update, dtype=self.dtype))
+
+
+class SignFlip:
+    """Some clients attack: they send their update reversed and scaled.
+
+    Args:
+        clients: who does; the first so many if it is a number.
+        scale: by how much.
+
+    """
+
+    def __init__(self, clients: int | Sequence[int] = 0, scale: float = 10.0) -> None:
+        self.clients = set(range(clients)) if isinstance(clients, int) else set(clients)
+        self.scale = scale
+
+    def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
+        """Reverse the attackers' rows."""
+        factors = [-self.scale if client in self.clients else 1.0 for client in update.clients]
+        return send(replace(update, rows=update.rows * update.rows.new_tensor(factors).unsqueeze(1)))
+
+
+def feedback(decay: float | None, **options: Any) -> Feedback | None:
+    """Make the filter that ``exchange.feedback`` asks for; none if it is null."""
+    return None if decay is None else Feedback(decay, **options)
+
+
+def precision(dtype: str | None) -> Precision | None:
+    """Make the filter that ``exchange.precision`` asks for; none if it is null."""
+    return None if dtype is None else Precision(dtype)
+
+
+def sign_flip(clients: int | Sequence[int] | None, scale: float) -> SignFlip | None:
+    """Make the attack that ``exchange.attackers`` asks for; none if it is null."""
+    return None if clients is None else SignFlip(clients, scale)

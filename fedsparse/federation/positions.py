@@ -1,0 +1,140 @@
+"""Where sent values belong, as bytes: the cheapest of nothing, a bitmap, flat 32-bit indices and varint gaps.
+
+Shapes: n coordinates that both sides count alike, k of them sent.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+
+class Coding(IntEnum):
+    """How positions are written; the numbers are part of the wire format."""
+
+    ALL = 0  # everything is sent: no positions
+    BITMAP = 1  # one bit a coordinate, least significant first
+    FLAT = 2  # uint32 for each value, little-endian
+    GAPS = 3  # coordinates skipped before each value, seven bits a byte (LEB128)
+
+
+def write_positions(sent: Bools) -> tuple[Coding, bytes]:
+    """Write bool (n,) in the coding that takes the fewest bytes.
+
+    >>> write_positions(np.array([True, False, False, False, False, False, True]))
+    (<Coding.BITMAP: 1>, b'A')
+    """
+    if sent.all():
+        return Coding.ALL, b""
+    bitmap = -(-len(sent) // 8)
+    if np.count_nonzero(sent) >= bitmap:  # a gap takes a byte or more
+        return Coding.BITMAP, _write_bitmap(sent)
+    index = np.flatnonzero(sent)
+    gaps = _gaps(index)
+    sizes = {Coding.BITMAP: bitmap, Coding.FLAT: 4 * len(index), Coding.GAPS: int(_widths(gaps).sum(dtype=np.int64))}
+    coding = min(sizes, key=lambda name: sizes[name])  # of equal ones the first
+    if coding == Coding.BITMAP:
+        return coding, _write_bitmap(sent)
+    return coding, index.astype("<u4").tobytes() if coding == Coding.FLAT else _write_gaps(gaps)
+
+
+def size_range(coding: Coding, n: int, count: int) -> tuple[int, int]:
+    """Fewest and most bytes that ``count`` positions of ``n`` may take in a coding.
+
+    More fewest than most: the coding is never the cheapest of so many, and nobody writes it.
+    """
+    bitmap, flat = -(-n // 8), 4 * count
+    ranges = {
+        Coding.ALL: (0, 0),
+        Coding.BITMAP: (bitmap, min(bitmap, flat)),
+        Coding.FLAT: (flat, min(flat, bitmap - 1)),
+        Coding.GAPS: (count, min(flat, bitmap) - 1),
+    }
+    return ranges[coding]
+
+
+def read_positions(coding: Coding, data: Bytes, n: int, count: int) -> Bools:
+    """Read positions: bool (n,), ``count`` of them True.
+
+    Raises:
+        ValueError: they are not ``count`` increasing positions below ``n``.
+
+    """
+    if coding == Coding.ALL:
+        return np.ones(n, dtype=bool)
+    if coding == Coding.BITMAP:
+        return _read_bitmap(data, n, count)
+    index = data.view("<u4").astype(np.int64) if coding == Coding.FLAT else _read_gaps(data, count)
+    if len(index) and (int(index[-1]) >= n or bool((index[1:] <= index[:-1]).any())):
+        raise ValueError(f"positions must increase strictly and stay below {n}")
+    sent = np.zeros(n, dtype=bool)
+    sent[index] = True
+    return sent
+
+
+def _write_bitmap(sent: Bools) -> bytes:
+    return np.packbits(sent, bitorder="little").tobytes()
+
+
+def _read_bitmap(data: Bytes, n: int, count: int) -> Bools:
+    bits = np.unpackbits(data, bitorder="little").view(bool)
+    if bits[n:].any() or int(np.count_nonzero(bits)) != count:
+        raise ValueError(f"positions: the bitmap does not mark {count} of {n}")
+    return bits[:n]
+
+
+def _gaps(index: Ints) -> Ints:
+    """Coordinates that are skipped before each position."""
+    return np.diff(index, prepend=-1) - 1
+
+
+def _widths(gaps: Ints) -> npt.NDArray[np.uint8]:
+    """Bytes that each gap takes."""
+    widths = np.ones(len(gaps), dtype=np.uint8)
+    if len(gaps) and int(gaps.max()) >= 1 << 7:
+        for bits in (7, 14, 21, 28):
+            widths += gaps >= 1 << bits
+    return widths
+
+
+def _write_gaps(gaps: Ints) -> bytes:
+    widths = _widths(gaps)
+    ends = np.cumsum(widths, dtype=np.int64)
+    data = np.zeros(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
+    for byte in range(int(widths.max(initial=0))):
+        there = widths > byte
+        more = (widths[there] > byte + 1).astype(np.uint8) << 7
+        data[ends[there] - widths[there] + byte] = (gaps[there] >> 7 * byte) & 127 | more
+    return data.tobytes()
+
+
+def _read_gaps(data: Bytes, count: int) -> Ints:
+    """Sum the gaps up byte by byte, and take the sum where a gap ends: two integers a byte at the most are held."""
+    more = data >= 128
+    ends = ~more
+    if np.count_nonzero(ends) != count or (count and not ends[-1]):
+        raise ValueError(f"positions: the gaps are not those of {count} values")
+    parts = (data & 127).astype(np.int64)
+    _shift(parts, more, data)
+    parts += ends  # the position itself
+    index = np.cumsum(parts, out=parts)[ends]
+    index -= 1
+    return index
+
+
+def _shift(parts: Ints, more: Bools, data: Bytes) -> None:
+    """Move the seven bits of a gap's second byte and later ones up to where they count, in place."""
+    later = np.flatnonzero(more) + 1  # bytes that another one comes before
+    if bool((data[later] == 0).any()):
+        raise ValueError("positions: a gap takes more bytes than it needs")
+    for byte in range(1, 6):
+        if byte == 5 and len(later):
+            raise ValueError("positions: a gap takes more than five bytes")
+        parts[later] <<= 7
+        later = later[more[later]] + 1
