@@ -116,7 +116,7 @@ def test_two_processes_equal_a_plain_loop(case, several):
 def test_a_round_takes_one_reduction_of_what_trains(case, several):
     small = build(case)
     trained = small.space.size if small.mask is None else int(small.mask.sum())
-    numbers = 2  # the sum of the weights, and of the losses
+    numbers = 3  # the sum of the weights, of the steps, and of the losses
     for process in several:
         assert process[case][1] == [trained + numbers] * ROUNDS
 

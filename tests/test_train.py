@@ -123,7 +123,8 @@ def test_calibration_does_not_depend_on_the_cohort_size(run_in, where):
 
 
 OPTIONS = [
-    "server=fedavgm", "server=fedadam", "federation.weight=equal", "sampling=everyone", "optimizer.nesterov=true",
+    "server=fedavgm", "server=fedadam", "server=fedyogi", "server=fedadagrad",
+    "federation.weight=equal", "sampling=everyone", "optimizer.nesterov=true",
     "schedule=cosine", "sparsity.unit=output", "sparsity.scope=tensor", "calibration.labels=model",
     "calibration.fisher=batch", "federation.clients_per_round=3", "optimizer.clip_norm=null", "partition=dirichlet",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fedsparse.federation.aggregation import Aggregation, Robust
 from fedsparse.federation.exchange import Exchange
 from fedsparse.federation.objective import Objective
@@ -33,9 +35,10 @@ def check_sizes(exchange: Exchange, aggregation: Aggregation, clients: int, taki
         ValueError: one line that says what would fit.
 
     """
-    if hasattr(exchange.rule, "fraction"):
-        check_fraction(exchange.rule.fraction, clients)
-    options = getattr(aggregation.average, "keywords", {}) if isinstance(aggregation, Robust) else {}
+    fraction = getattr(exchange.rule, "fraction", None)
+    if fraction is not None:
+        check_fraction(fraction, clients)
+    options: dict[str, Any] = getattr(aggregation.average, "keywords", {}) if isinstance(aggregation, Robust) else {}
     attackers = options.get("attackers")
     if attackers is not None and not 0 <= attackers <= taking_part - 3:
         raise ValueError(

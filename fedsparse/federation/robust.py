@@ -80,7 +80,7 @@ def median(values: Tensor, sent: Tensor, weight: Tensor) -> Averaged:
 
 
 def _middle(values: Tensor, sent: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Average, of each coordinate's sent values in ascending order, those from ``low`` to before ``high``, both (P,)."""
+    """Average the sent values of each coordinate, in ascending order, from ``low`` to before ``high`` (P,)."""
     ordered = torch.where(sent, values, math.inf).sort(0).values
     place = torch.arange(len(values), device=values.device)[:, None]
     taken = (place >= low) & (place < high)
@@ -124,9 +124,7 @@ def _krum_order(values: Tensor, attackers: int) -> Tensor:
     """Order rows by the sum of their squared distances to their nearest others, ties by index."""
     n = len(values)
     if n < attackers + 3:
-        raise ValueError(
-            f"aggregation.average.attackers={attackers} needs {attackers + 3} clients in a round; there are {n}"
-        )
+        raise ValueError(f"{attackers} attackers need {attackers + 3} clients in a round; there are {n}")
     squares = torch.stack([(values - row).square().sum(1) for row in values])
     squares.fill_diagonal_(math.inf)
     return squares.sort(1).values[:, : n - attackers - 2].sum(1).argsort(stable=True)

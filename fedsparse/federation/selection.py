@@ -109,9 +109,9 @@ def check_fraction(fraction: Fraction, clients: int | None = None) -> None:
             f"exchange.fraction is {fraction!r}; it must be above 0 and at most 1: a number, a list with one for each "
             "client, or a mapping from a round on, such as {0: 0.5, 5: 0.1}"
         )
-    if clients is not None and not isinstance(fraction, Mapping) and isinstance(fraction, Sequence):
-        if len(fraction) != clients:
-            raise ValueError(f"exchange.fraction lists {len(fraction)} clients; there are {clients}")
+    listed_for = len(fraction) if isinstance(fraction, Sequence) else clients
+    if clients not in (None, listed_for):
+        raise ValueError(f"exchange.fraction lists {listed_for} clients; there are {clients}")
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ class TopK:
         if self.scope == "global" or not len(theta):
             return select(self.by, theta, anchor, share)
         parts = [part.split(layout.sizes().tolist()) for part in (theta, anchor)]
-        marks = [select(self.by, *pair, share) for pair in zip(*parts, strict=True) if len(pair[0])]
-        return torch.cat(marks)
+        pairs = zip(*parts, strict=True)
+        return torch.cat([select(self.by, now, start, share) for now, start in pairs if len(now)])
 
 
 def at_least(scores: Tensor, fraction: float) -> Tensor:

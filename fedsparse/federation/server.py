@@ -67,7 +67,7 @@ class Server:
 
     def _moments(self) -> list[Tensor]:
         """The optimizer's tensors that have an entry for each coordinate."""
-        state = self.optimizer.state[self.values] if self.values in self.optimizer.state else {}
+        state = self.optimizer.state.get(self.values, {})
         return [t for t in state.values() if isinstance(t, Tensor) and t.shape == self.values.shape]
 
     def _forget(self, touched: Tensor) -> None:
