@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from fedsparse import build, results, team
@@ -160,6 +161,7 @@ def _summary(job: Job, federation: build.Federation, found: Calibrated, training
         mask_overlap_rounds=list(found.overlap),
         mask_overlap_clients=mean_client_overlap(found, federation.space),
         **_chosen(job),
+        **_exchanged(job),
     )
 
 
@@ -170,8 +172,21 @@ def _beside_others() -> bool:
 
 def _chosen(job: Job) -> dict[str, str | None]:
     """The options that name a run, as the summary keeps them."""
-    keys = ("mask_rule", "partition", "data", "model", "experiment")
+    keys = (
+        *("mask_rule", "partition", "data", "model", "experiment"),
+        *("exchange", "aggregation", "server", "objective", "link"),
+    )
     return {key: None if job.choices.get(key) in (None, "None", "null") else job.choices[key] for key in keys}
+
+
+def _exchanged(job: Job) -> dict[str, Any]:
+    """What of the exchange a reader of the summary wants to know."""
+    options = OmegaConf.to_container(job.cfg.exchange, resolve=True)
+    assert isinstance(options, dict)
+    found = {f"exchange_{key}": options.get(key) for key in ("fraction", "feedback", "precision", "payload", "compat")}
+    chosen = job.choices.get("exchange")
+    ruled = "rule" in options["build"]
+    return found | {"exchange_rule": options.get("by", chosen) if ruled else None}
 
 
 def _stored(job: Job, federation: build.Federation, checkpoint: Path) -> Calibrated:

@@ -84,6 +84,7 @@ def summarise(
         "num_parameters": parameters,
         "trainable_fraction": int(mask.row(space).sum()) / parameters,
         **rounds.ledger.figures(),
+        "link_seconds": rounds.ledger.link_seconds,
         "dropped_updates": len(rounds.dropped),
         "global_sha256": sha256(space.read(net)),
         **facts,
@@ -126,6 +127,7 @@ def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     up, dense = summary["bytes_up"], summary["bytes_dense"]
     rows.append(("sent up", f"{human_bytes(up)} ({up / dense:.1%} of dense)"))
     rows.append(("all traffic, with first models", human_bytes(summary["bytes_total"])))
+    rows.append((f"time of the rounds' messages, link {summary['link']}", f"{summary['link_seconds']:.1f} s"))
     rows.append(("dropped updates", str(summary["dropped_updates"])))
     rows.append(("time in rounds", f"{summary['seconds']:.1f} s"))
     return rows
