@@ -20,6 +20,13 @@ _COLOURS = {
     "highest_magnitude": "#0072B2",
     "lowest_magnitude": "#009E73",
     "talos": "#56B4E9",
+    "largest_change": "#D55E00",
+    "smallest_change": "#E69F00",
+    "largest_final": "#0072B2",
+    "smallest_final": "#56B4E9",
+    "largest_increase": "#CC79A7",
+    "smallest_increase": "#8C564B",
+    "randomk": "#009E73",
 }
 _SPARE = ("#8C564B", "#6A3D9A", "#B8B000", "#17A2A2")  # rules that are not listed above, in the order of their names
 _LINES = ("-", "--", ":", "-.")
@@ -70,9 +77,12 @@ def plain(name: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def panels(rows: int, columns: int, *, shared: bool = False) -> tuple[Figure, list[list[Axes]]]:
-    """Make a figure of equal panels; those of a row may share their vertical axis."""
-    figure = Figure(figsize=(max(5.6, 3.8 * columns), 2.7 * rows + 0.3), layout="constrained")
+def panels(
+    rows: int, columns: int, *, shared: bool = False, size: tuple[float, float] = (3.8, 2.7)
+) -> tuple[Figure, list[list[Axes]]]:
+    """Make a figure of equal panels, their size in inches; those of a row may share their vertical axis."""
+    width, height = size
+    figure = Figure(figsize=(max(5.6, width * columns), height * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if shared else False)
     for panel in axes.flat:
         panel.grid(alpha=0.3, linewidth=0.6)
@@ -85,12 +95,20 @@ def percent(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
 
 
-def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+def legend(figure: Figure, handles: Sequence[Line2D], most: int = 4) -> None:
     """Put a legend below the panels, in as many columns as its longest name leaves room for; the figure grows by it."""
     longest = max(len(str(handle.get_label())) for handle in handles)
-    ncols = max(1, min(4, int(figure.get_figwidth() / (0.6 + 0.08 * longest))))
+    ncols = max(1, min(most, int(figure.get_figwidth() / (0.6 + 0.08 * longest))))
     figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(handles) // ncols))
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize="small")
+
+
+def grouped(groups: Sequence[Sequence[Line2D]]) -> list[Line2D]:
+    """Fill groups of handles with blanks, so that each is a column of a legend of as many columns."""
+    rows = max(map(len, groups))
+    return [
+        h for group in groups for h in (*group, *(Line2D([], [], ls="", label=" ") for _ in range(rows - len(group))))
+    ]
 
 
 def _rule(name: str) -> str:
