@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from fedsparse.analysis.convergence import SPLITS, draw_curves
 from fedsparse.analysis.exchange_lines import Line, Place, line_of, lines, places, references, sent_fraction
 from fedsparse.analysis.pareto import AXES, point, ticks
-from fedsparse.analysis.style import Style, grouped, legend, panels, plain, styles
+from fedsparse.analysis.style import Style, legend_columns, panels, plain, styles
 from fedsparse.analysis.table import Row
 
 _VARIANTS = (("-", "o", True), ("--", "s", False), (":", "^", True), ("-.", "D", False), ("-", "v", False))
@@ -43,7 +43,7 @@ def exchange_figure(table: Sequence[Row], key: str) -> Figure:
         panel.set(xlabel=f"MB {AXES[key]}", ylabel="test accuracy")
     for panel in flat[len(parts) :]:
         panel.set_visible(False)
-    legend(figure, grouped([*_handles(looks), [_handle(name, mark) for name, mark in marks.items()]]), 3)
+    legend_columns(figure, [g for g in (*_handles(looks), [_handle(*mark) for mark in marks.items()]) if g])
     return figure
 
 
@@ -66,7 +66,8 @@ def curves_figure(table: Sequence[Row], fraction: float) -> Figure:
         panel.set_title(split, fontsize="medium")
     for panel in axes[-1]:
         panel.set_xlabel("round")
-    legend(figure, grouped([*_handles(looks, markers=False), [_handle("dense", {"color": _DENSE})]]), 3)
+    dense = [_handle("dense", {"color": _DENSE})] if any(row.dense for rows in parts.values() for row in rows) else []
+    legend_columns(figure, [group for group in (*_handles(looks, markers=False), dense) if group])
     return figure
 
 

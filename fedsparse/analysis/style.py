@@ -95,20 +95,25 @@ def percent(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
 
 
-def legend(figure: Figure, handles: Sequence[Line2D], most: int = 4) -> None:
+def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """Put a legend below the panels, in as many columns as its longest name leaves room for; the figure grows by it."""
     longest = max(len(str(handle.get_label())) for handle in handles)
-    ncols = max(1, min(most, int(figure.get_figwidth() / (0.6 + 0.08 * longest))))
+    ncols = max(1, min(4, int(figure.get_figwidth() / (0.6 + 0.08 * longest))))
+    _below(figure, handles, ncols)
+
+
+def legend_columns(figure: Figure, groups: Sequence[Sequence[Line2D]]) -> None:
+    """Put a legend below the panels, a column for each group of handles; the figure grows by it."""
+    rows = max(map(len, groups))
+    blanks = [[Line2D([], [], ls="", label=" ") for _ in range(rows - len(group))] for group in groups]
+    longest = [max(len(str(handle.get_label())) for handle in group) for group in groups]
+    figure.set_figwidth(max(figure.get_figwidth(), sum(0.6 + 0.08 * letters for letters in longest)))
+    _below(figure, [h for pair in zip(groups, blanks, strict=True) for part in pair for h in part], len(groups))
+
+
+def _below(figure: Figure, handles: Sequence[Line2D], ncols: int) -> None:
     figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(handles) // ncols))
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize="small")
-
-
-def grouped(groups: Sequence[Sequence[Line2D]]) -> list[Line2D]:
-    """Fill groups of handles with blanks, so that each is a column of a legend of as many columns."""
-    rows = max(map(len, groups))
-    return [
-        h for group in groups for h in (*group, *(Line2D([], [], ls="", label=" ") for _ in range(rows - len(group))))
-    ]
 
 
 def _rule(name: str) -> str:
