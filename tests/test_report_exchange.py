@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from fedsparse.analysis.exchange_plot import curves_figure, exchange_figure
 from fedsparse.analysis.exchange_table import section
 from fedsparse.analysis.table import dense_of
 
+ROOT = Path(__file__).parent.parent
 MASKED = {"_target_": "fedsparse.federation.exchange.Masked"}
 DENSE = [0.90, 0.92, 0.94]  # by seed
 SPARSE = {0.01: [0.70, 0.74, 0.78], 0.1: [0.88, 0.89, 0.93]}
@@ -281,3 +284,13 @@ def test_a_single_run_has_no_interval(tmp_path):
     assert math.isnan(row.over_seeds("test/acc").half)
     (axes,) = exchange_figure([row], "bytes_up").axes
     assert drawn(axes)["#D55E00", "o"][0] == pytest.approx([1.0, 0.7])
+
+
+def test_the_sweep_says_how_many_runs_it_is():
+    """Every command of the target is the product of its lists: 2 x 4 x 5 three times, 4 x 5 three times, 5, 5; 3 x 4."""
+    done = subprocess.run(["make", "-n", "exchange"], cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = [line for line in done.stdout.splitlines() if "fedsparse.train" in line]
+    runs = [math.prod(1 + word.count(",") for word in command.split()) for command in commands]
+    assert runs == [40, 40, 40, 20, 20, 20, 5, 5, 3, 3, 3, 3]
+    assert f"{sum(runs)} runs" in done.stdout
+    assert len({command.split("hydra.sweep.dir=")[1] for command in commands}) == len(commands)

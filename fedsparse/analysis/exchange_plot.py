@@ -86,12 +86,16 @@ def _style(row: Row, looks: Looks) -> Style:
 def _looks(table: Sequence[Row]) -> Looks:
     """Give a rule its colour, and what else tells lines apart its stroke and marker."""
     found = sorted({line_of(row) for row in table if row.exchange})
-    colours, variants = styles([rule for rule, _ in found]), sorted({rest for _, rest in found})
+    colours, variants = styles([rule for rule, _ in found]), sorted({rest for _, rest in found}, key=_simple_first)
     looks = {}
     for rule, rest in found:
         colour, (stroke, marker, filled) = colours[rule].colour, _VARIANTS[variants.index(rest) % len(_VARIANTS)]
         looks[rule, rest] = {"color": colour, "ls": stroke, "marker": marker, "mfc": colour if filled else "white"}
     return looks
+
+
+def _simple_first(rest: str) -> tuple[int, str]:
+    return rest.count(","), rest
 
 
 def _marks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -144,7 +148,9 @@ def _points(axes: Axes, rows: Sequence[Row], key: str, aside: float, **look: Any
 def _handles(looks: Looks, *, markers: bool = True) -> list[list[Line2D]]:
     """Explain colours, and strokes with their markers."""
     rules = {rule: {"color": look["color"], "lw": 3} for (rule, _), look in looks.items()}
-    rests = {rest or _PLAIN: look for (_, rest), look in sorted(looks.items(), key=lambda item: item[0][1])}
+    rests = {
+        rest or _PLAIN: look for (_, rest), look in sorted(looks.items(), key=lambda item: _simple_first(item[0][1]))
+    }
     marker = {} if markers else {"marker": ""}
     strokes = {rest: look | {"color": _DARK, "mfc": _open(look), "ms": 4.5} | marker for rest, look in rests.items()}
     return [[_handle(name, look) for name, look in group.items()] for group in (rules, strokes)]
