@@ -287,7 +287,7 @@ def test_a_single_run_has_no_interval(tmp_path):
 
 
 def test_the_sweep_says_how_many_runs_it_is():
-    """Every command of the target is the product of its lists: 2 x 4 x 5 three times, 4 x 5 three times, 5, 5; 3 x 4."""
+    """A command makes the product of its lists: 2 x 4 x 5 three times, 4 x 5 three times, 5, 5; then 3 four times."""
     done = subprocess.run(["make", "-n", "exchange"], cwd=ROOT, capture_output=True, text=True, check=True)
     commands = [line for line in done.stdout.splitlines() if "fedsparse.train" in line]
     runs = [math.prod(1 + word.count(",") for word in command.split()) for command in commands]
