@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format bench bench-peers grid weights wheel clean
+.PHONY: help setup train test test-slow lint format bench bench-peers grid exchange weights wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -76,6 +76,40 @@ grid: $(READY) ## six rules x three sparsities x four partitions x five seeds; M
 	$(REPEAT) $(AT)/head
 	$(REPEAT) $(AT)/rules
 	$(BIN)/python -m fedsparse.report $(AT) --out $(AT)/report
+
+# what a client sends is chosen anew each round, from all weights; masks and dense training beside it, all at one rate
+EXCHANGE_RULES ?= largest_change,largest_final
+FRACTIONS ?= 0.01,0.1,0.3,1
+LR ?= 0.1
+DOCS_LR ?= 0.1
+EXCHANGE_AT = runs/exchange
+DIGITS = $(SWEEP) pictures=false data=digits model=$(MODEL) seed=0,1,2,3,4 optimizer.lr=$(LR) federation.eval_every=2
+DOCS = $(SWEEP) pictures=false data=stdlib_docs model=bert_tiny seed=0,1,2 optimizer.lr=$(DOCS_LR) federation.eval_every=2
+TOPK = mask_rule=dense exchange=topk exchange.fraction=$(FRACTIONS) exchange.by=$(EXCHANGE_RULES)
+RANDOMK = mask_rule=dense exchange=randomk exchange.fraction=$(FRACTIONS)
+# without feedback a coordinate is averaged over those that sent it; what feedback holds back counts as zero until it is sent
+SENDERS := aggregation=coordinate_mean aggregation.denominator=senders
+FEEDBACK := aggregation=coordinate_mean aggregation.denominator=participants exchange.feedback=1.0
+HALF := $(SENDERS) exchange.precision=float16
+MASKED := exchange=masked mask_rule=random sparsity=s80
+FULL := exchange=full mask_rule=dense
+
+exchange: $(READY) ## sparse exchanges, masked and dense training: accuracy against bytes; MODEL=vit_digits, FRACTIONS=0.1, LR=0.03
+	@echo "With all rules and fractions 202 runs, JOBS=$(JOBS) at a time: 190 on digits (nine lines of four fractions, masked, dense; five seeds), 12 on the documentation of Python's library (three seeds)"
+	@echo "What is finished in $(EXCHANGE_AT) is skipped, what was stopped goes on."
+	$(DIGITS) $(TOPK) $(SENDERS) hydra.sweep.dir=$(EXCHANGE_AT)/$(MODEL)/topk
+	$(DIGITS) $(TOPK) $(FEEDBACK) hydra.sweep.dir=$(EXCHANGE_AT)/$(MODEL)/topk_feedback
+	$(DIGITS) $(TOPK) $(HALF) hydra.sweep.dir=$(EXCHANGE_AT)/$(MODEL)/topk_half
+	$(DIGITS) $(RANDOMK) $(SENDERS) hydra.sweep.dir=$(EXCHANGE_AT)/$(MODEL)/randomk
+	$(DIGITS) $(RANDOMK) $(FEEDBACK) hydra.sweep.dir=$(EXCHANGE_AT)/$(MODEL)/randomk_feedback
+	$(DIGITS) $(RANDOMK) $(HALF) hydra.sweep.dir=$(EXCHANGE_AT)/$(MODEL)/randomk_half
+	$(DIGITS) $(MASKED) hydra.sweep.dir=$(EXCHANGE_AT)/$(MODEL)/masked
+	$(DIGITS) $(FULL) hydra.sweep.dir=$(EXCHANGE_AT)/$(MODEL)/dense
+	$(DOCS) mask_rule=dense exchange=topk exchange.by=largest_change exchange.fraction=0.1 $(SENDERS) hydra.sweep.dir=$(EXCHANGE_AT)/docs/topk
+	$(DOCS) mask_rule=dense exchange=randomk exchange.fraction=0.1 $(SENDERS) hydra.sweep.dir=$(EXCHANGE_AT)/docs/randomk
+	$(DOCS) $(MASKED) hydra.sweep.dir=$(EXCHANGE_AT)/docs/masked
+	$(DOCS) $(FULL) hydra.sweep.dir=$(EXCHANGE_AT)/docs/dense
+	$(BIN)/python -m fedsparse.report $(EXCHANGE_AT) --out $(EXCHANGE_AT)/report
 
 weights: $(READY) ## pre-train the embedded model again
 	$(BIN)/python -m fedsparse.pretrain $(ARGS)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsparse.analysis import convergence, overlap, pareto, tables
+from fedsparse.analysis import convergence, exchange_table, overlap, pareto, tables
 from fedsparse.analysis.folders import read_runs
 from fedsparse.analysis.page import Picture, Section, markdown, page, png
 from fedsparse.analysis.table import once, rows
@@ -44,14 +44,15 @@ def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
     found, problems = read_runs(folders)
     runs, repeated, apart = once(found)
     table = rows(runs)
+    known = [row for row in table if not row.exchange]  # what travels is known beforehand
     overlaps, unread = overlap.section(table)
     return [
         tables.overview(table),
         tables.by_partition(table),
         tables.by_sparsity(table),
         tables.clients(table),
-        pareto.section(table),
-        convergence.section(table),
+        *([pareto.section(known), convergence.section(known)] if known else []),
+        *exchange_table.section(table),
         convergence.target_section(table, target),
         *overlaps,
         *overlap.within(table),

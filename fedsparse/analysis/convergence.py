@@ -15,9 +15,9 @@ from fedsparse.analysis.page import Picture, Section, Table, slug
 from fedsparse.analysis.statistics import Interval
 from fedsparse.analysis.style import Style, legend, panels, percent, plain, styles
 from fedsparse.analysis.table import Row, partitions, sparsities
-from fedsparse.analysis.tables import share
+from fedsparse.analysis.tables import rule_head, share
 
-_SPLITS = {"val/acc": "validation", "test/acc": "test"}
+SPLITS = {"val/acc": "validation", "test/acc": "test"}
 _TEXT = (
     "Mean over seeds of the global model's accuracy after each round, from metrics.csv; the band is the 95 % interval "
     "of the mean, cut at 0 and 100 %, and wide where seeds are few. Rows without a mask stand in every picture; the "
@@ -38,7 +38,16 @@ def section(table: Sequence[Row]) -> Section:
 
 def target_section(table: Sequence[Row], fraction: float) -> Section:
     """Show rounds and bytes to the target of each partition that has a dense row."""
-    head = ["partition", "target, %", "mask rule", "sparsity", "rounds", "sent up, MB", "in all, MB", "not reached"]
+    head = [
+        "partition",
+        "target, %",
+        rule_head(table),
+        "sparsity",
+        "rounds",
+        "sent up, MB",
+        "in all, MB",
+        "not reached",
+    ]
     body = [line for part in partitions(table) for line in _target_lines(table, part, fraction)]
     return Section("Rounds and bytes to a target", _TARGET_TEXT.format(fraction=fraction), [Table(head, body)])
 
@@ -68,12 +77,12 @@ def convergence_figure(table: Sequence[Row], sparsity: float) -> Figure:
     """
     shown = [row for row in table if row.sparsity in (0.0, sparsity)]
     looks, parts = styles([row.name for row in table]), partitions(table)
-    figure, axes = panels(len(parts), len(_SPLITS), shared=True)
+    figure, axes = panels(len(parts), len(SPLITS), shared=True)
     for line, part in zip(axes, parts, strict=True):
         line[0].set_ylabel(f"{plain(part)}\naccuracy")
-        for panel, column in zip(line, _SPLITS, strict=True):
-            _draw(panel, [row for row in shown if row.partition == part], column, looks)
-    for panel, split in zip(axes[0], _SPLITS.values(), strict=True):
+        for panel, column in zip(line, SPLITS, strict=True):
+            draw_curves(panel, [row for row in shown if row.partition == part], column, looks)
+    for panel, split in zip(axes[0], SPLITS.values(), strict=True):
         panel.set_title(split, fontsize="medium")
     for panel in axes[-1]:
         panel.set_xlabel("round")
@@ -82,12 +91,8 @@ def convergence_figure(table: Sequence[Row], sparsity: float) -> Figure:
     return figure
 
 
-def _picture(table: Sequence[Row], sparsity: float) -> Picture:
-    caption = f"Accuracy over rounds, {share(sparsity)} frozen" if sparsity else "Accuracy over rounds"
-    return Picture(f"convergence-{slug(share(sparsity))}", caption, lambda: convergence_figure(table, sparsity))
-
-
-def _draw(axes: Axes, shown: Sequence[Row], column: str, looks: Mapping[str, Style]) -> None:
+def draw_curves(axes: Axes, shown: Sequence[Row], column: str, looks: Mapping[str, Style]) -> None:
+    """Draw a column of metrics.csv over rounds, a line with its band for each row, in the look of its name."""
     for row in shown:
         if points := curve(row.runs, column):
             rounds, means = [r for r, _ in points], np.array([i.mean for _, i in points])
@@ -100,9 +105,14 @@ def _draw(axes: Axes, shown: Sequence[Row], column: str, looks: Mapping[str, Sty
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def _picture(table: Sequence[Row], sparsity: float) -> Picture:
+    caption = f"Accuracy over rounds, {share(sparsity)} frozen" if sparsity else "Accuracy over rounds"
+    return Picture(f"convergence-{slug(share(sparsity))}", caption, lambda: convergence_figure(table, sparsity))
+
+
 def _target_lines(table: Sequence[Row], partition: str, fraction: float) -> list[list[str]]:
     shown = [row for row in table if row.partition == partition]
-    dense = [row.over_seeds("test/acc").mean for row in shown if row.settings["mask_rule"] == "dense"]
+    dense = [row.over_seeds("test/acc").mean for row in shown if row.dense]
     target = fraction * max(dense, default=float("nan"))
     return [[partition, f"{100 * target:.1f}", *_target_cells(row, target)] for row in shown] if dense else []
 

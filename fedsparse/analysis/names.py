@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fedsparse.analysis.exchange import exchange_label
 from fedsparse.analysis.folders import Run
 
 Settings = Mapping[str, str]
@@ -31,6 +32,9 @@ _OF_MASKS = ("mask_rule", "sparsity", "mask")
 # keys of a group are compared among the runs of one option, for they come with it; others among those of an experiment
 _OPTIONS = ("mask_rule", "partition", "data", "model", "experiment")
 _OPTION = {name: name for name in _OPTIONS} | {"sparsity": "mask_rule", "mask": "mask_rule"}
+# what a sparse exchange consists of: its label says most of it, so only runs of one label are compared
+_OF_EXCHANGES = ("exchange", "aggregation")
+LABEL = "label of the sparse exchange"  # no key of a configuration
 _TRAINABLE = "model.trainable"
 _ALWAYS = "partition.beta"  # a Dirichlet partition without it says nothing
 
@@ -40,7 +44,8 @@ def settings(run: Run) -> dict[str, str]:
     dropped = _SWEPT + _IDLE + (_OF_MASKS if run.summary["mask_rule"] == "dense" else ())
     kept = {key: value for key, value in run.config.items() if not _under(key, dropped)}
     choices = {key: str(run.summary[key]) for key in ("mask_rule", "partition")}
-    return kept | choices | {"sparsity": f"{run.sparsity:g}"}
+    label = exchange_label(run.summary)
+    return kept | choices | {"sparsity": f"{run.sparsity:g}"} | ({LABEL: label} if label else {})
 
 
 def _under(key: str, keys: Sequence[str]) -> bool:
@@ -66,7 +71,7 @@ def _differing(groups: Sequence[Settings]) -> set[tuple[str, str]]:
     shared: dict[tuple[str, str], list[str]] = {}
     sizes: dict[str, int] = {}
     for group in groups:
-        for option in {_option(key, group) for key in group} | {f"experiment={group['experiment']}"}:
+        for option in {_option(key, group) for key in (*group, "experiment", *_OF_EXCHANGES)}:
             sizes[option] = sizes.get(option, 0) + 1
         for key, value in group.items():
             shared.setdefault((key, _option(key, group)), []).append(value)
@@ -75,17 +80,22 @@ def _differing(groups: Sequence[Settings]) -> set[tuple[str, str]]:
 
 
 def _option(key: str, group: Settings) -> str:
-    chosen = _OPTION.get(key.split(".")[0], "experiment")
+    first = key.split(".")[0]
+    if first in _OF_EXCHANGES:
+        return f"experiment={group['experiment']}, exchange={group.get(LABEL, '')}"
+    chosen = _OPTION.get(first, "experiment")
     return f"{chosen}={group[chosen]}"
 
 
 def _name(group: Settings, differing: set[tuple[str, str]]) -> str:
-    """Write the rule, then the options and keys in which this group differs from others."""
-    alone = group["mask_rule"] == "dense" and group.get(_TRAINABLE) == "head"
+    """Write the rule, the sparse exchange (alone if all trains), then the options and keys in which others differ."""
+    dense, label = group["mask_rule"] == "dense", group.get(LABEL, "")
+    alone = dense and group.get(_TRAINABLE) == "head"
     first = "head alone" if alone else group["mask_rule"]
+    first = ", ".join([first] * (not label or alone or not dense) + [label] * bool(label))
     choices = [group[key] for key in ("experiment", "data", "model") if (key, "") in differing and group[key]]
     shown = [] if alone or group.get(_TRAINABLE, "all") == "all" else [f"trainable={group[_TRAINABLE]}"]
-    skipped = {*_OPTIONS, "sparsity", _TRAINABLE}
+    skipped = {*_OPTIONS, "sparsity", _TRAINABLE, LABEL}
     keys = [key for key in sorted(group) if key not in skipped and not key.startswith("partition.")]
     shown += [_shown(key, group[key]) for key in keys if (key, _option(key, group)) in differing]
     return ", ".join([first, *choices, *shown])

@@ -15,7 +15,7 @@ from fedsparse.analysis.style import Style, legend, markers, panels, percent, pl
 from fedsparse.analysis.table import Row, partitions
 from fedsparse.analysis.tables import share
 
-_AXES = {"bytes_up": "sent up by all clients", "bytes_total": "of all traffic, setup included"}
+AXES = {"bytes_up": "sent up by all clients", "bytes_total": "of all traffic, setup included"}
 _TEXT = (
     "A point is a rule at a sparsity: mean test accuracy over seeds, with its 95 % interval, against the mean bytes of "
     "the whole run (1 MB = 10^6 bytes). The step line is the Pareto front: points that no other beats in one of the "
@@ -47,11 +47,9 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def section(table: Sequence[Row]) -> Section:
     """Show both costs: their fronts as one table, and a picture each."""
-    pictures = [
-        Picture(f"pareto-{key}", f"Test accuracy against MB {_AXES[key]}", _drawer(table, key)) for key in _AXES
-    ]
+    pictures = [Picture(f"pareto-{key}", f"Test accuracy against MB {AXES[key]}", _drawer(table, key)) for key in AXES]
     head = ["partition", "bytes", "mask rule", "sparsity", "MB", "test accuracy, %"]
-    body = [line for part in partitions(table) for key in _AXES for line in _lines(table, part, key)]
+    body = [line for part in partitions(table) for key in AXES for line in _lines(table, part, key)]
     return Section("Accuracy against bytes", _TEXT, [*pictures, Table(head, body, "Pareto fronts")])
 
 
@@ -71,32 +69,42 @@ def pareto_figure(table: Sequence[Row], key: str) -> Figure:
     for panel, part in zip(flat, parts, strict=False):
         _draw(panel, [row for row in table if row.partition == part], key, names, marks)
         panel.set_title(plain(part), fontsize="medium")
-        panel.set(xlabel=f"MB {_AXES[key]}", ylabel="test accuracy" if panel in [line[0] for line in axes] else "")
+        panel.set(xlabel=f"MB {AXES[key]}", ylabel="test accuracy" if panel in [line[0] for line in axes] else "")
     for panel in flat[len(parts) :]:
         panel.set_visible(False)
     legend(figure, _handles(names, marks))
     return figure
 
 
+def point(row: Row, key: str) -> tuple[float, float]:
+    """Give a row's mean cost in megabytes, and its mean test accuracy."""
+    return row.over_seeds(key).mean / 1e6, row.over_seeds("test/acc").mean
+
+
+def ticks(axes: Axes) -> None:
+    """Label megabytes in full, and per cent."""
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    percent(axes)
+    axes.margins(x=0.12)
+
+
 def _drawer(table: Sequence[Row], key: str) -> Callable[[], Figure]:
     return lambda: pareto_figure(table, key)
 
 
-def _point(row: Row, key: str) -> tuple[float, float]:
-    return row.over_seeds(key).mean / 1e6, row.over_seeds("test/acc").mean
-
-
 def _lines(table: Sequence[Row], partition: str, key: str) -> list[list[str]]:
     shown = [row for row in table if row.partition == partition]
-    best = [shown[i] for i in front([_point(row, key) for row in shown])]
-    figures = [(f"{_point(row, key)[0]:.2f}", row.over_seeds("test/acc").percent()) for row in best]
+    best = [shown[i] for i in front([point(row, key) for row in shown])]
+    figures = [(f"{point(row, key)[0]:.2f}", row.over_seeds("test/acc").percent()) for row in best]
     return [[partition, key, row.name, share(row.sparsity), *f] for row, f in zip(best, figures, strict=True)]
 
 
 def _draw(axes: Axes, shown: Sequence[Row], key: str, names: Mapping[str, Style], marks: Mapping[float, str]) -> None:
     """Draw points with their intervals, and the front as a step line behind them."""
     shown = [row for row in shown if row.over_seeds(key).mean > 0]  # a log axis has no place for 0
-    points = [_point(row, key) for row in shown]
+    points = [point(row, key) for row in shown]
     axes.set_xscale("log")
     if best := front(points):
         axes.step(*zip(*[points[i] for i in best], strict=True), where="post", color="#999999", linewidth=1.2, zorder=1)
@@ -105,7 +113,7 @@ def _draw(axes: Axes, shown: Sequence[Row], key: str, names: Mapping[str, Style]
         axes.errorbar(x * aside, y, half, color=style.colour, linewidth=0.8, alpha=0.6, zorder=2)
         fill = style.colour if style.filled else "white"
         axes.plot(x * aside, y, marks[row.sparsity], ms=_size(row), color=style.colour, mfc=fill, zorder=3)
-    _ticks(axes)
+    ticks(axes)
 
 
 def _aside(points: Sequence[tuple[float, float]], best: Sequence[int]) -> list[float]:
@@ -120,15 +128,6 @@ def _aside(points: Sequence[tuple[float, float]], best: Sequence[int]) -> list[f
 
 def _size(row: Row) -> float:
     return 6 if row.sparsity else 10  # a star looks smaller than it is
-
-
-def _ticks(axes: Axes) -> None:
-    """Label megabytes in full, and per cent."""
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    percent(axes)
-    axes.margins(x=0.12)
 
 
 def _handles(names: Mapping[str, Style], marks: Mapping[float, str]) -> list[Line2D]:

@@ -20,6 +20,13 @@ _COLOURS = {
     "highest_magnitude": "#0072B2",
     "lowest_magnitude": "#009E73",
     "talos": "#56B4E9",
+    "largest_change": "#D55E00",
+    "smallest_change": "#E69F00",
+    "largest_final": "#0072B2",
+    "smallest_final": "#56B4E9",
+    "largest_increase": "#CC79A7",
+    "smallest_increase": "#8C564B",
+    "randomk": "#009E73",
 }
 _SPARE = ("#8C564B", "#6A3D9A", "#B8B000", "#17A2A2")  # rules that are not listed above, in the order of their names
 _LINES = ("-", "--", ":", "-.")
@@ -70,9 +77,12 @@ def plain(name: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def panels(rows: int, columns: int, *, shared: bool = False) -> tuple[Figure, list[list[Axes]]]:
-    """Make a figure of equal panels; those of a row may share their vertical axis."""
-    figure = Figure(figsize=(max(5.6, 3.8 * columns), 2.7 * rows + 0.3), layout="constrained")
+def panels(
+    rows: int, columns: int, *, shared: bool = False, size: tuple[float, float] = (3.8, 2.7)
+) -> tuple[Figure, list[list[Axes]]]:
+    """Make a figure of equal panels, their size in inches; those of a row may share their vertical axis."""
+    width, height = size
+    figure = Figure(figsize=(max(5.6, width * columns), height * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if shared else False)
     for panel in axes.flat:
         panel.grid(alpha=0.3, linewidth=0.6)
@@ -89,6 +99,19 @@ def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """Put a legend below the panels, in as many columns as its longest name leaves room for; the figure grows by it."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     ncols = max(1, min(4, int(figure.get_figwidth() / (0.6 + 0.08 * longest))))
+    _below(figure, handles, ncols)
+
+
+def legend_columns(figure: Figure, groups: Sequence[Sequence[Line2D]]) -> None:
+    """Put a legend below the panels, a column for each group of handles; the figure grows by it."""
+    rows = max(map(len, groups))
+    blanks = [[Line2D([], [], ls="", label=" ") for _ in range(rows - len(group))] for group in groups]
+    longest = [max(len(str(handle.get_label())) for handle in group) for group in groups]
+    figure.set_figwidth(max(figure.get_figwidth(), sum(0.6 + 0.08 * letters for letters in longest)))
+    _below(figure, [h for pair in zip(groups, blanks, strict=True) for part in pair for h in part], len(groups))
+
+
+def _below(figure: Figure, handles: Sequence[Line2D], ncols: int) -> None:
     figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(handles) // ncols))
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize="small")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedsparse.analysis.files import finite
 from fedsparse.analysis.folders import Problem, Run
-from fedsparse.analysis.names import Settings, labels, settings
+from fedsparse.analysis.names import LABEL, Settings, labels, settings
 from fedsparse.analysis.statistics import Interval, paired
 
 _PROTOCOL = ("data", "model", "partition", "federation.")  # dense training must share these to be compared with
@@ -38,6 +38,16 @@ class Row:
     lr_at_edge: bool
     runs: tuple[Run, ...]
     settings: Settings = field(repr=False)
+
+    @property
+    def exchange(self) -> str:
+        """Label of the sparse exchange, "" without one."""
+        return self.settings.get(LABEL, "")
+
+    @property
+    def dense(self) -> bool:
+        """Whether there is neither a mask nor a sparse exchange: what others are compared with."""
+        return self.settings["mask_rule"] == "dense" and not self.exchange
 
     def by_seed(self, key: str) -> dict[int, float]:
         """Give a figure of the summaries by seed, where it is a finite number."""
@@ -86,8 +96,8 @@ def once(runs: Sequence[Run]) -> tuple[list[Run], int, list[Problem]]:
 
 
 def dense_of(row: Row, table: Sequence[Row]) -> Row | None:
-    """Find dense training of the same data, model, partition and rounds; of several, the one most alike."""
-    dense = [r for r in table if r.settings["mask_rule"] == "dense" and _protocol(r) == _protocol(row)]
+    """Find dense training of the same data, model, partition and rounds, all sent; of several, the one most alike."""
+    dense = [r for r in table if r.dense and _protocol(r) == _protocol(row)]
     return min(dense, key=lambda other: _distance(row, other), default=None)
 
 

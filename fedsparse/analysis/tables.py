@@ -13,7 +13,6 @@ from fedsparse.analysis.statistics import DASH, Interval
 from fedsparse.analysis.table import Row, dense_of, partitions, sparsities
 
 _HEAD = (
-    "mask rule",
     "partition",
     "sparsity",
     "lr",
@@ -24,7 +23,7 @@ _HEAD = (
     "worst tenth of clients, %",
     "seeds",
 )
-_MARKED = "Bold, ▲ or ▼: the interval of the difference to dense, paired by seed, lies above or below 0."
+MARKED = "Bold, ▲ or ▼: the interval of the difference to dense, paired by seed, lies above or below 0."
 _ACCURACY = "test/acc"
 
 
@@ -34,10 +33,12 @@ def overview(table: Sequence[Row]) -> Section:
     text = (
         "Mean over seeds ± half the 95 % confidence interval (Student's t), at the learning rate with the best mean "
         "validation accuracy (*: the smallest or largest of those tried). Sparsity is the fraction frozen; 'trained' "
-        f"counts the head too. {_MARKED} Other differences are noise as far as these seeds tell; and of twenty rows "
+        f"counts the head too. {MARKED} Other differences are noise as far as these seeds tell; and of twenty rows "
         "that do not differ from dense at all, one is bold by chance. Dense trains everything, at its own best rate."
     )
-    return Section("Results", text, [Table(_HEAD, [_cells(row, dense_of(row, table)) for row in order])])
+    return Section(
+        "Results", text, [Table([rule_head(table), *_HEAD], [_cells(row, dense_of(row, table)) for row in order])]
+    )
 
 
 def by_partition(table: Sequence[Row]) -> Section:
@@ -47,7 +48,7 @@ def by_partition(table: Sequence[Row]) -> Section:
         _cross([row for row in table if row.sparsity in (0, s)], table, columns, lambda row: row.partition, _at(s))
         for s in sparsities(table) or [0.0]
     ]
-    text = f"Test accuracy, %, of each rule (rows) on each partition (columns): mean ± 95 % interval. {_MARKED}"
+    text = f"Test accuracy, %, of each rule (rows) on each partition (columns): mean ± 95 % interval. {MARKED}"
     return Section("Rule by partition", text, tables)
 
 
@@ -58,7 +59,7 @@ def by_sparsity(table: Sequence[Row]) -> Section:
         _cross([row for row in table if row.partition == part], table, columns, lambda row: share(row.sparsity), part)
         for part in partitions(table)
     ]
-    text = f"Test accuracy, %, of each rule (rows) at each fraction frozen (columns): mean ± 95 % interval. {_MARKED}"
+    text = f"Test accuracy, %, of each rule (rows) at each fraction frozen (columns): mean ± 95 % interval. {MARKED}"
     return Section("Rule by sparsity", text, tables)
 
 
@@ -70,9 +71,9 @@ def clients(table: Sequence[Row]) -> Section:
     heads = ["mean over clients, %", "standard deviation, points", "worst tenth, %", "worst tenth, difference to dense"]
     text = (
         "The global model on each client's part of the test split. The mean weighs all clients alike; the worst tenth "
-        f"is the mean over the tenth of the clients with the lowest accuracy, noisy where parts are small. {_MARKED}"
+        f"is the mean over the tenth of the clients with the lowest accuracy, noisy where parts are small. {MARKED}"
     )
-    return Section("Accuracy per client", text, [Table(["mask rule", "partition", "sparsity", *heads], body)])
+    return Section("Accuracy per client", text, [Table([rule_head(table), "partition", "sparsity", *heads], body)])
 
 
 def scaled(runs: Sequence[Run]) -> Iterable[Section]:
@@ -98,6 +99,19 @@ def missing(problems: Sequence[Problem], repeated: int) -> Iterable[Section]:
     return [Section("Left out", text, tables)] if body or repeated else []
 
 
+def rule_head(table: Sequence[Row]) -> str:
+    """Head the column of names: where everything trains, a sparse exchange is named instead of a mask rule."""
+    return "mask rule or exchange" if any(row.exchange for row in table) else "mask rule"
+
+
+def difference(row: Row, dense: Row | None, key: str) -> str:
+    """Write the paired difference to dense; a dash for dense itself, and where no seed is shared."""
+    if dense is None or dense is row:
+        return DASH
+    found = row.against(dense, key)
+    return _mark(found.percent("+"), found)
+
+
 def share(sparsity: float) -> str:
     """Write a sparsity; a row without a mask has none.
 
@@ -116,21 +130,13 @@ def _cells(row: Row, dense: Row | None) -> list[str]:
     lr = f"{row.lr:g}" + "*" * row.lr_at_edge
     sent = f"{row.over_seeds('bytes_up').mean / 1e6:.1f}"
     trained = f"{row.over_seeds('trainable_fraction').mean:.1%}"
-    difference = _difference(row, dense, _ACCURACY)
-    figures = [row.over_seeds(_ACCURACY).percent(), difference, row.over_seeds("client/acc_worst10").percent()]
+    against = difference(row, dense, _ACCURACY)
+    figures = [row.over_seeds(_ACCURACY).percent(), against, row.over_seeds("client/acc_worst10").percent()]
     return [row.name, row.partition, share(row.sparsity), lr, trained, sent, *figures, str(len(row.runs))]
 
 
 def _worst(row: Row, table: Sequence[Row]) -> str:
-    return _difference(row, dense_of(row, table), "client/acc_worst10")
-
-
-def _difference(row: Row, dense: Row | None, key: str) -> str:
-    """Write the paired difference to dense; a dash for dense itself, and where no seed is shared."""
-    if dense is None or dense is row:
-        return DASH
-    difference = row.against(dense, key)
-    return _mark(difference.percent("+"), difference)
+    return difference(row, dense_of(row, table), "client/acc_worst10")
 
 
 def _mark(text: str, difference: Interval) -> str:
@@ -144,7 +150,7 @@ def _cross(
     cells = {(row.name, column(row)): _against(row, table) for row in shown}
     names = sorted({row.name for row in shown}, key=lambda name: (name != "dense", name))
     body = [[name, *(cells.get((name, place), DASH) for place in columns)] for name in names]
-    return Table(["mask rule", *columns], body, caption)
+    return Table([rule_head(table), *columns], body, caption)
 
 
 def _against(row: Row, table: Sequence[Row]) -> str:
