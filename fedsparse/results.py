@@ -86,6 +86,7 @@ def summarise(
         **rounds.ledger.figures(),
         "dropped_updates": len(rounds.dropped),
         "global_sha256": sha256(space.read(net)),
+        "data_fingerprint": federation.dataset.fingerprint or None,
         **facts,
     }
 
