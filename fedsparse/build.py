@@ -129,7 +129,7 @@ def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
 
 
 def build_tests(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Give every client its part of the test split: by the class mix of what it trains on, or as the partition deals it."""
+    """Give every client its part of the test split: as the partition deals it, or by the class mix of its own part."""
     if "test" in cfg.partition:
         deal, clients = instantiate(cfg.partition), cfg.federation.num_clients
         return list(deal(labels=_labels(dataset.test), num_clients=clients, seed=cfg.seed, test=True))

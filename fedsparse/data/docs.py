@@ -19,22 +19,24 @@ FEWEST, MOST = 5, 60  # words of a sentence
 
 # The modules of each topic that clients may hold; those that a Python lacks are left out.
 MODULES = {
-    "network": """asyncio asyncore asynchat cgi email ftplib http imaplib ipaddress mailbox netrc nntplib poplib selectors
-        smtpd smtplib socket socketserver ssl telnetlib urllib webbrowser wsgiref xmlrpc""",
-    "data": """_collections_abc _pydecimal _pydatetime _strptime base64 bisect bz2 calendar codecs collections configparser
-        copy csv datetime difflib encodings enum fractions gzip heapq html json lzma numbers pickle pickletools plistlib
-        quopri random re shelve sqlite3 statistics string stringprep tarfile textwrap tomllib uuid xml zipfile zoneinfo""",
+    "network": """asyncio asyncore asynchat cgi email ftplib http imaplib ipaddress mailbox netrc nntplib poplib
+        selectors smtpd smtplib socket socketserver ssl telnetlib urllib webbrowser wsgiref xmlrpc""",
+    "data": """_collections_abc _pydecimal _pydatetime _strptime base64 bisect bz2 calendar codecs collections
+        configparser copy csv datetime difflib encodings enum fractions gzip heapq html json lzma numbers pickle
+        pickletools plistlib quopri random re shelve sqlite3 statistics string stringprep tarfile textwrap
+        tomllib uuid xml zipfile zoneinfo""",
     "system": """_pyio _threading_local concurrent contextvars crypt ctypes curses fileinput filecmp fnmatch genericpath
-        getpass glob io logging multiprocessing ntpath os pathlib pipes platform posixpath pty queue sched shutil signal
-        site stat subprocess sysconfig tempfile threading tty _osx_support _aix_support""",
-    "tools": """ast bdb cProfile code codeop compileall dataclasses dis distutils doctest ensurepip imp importlib inspect
-        lib2to3 modulefinder opcode pdb pkgutil profile pstats py_compile pyclbr pydoc rlcompleter runpy symtable
-        tabnanny timeit token tokenize trace traceback tracemalloc typing unittest venv warnings zipapp zipimport""",
+        getpass glob io logging multiprocessing ntpath os pathlib pipes platform posixpath pty queue sched
+        shutil signal site stat subprocess sysconfig tempfile threading tty _osx_support _aix_support""",
+    "tools": """ast bdb cProfile code codeop compileall dataclasses dis distutils doctest ensurepip imp importlib
+        inspect lib2to3 modulefinder opcode pdb pkgutil profile pstats py_compile pyclbr pydoc rlcompleter runpy
+        symtable tabnanny timeit token tokenize trace traceback tracemalloc typing unittest venv warnings zipapp
+        zipimport""",
 }
 # No client holds these: they are what ``fedsparse.pretrain_text`` learns from.
-HELD_OUT = """abc argparse aifc cmd cmath colorsys contextlib copyreg functools getopt gettext graphlib hashlib hmac idlelib
-    keyword linecache locale mailcap mimetypes operator optparse pprint reprlib secrets shlex sndhdr sunau test tkinter
-    turtle turtledemo types wave weakref""".split()
+HELD_OUT = """abc argparse aifc cmd cmath colorsys contextlib copyreg functools getopt gettext graphlib hashlib hmac
+        idlelib keyword linecache locale mailcap mimetypes operator optparse pprint reprlib secrets shlex sndhdr
+        sunau test tkinter turtle turtledemo types wave weakref"""
 
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'`(]?[A-Z])")
@@ -77,7 +79,8 @@ def held_out(root: Path | None = None) -> list[str]:
     """Read the sentences of the modules that no client holds, without those that clients' modules have too."""
     folder = library() if root is None else root
     taken = {sentence.text for sentence in held_by_clients(folder)}
-    return [text for text in dict.fromkeys(text for _, text in _library(folder, set(HELD_OUT))) if text not in taken]
+    found = dict.fromkeys(text for _, text in _library(folder, set(HELD_OUT.split())))
+    return [text for text in found if text not in taken]
 
 
 def library() -> Path:
@@ -106,9 +109,9 @@ def docstrings(path: Path) -> list[str]:
 
 
 def sentences(docstring: str) -> list[str]:
-    """Split a documentation string into sentences of 5 to 60 words; lines of an interpreter's session are left out.
+    r"""Split a documentation string into sentences of 5 to 60 words; lines of an interpreter's session are left out.
 
-    >>> sentences("Open a file for reading. Close it!\\n\\n>>> f = open('a b c d e f')\\n\\nThat is all there is to it")
+    >>> sentences("Open a file for reading. Close it!\n\n>>> f = open('a b c d e f')\n\nThat is all there is to it")
     ['Open a file for reading.', 'That is all there is to it']
     """
     lines = ["" if CODE.match(line) else line for line in docstring.splitlines()]

@@ -298,7 +298,10 @@ def _own_mix(seed: int, client: int, alpha: Floats, present: npt.NDArray[np.bool
 
     Every class draws two numbers from a stream of its own place, so that more classes after it change nothing.
     """
-    logs = [dealing.dirichlet_logs(alpha, (), dealing.stream(seed, _MIXES, client, c)) for c in np.flatnonzero(present)]
+    logs = [
+        dealing.dirichlet_logs(alpha, (), dealing.stream(seed, _MIXES, client, c))
+        for c in np.flatnonzero(present).tolist()
+    ]
     return dealing.softmax(np.array(logs))
 
 
