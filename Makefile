@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format bench bench-peers grid exchange weights wheel clean
+.PHONY: help setup train test test-slow lint format bench bench-peers grid exchange weights weights-text wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -111,8 +111,11 @@ exchange: $(READY) ## sparse exchanges, masked and dense training: accuracy agai
 	$(DOCS) $(FULL) hydra.sweep.dir=$(EXCHANGE_AT)/docs/dense
 	$(BIN)/python -m fedsparse.report $(EXCHANGE_AT) --out $(EXCHANGE_AT)/report
 
-weights: $(READY) ## pre-train the embedded model again
+weights: $(READY) ## pre-train the embedded model again; weights-text: that of texts
 	$(BIN)/python -m fedsparse.pretrain $(ARGS)
+
+weights-text: $(READY) ## pre-train the embedded model of texts again
+	$(BIN)/python -m fedsparse.pretrain_text $(ARGS)
 
 wheel: $(READY) ## build the wheel
 	$(BIN)/python -m build --wheel

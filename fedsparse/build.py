@@ -23,7 +23,7 @@ from fedsparse.data.augment import augment
 from fedsparse.data.checks import checked_integer
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset
-from fedsparse.data.images import Inputs, inputs_for
+from fedsparse.data.images import Inputs, TokenInputs, inputs_for
 from fedsparse.data.partition import client_tests
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation import parallel
@@ -71,7 +71,7 @@ class Federation:
     count: int
     plan: RoundPlan
     sample: Any
-    inputs: Inputs
+    inputs: Inputs | TokenInputs
 
     @property
     def cohort(self) -> int:
@@ -94,9 +94,12 @@ def build_federation(cfg: DictConfig) -> Federation:
     streaming(cfg)
     dataset: Dataset = instantiate(cfg.data.source)
     parts = build_parts(cfg, dataset)
-    tests = client_tests(parts, _labels(dataset.train), _labels(dataset.test), cfg.seed)
+    tests = build_tests(cfg, dataset, parts)
     net, space = build_net(cfg, dataset)
     _check_classes(cfg, net, dataset)
+    _check_kind(cfg, net, dataset)
+    if dataset.fingerprint:
+        log.info("data fingerprint %s", dataset.fingerprint)
     inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None)
     _try_parts(cfg, dataset)
     federation = cfg.federation
@@ -116,6 +119,8 @@ def build_federation(cfg: DictConfig) -> Federation:
 def _try_parts(cfg: DictConfig, dataset: Dataset) -> None:
     """Try on one image and one coordinate what is needed later only, so that what does not suit is refused at once."""
     chosen = augment(cfg.data.augment)
+    if chosen is not None and dataset.tokens:
+        raise ValueError(f"data.augment={cfg.data.augment} changes images and this data is text; set data.augment=none")
     if chosen is not None:
         chosen(dataset.train.x[torch.tensor([0])], torch.zeros(1, chosen.numbers, dtype=torch.float64))
     one = torch.ones(1, dtype=torch.bool)
@@ -135,14 +140,22 @@ def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
     return deal(labels=_labels(dataset.train), num_clients=cfg.federation.num_clients, seed=cfg.seed, **users)
 
 
+def build_tests(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Give every client its part of the test split: as the partition deals it, or by the class mix of its own part."""
+    if "test" in cfg.partition:
+        deal, clients = instantiate(cfg.partition), cfg.federation.num_clients
+        return list(deal(labels=_labels(dataset.test), num_clients=clients, seed=cfg.seed, test=True))
+    return client_tests(parts, _labels(dataset.train), _labels(dataset.test), cfg.seed)
+
+
 def build_net(cfg: DictConfig, dataset: Dataset) -> tuple[nn.Module, ParamSpace]:
     """Build the model and the space of its federated tensors; what is null in ``model.net`` is as the data has it."""
-    channels, *side = dataset.train.x.shape[1:]
+    shape = tuple(dataset.train.x.shape[1:])  # (C, H, W), or (L,) of texts
     found = {
         "num_classes": dataset.classes,
-        "in_chans": channels,
-        "img_size": side[0],
-        "in_features": math.prod((channels, *side)),
+        "in_chans": shape[0],
+        "img_size": shape[-2:][0],
+        "in_features": math.prod(shape),
     }
     net = instantiate(
         cfg.model.net, **{k: v for k, v in found.items() if k in cfg.model.net and cfg.model.net[k] is None}
@@ -236,7 +249,7 @@ def set_cohort(federation: Federation, module: ClientModule, bound: int) -> None
 
 def _fastest(cfg: DictConfig, federation: Federation, module: ClientModule) -> int:
     """Measure a local step with several sizes, on copies of the network."""
-    if not can_stack(federation.net) or len(torch.as_tensor(module.bitmaps)):
+    if federation.dataset.tokens or not can_stack(federation.net) or len(torch.as_tensor(module.bitmaps)):
         return 1
     precision = None if cfg.trainer.precision == HALF else cfg.trainer.precision
     fabric = lightning.Fabric(accelerator=cfg.trainer.accelerator, devices=1, precision=precision)
@@ -407,6 +420,26 @@ def _check_classes(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:
             f"the model's head has {outputs} outputs and the data {dataset.classes} classes; "
             f"set model.net.num_classes={dataset.classes}"
         )
+
+
+def _check_kind(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:
+    """Refuse texts for a model of images, images for one of texts, and what a model of texts cannot do.
+
+    Raises:
+        ValueError: one line that names the keys.
+
+    """
+    longest = getattr(net, "longest", None)  # of a model of texts, the most tokens that it takes
+    if dataset.tokens and longest is None:
+        raise ValueError("this data is text and the model takes images; choose model=bert_tiny or model=bert_base")
+    if longest is None:
+        return
+    if not dataset.tokens:
+        raise ValueError("this data is images and the model takes text; choose data=stdlib_docs or data=ag_news")
+    if dataset.train.x.shape[1] > longest:
+        raise ValueError(f"data.max_length={dataset.train.x.shape[1]}: the model takes at most {longest} tokens")
+    if cfg.federation.cohort not in (1, AUTO):
+        raise ValueError("transformers' attention masks cannot be stacked over clients; set federation.cohort=1")
 
 
 def _run_id(folder: Path) -> str:

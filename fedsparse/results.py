@@ -87,6 +87,7 @@ def summarise(
         "link_seconds": rounds.ledger.link_seconds,
         "dropped_updates": len(rounds.dropped),
         "global_sha256": sha256(space.read(net)),
+        "data_fingerprint": federation.dataset.fingerprint or None,
         **facts,
     }
 

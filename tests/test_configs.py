@@ -20,13 +20,15 @@ NEEDS = {
     "data/imagefolder": ["data.root=nowhere"],
     "model/timm": ["model.name=resnet18", "model.net.pretrained=false"],
     "model/dino_vits16": ["model.net.pretrained=false"],
+    "data/stdlib_docs": ["model=bert_tiny"],
 }
 # what is null in a model because the data decides it
 FOUND = {"num_classes": 10, "in_chans": 1, "img_size": 8, "in_features": 64}
 # options that read files or start services when they are built: composed only
 COMPOSED_ONLY = {
     "data/arrays",
-    *(f"data/{n}" for n in ("cifar10", "cifar100", "mnist", "fashion_mnist", "imagefolder")),
+    *(f"data/{n}" for n in ("cifar10", "cifar100", "mnist", "fashion_mnist", "imagefolder", "ag_news")),
+    "model/bert_base",
 }
 # groups of plain values: nothing in them is built by itself
 PLAIN = ("federation", "calibration", "head", "mask", "experiment")

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-DATA = {".py", ".yaml", ".safetensors", ".typed"}
+DATA = {".py", ".yaml", ".safetensors", ".typed", ".json"}
 SHORT = ["logger=csv", "federation.rounds=1"]
 
 
@@ -80,6 +80,7 @@ def test_it_holds_every_module_every_yaml_and_the_weights(installed):
     assert conf == files(ROOT / "conf")
     assert code == files(ROOT / "fedsparse")
     assert any(name.endswith("vit_digits.safetensors") for name in code)
+    assert (package / "models" / "weights" / "bert_tiny" / "vocab.txt").is_file()
     assert {p.name.partition("-")[0] for p in installed.iterdir()} == {"fedsparse"}
 
 

@@ -96,11 +96,11 @@ def checked_sizes(fractions: Sequence[float] | float | None, clients: int, sampl
             f"partition.fractions has {len(shares)} numbers but federation.num_clients is {clients}; "
             "give one a client, or one number for all"
         )
-    return np.array([_checked_size(f"partition.fractions[{i}]", s, samples) for i, s in enumerate(shares)])
+    return np.array([checked_size(f"partition.fractions[{i}]", s, samples) for i, s in enumerate(shares)])
 
 
-def _checked_size(name: str, fraction: object, samples: int) -> int:
-    """Turn a fraction into a number of samples, at least one."""
+def checked_size(name: str, fraction: object, samples: int) -> int:
+    """Turn a fraction into a number of samples, at least one; a ValueError names the option of another fraction."""
     # 0.29 * 100 is 28.999999999999996 in floats: nudged, so that a whole product is not rounded down.
     size = math.floor(checked_positive(name, fraction) * samples + 1e-9)
     if not 1 <= size <= samples:

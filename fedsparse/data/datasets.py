@@ -1,6 +1,6 @@
 """Named data sets as tensors: a training, a validation and a test split.
 
-Shapes: ``N`` samples, ``C`` channels, ``H`` x ``W`` pixels.
+Shapes: ``N`` samples, ``C`` channels, ``H`` x ``W`` pixels, ``L`` tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Split:
 
     Attributes:
         x: (N, C, H, W), float as the model takes them, or uint8 pixels of 0 to 255, which ``Inputs`` prepares; a
-            tensor, or what lies on the disk and gives tensors when it is indexed.
+            tensor, or what lies on the disk and gives tensors when it is indexed. Or texts: int32 (N, L), ids of their
+            tokens, filled up with the id of the tokenizer's padding.
         y: int64 (N,), labels from 0 on.
         users: (N,), who wrote or owns each sample; None where nobody knows.
 
@@ -61,6 +62,7 @@ class Dataset:
         name: what messages call it.
         mean: of each channel, of pixels scaled to [0, 1]; used where the model has none of its own.
         std: standard deviations, likewise.
+        fingerprint: tells what was loaded, where that depends on more than the name; the run records it.
 
     Raises:
         ValueError: a split is empty, its x, y and users differ in length, a label is out of range, a pixel is NaN or
@@ -75,6 +77,12 @@ class Dataset:
     name: str
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    fingerprint: str = ""
+
+    @property
+    def tokens(self) -> bool:
+        """Whether the samples are texts, as sequences of tokens, and not images."""
+        return len(self.train.x.shape) == 2
 
     def __post_init__(self) -> None:
         for part in PARTS:

@@ -21,9 +21,12 @@ _CELLS = 1_000_000  # clients x classes that are worked on at a time, so that me
 _TINY = 1e-300  # the smallest Dirichlet parameter whose logarithms stay finite
 
 
-def stream(seed: int, key: int) -> np.random.Generator:
-    """Make the generator of one partition; ``key`` is a constant of its own, above every ``fedsparse.keys.Purpose``."""
-    return np.random.default_rng([checks.checked_integer("seed", seed, 0), key])
+def stream(seed: int, key: int, *ids: int) -> np.random.Generator:
+    """Make the generator of one partition; ``key`` is a constant of its own, above every ``fedsparse.keys.Purpose``.
+
+    ``ids``, such as a client's, make streams of their own; a partition gives always as many.
+    """
+    return np.random.default_rng([checks.checked_integer("seed", seed, 0), key, *ids])
 
 
 def chunks(clients: int, classes: int) -> Iterator[slice]:

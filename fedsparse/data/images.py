@@ -59,11 +59,20 @@ class Inputs:
         return fitted if x.is_floating_point() or not self.mean else normalised(fitted, self.mean, self.std)
 
 
-def inputs_for(dataset: Dataset, wanted: Mapping[str, Any] | None) -> Inputs:
+@dataclass(frozen=True)
+class TokenInputs:
+    """Hands tokens on as they are."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return ids (*, L) unchanged."""
+        return x
+
+
+def inputs_for(dataset: Dataset, wanted: Mapping[str, Any] | None) -> Inputs | TokenInputs:
     """Fit a data set to a network.
 
     Args:
-        dataset: of pixels (uint8), or of float images standardised already.
+        dataset: of pixels (uint8), of float images standardised already, or of tokens.
         wanted: what the network was pre-trained on, under timm's keys ``input_size`` (C, H, W), ``mean``, ``std`` and
             ``interpolation`` (a net's ``pretrained_cfg``); None, or a key left out, where the model asks for nothing.
 
@@ -71,6 +80,8 @@ def inputs_for(dataset: Dataset, wanted: Mapping[str, Any] | None) -> Inputs:
         ValueError: the model wants other channels than a repeated grey, or an oblong image.
 
     """
+    if dataset.tokens:
+        return TokenInputs()
     wanted = wanted or {}
     channels, height, width = wanted.get("input_size") or (None, None, None)
     if height != width:

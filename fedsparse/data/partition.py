@@ -21,7 +21,7 @@ from fedsparse.data import checks, dealing
 from fedsparse.data.checks import Floats, Ints
 
 # What the random numbers are for. Part of what a seed means: never changed, and apart from ``fedsparse.keys.Purpose``.
-_IID, _CLASSES, _DIRICHLET, _DIRICHLET_CLIENT, _QUANTITY, _RATIOS, _TESTS = range(101, 108)
+_IID, _CLASSES, _DIRICHLET, _DIRICHLET_CLIENT, _QUANTITY, _RATIOS, _TESTS, _MIXES, _DRAWS = range(101, 110)
 
 
 def iid(labels: npt.ArrayLike, num_clients: int, seed: int) -> list[Ints]:
@@ -246,6 +246,63 @@ def natural(labels: npt.ArrayLike, num_clients: int, seed: int, users: npt.Array
             f"partition=natural needs federation.num_clients={names.size}"
         )
     return dealing.parts_of(owner.astype(np.int64), names.size)
+
+
+def dirichlet_sampled(
+    labels: npt.ArrayLike,
+    num_clients: int,
+    beta: float,
+    sample_fraction: float,
+    seed: int,
+    test: bool = False,
+) -> list[Ints]:
+    """Let every client sample, with replacement, by class shares p ~ Dir(beta, ..., beta) of its own; clients overlap.
+
+    As FL4Health's AG News example does it, with a seed: of m = floor(sample_fraction * n) samples, ceil(p_c * m) are
+    drawn of class c, class after class, and what is then above m is cut off at the end. A client's shares are the same
+    for training and for test labels. Samples may repeat within a client, and those that nobody drew stay unused.
+
+    Args:
+        labels: class of each sample (n,).
+        num_clients: number of clients K.
+        beta: concentration, above 0; small is uneven, large is even.
+        sample_fraction: share of the data of every client, in (0, 1].
+        seed: seed of the partition.
+        test: whether these are the labels of the test split, which is drawn from apart.
+
+    Returns:
+        K arrays of sorted sample indices, m each.
+
+    Raises:
+        ValueError: ``beta`` or ``sample_fraction`` is out of range.
+
+    """
+    array = checks.checked_labels(labels)
+    clients = checks.checked_integer("federation.num_clients", num_clients, 1)
+    alpha = np.array(checks.checked_positive("partition.beta", beta))
+    size = checks.checked_size("partition.sample_fraction", sample_fraction, array.size)
+    order, room = np.argsort(array, kind="stable"), np.bincount(array)
+    pools = [pool for pool in np.split(order, np.cumsum(room)[:-1]) if pool.size]
+    parts = list[Ints]()
+    for client in range(clients):
+        shares = _own_mix(seed, client, alpha, room > 0)
+        rng = dealing.stream(seed, _DRAWS, client, int(test))
+        counts = np.minimum(np.ceil(shares * size).astype(np.int64), size)
+        drawn = [rng.choice(pool, count) for pool, count in zip(pools, counts, strict=True)]
+        parts.append(np.sort(np.concatenate(drawn)[:size]))
+    return parts
+
+
+def _own_mix(seed: int, client: int, alpha: Floats, present: npt.NDArray[np.bool_]) -> Floats:
+    """Draw a client's class shares, of the classes that are present (C,): a class has the same weight in any split.
+
+    Every class draws two numbers from a stream of its own place, so that more classes after it change nothing.
+    """
+    logs = [
+        dealing.dirichlet_logs(alpha, (), dealing.stream(seed, _MIXES, client, c))
+        for c in np.flatnonzero(present).tolist()
+    ]
+    return dealing.softmax(np.array(logs))
 
 
 def client_tests(
