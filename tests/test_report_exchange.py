@@ -19,15 +19,17 @@ from fedsparse.analysis.exchange_table import section
 from fedsparse.analysis.table import dense_of
 
 ROOT = Path(__file__).parent.parent
-MASKED = {"_target_": "fedsparse.federation.exchange.Masked"}
+MASKED, FULL = ({"feedback": None, "build": {"_target_": f"exchange.{name}"}} for name in ("Masked", "Full"))
 DENSE = [0.90, 0.92, 0.94]  # by seed
 SPARSE = {0.01: [0.70, 0.74, 0.78], 0.1: [0.88, 0.89, 0.93]}
 
 
-def sparse(folder, kind="topk", by="largest_change", fraction=0.1, feedback=None, precision=None, sums=None, **figures):
+def sparse(
+    folder, kind="topk", by="largest_change", fraction=0.1, feedback=None, precision=None, sums=None, more=(), **figures
+):
     """A run of a sparse exchange, whose configuration and summary say so as train leaves them."""
     settings = {"by": by, "fraction": fraction, "feedback": feedback, "precision": precision}
-    exchange = {"_target_": f"fedsparse.federation.exchange.{kind.title()}"} | settings
+    exchange = {"build": {"_target_": "exchange.Sparse", "rule": kind}} | settings | dict(more)
     aggregation = sums or {"_target_": "CoordinateMean", "denominator": "participants" if feedback else "senders"}
     facts = {f"exchange_{key}": value for key, value in settings.items() if key != "by"}
     a_run(folder, figures.pop("rule", "dense"), exchange=exchange, aggregation=aggregation, **figures)
@@ -40,9 +42,8 @@ def sweep(tmp_path):
     """Dense and masked beside two fractions of one rule, plain and with error feedback: three seeds."""
     folder = tmp_path / "sweep"
     for seed in range(3):
-        full = {"_target_": "fedsparse.federation.exchange.Full"}
         edit(
-            a_run(folder / f"d{seed}", "dense", seed=seed, test=DENSE[seed], sent=10**7, exchange=full), exchange="full"
+            a_run(folder / f"d{seed}", "dense", seed=seed, test=DENSE[seed], sent=10**7, exchange=FULL), exchange="full"
         )
         masked = a_run(folder / f"m{seed}", seed=seed, test=DENSE[seed] - 0.05, sent=2 * 10**6, exchange=MASKED)
         edit(masked, exchange="masked")
@@ -115,10 +116,27 @@ def test_exchanges_of_one_label_are_told_apart_by_what_differs_among_them(tmp_pa
     ]
 
 
+def test_what_the_label_does_not_say_is_named_on_all_of_a_line(tmp_path):
+    """Fractions aside, which the label says, and lists of fractions, which it does not."""
+    for fraction in (0.1, 0.3):
+        sparse(tmp_path / f"{fraction}", fraction=fraction)
+        sparse(tmp_path / f"bad{fraction}", fraction=fraction, more={"attackers": 2})
+    edit(sparse(tmp_path / "list", fraction=[0.1, 0.3]), exchange_fraction=None)
+    assert [row.name for row in table_of(tmp_path)] == [
+        "largest_change 10 %",
+        "largest_change 10 %, exchange.attackers=2",
+        "largest_change 30 %",
+        "largest_change 30 %, exchange.attackers=2",
+        "largest_change, exchange.fraction=[0.1, 0.3]",
+    ]
+    ((_, shown),) = places(table_of(tmp_path)).items()
+    assert [len(rows) for rows in lines(shown).values()] == [2, 2, 1]
+
+
 def test_dense_training_sends_everything(sweep):
     """A sparse exchange trains all, too, and is no reference: not for a row, not for the target."""
     table = table_of(sweep)
-    assert {dense_of(row, table).name for row in table} == {"dense, exchange=Full"}
+    assert {dense_of(row, table).name for row in table} == {"dense, exchange.build=Full"}
     for path in sweep.glob("d*"):
         edit(path, **{"test/acc": 0.1})
     (lines_of,) = [part for part in report.sections([sweep]) if part.title.startswith("Rounds")]
@@ -148,7 +166,11 @@ def test_places_are_apart_and_references_elsewhere_stay_out(sweep):
 def test_references_of_one_name_say_how_they_are_sent(sweep):
     a_run(sweep / "d9", "dense", exchange=MASKED)
     (shown,) = places(table_of(sweep)).values()
-    assert list(references(shown)) == ["dense, exchange=Full", "dense, exchange=Masked", "random, 80% frozen"]
+    assert list(references(shown)) == [
+        "dense, exchange.build=Full",
+        "dense, exchange.build=Masked",
+        "random, 80% frozen",
+    ]
 
 
 # ---- figures

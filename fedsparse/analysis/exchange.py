@@ -29,8 +29,12 @@ def exchange_label(summary: Mapping[str, Any]) -> str:
     'largest_change 10 %, feedback, half'
 
     """
-    chosen = f"{rule_of(summary)} {fraction_of(summary)}".strip()
-    return ", ".join(filter(None, [chosen, variant_of(summary)])) if is_sparse(summary) else ""
+    return _joined(f"{rule_of(summary)} {fraction_of(summary)}".strip(), summary)
+
+
+def line_label(summary: Mapping[str, Any]) -> str:
+    """Name a sparse exchange without its fraction, "" for every other: the line of a picture that its points lie on."""
+    return _joined(rule_of(summary), summary)
 
 
 def rule_of(summary: Mapping[str, Any]) -> str:
@@ -69,3 +73,7 @@ def variant_of(summary: Mapping[str, Any]) -> str:
     half = str(_PRECISIONS.get(precision, precision)) if isinstance(precision, str) else ""
     values = "values" * (summary.get("exchange_payload") == "value")
     return ", ".join(filter(None, [feedback, half, values]))
+
+
+def _joined(chosen: str, summary: Mapping[str, Any]) -> str:
+    return ", ".join(filter(None, [chosen, variant_of(summary)])) if is_sparse(summary) else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedsparse.analysis.exchange import exchange_label
+from fedsparse.analysis.exchange import exchange_label, fraction_of, line_label
 from fedsparse.analysis.folders import Run
 
 Settings = Mapping[str, str]
@@ -32,9 +32,10 @@ _OF_MASKS = ("mask_rule", "sparsity", "mask")
 # keys of a group are compared among the runs of one option, for they come with it; others among those of an experiment
 _OPTIONS = ("mask_rule", "partition", "data", "model", "experiment")
 _OPTION = {name: name for name in _OPTIONS} | {"sparsity": "mask_rule", "mask": "mask_rule"}
-# what a sparse exchange consists of: its label says most of it, so only runs of one label are compared
+# what a sparse exchange consists of: its label says most of it, so only those that lie on one line are compared
 _OF_EXCHANGES = ("exchange", "aggregation")
-LABEL = "label of the sparse exchange"  # no key of a configuration
+_FRACTIONS = ("exchange.fraction", "exchange.percentage")
+LABEL, _LINE = "label of the sparse exchange", "its line"  # no keys of a configuration
 _TRAINABLE = "model.trainable"
 _ALWAYS = "partition.beta"  # a Dirichlet partition without it says nothing
 
@@ -42,10 +43,16 @@ _ALWAYS = "partition.beta"  # a Dirichlet partition without it says nothing
 def settings(run: Run) -> dict[str, str]:
     """Keep what two runs must share to be averaged over seeds, or to compete as learning rates of one row."""
     dropped = _SWEPT + _IDLE + (_OF_MASKS if run.summary["mask_rule"] == "dense" else ())
+    dropped += _FRACTIONS if exchange_label(run.summary) and fraction_of(run.summary) else ()  # the label says it
     kept = {key: value for key, value in run.config.items() if not _under(key, dropped)}
     choices = {key: str(run.summary[key]) for key in ("mask_rule", "partition")}
+    return kept | choices | {"sparsity": f"{run.sparsity:g}"} | _exchange(run)
+
+
+def _exchange(run: Run) -> dict[str, str]:
+    """Keep the label of a sparse exchange, and what it shares with those on its line; nothing for other exchanges."""
     label = exchange_label(run.summary)
-    return kept | choices | {"sparsity": f"{run.sparsity:g}"} | ({LABEL: label} if label else {})
+    return {LABEL: label, _LINE: line_label(run.summary)} if label else {}
 
 
 def _under(key: str, keys: Sequence[str]) -> bool:
@@ -82,7 +89,7 @@ def _differing(groups: Sequence[Settings]) -> set[tuple[str, str]]:
 def _option(key: str, group: Settings) -> str:
     first = key.split(".")[0]
     if first in _OF_EXCHANGES:
-        return f"experiment={group['experiment']}, exchange={group.get(LABEL, '')}"
+        return f"experiment={group['experiment']}, exchange={group.get(_LINE, '')}"
     chosen = _OPTION.get(first, "experiment")
     return f"{chosen}={group[chosen]}"
 
@@ -95,7 +102,7 @@ def _name(group: Settings, differing: set[tuple[str, str]]) -> str:
     first = ", ".join([first] * (not label or alone or not dense) + [label] * bool(label))
     choices = [group[key] for key in ("experiment", "data", "model") if (key, "") in differing and group[key]]
     shown = [] if alone or group.get(_TRAINABLE, "all") == "all" else [f"trainable={group[_TRAINABLE]}"]
-    skipped = {*_OPTIONS, "sparsity", _TRAINABLE, LABEL}
+    skipped = {*_OPTIONS, "sparsity", _TRAINABLE, LABEL, _LINE}
     keys = [key for key in sorted(group) if key not in skipped and not key.startswith("partition.")]
     shown += [_shown(key, group[key]) for key in keys if (key, _option(key, group)) in differing]
     return ", ".join([first, *choices, *shown])
