@@ -102,6 +102,10 @@ class Exchange:
         compat: ``original`` takes what was not sent of a tensor as values of 0, as FL4Health's sparse exchanger does.
         space: the tensors' names; None where no rule asks for them.
 
+    Attributes:
+        size: coordinates that may travel: those that train and do not stay with the client.
+        own: whether clients send different coordinates, so that each is averaged over those who sent it.
+
     Raises:
         ValueError: an unknown payload, or a compatibility that needs another one.
 
@@ -126,18 +130,13 @@ class Exchange:
         self.filters = [chosen for chosen in (filters or {}).values() if chosen is not None]
         self.trained, self.travels = trained, ~local.to(trained.device)[trained]
         self.still = self._still(int((~trained & ~local.to(trained.device)).sum()))
-        self.all = bool(self.travels.all())
+        self.all, self.size = bool(self.travels.all()), int(self.travels.sum())
         self.layout = _layout(space, trained)
         self.own = masks is not None or rule is not None
 
     def _still(self, frozen: int) -> int:
         """Count the frozen coordinates that are sent all the same, as zeros behind the others."""
         return 0
-
-    @property
-    def size(self) -> int:
-        """Coordinates that may travel: those that train and do not stay with the client."""
-        return int(self.travels.sum())
 
     @property
     def feedback(self) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation import parallel
-from fedsparse.federation.aggregation import Aggregation
+from fedsparse.federation.aggregation import Aggregation, FedNova
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.downlink import Downlink
@@ -116,6 +116,7 @@ class FederatedRounds(lightning.Callback):
         self.objective = module.objective
         self.stores = {LOCAL: self.store, BUFFERS: self.buffers.store}
         self.stores |= self.exchange.stores() | self.objective.stores
+        self.weighs_steps = self.objective.messages > 0 or isinstance(self.aggregation, FedNova)
         self._resume()
 
     def _resume(self) -> None:
@@ -169,7 +170,7 @@ class FederatedRounds(lightning.Callback):
             module.mean_loss,
             anchor=self.begin,
             round=cohort.round,
-            steps=module.step_weights(cohort.count),
+            steps=module.step_weights(cohort.count) if self.weighs_steps else (),
         )
         update, dropped = self._finite(cohort, whole)
         payload = self.exchange.encode(update)
@@ -180,6 +181,8 @@ class FederatedRounds(lightning.Callback):
 
     def _sizes(self, payload: Payload) -> tuple[Size, ...]:
         """Bytes that each client sent, an objective's own messages included."""
+        if not self.objective.messages:
+            return payload.sizes
         more = known_size(self.exchange.size, 0, payload.update.rows.dtype) * self.objective.messages
         return tuple(size + more for size in payload.sizes)
 
@@ -191,6 +194,8 @@ class FederatedRounds(lightning.Callback):
 
     def _variates(self, update: Update, lr: float) -> dict[str, tuple[tuple[int, ...], Tensor]]:
         """What the objective lets those keep whose update counts."""
+        if not self.objective.stores:
+            return {}
         kept = self.objective.finish(update.rows, update.clients, lr, update.steps)
         counted = [k for k, weight in enumerate(update.weight) if weight > 0]
         return {name: (tuple(ids[k] for k in counted), rows[counted].cpu()) for name, (ids, rows) in kept.items()}
@@ -217,7 +222,8 @@ class FederatedRounds(lightning.Callback):
         self.ledger.first_model([client], self.model_length)
         self.ledger.mask([client], self.mask_length)
         down = NOTHING if first else self.downlink.size(client, self.row, extra)
-        down += known_size(self.exchange.size, 0, dtype) * self.objective.messages
+        if self.objective.messages:
+            down += known_size(self.exchange.size, 0, dtype) * self.objective.messages
         dense = self.dense + self.buffers.row.nbytes
         self.ledger.trained(client, up, down, dense, self.model_length if first else 0)
         self.arrived.append(client)
