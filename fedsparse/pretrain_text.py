@@ -2,7 +2,7 @@
 
 A small BERT learns to fill in masked words (Devlin et al. 2019) of sentences from modules of Python's standard library
 that no client of ``data=stdlib_docs`` holds. Masked words are told twice, from their own place and from the pooled
-output, so that the pooler, which the classification head is given, learns too. About five minutes of one core.
+output, so that the pooler, which the classification head is given, learns too. About eight minutes of one core.
 
 Shapes: ``N`` sentences, ``B`` of a batch, ``L`` tokens, ``M`` masked places, ``V`` words, ``D`` hidden size.
 """
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsparse.data.docs import held_out
-from fedsparse.data.tokens import PACKAGED, fingerprint, load_tokenizer, tokens
+from fedsparse.data.tokens import PACKAGED, fingerprint, load_tokenizer, need_transformers, tokens
 from fedsparse.pretrain import rate_share
 
 BATCH = 64
 IGNORED = -100  # of cross_entropy
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -174,11 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def build(words: int, seed: int) -> MaskedWords:
     """Build the net of so many words at random."""
-    from transformers import BertConfig, BertModel
-
+    transformers = need_transformers()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return MaskedWords(BertModel(BertConfig(vocab_size=words, **SHAPE)))
+        return MaskedWords(transformers.BertModel(transformers.BertConfig(vocab_size=words, **SHAPE)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsparse.data.datasets import PARTS, Dataset, Split, hold_out, stratified
+from fedsparse.data.datasets import Dataset, Split, hold_out, stratified
 from fedsparse.data.docs import TOPICS, held_by_clients
 from fedsparse.data.tokens import fingerprint, load_tokenizer, quiet_transformers, tokens
 
@@ -91,11 +91,11 @@ def ag_news(
     lengths = [len(texts) for texts, _ in found.values()]
     x = tokens([text for texts, _ in found.values() for text in texts], made, max_length)
     labels = np.concatenate([y for _, y in found.values()])
-    rest, val = hold_out(labels[: lengths[0]], val_fraction, split_seed)
-    parts = dict(zip(PARTS, (rest, val, np.arange(lengths[0], sum(lengths))), strict=True))
-    splits = {part: Split(x[rows], torch.from_numpy(labels[rows])) for part, rows in parts.items()}
+    rest, held = hold_out(labels[: lengths[0]], val_fraction, split_seed)
+    parts = (rest, held, np.arange(lengths[0], sum(lengths)))
+    train, val, test = (Split(x[rows], torch.from_numpy(labels[rows])) for rows in parts)
     texts = [f"{y} {text}" for every, ys in found.values() for text, y in zip(every, ys.tolist(), strict=True)]
-    return Dataset(**splits, classes=len(AG_NEWS), name="ag_news", fingerprint=fingerprint(texts))
+    return Dataset(train, val, test, len(AG_NEWS), "ag_news", fingerprint=fingerprint(texts))
 
 
 def read_csvs(root: Path) -> dict[str, Labelled]:

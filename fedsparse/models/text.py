@@ -75,7 +75,7 @@ def bert(
 
     """
     check_outputs(num_classes)
-    need_transformers()
+    need_transformers()  # before it is asked to be quiet
     place = checkpoint or (str(PACKAGED) if source == TINY else source)
     with quiet_transformers():
         config = _config(place, checkpoint, num_classes, dropout)
@@ -86,10 +86,8 @@ def bert(
 
 def _config(place: str, checkpoint: str | None, num_classes: int, dropout: float | None) -> Any:
     """Read the configuration, and set what is asked for."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = need_transformers().AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise _unavailable(place, checkpoint, error) from error
     if config.model_type != "bert":
@@ -101,17 +99,13 @@ def _config(place: str, checkpoint: str | None, num_classes: int, dropout: float
 
 
 def _random(config: Any) -> Any:
-    from transformers import BertForSequenceClassification
-
-    return BertForSequenceClassification(config)
+    return need_transformers().BertForSequenceClassification(config)
 
 
 def _weights(place: str, checkpoint: str | None, config: Any) -> Any:
     """Load weights as float32; nothing but the head and the pooler may be missing, or of another shape."""
-    from transformers import BertForSequenceClassification
-
     try:
-        net, found = BertForSequenceClassification.from_pretrained(
+        net, found = need_transformers().BertForSequenceClassification.from_pretrained(
             place, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError) as error:
