@@ -28,7 +28,9 @@ RUN = (
     "sparsity=s0",
     "logger=csv",
     "pictures=false",
-    "federation.rounds=20",
+    "data.max_length=48",  # six sentences of a hundred are longer
+    "federation.rounds=40",
+    "federation.eval_every=10",
     "federation.local_steps=null",
     "federation.local_epochs=1",
 )

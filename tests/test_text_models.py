@@ -174,6 +174,18 @@ def test_a_masked_run_trains_what_is_least_sensitive_and_nothing_else(run_in, fo
     assert json.loads((out / "summary.json").read_text())["data_fingerprint"] == summary["data_fingerprint"]
 
 
+def test_embeddings_can_be_left_out_and_clients_can_sample_their_texts(run_in, folder, files):
+    names = "model.trainable=[net.bert.encoder.*,net.bert.pooler.*,net.classifier.*]"
+    changed = ["partition=dirichlet_sampled", "sparsity=s80", names]
+    summary, out = run_in("run", *options(folder, files), *SMALL, *changed, fast=False)
+    before = bert("bert_tiny", 4, str(folder)).state_dict()
+    after = load_file(out / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("encoder" in name for name in moved)
+    assert not any("embeddings" in name for name in moved)
+    assert summary["client/acc_mean"] is not None
+
+
 def test_scores_are_squared_gradients_of_single_texts(folder):
     from fedsparse.masks.gradients import add_squares
     from fedsparse.space import ParamSpace
