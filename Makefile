@@ -84,7 +84,8 @@ LR ?= 0.1
 DOCS_LR ?= 0.1
 EXCHANGE_AT = runs/exchange
 DIGITS = $(SWEEP) pictures=false data=digits model=$(MODEL) seed=0,1,2,3,4 optimizer.lr=$(LR) federation.eval_every=2
-DOCS = $(SWEEP) pictures=false data=stdlib_docs model=bert_tiny seed=0,1,2 optimizer.lr=$(DOCS_LR) federation.eval_every=2
+DOCS = $(SWEEP) pictures=false data=stdlib_docs model=bert_tiny data.max_length=48 seed=0,1,2 optimizer.lr=$(DOCS_LR) \
+	federation.rounds=20 federation.local_steps=16 federation.eval_every=5
 TOPK = mask_rule=dense exchange=topk exchange.fraction=$(FRACTIONS) exchange.by=$(EXCHANGE_RULES)
 RANDOMK = mask_rule=dense exchange=randomk exchange.fraction=$(FRACTIONS)
 # without feedback a coordinate is averaged over those that sent it; what feedback holds back counts as zero until it is sent

@@ -136,7 +136,7 @@ def test_what_the_label_does_not_say_is_named_on_all_of_a_line(tmp_path):
 def test_dense_training_sends_everything(sweep):
     """A sparse exchange trains all, too, and is no reference: not for a row, not for the target."""
     table = table_of(sweep)
-    assert {dense_of(row, table).name for row in table} == {"dense, exchange.build=Full"}
+    assert {dense_of(row, table).name for row in table} == {"dense, exchange=full"}
     for path in sweep.glob("d*"):
         edit(path, **{"test/acc": 0.1})
     (lines_of,) = [part for part in report.sections([sweep]) if part.title.startswith("Rounds")]
@@ -164,11 +164,11 @@ def test_places_are_apart_and_references_elsewhere_stay_out(sweep):
 
 
 def test_references_of_one_name_say_how_they_are_sent(sweep):
-    a_run(sweep / "d9", "dense", exchange=MASKED)
+    edit(a_run(sweep / "d9", "dense", exchange=MASKED), exchange="masked")
     (shown,) = places(table_of(sweep)).values()
     assert list(references(shown)) == [
-        "dense, exchange.build=Full",
-        "dense, exchange.build=Masked",
+        "dense, exchange=full",
+        "dense, exchange=masked",
         "random, 80% frozen",
     ]
 

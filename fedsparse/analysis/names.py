@@ -12,6 +12,8 @@ Settings = Mapping[str, str]
 # what may differ between runs that are averaged, or chosen among
 _SWEPT = ("seed", "optimizer.lr", "sparsity.ratio")
 _IDLE = (
+    "exchange.build",  # says what the other keys of the exchange say
+    "link",  # moves no bit
     "resume",
     "logger",
     "pictures",
@@ -51,8 +53,10 @@ def settings(run: Run) -> dict[str, str]:
 
 def _exchange(run: Run) -> dict[str, str]:
     """Keep the label of a sparse exchange, and what it shares with those on its line; nothing for other exchanges."""
-    label = exchange_label(run.summary)
-    return {LABEL: label, _LINE: line_label(run.summary)} if label else {}
+    label, chosen = exchange_label(run.summary), run.summary.get("exchange")
+    if label:
+        return {LABEL: label, _LINE: line_label(run.summary)}
+    return {"exchange": chosen} if chosen else {}
 
 
 def _under(key: str, keys: Sequence[str]) -> bool:
