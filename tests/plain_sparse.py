@@ -1,4 +1,4 @@
-"""Sparse federated averaging in plain loops, one coordinate at a time where it matters: the oracles of the exchanges."""
+"""Sparse federated averaging in plain loops, a coordinate at a time where it matters: oracles of the exchanges."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def original_mean(row, after, fraction, sizes):
         part = slice(start, start + size)
         heard = [(w, values[part]) for w, values in sent if any(v != 0 for v in values[part])]
         total = sum(w for w, _ in heard)
-        means = [sum(w * values[i] for w, values in heard) / total for i in range(size)] if heard else row[part].tolist()
+        means = (
+            [sum(w * values[i] for w, values in heard) / total for i in range(size)] if heard else row[part].tolist()
+        )
         moved += means
         start += size
     return torch.tensor(moved, dtype=row.dtype)

@@ -225,7 +225,9 @@ def test_random_coordinates_depend_on_seed_round_and_client_alone():
     assert torch.equal(sent(), sent(torch.randn(n)))
     others = [sent(seed=1), sent(client=2), sent(round=3)]
     assert all(not torch.equal(sent(), other) for other in others)
-    assert [rule.shared for rule in (RandomK(), Pattern("a"), TopK(), Threshold(), Layers())] == [True] * 2 + [False] * 3
+    assert [rule.shared for rule in (RandomK(), Pattern("a"), TopK(), Threshold(), Layers())] == [True] * 2 + [
+        False
+    ] * 3
 
 
 def test_random_coordinates_are_all_as_likely():

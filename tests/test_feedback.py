@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -57,7 +58,12 @@ def exchange_rounds(exchange, rounds, decay=1.0, dtype=torch.float32):
         yield wanted, arrived, kept
 
 
-RULES = {"topk": TopK(fraction=0.1), "randomk": RandomK(0.1), "threshold": Threshold(0.01), "tensor": TopK(scope="tensor")}
+RULES = {
+    "topk": TopK(fraction=0.1),
+    "randomk": RandomK(0.1),
+    "threshold": Threshold(0.01),
+    "tensor": TopK(scope="tensor"),
+}
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.5])
@@ -113,7 +119,7 @@ class InTurn:
         return torch.full_like(theta, sender.round % 10 == sender.client, dtype=torch.bool)
 
 
-def speed(denominator, rule, size=1, rounds=200, changes=0.1):
+def speed(denominator, rule, size=1, rounds=100, changes=0.1):
     """Mean way of the model in a round, of the later half, if ten clients want to go 0.1."""
     exchange, mean = exchange_of(rule, Feedback(), size=size), CoordinateMean(denominator)
     gone = torch.zeros(size, dtype=torch.float64)
@@ -238,6 +244,10 @@ REFUSED = {
         together(original, payload="value", compat="original", aggregation=partial(Robust, median)),
         "aggregation=coordinate_mean",
     ),
+    "original of fednova": (
+        together(original, payload="value", compat="original", aggregation=FedNova),
+        "aggregation=coordinate_mean",
+    ),
     "original of changes": (together(original, compat="original"), "exchange.payload=value"),
     "scaffold of a rule": (together(TopK(), objective=scaffold), "exchange=full or exchange=masked"),
     "scaffold of own masks": (together(None, objective=scaffold, masks=own_masks), "one mask for all clients"),
@@ -268,12 +278,13 @@ def test_what_goes_together_is_let_through(pair):
 
 
 @pytest.mark.parametrize("average", [krum, multi_krum])
-@pytest.mark.parametrize(("attackers", "taking_part", "fits"), [(1, 4, True), (1, 3, False), (2, 4, False), (-1, 9, False)])
+@pytest.mark.parametrize(
+    ("attackers", "taking_part", "fits"), [(1, 4, True), (1, 3, False), (2, 4, False), (-1, 9, False)]
+)
 def test_attackers_must_be_few(average, attackers, taking_part, fits):
     aggregation = Robust(partial(average, attackers=attackers))
-    if fits:
-        return check_sizes(exchange_of(None), aggregation, 20, taking_part)
-    with pytest.raises(ValueError, match=f"of {taking_part} clients in a round it must be 0 to {taking_part - 3}"):
+    says = f"of {taking_part} clients in a round it must be 0 to {taking_part - 3}"
+    with nullcontext() if fits else pytest.raises(ValueError, match=says):
         check_sizes(exchange_of(None), aggregation, 20, taking_part)
 
 
