@@ -161,10 +161,8 @@ def test_every_pair(exchange, aggregation):
 
 
 @exchanges
-@pytest.mark.parametrize("masked", [False, True])
-def test_every_exchange_trains_the_same_in_every_cohort(tmp_path, exchange, masked):
-    mask = half_mask() if masked else None
-    one, *others = (build(exchange, cohort=k, mask=mask).fit(2, tmp_path) for k in (1, 3, 20))
+def test_every_exchange_trains_the_same_in_every_cohort(tmp_path, exchange):
+    one, *others = (build(exchange, cohort=k, mask=half_mask()).fit(2, tmp_path) for k in (1, 3, 20))
     assert one.row.isfinite().all()
     for other in others:
         torch.testing.assert_close(other.row, one.row, rtol=0, atol=1e-9)
@@ -183,8 +181,12 @@ def poisoned(small, victim, value):
     return small
 
 
-@exchanges
-@pytest.mark.parametrize(("cohort", "value"), [(1, float("nan")), (3, float("inf"))])
+NOT_FINITE = [(1, float("nan")), (3, float("inf"))]
+
+
+@pytest.mark.parametrize(
+    ("exchange", "cohort", "value"), [(name, *NOT_FINITE[i % 2]) for i, name in enumerate(EXCHANGES)]
+)
 def test_a_client_that_is_not_finite_is_dropped_as_if_silent(tmp_path, exchange, cohort, value):
     bad, muted = build(exchange, cohort=cohort), build(exchange, cohort=1)
     sample, victim = muted.plan.sample, muted.plan.sample(0)[1]
@@ -265,12 +267,11 @@ ALL = {
 
 
 @pytest.mark.parametrize("rule", list(ALL))
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("aggregation", ["weighted", "participants", "fednova", "geometric"])
-def test_a_rule_that_sends_all_is_dense(tmp_path, rule, masked, aggregation):
+@pytest.mark.parametrize(("aggregation", "masked"), [("weighted", True), ("participants", False), ("fednova", True)])
+def test_a_rule_that_sends_all_is_dense(tmp_path, rule, aggregation, masked):
     mask = half_mask() if masked else None
     dense, all_sent = (build(e, aggregation, mask=mask, cohort=3) for e in ("masked", sparse(ALL[rule])))
-    assert torch.equal(all_sent.fit(ROUNDS, tmp_path).row, dense.fit(ROUNDS, tmp_path).row)
+    assert torch.equal(all_sent.fit(2, tmp_path).row, dense.fit(2, tmp_path).row)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +283,8 @@ def test_other_ways_to_send_all_are_dense_too(tmp_path, same):
 
 
 @exchanges
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_ledger_counts_what_real_messages_take(tmp_path, exchange, masked):
-    small = build(exchange, cohort=3, mask=half_mask() if masked else None)
+def test_the_ledger_counts_what_real_messages_take(tmp_path, exchange):
+    small = build(exchange, cohort=3, mask=half_mask())
     travels, written = small.rounds.exchange, []
     encode = travels.encode
 
