@@ -17,7 +17,9 @@ from fedsparse.federation.aggregation import CoordinateMean, FedNova, Robust, We
 from fedsparse.federation.exchange import Full, Masked, Sparse, Update
 from fedsparse.federation.filters import Feedback, Precision, SignFlip
 from fedsparse.federation.selection import SCORES, Layers, Pattern, RandomK, Threshold, TopK
+from fedsparse.federation.server import Server
 from fedsparse.masks import top_fraction
+from fedsparse.places import Coordinates
 from fedsparse.space import ParamSpace
 
 ROUNDS, SIZE = 3, ParamSpace.of(small_net()).size
@@ -338,3 +340,27 @@ def test_three_rounds_as_the_original_equal_a_plain_loop(tmp_path, cohort):
     close = partial(original_mean, fraction=0.2, sizes=small.space.sizes)
     expected = rounds_of(small, replay(small.plan, ROUNDS), close, lr=small.lr, momentum=small.momentum)
     torch.testing.assert_close(small.fit(ROUNDS, tmp_path).row, expected, rtol=0, atol=1e-9)
+
+
+def test_as_the_original_what_all_say_is_zero_is_zero_in_float32():
+    """The change is minus the start, averaged in float64: rounded to float32 it is that again, whatever the weights."""
+    travels = Sparse(
+        torch.ones(5000, dtype=torch.bool),
+        torch.zeros(5000, dtype=torch.bool),
+        rule=TopK(fraction=1e-9, compat="original"),
+        payload="value",
+        compat="original",
+    )
+    g = torch.Generator().manual_seed(0)
+    row = torch.randn(1, 5000, generator=g)
+    rows = torch.zeros(7, 5000)
+    rows[:, 3] = 9.0  # the one that all send
+    weight = tuple(torch.rand(7, generator=g, dtype=torch.float64).tolist())
+    update = Update(tuple(range(7)), rows, torch.zeros(7, 0), weight, weight, anchor=row.expand(7, -1).clone())
+    rule = WeightedMean()
+    tally = rule.zero(1, 5000, 0, torch.device("cpu"), travels.own)
+    rule.add(tally, travels.decode(travels.encode(update)), [0] * 7)
+    server = Server(row.clone(), partial(torch.optim.SGD, lr=1.0), Coordinates(torch.ones(5000, dtype=torch.bool)))
+    server.step(rule.finish(tally))
+    assert server.rows[0].nonzero().flatten().tolist() == [3]
+    assert server.rows[0, 3] == pytest.approx(float(row[0, 3]) + 9.0, rel=1e-6)
