@@ -374,3 +374,16 @@ def test_masked_exchange_steps_everything_that_trains(tmp_path):
     small.rounds.aggregation.finish = lambda tally: seen.append(finish(tally)) or seen[-1]
     small.fit(1, tmp_path)
     assert seen[0].touched is None
+
+
+def test_freeze_leaves_no_momentum_of_a_first_step_by_hand():
+    """Weight decay 1/2 would give a velocity of 1 to the second of 2, which nobody sent; it begins at 0 instead."""
+    row = torch.tensor([[2.0, 2.0]], dtype=torch.float64)
+    make = partial(torch.optim.SGD, lr=1.0, momentum=0.5, weight_decay=0.5)
+    server = Server(row, make, Coordinates(torch.ones(2, dtype=torch.bool)), "freeze")
+    path = []
+    for sent in ([True, False], [True, True]):
+        server.step(Change(torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 0), torch.tensor([sent]), 0.0))
+        path.append(row[0].tolist())
+    # first: v = 1, 2 - 1 = 1; then v = 0.5 + 0.5, 1 - 1 = 0. second: stays; then v = 1, 2 - 1 = 1
+    assert path == [[1.0, 2.0], [0.0, 1.0]]
