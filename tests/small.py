@@ -18,6 +18,7 @@ from fedsparse.federation.aggregation import WeightedMean
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.exchange import Masked
+from fedsparse.federation.objective import Plain
 from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.sampling import uniform
 from fedsparse.federation.schedule import constant
@@ -58,6 +59,9 @@ class Small:
     cohort: int = 1
     mask: torch.Tensor | None = None
     exchange: Any = Masked
+    aggregation: Any = WeightedMean
+    objective: Any = Plain
+    untouched: str = "hold"
     lr: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -89,10 +93,12 @@ class Small:
             cohort=self.plan.cohort_size(self.count),
             clip_norm=self.clip,
             compile=self.compile,
+            objective=self.objective(),
+            untouched=self.untouched,
         )
-        exchange = self.exchange(trained=row, local=self.space.local)
+        exchange = self.exchange(trained=row, local=self.space.local, space=self.space)
         self.rounds = FederatedRounds(
-            exchange, WeightedMean(), Flat(), Buffers(self.buffers), schedule=self.schedule, seed=self.seed
+            exchange, self.aggregation(), Flat(), Buffers(self.buffers), schedule=self.schedule, seed=self.seed
         )
 
     def fit(self, rounds, folder, **options):

@@ -12,7 +12,7 @@ import torch
 from fedsparse.data.partition import client_tests, iid
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation import aggregation
-from fedsparse.federation.aggregation import WeightedMean
+from fedsparse.federation.aggregation import CoordinateMean, FedNova, WeightedMean
 from fedsparse.federation.exchange import Update
 from fedsparse.federation.sampling import uniform
 
@@ -34,13 +34,18 @@ def test_the_memory_of_a_round_does_not_depend_on_the_population():
     assert peak_of_a_round(1_000_000) < 1.1 * peak_of_a_round(100_000)
 
 
-def test_the_memory_of_aggregation_does_not_depend_on_the_clients_of_a_round():
-    rule = WeightedMean()
-    tally = rule.zero(1, 50, 0, torch.device("cpu"))
+@pytest.mark.parametrize("rule", [WeightedMean(), CoordinateMean("participants"), FedNova()])
+@pytest.mark.parametrize("own", [False, True])
+def test_the_memory_of_aggregation_does_not_depend_on_the_clients_of_a_round(rule, own):
+    tally = rule.zero(1, 50, 0, torch.device("cpu"), own)
     held, place = tally.vector.nbytes, tally.vector.data_ptr()
+    assert held == 8 * (50 + 50 * own + 3)  # the sums of rows and senders, of weights, steps and losses
+    sent = torch.ones(1, 50, dtype=torch.bool) if own else None
     for client in range(100):
-        rule.add(tally, Update((client,), torch.ones(1, 50), torch.zeros(1, 0), (1.0,), (0.5,)), [0])
+        update = Update((client,), torch.ones(1, 50), torch.zeros(1, 0), (1.0,), (0.5,), sent, steps=(2.0,))
+        rule.add(tally, update, [0])
     assert (tally.vector.nbytes, tally.vector.data_ptr()) == (held, place)
+    assert (len(tally.weight), len(tally.steps)) == (1, 1)
     assert torch.equal(rule.finish(tally).rows, torch.ones(1, 50, dtype=torch.float64))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedsparse.federation.aggregation import Aggregation, Robust
+from fedsparse.federation.aggregation import Aggregation, FedNova, Robust
 from fedsparse.federation.exchange import Exchange
 from fedsparse.federation.objective import Objective
 from fedsparse.federation.selection import check_fraction
@@ -22,7 +22,7 @@ def check_together(exchange: Exchange, aggregation: Aggregation, objective: Obje
             "exchange.feedback carries changes over, and divided by their senders alone they would count in full: set "
             "exchange.payload=change aggregation=coordinate_mean aggregation.denominator=participants"
         )
-    if exchange.compat and aggregation.denominator != "senders":
+    if exchange.compat and (aggregation.denominator != "senders" or isinstance(aggregation, FedNova)):
         raise ValueError("exchange.compat=original averages over senders: set aggregation=coordinate_mean")
     if objective.messages and exchange.own:
         raise ValueError("objective=scaffold needs exchange=full or exchange=masked, with one mask for all clients")

@@ -176,7 +176,7 @@ class FederatedRounds(lightning.Callback):
         payload = self.exchange.encode(update)
         self.aggregation.add(self.tally, self.exchange.decode(payload), self.group)
         clients = tuple(client for _, client in members)
-        kept = self._kept(clients, rows) | self.exchange.kept() | self._variates(update, self.lr)
+        kept = self._kept(update, rows) | self.exchange.kept() | self._variates(update, self.lr)
         self._tell(Report(clients, self._sizes(payload)[: len(clients)], dropped, kept))
 
     def _sizes(self, payload: Payload) -> tuple[Size, ...]:
@@ -186,18 +186,20 @@ class FederatedRounds(lightning.Callback):
         more = known_size(self.exchange.size, 0, payload.update.rows.dtype) * self.objective.messages
         return tuple(size + more for size in payload.sizes)
 
-    def _kept(self, clients: tuple[int, ...], rows: Tensor) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-        """Local coordinates and buffers that the clients of a cohort keep."""
-        local = {LOCAL: (clients, rows[: len(clients), self.local].cpu())} if self.keeps_local else {}
+    def _kept(self, update: Update, rows: Tensor) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        """Local coordinates and buffers that those keep whose update counts."""
+        counted = _counted(update)
+        clients = tuple(update.clients[k] for k in counted)
+        local = {LOCAL: (clients, rows[:, self.local][counted].cpu())} if self.keeps_local else {}
         buffers = self.buffers.kept()
-        return local if buffers is None else local | {BUFFERS: (clients, buffers)}
+        return local if buffers is None else local | {BUFFERS: (clients, buffers[counted])}
 
     def _variates(self, update: Update, lr: float) -> dict[str, tuple[tuple[int, ...], Tensor]]:
         """What the objective lets those keep whose update counts."""
         if not self.objective.stores:
             return {}
         kept = self.objective.finish(update.rows, update.clients, lr, update.steps)
-        counted = [k for k, weight in enumerate(update.weight) if weight > 0]
+        counted = _counted(update)
         return {name: (tuple(ids[k] for k in counted), rows[counted].cpu()) for name, (ids, rows) in kept.items()}
 
     def _tell(self, report: Report) -> None:
@@ -239,6 +241,7 @@ class FederatedRounds(lightning.Callback):
         for reports in parallel.gather(self.reports):
             for report in reports:
                 self._note(report)
+        self.objective.close()
         change = self.aggregation.finish(self.aggregation.merge(self.tally))
         if change is None:
             raise EveryUpdateDropped(self._nothing_left(round))
@@ -313,6 +316,11 @@ class FederatedRounds(lightning.Callback):
         self.dropped = [Dropped(*d) for d in state["dropped"]]
         self.downlink.load_state_dict(state["downlink"])
         self.loaded = state
+
+
+def _counted(update: Update) -> list[int]:
+    """Rows whose update counts: neither padding nor dropped."""
+    return [k for k, weight in enumerate(update.weight) if weight > 0]
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:

@@ -104,7 +104,9 @@ def check_fraction(fraction: Fraction, clients: int | None = None) -> None:
     listed = list(fraction.values()) if isinstance(fraction, Mapping) else fraction
     numbers = listed if isinstance(listed, Sequence) else [listed]
     good = all(isinstance(f, int | float) and not isinstance(f, bool) and 0 < f <= 1 for f in numbers)
-    if not good or not len(numbers) or (isinstance(fraction, Mapping) and 0 not in fraction):
+    if isinstance(fraction, Mapping):
+        good = good and 0 in fraction and all(isinstance(start, int) and start >= 0 for start in fraction)
+    if not good or not len(numbers):
         raise ValueError(
             f"exchange.fraction is {fraction!r}; it must be above 0 and at most 1: a number, a list with one for each "
             "client, or a mapping from a round on, such as {0: 0.5, 5: 0.1}"
@@ -189,9 +191,11 @@ class TopK:
     def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Rank all coordinates, or those of each tensor."""
         share = fraction_of(self.fraction, sender.round, sender.client)
+        if not len(theta):
+            return torch.zeros_like(theta, dtype=torch.bool)
         if self.compat:
             return at_least(score(self.by)(theta, anchor), share) & (theta != 0)
-        if self.scope == "global" or not len(theta):
+        if self.scope == "global":
             return select(self.by, theta, anchor, share)
         parts = [part.split(layout.sizes().tolist()) for part in (theta, anchor)]
         pairs = zip(*parts, strict=True)

@@ -40,7 +40,7 @@ class ClientStore(Protocol):
 def read(store: ClientStore, clients: Sequence[int], default: Tensor) -> Tensor:
     """Read rows (K, n) of K clients; ``default`` (K, n) where a client has none yet."""
     kept = [store.get(client, default[k]).to(default.device) for k, client in enumerate(clients)]
-    return torch.stack(kept)
+    return torch.stack(kept) if kept else default
 
 
 class MemoryStore:
