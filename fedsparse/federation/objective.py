@@ -68,6 +68,9 @@ class Objective(Protocol):
     def take(self, name: str, clients: Sequence[int], rows: Tensor) -> None:
         """Learn what clients will keep, before the store is told."""
 
+    def close(self) -> None:
+        """End a round, when all clients have been heard."""
+
     def state_dict(self) -> dict[str, Any]:
         """What lasts over rounds on the server."""
 
@@ -95,6 +98,9 @@ class Plain:
 
     def take(self, name: str, clients: Sequence[int], rows: Tensor) -> None:
         """Nothing to learn."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing lasts."""
@@ -152,6 +158,7 @@ class Scaffold(Plain):
         self.num_clients = num_clients
         self.stores = {VARIATES: MemoryStore() if store is None else store}
         self.mean: Tensor | None = None
+        self.moved: Tensor | None = None  # what c will change by when the round closes: all clients of one start alike
 
     def start(self, theta: Tensor, clients: Sequence[int], trained: Coordinates) -> None:
         """Look the variates up; the correction of what does not train is 0."""
@@ -175,11 +182,17 @@ class Scaffold(Plain):
         return {VARIATES: (tuple(clients), self.own - self.mean.to(change.dtype) - change / far)}
 
     def take(self, name: str, clients: Sequence[int], rows: Tensor) -> None:
-        """Let c follow what changes in the clients' variates."""
-        assert self.mean is not None
+        """Sum what changes in the clients' variates."""
         if name == VARIATES:
             before = read(self.stores[VARIATES], clients, torch.zeros_like(rows))
-            self.mean += (rows.double() - before.double()).sum(0).to(self.mean.device) / self.num_clients
+            moved = (rows.double() - before.double()).sum(0) / self.num_clients
+            self.moved = moved if self.moved is None else self.moved + moved
+
+    def close(self) -> None:
+        """Let c follow the clients' variates."""
+        if self.mean is not None and self.moved is not None:
+            self.mean += self.moved.to(self.mean.device)
+        self.moved = None
 
     def state_dict(self) -> dict[str, Any]:
         """The server's variate."""
