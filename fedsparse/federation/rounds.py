@@ -233,6 +233,7 @@ class FederatedRounds(lightning.Callback):
         for reports in parallel.gather(self.reports):
             for report in reports:
                 self._note(report)
+        self.objective.close()
         change = self.aggregation.finish(self.aggregation.merge(self.tally))
         if change is None:
             raise EveryUpdateDropped(self._nothing_left(round))

@@ -104,7 +104,9 @@ def check_fraction(fraction: Fraction, clients: int | None = None) -> None:
     listed = list(fraction.values()) if isinstance(fraction, Mapping) else fraction
     numbers = listed if isinstance(listed, Sequence) else [listed]
     good = all(isinstance(f, int | float) and not isinstance(f, bool) and 0 < f <= 1 for f in numbers)
-    if not good or not len(numbers) or (isinstance(fraction, Mapping) and not _from_0_on(fraction)):
+    if isinstance(fraction, Mapping):
+        good = good and 0 in fraction and all(isinstance(start, int) and start >= 0 for start in fraction)
+    if not good or not len(numbers):
         raise ValueError(
             f"exchange.fraction is {fraction!r}; it must be above 0 and at most 1: a number, a list with one for each "
             "client, or a mapping from a round on, such as {0: 0.5, 5: 0.1}"
@@ -112,11 +114,6 @@ def check_fraction(fraction: Fraction, clients: int | None = None) -> None:
     listed_for = len(fraction) if isinstance(fraction, Sequence) else clients
     if clients not in (None, listed_for):
         raise ValueError(f"exchange.fraction lists {listed_for} clients; there are {clients}")
-
-
-def _from_0_on(fraction: Mapping[int, float]) -> bool:
-    """Whether the keys are rounds, the first of them among these."""
-    return 0 in fraction and all(isinstance(start, int) and start >= 0 for start in fraction)
 
 
 @dataclass(frozen=True)
