@@ -81,7 +81,7 @@ ATTACK = $(SWEEP) pictures=false experiment=byzantine_digits model=$(MODEL) seed
 UNDER = runs/attack/$(MODEL)
 
 attack: $(READY) ## robust averages under sign-flipping clients, five seeds; MODEL=vit_digits for the default model
-	@echo "80 runs of 10 rounds and 20 clients each, JOBS=$(JOBS) at a time: on two idle cores about three minutes for mlp, half an hour for vit_digits"
+	@echo "80 runs of 10 rounds and 20 clients each, JOBS=$(JOBS) at a time: on two idle cores about three minutes for mlp, a quarter of an hour for vit_digits"
 	@echo "What is finished in $(UNDER) is skipped, what was stopped goes on."
 	$(ATTACK) aggregation=weighted_mean,median,geometric_median hydra.sweep.dir=$(UNDER)/plain
 	$(ATTACK) aggregation=trimmed_mean aggregation.average.trim=0.2,0.25 hydra.sweep.dir=$(UNDER)/trim
