@@ -32,7 +32,7 @@ from fedsparse.federation.autotune import choose, measure
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.federation.client import HALF, ClientModule, can_stack
-from fedsparse.federation.combinations import check_sizes, check_together
+from fedsparse.federation.combinations import check_names, check_sizes, check_together
 from fedsparse.federation.csv import RoundCSV
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.exchange import Exchange, OwnMasks
@@ -101,7 +101,7 @@ def build_federation(cfg: DictConfig) -> Federation:
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
     inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None)
-    _try_parts(cfg, dataset)
+    _try_parts(cfg, dataset, parts, space)
     federation = cfg.federation
     count = participants(federation.clients_per_round, federation.num_clients)
     eligible = [client for client, part in enumerate(parts) if len(part)]
@@ -116,7 +116,7 @@ def build_federation(cfg: DictConfig) -> Federation:
     return Federation(dataset, parts, tests, net, space, count, plan, sample, inputs)
 
 
-def _try_parts(cfg: DictConfig, dataset: Dataset) -> None:
+def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], space: ParamSpace) -> None:
     """Try on one image and one coordinate what is needed later only, so that what does not suit is refused at once."""
     chosen = augment(cfg.data.augment)
     if chosen is not None and dataset.tokens:
@@ -127,8 +127,9 @@ def _try_parts(cfg: DictConfig, dataset: Dataset) -> None:
     exchange = build_exchange(cfg, one, ~one, lambda clients: one.expand(len(clients), 1))
     aggregation, objective = instantiate(cfg.aggregation), build_objective(cfg)
     check_together(exchange, aggregation, objective)
-    taking_part = participants(cfg.federation.clients_per_round, cfg.federation.num_clients)
-    check_sizes(exchange, aggregation, cfg.federation.num_clients, taking_part)
+    count = participants(cfg.federation.clients_per_round, cfg.federation.num_clients)
+    check_sizes(exchange, aggregation, len(parts), min(count, sum(len(part) > 0 for part in parts)))
+    check_names(exchange, space, torch.ones_like(space.local))
     Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Coordinates(one), cfg.server.untouched)
     instantiate(cfg.link)
 
@@ -286,6 +287,7 @@ def build_rounds(
     """Build the protocol of a round; what clients keep may lie in the run folder."""
     row = mask.row(federation.space)
     exchange = build_exchange(cfg, row, federation.space.local, module.own_masks, federation.space)
+    check_names(exchange, federation.space, row)
     make = partial(_store, cfg.federation.store, folder)
     exchange.keep_in(make)
     module.objective.stores |= {name: make(name) for name in module.objective.stores}

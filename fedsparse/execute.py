@@ -126,6 +126,7 @@ def _train(job: Job, federation: build.Federation, module: ClientModule, start: 
         raise ValueError(f"{closed} rounds are closed already; federation.rounds={job.cfg.federation.rounds} is fewer")
     leads = parallel.process() == 0
     rounds = build.build_rounds(job.cfg, federation, mask, start.ledger, module, job.folder)
+    rounds.traffic.drop_from(closed + 1)
     callbacks = build.build_callbacks(job.cfg, rounds, federation, mask, job.folder, _beside_others() or not leads)
     loggers = build.build_loggers(job.cfg, job.folder, job.group, closed) if leads else []
     trainer = build.build_trainer(job.cfg, callbacks, loggers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedsparse import run
+from fedsparse import build, execute, run
 from fedsparse.train import one_line
 
 BASE = ["model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=1"]
@@ -83,18 +84,105 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("options", "says"), BAD, ids=[options for options, _ in BAD])
-def test_one_line_says_what_is_wrong(tmp_path, monkeypatch, options, says):
-    monkeypatch.chdir(tmp_path)
+TOPK, KRUM = "exchange=topk", "aggregation=krum aggregation.average"
+FEEDBACK = f"{TOPK} exchange.feedback=1.0"
+PARTICIPANTS = "aggregation=coordinate_mean aggregation.denominator=participants"
+COMPAT = f"{TOPK} exchange.compat=original"
+LAYERS = "exchange=layers exchange.percentage=null exchange.threshold"
+BAD_EXCHANGE = [
+    (f"{TOPK} exchange.by=largest", "exchange.by is 'largest'; it must be one of .*largest_change"),
+    (f"{TOPK} exchange.fraction=0", "exchange.fraction is 0; it must be above 0"),
+    (f"{TOPK} exchange.fraction=1.5", "exchange.fraction is 1.5; it must be above 0 and at most 1"),
+    (f"{TOPK} exchange.fraction=many", "exchange.fraction is 'many'"),
+    (f"{TOPK} exchange.fraction=[0.1,0.2]", "exchange.fraction lists 2 clients; there are 20"),
+    (f"{TOPK} exchange.fraction={{3:0.1}}", r"exchange.fraction is \{3: 0.1\}; .*such as \{0: 0.5"),
+    (f"{TOPK} exchange.fraction={{0:0.1,x:0.2}}", "exchange.fraction is .*'x'"),
+    (f"{TOPK} exchange.scope=layer", "exchange.scope is 'layer'; it must be global or tensor"),
+    (f"{TOPK} exchange.compat=fl4health", "exchange.compat is 'fl4health'"),
+    ("exchange=randomk exchange.fraction=0", "exchange.fraction is 0"),
+    ("exchange=threshold exchange.threshold=abc", "exchange.threshold is 'abc'; it must be a finite number"),
+    ("exchange=threshold exchange.by=largest", "exchange.by is 'largest'"),
+    ("exchange=layers exchange.threshold=0.1", "either exchange.threshold or exchange.percentage"),
+    ("exchange=layers exchange.percentage=some", "exchange.percentage is 'some'"),
+    (f"{LAYERS}=abc", "exchange.threshold is 'abc'; it must be 0 or more"),
+    ("exchange=layers exchange.more=some", "exchange.more is 'some'; it must be true or false"),
+    ("exchange=pattern exchange.names=[nothing.*]", r"exchange.names=\['nothing.\*'\] matches no tensor .*head.weight"),
+    ("exchange=pattern exchange.names=[head.*] head.frozen=true", "exchange.names=.* matches no tensor"),
+    ("exchange=pattern exchange.names=[head.*] model.local=[head.*]", "exchange.names=.* matches no tensor"),
+    ("exchange=pattern exchange.names=null", "exchange.names is None"),
+    ("exchange=pattern exchange.names=[]", r"exchange.names is \[\]"),
+    ("exchange.payload=values", "exchange.payload is 'values'; it must be change or value"),
+    ("exchange.precision=float8", "exchange.precision is 'float8'; it must be null, float16, bfloat16 or int8"),
+    ("exchange.feedback=2", "exchange.feedback is 2; it must be null, or a decay above 0 and at most 1"),
+    (FEEDBACK, "exchange.feedback carries .* aggregation.denominator=participants"),
+    (f"{FEEDBACK} aggregation=median", "exchange.feedback carries .* aggregation.denominator=participants"),
+    (f"{FEEDBACK} {PARTICIPANTS} exchange.payload=value", "exchange.feedback carries .* exchange.payload=change"),
+    (COMPAT, "exchange.compat=original sends values: set exchange.payload=value"),
+    (f"{COMPAT} exchange.payload=value {PARTICIPANTS}", "exchange.compat=original averages over senders"),
+    ("exchange.attackers=-1", "exchange.attackers is -1; it must be null, how many clients attack"),
+    ("exchange.attackers=21", "exchange.attackers are clients 0 to 20; there are 20 clients"),
+    ("exchange.attackers=[0,25]", "exchange.attackers are clients 0 to 25; there are 20"),
+    ("exchange.attackers=some", "exchange.attackers is 'some'"),
+    ("exchange.attackers=1.5", "exchange.attackers is 1.5"),
+    ("exchange.attackers=2 exchange.attack_scale=big", "exchange.attack_scale is 'big'; it must be a finite number"),
+    (f"objective=scaffold {TOPK}", "objective=scaffold needs exchange=full or exchange=masked, with one mask"),
+    ("objective=scaffold mask.owner=client", "objective=scaffold needs .* one mask for all clients"),
+    ("objective=fedprox objective.mu=-1", "objective.mu is -1; it must be a finite number of 0 or more"),
+    (f"{KRUM}.attackers=8", "aggregation.average.attackers is 8; of 10 clients in a round it must be 0 to 7"),
+    (f"{KRUM}.attackers=1.5", "aggregation.average.attackers is 1.5"),
+    (f"{KRUM}.attackers=null", "aggregation.average.attackers is None"),
+    ("aggregation=multi_krum aggregation.average.keep=0", "aggregation.average.keep is 0; .* 1 to 10"),
+    (
+        "aggregation=trimmed_mean aggregation.average.trim=0.6",
+        "aggregation.average.trim is 0.6; it must be .* below 0.5",
+    ),
+    ("aggregation=trimmed_mean aggregation.average.trim=much", "aggregation.average.trim is 'much'"),
+    ("aggregation=coordinate_mean aggregation.denominator=all", "aggregation.denominator is 'all'; it must be senders"),
+    ("server.untouched=maybe", "server.untouched is 'maybe'; it must be one of step, hold, freeze"),
+    ("server=fedadam server.tau=-1", "server.tau must be a positive, finite number, not -1"),
+    ("server=fedyogi server.betas=[0.9,1.5]", "server.betas must be two numbers"),
+    ("link.up=0", "link.up is 0; it must be a finite number above 0"),
+    ("link=4g link.latency=-1", "link.latency is -1; it must be a finite number 0 or more"),
+]
+
+
+def refused(options):
+    """Run in vain: the one line that says why."""
     with pytest.raises(Exception) as caught:  # noqa: PT011  (Hydra's and our own)
         run([*BASE, *options.split()])
     line = one_line(caught.value)
     assert "\n" not in line
     assert len(line) < 400
     assert "HYDRA_FULL_ERROR" not in line, line
-    import re
+    return line
 
+
+@pytest.mark.parametrize(("options", "says"), BAD, ids=[options for options, _ in BAD])
+def test_one_line_says_what_is_wrong(tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    line = refused(options)
     assert re.search(says, line), line
+
+
+@pytest.mark.parametrize(("options", "says"), BAD_EXCHANGE, ids=[options for options, _ in BAD_EXCHANGE])
+def test_what_is_sent_and_averaged_is_checked_before_anything_is_prepared(tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(execute, "prepare", lambda *_: pytest.fail("it was prepared"))
+    line = refused(options)
+    assert re.search(says, line), line
+
+
+def test_attackers_are_counted_among_the_clients_that_hold_data(tmp_path, monkeypatch):
+    """Of 20 clients 4 have samples: Krum can never have more rows, whatever clients_per_round asks for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "build_parts", lambda *_: [np.arange(8 if k < 4 else 0) for k in range(20)])
+    assert "of 4 clients in a round it must be 0 to 1" in refused(f"{KRUM}.attackers=2")
+
+
+def test_an_own_mask_that_leaves_a_client_nothing_of_the_names_that_are_sent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["mask.owner=client", "sparsity.ratio=0.999", "mask_rule=random", "sparsity.always_train=[]"]
+    assert run([*BASE, *few, "exchange=pattern", "exchange.names=[head.bias]"])["rounds"] == 1
 
 
 def command(*options, **env):

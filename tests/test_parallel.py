@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pair import fit, in_processes
 from plain import plain_fedavg, replay
+from safetensors.torch import load_file
 from small import Small, small_data, small_net, uneven_parts
 from test_federation import MASKS, WORK, batchnorm_net
 
@@ -207,6 +208,30 @@ def test_a_run_in_two_processes_leaves_what_one_leaves(run_in):
         p.name for p in both.rglob("*") if p.is_file()
     )
     assert "RANK" not in os.environ
+
+
+SPARSE = ["exchange=topk", "exchange.feedback=1.0", "aggregation=coordinate_mean"]
+TOGETHER = {  # in two processes as in one: to the bit (0), or to rounding, in accuracy and loss
+    "topk, feedback": ([*SPARSE, "aggregation.denominator=participants"], 1e-6),
+    "scaffold": (["objective=scaffold"], 1e-6),
+    "median": (["aggregation=median"], 0),
+    "fednova": (["aggregation=fednova", "federation.local_epochs=1", "federation.local_steps=null"], 1e-6),
+}
+
+
+@pytest.mark.parametrize(("options", "far"), TOGETHER.values(), ids=TOGETHER)
+def test_two_processes_send_and_average_as_one(run_in, options, far):
+    (one, alone), (two, both) = (
+        run_in(name, *places, *options, "partition=quantity") for name, places in (("one", PAIR[2:]), ("two", PAIR))
+    )
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert {key: one[key] for key in one if "bytes" in key} == {key: two[key] for key in two if "bytes" in key}
+    assert (alone / "traffic.csv").read_text() == (both / "traffic.csv").read_text()
+    models = [load_file(folder / "model.safetensors") for folder in (alone, both)]
+    for name, value in models[0].items():
+        torch.testing.assert_close(models[1][name], value, rtol=0, atol=far)
+    if not far:
+        assert one["global_sha256"] == two["global_sha256"]
 
 
 def command(folder, *options):

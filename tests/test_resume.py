@@ -21,6 +21,17 @@ from fedsparse.federation.csv import read_rows
 
 RUN = [sys.executable, "-m", "fedsparse.train"]
 OPTIONS = ["model=mlp", "logger=csv", "federation.rounds=6", "calibration.head_steps=4", "mask_rule=least_sensitive"]
+FEEDBACK = [
+    "exchange=topk", "exchange.feedback=1.0", "aggregation=coordinate_mean", "aggregation.denominator=participants",
+]  # fmt: skip
+KEEPING = {  # what lasts over rounds beside the model: with clients, at the server, or in the ledger of who holds what
+    "feedback": FEEDBACK,
+    "feedback in a file": [*FEEDBACK, "federation.store=file"],
+    "scaffold": ["objective=scaffold"],
+    "scaffold in a file": ["objective=scaffold", "federation.store=file"],
+    "fedyogi, freeze": ["exchange=topk", "server=fedyogi", "server.untouched=freeze"],
+    "topk of few": ["exchange=topk", "exchange.fraction=0.01", "federation.clients_per_round=4"],
+}
 SERVERS = [["server=fedavg"], ["server=fedavgm", "schedule=cosine"], ["server=fedadam", "federation.eval_every=2"]]
 
 
@@ -69,6 +80,59 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, options, moment):
     assert rows[1] == rows[0]
     same = [key for key in whole if key not in ("seconds", "folder")]
     assert {key: summary[key] for key in same} == {key: whole[key] for key in same}
+
+
+def traffic(folder):
+    """Rows of a header, and of each client of each round."""
+    return (folder / "traffic.csv").read_text().splitlines()
+
+
+def same_as_in_one_go(summary, folder, whole, in_one_go):
+    """Same bits of the model, same bytes, same rows."""
+    different = [key for key in whole if key not in ("seconds", "folder") and summary[key] != whole[key]]
+    assert different == []
+    assert traffic(folder) == traffic(in_one_go)
+    rounds = [int(line.split(",")[0]) for line in traffic(folder)[1:]]
+    assert rounds == sorted(rounds)
+    assert set(rounds) == set(range(1, summary["rounds"] + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", KEEPING.values(), ids=KEEPING)
+@pytest.mark.parametrize("moment", [1, 4])
+def test_a_killed_run_goes_on_with_what_is_kept_between_rounds(tmp_path, options, moment):
+    whole = run([*OPTIONS, *options, f"hydra.run.dir={tmp_path / 'whole'}"])
+    process = start(tmp_path / "killed", *options)
+    wait_for_round(process, moment)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    summary, folder = finish_elsewhere(tmp_path / "killed")
+    same_as_in_one_go(summary, folder, whole, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", KEEPING.values(), ids=KEEPING)
+def test_a_round_that_was_closed_but_not_saved_counts_once(tmp_path, monkeypatch, options):
+    """A kill after a round's rows are in traffic.csv and what clients keep is written, before the checkpoint is."""
+    few = [*OPTIONS, *options, "federation.rounds=3"]
+    whole = run([*few, f"hydra.run.dir={tmp_path / 'whole'}"])
+    save, calls = AtomicCheckpointIO.save_checkpoint, []
+
+    def killed(self, state, path, *rest, **more):
+        calls.append(state["epoch"])
+        if state["epoch"] == 1:
+            raise KeyboardInterrupt
+        save(self, state, path, *rest, **more)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run([*few, f"hydra.run.dir={tmp_path / 'killed'}"])
+    monkeypatch.undo()
+    assert calls[-1] == 1
+    with (tmp_path / "killed" / "traffic.csv").open("a") as file:
+        file.write("3,7,8")  # and a line that the kill tore
+    assert len(traffic(tmp_path / "killed")) > 2 * (len(traffic(tmp_path / "whole")) - 1) // 3
+    summary, folder = finish_elsewhere(tmp_path / "killed")
+    same_as_in_one_go(summary, folder, whole, tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from fedsparse.federation.aggregation import Aggregation, FedNova, Robust
+import torch
+from torch import Tensor
+
+from fedsparse.federation.aggregation import Aggregation, AverageRows, FedNova, Robust
 from fedsparse.federation.exchange import Exchange
+from fedsparse.federation.filters import SignFlip
 from fedsparse.federation.objective import Objective
-from fedsparse.federation.selection import check_fraction
+from fedsparse.federation.selection import Pattern, check_fraction
+from fedsparse.space import ParamSpace
 
 
 def check_together(exchange: Exchange, aggregation: Aggregation, objective: Objective) -> None:
@@ -38,10 +44,47 @@ def check_sizes(exchange: Exchange, aggregation: Aggregation, clients: int, taki
     fraction = getattr(exchange.rule, "fraction", None)
     if fraction is not None:
         check_fraction(fraction, clients)
-    options: dict[str, Any] = getattr(aggregation.average, "keywords", {}) if isinstance(aggregation, Robust) else {}
-    attackers = options.get("attackers")
-    if attackers is not None and not 0 <= attackers <= taking_part - 3:
-        raise ValueError(
-            f"aggregation.average.attackers is {attackers!r}; of {taking_part} clients in a round it must be 0 to "
-            f"{taking_part - 3}"
-        )
+    for chosen in exchange.filters:
+        if isinstance(chosen, SignFlip):
+            _check_attackers(chosen, clients)
+    if isinstance(aggregation, Robust):
+        _check_average(aggregation.average, taking_part)
+
+
+def check_names(exchange: Exchange, space: ParamSpace, trained: Tensor) -> None:
+    """Refuse ``exchange.names`` that match nothing that a client may send.
+
+    Args:
+        exchange: what is sent.
+        space: the tensors' names.
+        trained: bool (P,), which coordinates train.
+
+    Raises:
+        ValueError: one line that lists names that would match.
+
+    """
+    if isinstance(exchange.rule, Pattern):
+        parts = space.unflatten(trained.to(space.local.device) & ~space.local)
+        exchange.rule.check([name for name, part in parts.items() if bool(part.any())])
+
+
+def _check_attackers(attack: SignFlip, clients: int) -> None:
+    """Refuse attackers that are not among the clients."""
+    if max(attack.clients, default=0) >= clients:
+        raise ValueError(f"exchange.attackers are clients 0 to {max(attack.clients)}; there are {clients} clients")
+
+
+def _check_average(average: AverageRows, taking_part: int) -> None:
+    """Refuse options of a robust average: some by the number of rows, the others by averaging a few."""
+    options: dict[str, Any] = average.keywords if isinstance(average, partial) else {}
+    for key, least, most in (("attackers", 0, taking_part - 3), ("keep", 1, taking_part)):
+        value = options.get(key)
+        if value is None and (key == "keep" or key not in options):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(
+                f"aggregation.average.{key} is {value!r}; of {taking_part} clients in a round it must be {least} to "
+                f"{most}"
+            )
+    rows = options.get("attackers", 0) + 3
+    average(torch.zeros(rows, 1), torch.ones(rows, 1, dtype=torch.bool), torch.ones(rows))

@@ -5,6 +5,7 @@ Shapes: K clients of the cohort, n coordinates that train.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -84,9 +85,20 @@ class SignFlip:
         clients: who does; the first so many if it is a number.
         scale: by how much.
 
+    Raises:
+        ValueError: neither a number of clients nor ids, or a scale that is no finite number.
+
     """
 
     def __init__(self, clients: int | Sequence[int] = 0, scale: float = 10.0) -> None:
+        ids = [clients] if isinstance(clients, int) else clients
+        good = isinstance(ids, Sequence) and all(isinstance(n, int) and n >= 0 for n in ids)
+        if not good or isinstance(clients, bool):
+            raise ValueError(
+                f"exchange.attackers is {clients!r}; it must be null, how many clients attack, or a list of their ids"
+            )
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"exchange.attack_scale is {scale!r}; it must be a finite number")
         self.clients = set(range(clients)) if isinstance(clients, int) else set(clients)
         self.scale = scale
 

@@ -63,7 +63,7 @@ def trimmed_mean(values: Tensor, sent: Tensor, weight: Tensor, trim: float = 0.2
         ValueError: a share outside [0, 0.5).
 
     """
-    if not 0 <= trim < 0.5:
+    if isinstance(trim, bool) or not isinstance(trim, int | float) or not 0 <= trim < 0.5:
         raise ValueError(f"aggregation.average.trim is {trim!r}; it must be 0 or more and below 0.5")
     values, sent, _ = _counted(values, sent, weight)
     senders = sent.sum(0)

@@ -248,13 +248,17 @@ class Threshold:
     shared = False
 
     def __init__(self, threshold: float = 1e-3, by: str = "largest_change") -> None:
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
+        if not _number(threshold) or not math.isfinite(threshold):
             raise ValueError(f"exchange.threshold is {threshold!r}; it must be a finite number")
         self.score, self.least = score(by), -threshold if by.startswith("smallest") else threshold
 
     def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Compare every score with the threshold."""
         return self.score(theta, anchor) >= self.least
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Layers:
@@ -282,10 +286,13 @@ class Layers:
     ) -> None:
         if (threshold is None) == (percentage is None):
             raise ValueError("give either exchange.threshold or exchange.percentage, and set the other to null")
-        if percentage is not None and not 0 < percentage <= 1:
+        if percentage is not None and not (_number(percentage) and 0 < percentage <= 1):
             raise ValueError(f"exchange.percentage is {percentage!r}; it must be above 0 and at most 1")
-        if threshold is not None and not threshold >= 0:
+        if threshold is not None and not (_number(threshold) and threshold >= 0):
             raise ValueError(f"exchange.threshold is {threshold!r}; it must be 0 or more")
+        for key, value in (("more", more), ("normalise", normalise)):
+            if not isinstance(value, bool):
+                raise ValueError(f"exchange.{key} is {value!r}; it must be true or false")
         self.threshold, self.percentage, self.more, self.normalise = threshold, percentage, more, normalise
 
     def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
@@ -318,23 +325,30 @@ class Pattern:
     Args:
         names: glob patterns of the tensors that are sent.
 
+    Raises:
+        ValueError: something else.
+
     """
 
     shared = True
 
     def __init__(self, names: Patterns) -> None:
-        self.names = [names] if isinstance(names, str) else list(names)
+        self.names = [names] if isinstance(names, str) else list(names or ())
+        if not self.names or not all(isinstance(name, str) for name in self.names):
+            raise ValueError(f"exchange.names is {names!r}; it must be glob patterns of tensor names, such as [head.*]")
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
-        """Mark all coordinates of the tensors whose name matches.
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse patterns that match no tensor of these.
 
         Raises:
-            ValueError: no tensor does.
+            ValueError: lists the first few.
 
         """
+        if not any(matches(name, self.names) for name in names):
+            listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            raise ValueError(f"exchange.names={self.names} matches no tensor that trains and travels: {listed}")
+
+    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Mark all coordinates of the tensors whose name matches; a client's own mask may leave it none of them."""
         hits = torch.tensor([matches(name, self.names) for name in layout.names], device=theta.device)
-        marks = hits[layout.owner]
-        if not bool(marks.any()):
-            listed = ", ".join(layout.names[:6])
-            raise ValueError(f"exchange.names={self.names} matches no tensor that trains; there are {listed}")
-        return marks
+        return hits[layout.owner]
