@@ -112,7 +112,6 @@ exchange: $(READY) ## sparse exchanges, masked and dense training: accuracy agai
 	$(DOCS) $(FULL) hydra.sweep.dir=$(EXCHANGE_AT)/docs/dense
 	$(BIN)/python -m fedsparse.report $(EXCHANGE_AT) --out $(EXCHANGE_AT)/report
 
-weights: $(READY) ## pre-train the embedded model again; weights-text: that of texts
 ATTACK = $(SWEEP) pictures=false experiment=byzantine_digits model=$(MODEL) seed=0,1,2,3,4 exchange.attackers=null,4
 UNDER = runs/attack/$(MODEL)
 
@@ -125,7 +124,7 @@ attack: $(READY) ## robust averages under sign-flipping clients, five seeds; MOD
 	$(ATTACK) aggregation=multi_krum aggregation.average.attackers=4 hydra.sweep.dir=$(UNDER)/multi_krum
 	$(BIN)/python -m fedsparse.attack $(UNDER)
 
-weights: $(READY) ## pre-train the embedded model again
+weights: $(READY) ## pre-train the embedded model again; weights-text: that of texts
 	$(BIN)/python -m fedsparse.pretrain $(ARGS)
 
 weights-text: $(READY) ## pre-train the embedded model of texts again

@@ -349,6 +349,7 @@ def test_damaged_files_are_named(tmp_path):
         gzip.compress(idx(np.zeros((2, 3)))),
         gzip.compress(b"\0\0\x0d" + idx(np.zeros((2, 3, 3)))[3:]),
     ],
+    ids=["empty", "short", "cut", "one less", "flat", "floats"],  # packed content holds the time, which no name may
 )
 def test_damaged_idx_files_are_named(tmp_path, content):
     folder = write_mnist(tmp_path)

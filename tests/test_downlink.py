@@ -224,9 +224,9 @@ def test_the_lines_of_traffic_sum_up_to_the_summary(tmp_path, case):
     ]
     assert sum(total(row, "up") for row in rows) == ledger.bytes_up
     assert sum(total(row, "down") for row in rows) == ledger.bytes_down
-    assert sum(row["first_model"] for row in rows) == ledger.bytes_setup_down
+    assert sum(row["first_contact"] for row in rows) == ledger.bytes_setup_down
     assert sum(row["dense"] for row in rows) == ledger.bytes_dense
-    seconds = [0.02 + 8e-6 * (total(r, "up") / 9 + (total(r, "down") + r["first_model"]) / 18) for r in rows]
+    seconds = [0.02 + 8e-6 * (total(r, "up") / 9 + (total(r, "down") + r["first_contact"]) / 18) for r in rows]
     assert [row["seconds"] for row in rows] == pytest.approx(seconds, rel=1e-5)
     assert link.seconds(0, 0) == 0.02
     slowest = [max(s for s, row in zip(seconds, rows, strict=True) if row["round"] == r) for r in (1, 2, 3, 4)]

@@ -210,8 +210,9 @@ def test_patterns_name_tensors():
     assert places(Pattern(["head.*"]).mark(THETA, ANCHOR, LAYOUT, ONE)) == [4, 5]
     assert places(Pattern("*.bias").mark(THETA, ANCHOR, LAYOUT, ONE)) == [3]
     assert places(Pattern(["a.weight", "head.*"]).mark(THETA, ANCHOR, LAYOUT, ONE)) == [0, 1, 2, 4, 5]
-    with pytest.raises(ValueError, match=r"matches no tensor that trains; there are a.weight, a.bias, head.weight"):
-        Pattern(["nothing"]).mark(THETA, ANCHOR, LAYOUT, ONE)
+    with pytest.raises(ValueError, match=r"matches no tensor that trains and travels: a.weight, a.bias, head.weight"):
+        Pattern(["heda.*"]).check(LAYOUT.names)
+    assert places(Pattern(["heda.*"]).mark(THETA, ANCHOR, LAYOUT, ONE)) == []  # a mask may leave a client none of them
 
 
 def test_random_coordinates_depend_on_seed_round_and_client_alone():

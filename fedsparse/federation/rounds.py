@@ -221,13 +221,15 @@ class FederatedRounds(lightning.Callback):
     def _count(self, client: int, up: Size) -> None:
         """Count what a client sent and received: the model at first contact, later what moved since."""
         first, dtype, extra = client not in self.ledger.has_model, self.row.dtype, self.buffers.size
+        setup = self.ledger.bytes_setup_down
         self.ledger.first_model([client], self.model_length)
         self.ledger.mask([client], self.mask_length)
+        setup = self.ledger.bytes_setup_down - setup
         down = NOTHING if first else self.downlink.size(client, self.row, extra)
         if self.objective.messages:
             down += known_size(self.exchange.size, 0, dtype) * self.objective.messages
         dense = self.dense + self.buffers.row.nbytes
-        self.ledger.trained(client, up, down, dense, self.model_length if first else 0)
+        self.ledger.trained(client, up, down, dense, setup)
         self.arrived.append(client)
 
     def _difference(self, rows: Tensor) -> Tensor:

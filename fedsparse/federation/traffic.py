@@ -10,7 +10,7 @@ from pathlib import Path
 from fedsparse.federation.wire import Size
 
 COLUMNS = (
-    "round,client,up_header,up_positions,up_values,down_header,down_positions,down_values,first_model,dense,seconds"
+    "round,client,up_header,up_positions,up_values,down_header,down_positions,down_values,first_contact,dense,seconds"
 )
 
 
@@ -22,7 +22,7 @@ class Entry:
         client: its id.
         up: bytes that it sent.
         down: bytes that it received, without a first model.
-        first: bytes of the first model, if it came now; else 0.
+        first: bytes of the first model and the mask, if they came now; else 0.
         dense: bytes that it would have sent with every coordinate.
         seconds: time on the link.
 
