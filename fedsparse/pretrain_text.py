@@ -1,8 +1,9 @@
 """Make the packaged text model again: ``python -m fedsparse.pretrain_text``; ``--help`` lists its options.
 
-A small BERT learns to fill in masked words (Devlin et al. 2019) of sentences from modules of Python's standard library
-that no client of ``data=stdlib_docs`` holds. Masked words are told twice, from their own place and from the pooled
-output, so that the pooler, which the classification head is given, learns too. About eight minutes of one core.
+A small BERT learns to fill in masked words (Devlin et al. 2019) of documentation that no client of ``data=stdlib_docs``
+holds: that of some modules of Python's standard library, and of the packages that the environment pins beside it.
+Masked words are told twice, from their own place and from the pooled output, so that the pooler, which the
+classification head is given, learns too. About half an hour of one core.
 
 Shapes: ``N`` sentences, ``B`` of a batch, ``L`` tokens, ``M`` masked places, ``V`` words, ``D`` hidden size.
 """
@@ -10,6 +11,7 @@ Shapes: ``N`` sentences, ``B`` of a batch, ``L`` tokens, ``M`` masked places, ``
 from __future__ import annotations
 
 import argparse
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,20 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsparse.data.docs import held_out
+from fedsparse.data.docs import held_by_clients, held_out, library_sentences
 from fedsparse.data.tokens import PACKAGED, fingerprint, load_tokenizer, need_transformers, tokens
 from fedsparse.pretrain import rate_share
 
 BATCH = 64
 IGNORED = -100  # of cross_entropy
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# Of what `make setup` installs: what is written about networks, data, systems and tools, and no copy of Python's own.
+PACKAGES = """IPython PIL _pytest absl aiohttp alembic anyio attr build click cliff cloudpickle cmd2 colorlog coverage
+    datasets dateutil debugpy dill distro filelock fontTools fsspec grpc h11 httpcore httpx huggingface_hub hydra
+    hypothesis ipykernel jedi jinja2 joblib jsonschema jupyter_client lightning mako markdown matplotlib multidict mypy
+    narwhals nbclient nbformat networkx numpy omegaconf opentelemetry packaging pandas parso pexpect pip platformdirs
+    pluggy prompt_toolkit psutil pyarrow pydantic pygments pyparsing referencing requests rich setuptools sortedcontainers
+    sqlalchemy stevedore submitit tornado tqdm traitlets typer urllib3 wandb werkzeug yaml yarl zmq"""
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
@@ -61,6 +70,19 @@ class MaskedWords(nn.Module):
         place = self.place(out.last_hidden_state[masked]) @ embeddings.T + self.bias[0]
         whole = self.whole(out.pooler_output) @ embeddings.T + self.bias[1]
         return F.cross_entropy(place, wanted), F.cross_entropy(whole[masked.nonzero()[:, 0]], wanted)
+
+
+def package_sentences(root: Path | None = None) -> list[str]:
+    """Read the documentation of ``PACKAGES``, without sentences that clients hold.
+
+    Args:
+        root: the folder that they lie in; None: that of the running Python.
+
+    """
+    taken = {sentence.text for sentence in held_by_clients()}
+    folder = Path(sysconfig.get_path("purelib")) if root is None else root
+    found = dict.fromkeys(text for _, text in library_sentences(folder, set(PACKAGES.split())))
+    return [text for text in found if text not in taken]
 
 
 def make_vocabulary(texts: Sequence[str], size: int) -> list[str]:
@@ -155,12 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Make vocabulary and model, and write them as a folder that transformers loads."""
     parser = argparse.ArgumentParser(description="Make the packaged weights of bert_tiny again.")
     parser.add_argument("--out", type=Path, default=PACKAGED, help="the folder to write")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--words", type=int, default=3500, help="size of the vocabulary")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--words", type=int, default=4200, help="size of the vocabulary")
     parser.add_argument("--sentences", type=int, default=None, help="at most so many sentences")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    texts = held_out()[: options.sentences]
+    texts = list(dict.fromkeys([*held_out(), *package_sentences()]))[: options.sentences]
     write_tokenizer(make_vocabulary(texts, options.words), options.out)
     tokenizer = load_tokenizer(str(options.out))
     net = build(len(tokenizer), options.seed)

@@ -244,7 +244,8 @@ def test_words_are_masked_as_bert_does_and_never_the_special_ones():
 
 def test_pretraining_writes_what_transformers_loads_whole(tmp_path, monkeypatch, capsys):
     texts = [f"The {a} of the {b}." for words in WORDS.values() for a in words.split() for b in words.split()]
-    monkeypatch.setattr(pretrain_text, "held_out", lambda: texts)
+    monkeypatch.setattr(pretrain_text, "held_out", lambda: texts[:7])
+    monkeypatch.setattr(pretrain_text, "package_sentences", lambda: texts[5:])
     monkeypatch.setattr(pretrain_text, "SHAPE", pretrain_text.SHAPE | {"hidden_size": 16, "intermediate_size": 16})
     pretrain_text.main(["--out", str(tmp_path), "--epochs", "2", "--words", "80"])
     assert "from 36 sentences" in capsys.readouterr().out

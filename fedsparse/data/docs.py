@@ -38,6 +38,7 @@ HELD_OUT = """abc argparse aifc cmd cmath colorsys contextlib copyreg functools 
         idlelib keyword linecache locale mailcap mimetypes operator optparse pprint reprlib secrets shlex sndhdr
         sunau test tkinter turtle turtledemo types wave weakref"""
 
+COPIES = {"test", "tests", "testing", "_bundled", "_vendor", "externals"}  # folders that are left out
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'`(]?[A-Z])")
 CODE = re.compile(r"^\s*(>>>|\.\.\.)")
@@ -64,7 +65,7 @@ def held_by_clients(root: Path | None = None) -> list[Sentence]:
     """
     topics = {module: i for i, topic in enumerate(TOPICS) for module in MODULES[topic].split()}
     found: dict[str, Sentence] = {}
-    for module, text in _library(library() if root is None else root, set(topics)):
+    for module, text in library_sentences(library() if root is None else root, set(topics)):
         found.setdefault(text, Sentence(text, module, topics[module]))
     if lacking := set(range(len(TOPICS))) - {sentence.topic for sentence in found.values()}:
         where = library() if root is None else root
@@ -79,7 +80,7 @@ def held_out(root: Path | None = None) -> list[str]:
     """Read the sentences of the modules that no client holds, without those that clients' modules have too."""
     folder = library() if root is None else root
     taken = {sentence.text for sentence in held_by_clients(folder)}
-    found = dict.fromkeys(text for _, text in _library(folder, set(HELD_OUT.split())))
+    found = dict.fromkeys(text for _, text in library_sentences(folder, set(HELD_OUT.split())))
     return [text for text in found if text not in taken]
 
 
@@ -88,11 +89,11 @@ def library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _library(root: Path, modules: set[str]) -> Iterator[tuple[str, str]]:
-    """Read the sentences of some modules: (module, sentence)."""
+def library_sentences(root: Path, modules: set[str]) -> Iterator[tuple[str, str]]:
+    """Read the sentences of some modules in a folder: (module, sentence); no tests, and no copies of other packages."""
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         module, *inner = path.relative_to(root).with_suffix("").parts
-        if module in modules and not {"test", "tests", "_bundled"} & set(inner):
+        if module in modules and not COPIES & set(inner):
             yield from ((module, text) for docstring in docstrings(path) for text in sentences(docstring))
 
 
