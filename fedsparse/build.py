@@ -8,7 +8,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from fedsparse.federation.server import Server
 from fedsparse.federation.store import ClientStore, make_store
 from fedsparse.federation.tracking import GracefulStop, RoundLog
 from fedsparse.federation.traffic import Traffic
-from fedsparse.federation.wire import HEADER
+from fedsparse.federation.wire import known_size
 from fedsparse.keys import Purpose
 from fedsparse.masks import Mask
 from fedsparse.models.trainable import trainable_filter
@@ -80,8 +80,10 @@ class Federation:
 
     @property
     def model_length(self) -> int:
-        """Bytes of the first model: every parameter and buffer that a checkpoint stores."""
-        return HEADER.size + sum(tensor.nbytes for tensor in self.net.state_dict().values())
+        """Bytes of the first model: a message of every parameter and float buffer, trained or not."""
+        tensors = [tensor for tensor in self.net.state_dict().values() if tensor.is_floating_point()]
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        return known_size(sum(tensor.numel() for tensor in tensors), 0, dtype).total
 
 
 def build_federation(cfg: DictConfig) -> Federation:

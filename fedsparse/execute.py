@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fedsparse import build, results, team
+from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation import parallel
 from fedsparse.federation.calibration import Calibrated
 from fedsparse.federation.checkpoint import choose_checkpoint, read_checkpoint
@@ -204,9 +205,26 @@ def _checkpoint(job: Job, federation: build.Federation) -> Path | None:
     if not job.resumed:
         return None
     path, complaints = choose_checkpoint(job.folder / "checkpoints", federation.space)
+    if path is not None:
+        stored = read_checkpoint(path, federation.space)[FederatedDataModule.__qualname__]["fingerprint"]
+        _check_data(stored, federation.dataset.fingerprint)
     for complaint in complaints:
         log.warning("%s; the one before it is used", complaint)
     return path
+
+
+def _check_data(stored: str, found: str) -> None:
+    """Refuse to go on with other data than the run began with.
+
+    Raises:
+        ValueError: text that is read from the running Python differs by its version, files may have been replaced.
+
+    """
+    if stored != found:
+        raise ValueError(
+            f"the data is not what this run began with (fingerprint {stored}, now {found}): texts of "
+            "data=stdlib_docs differ by the version of Python, and files may have changed; begin a new run"
+        )
 
 
 def quiet() -> None:

@@ -33,8 +33,8 @@ PACKAGES = """IPython PIL _pytest absl aiohttp alembic anyio attr build click cl
     datasets dateutil debugpy dill distro filelock fontTools fsspec grpc h11 httpcore httpx huggingface_hub hydra
     hypothesis ipykernel jedi jinja2 joblib jsonschema jupyter_client lightning mako markdown matplotlib multidict mypy
     narwhals nbclient nbformat networkx numpy omegaconf opentelemetry packaging pandas parso pexpect pip platformdirs
-    pluggy prompt_toolkit psutil pyarrow pydantic pygments pyparsing referencing requests rich setuptools sortedcontainers
-    sqlalchemy stevedore submitit tornado tqdm traitlets typer urllib3 wandb werkzeug yaml yarl zmq"""
+    pluggy prompt_toolkit psutil pyarrow pydantic pygments pyparsing referencing requests rich setuptools
+    sortedcontainers sqlalchemy stevedore submitit tornado tqdm traitlets typer urllib3 wandb werkzeug yaml yarl zmq"""
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 2,

@@ -17,7 +17,7 @@ from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.aggregation import WeightedMean
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.client import ClientModule
-from fedsparse.federation.exchange import Masked
+from fedsparse.federation.exchange import Exchange
 from fedsparse.federation.objective import Plain
 from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.sampling import uniform
@@ -58,7 +58,7 @@ class Small:
     count: int = 5
     cohort: int = 1
     mask: torch.Tensor | None = None
-    exchange: Any = Masked
+    exchange: Any = Exchange
     aggregation: Any = WeightedMean
     objective: Any = Plain
     untouched: str = "hold"

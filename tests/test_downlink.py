@@ -13,11 +13,11 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.federation.aggregation import Change, CoordinateMean
 from fedsparse.federation.downlink import Downlink
-from fedsparse.federation.exchange import Full, Masked, Sparse
+from fedsparse.federation.exchange import Exchange, Full
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.link import Link
 from fedsparse.federation.objective import Scaffold
-from fedsparse.federation.selection import Threshold, TopK
+from fedsparse.federation.rules import Threshold, TopK
 from fedsparse.federation.server import Server
 from fedsparse.federation.traffic import COLUMNS, Traffic
 from fedsparse.federation.wire import HEADER, Size, encode
@@ -117,7 +117,7 @@ def build(**options):
 @pytest.mark.parametrize("server", [partial(torch.optim.SGD, lr=1.0), partial(torch.optim.SGD, lr=1.0, momentum=0.9)])
 def test_bytes_down_of_five_rounds_are_those_of_real_messages(tmp_path, server):
     """Each client that was here before gets what differs between the model it started from and the one of now."""
-    small = build(exchange=partial(Sparse, rule=TopK(fraction=0.05)), server=server)
+    small = build(exchange=partial(Exchange, rule=TopK(fraction=0.05)), server=server)
     models, start = [small.row.clone()], small.rounds._settle
 
     def spy(module, round):
@@ -203,8 +203,8 @@ def rows_of(path):
 OPTIONS = {
     "full": {"exchange": Full},
     "scaffold": {"objective": partial(Scaffold, 7)},
-    "topk": {"exchange": partial(Sparse, rule=TopK(fraction=0.05))},
-    "silent": {"exchange": partial(Sparse, rule=Threshold(1e9))},
+    "topk": {"exchange": partial(Exchange, rule=TopK(fraction=0.05))},
+    "silent": {"exchange": partial(Exchange, rule=Threshold(1e9))},
 }
 
 
@@ -355,7 +355,7 @@ def test_an_unknown_choice_is_refused_in_one_line():
 @pytest.mark.parametrize("untouched", ["hold", "freeze"])
 def test_a_federation_under_yogi_moves_only_what_was_sent(tmp_path, untouched, denominator):
     small = build(
-        exchange=partial(Sparse, rule=TopK(fraction=0.02)),
+        exchange=partial(Exchange, rule=TopK(fraction=0.02)),
         aggregation=partial(CoordinateMean, denominator),
         server=partial(FedYogi, lr=0.01),
         untouched=untouched,
@@ -369,7 +369,7 @@ def test_a_federation_under_yogi_moves_only_what_was_sent(tmp_path, untouched, d
 
 
 def test_masked_exchange_steps_everything_that_trains(tmp_path):
-    small = build(exchange=Masked, server=partial(torch.optim.SGD, lr=1.0, momentum=0.9))
+    small = build(exchange=Exchange, server=partial(torch.optim.SGD, lr=1.0, momentum=0.9))
     seen, finish = [], small.rounds.aggregation.finish
     small.rounds.aggregation.finish = lambda tally: seen.append(finish(tally)) or seen[-1]
     small.fit(1, tmp_path)

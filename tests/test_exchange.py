@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsparse.federation.exchange import Full, Masked, Update
+from fedsparse.federation.exchange import Exchange, Full
+from fedsparse.federation.update import Update
 from fedsparse.federation.wire import HEADER, PayloadError
 
 P, K = 40, 3
 TRAINED = torch.arange(P) % 4 == 0
 LOCAL = torch.arange(P) >= 36
-RULES = {"full": Full, "masked": Masked}
+RULES = {"full": Full, "masked": Exchange}
 
 
 def an_update(dtype=torch.float32):
@@ -50,7 +51,7 @@ def test_a_masked_payload_is_a_fifth_of_a_dense_one():
     trained = torch.arange(1000) < 200
     none = torch.zeros(1000, dtype=torch.bool)
     update = Update((0,), torch.randn(1, 200), torch.zeros(1, 0), (1.0,), (0.0,))
-    lengths = [rule(trained=trained, local=none).encode(update).sizes[0].total for rule in (Masked, Full)]
+    lengths = [rule(trained=trained, local=none).encode(update).sizes[0].total for rule in (Exchange, Full)]
     assert lengths[0] == HEADER.size + 800
     assert lengths[1] == HEADER.size + 4000
 

@@ -14,10 +14,12 @@ from small import Small, small_data, small_net, uneven_parts
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation import robust
 from fedsparse.federation.aggregation import CoordinateMean, FedNova, Robust, WeightedMean
-from fedsparse.federation.exchange import Full, Masked, Sparse, Update
+from fedsparse.federation.exchange import Exchange, Full
 from fedsparse.federation.filters import Feedback, Precision, SignFlip
-from fedsparse.federation.selection import SCORES, Layers, Pattern, RandomK, Threshold, TopK
+from fedsparse.federation.rules import Layers, Pattern, RandomK, Threshold, TopK
+from fedsparse.federation.selection import SCORES
 from fedsparse.federation.server import Server
+from fedsparse.federation.update import Update
 from fedsparse.masks import top_fraction
 from fedsparse.places import Coordinates
 from fedsparse.space import ParamSpace
@@ -27,7 +29,7 @@ SILENT = Threshold(1e9)  # nobody's change is so large
 
 
 def sparse(rule, **options):
-    return lambda **given: Sparse(**given, rule=rule, **options)
+    return lambda **given: Exchange(**given, rule=rule, **options)
 
 
 def filtered(make, *filters):
@@ -38,8 +40,8 @@ def filtered(make, *filters):
 half, whole8 = partial(Precision, "float16"), partial(Precision, "int8")
 EXACT = {
     "full": Full,
-    "masked": Masked,
-    "masked values": partial(Masked, payload="value"),
+    "masked": Exchange,
+    "masked values": partial(Exchange, payload="value"),
     **{by: sparse(TopK(by, 0.1)) for by in SCORES},
     "topk of values": sparse(TopK(fraction=0.1), payload="value"),
     "topk of each tensor": sparse(TopK(fraction=0.1, scope="tensor")),
@@ -54,10 +56,10 @@ EXACT = {
     "layers that drift less": sparse(Layers(percentage=0.5, more=False)),
     "layers by threshold": sparse(Layers(threshold=0.1, percentage=None, normalise=False)),
     "pattern": sparse(Pattern(["3.*"])),
-    "flipped": filtered(Masked, partial(SignFlip, 2, 3.0)),
+    "flipped": filtered(Exchange, partial(SignFlip, 2, 3.0)),
 }
 LOSSY = {
-    "half": filtered(Masked, half),
+    "half": filtered(Exchange, half),
     "int8": filtered(sparse(TopK(fraction=0.2)), whole8),
     "feedback": filtered(sparse(TopK(fraction=0.1)), Feedback),
     "feedback of randomk": filtered(sparse(RandomK(0.1)), partial(Feedback, 0.9)),
@@ -207,7 +209,7 @@ def test_a_client_that_is_not_finite_is_dropped_as_if_silent(tmp_path, exchange,
 def test_a_dropped_clients_local_coordinates_stay_what_they_were(tmp_path):
     small = build(cohort=3)
     small.space.local |= small.space.where("3.*")
-    small.rounds.exchange = Masked(torch.ones(SIZE, dtype=torch.bool), small.space.local)
+    small.rounds.exchange = Exchange(torch.ones(SIZE, dtype=torch.bool), small.space.local)
     victim = small.plan.sample(0)[1]
     poisoned(small, victim, float("nan")).fit(2, tmp_path)
     kept = small.rounds.store.rows
@@ -277,7 +279,7 @@ def test_a_rule_that_sends_all_is_dense(tmp_path, rule, aggregation, masked):
 
 
 @pytest.mark.parametrize(
-    "same", ["full", "masked values", filtered(sparse(TopK(fraction=1.0)), Feedback), filtered(Masked, Feedback)]
+    "same", ["full", "masked values", filtered(sparse(TopK(fraction=1.0)), Feedback), filtered(Exchange, Feedback)]
 )
 def test_other_ways_to_send_all_are_dense_too(tmp_path, same):
     dense, other = (build(e, "participants", cohort=3).fit(ROUNDS, tmp_path).row for e in ("masked", same))
@@ -344,7 +346,7 @@ def test_three_rounds_as_the_original_equal_a_plain_loop(tmp_path, cohort):
 
 def test_as_the_original_what_all_say_is_zero_is_zero_in_float32():
     """The change is minus the start, averaged in float64: rounded to float32 it is that again, whatever the weights."""
-    travels = Sparse(
+    travels = Exchange(
         torch.ones(5000, dtype=torch.bool),
         torch.zeros(5000, dtype=torch.bool),
         rule=TopK(fraction=1e-9, compat="original"),

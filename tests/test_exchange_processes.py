@@ -12,16 +12,16 @@ from small import Small, small_data, small_net, uneven_parts
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation import parallel
 from fedsparse.federation.aggregation import CoordinateMean, FedNova, Robust
-from fedsparse.federation.exchange import Sparse
+from fedsparse.federation.exchange import Exchange
 from fedsparse.federation.filters import Feedback, Precision
 from fedsparse.federation.objective import Scaffold
 from fedsparse.federation.robust import median
-from fedsparse.federation.selection import RandomK, TopK
+from fedsparse.federation.rules import RandomK, TopK
 from fedsparse.fedopt import FedYogi
 
 
 def sparse(rule, *filters, **options):
-    return lambda **given: Sparse(**given, rule=rule, filters={str(i): f() for i, f in enumerate(filters)}, **options)
+    return lambda **given: Exchange(**given, rule=rule, filters={str(i): f() for i, f in enumerate(filters)}, **options)
 
 
 CASES = {

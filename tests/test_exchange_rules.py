@@ -8,20 +8,9 @@ import pytest
 import torch
 
 from fedsparse.federation.exchange import select
-from fedsparse.federation.selection import (
-    SCORES,
-    Layers,
-    Layout,
-    Pattern,
-    RandomK,
-    Sender,
-    Threshold,
-    TopK,
-    at_least,
-    check_fraction,
-    fraction_of,
-    kept,
-)
+from fedsparse.federation.fractions import check_fraction, fraction_of
+from fedsparse.federation.rules import Layers, Layout, Pattern, RandomK, Sender, Threshold, TopK
+from fedsparse.federation.selection import SCORES, at_least, kept
 
 # theta:      3  -1   0    2   -4    0.5
 # anchor:     1  -1   2   -2   -4.5  0

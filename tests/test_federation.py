@@ -13,7 +13,7 @@ from small import Small, small_data, small_net, uneven_parts
 from fedsparse import places
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client import ClientModule
-from fedsparse.federation.exchange import Full, Masked
+from fedsparse.federation.exchange import Exchange, Full
 from fedsparse.masks import top_fraction
 from fedsparse.space import ParamSpace
 
@@ -52,7 +52,7 @@ def build(work="steps", masked=False, **options):
 @pytest.mark.parametrize("cohort", [1, 3])
 @pytest.mark.parametrize("masked", list(MASKS))
 @pytest.mark.parametrize("work", list(WORK))
-@pytest.mark.parametrize("exchange", [Full, Masked])
+@pytest.mark.parametrize("exchange", [Full, Exchange])
 def test_three_rounds_equal_a_plain_loop(tmp_path, work, masked, cohort, exchange, monkeypatch):
     monkeypatch.setattr(places, "_LARGE", 1)  # these layers are small, and yet stepped as large ones are
     options = {"weight_decay": 0.01, "clip": 0.5}
@@ -132,7 +132,7 @@ def test_density_one_is_dense(tmp_path):
 @pytest.mark.parametrize(
     "server", [partial(torch.optim.SGD, lr=1.0), partial(torch.optim.Adam, lr=0.05, weight_decay=0.1)]
 )
-@pytest.mark.parametrize("exchange", [Full, Masked])
+@pytest.mark.parametrize("exchange", [Full, Exchange])
 def test_frozen_coordinates_keep_their_bits(tmp_path, cohort, server, exchange):
     small = build(masked=True, cohort=cohort, server=server, exchange=exchange, weight_decay=0.1)
     with torch.no_grad():

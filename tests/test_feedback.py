@@ -14,11 +14,12 @@ from small import Small, small_data, small_net, uneven_parts
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.aggregation import CoordinateMean, FedNova, Robust, WeightedMean
 from fedsparse.federation.combinations import check_sizes, check_together
-from fedsparse.federation.exchange import Full, Masked, Sparse, Update
+from fedsparse.federation.exchange import Exchange, Full
 from fedsparse.federation.filters import RESIDUAL, Feedback, Precision, SignFlip, feedback, precision, sign_flip
 from fedsparse.federation.objective import FedProx, Plain, Scaffold
 from fedsparse.federation.robust import krum, median, multi_krum
-from fedsparse.federation.selection import RandomK, Threshold, TopK
+from fedsparse.federation.rules import RandomK, Threshold, TopK
+from fedsparse.federation.update import Update
 
 N = 600
 
@@ -26,7 +27,7 @@ N = 600
 def exchange_of(rule, *filters, size=N, **options):
     every = torch.ones(size, dtype=torch.bool)
     named = {str(i): new for i, new in enumerate(filters)}
-    return (Sparse if rule else Masked)(every, ~every, rule=rule, filters=named, **options)
+    return (Exchange if rule else Exchange)(every, ~every, rule=rule, filters=named, **options)
 
 
 def update_of(rows, round=0, weight=None, clients=None):
@@ -152,7 +153,7 @@ def test_three_rounds_of_a_federation_equal_a_plain_loop(tmp_path):
         lr=0.1,
         cohort=3,
         aggregation=partial(CoordinateMean, "participants"),
-        exchange=lambda **given: Sparse(**given, rule=TopK(fraction=0.1), filters={"feedback": Feedback(0.9)}),
+        exchange=lambda **given: Exchange(**given, rule=TopK(fraction=0.1), filters={"feedback": Feedback(0.9)}),
     )
     row, left = small.row.clone(), {}
     for r, clients in enumerate(replay(small.plan, 3)):
@@ -192,7 +193,7 @@ def test_a_dropped_client_keeps_its_residual():
 def test_padding_keeps_nothing_and_local_coordinates_are_not_carried():
     every = torch.ones(4, dtype=torch.bool)
     local = torch.tensor([False, True, False, False])
-    exchange = Sparse(every, local, rule=TopK(fraction=1 / 3), filters={"feedback": Feedback()})
+    exchange = Exchange(every, local, rule=TopK(fraction=1 / 3), filters={"feedback": Feedback()})
     rows = torch.tensor([[1.0, 9.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     arrived = exchange.decode(exchange.encode(update_of(rows, weight=(1.0, 0.0), clients=(5, -1)))).rows
     assert arrived.tolist() == [[0, 0, 3, 0], [0, 0, 0, 0]]

@@ -13,8 +13,8 @@ from fedsparse.data.partition import client_tests, iid
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation import aggregation
 from fedsparse.federation.aggregation import CoordinateMean, FedNova, WeightedMean
-from fedsparse.federation.exchange import Update
 from fedsparse.federation.sampling import uniform
+from fedsparse.federation.update import Update
 
 
 def peak_of_a_round(clients, taking_part=1000):

@@ -12,9 +12,9 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.aggregation import CoordinateMean, FedNova
-from fedsparse.federation.exchange import Full, Masked, Sparse
+from fedsparse.federation.exchange import Exchange, Full
 from fedsparse.federation.objective import VARIATES, FedProx, Plain, Scaffold, step_weight, step_weights
-from fedsparse.federation.selection import TopK
+from fedsparse.federation.rules import TopK
 from fedsparse.federation.wire import HEADER
 from fedsparse.masks import top_fraction
 from fedsparse.optim import SparseSGDM
@@ -160,7 +160,7 @@ def test_a_client_that_scaffold_loses_leaves_every_variate_as_it_was(tmp_path, c
     assert victim not in bad.rounds.stores[VARIATES].rows
 
 
-@pytest.mark.parametrize(("exchange", "masked"), [(Full, False), (Masked, False), (Full, True), (Masked, True)])
+@pytest.mark.parametrize(("exchange", "masked"), [(Full, False), (Exchange, False), (Full, True), (Exchange, True)])
 def test_bytes_of_the_variates_by_hand(tmp_path, exchange, masked):
     """One more message each way for each client of a round: a header, and eight bytes for each that trains."""
     plain, more = (
@@ -235,7 +235,7 @@ def test_fednova_of_as_many_steps_each_is_the_mean(tmp_path, denominator):
     work = LocalWork(8, 3, None)
     rows = [
         build(
-            work=work, cohort=3, aggregation=partial(kind, denominator), exchange=partial(Sparse, rule=TopK())
+            work=work, cohort=3, aggregation=partial(kind, denominator), exchange=partial(Exchange, rule=TopK())
         ).fit(ROUNDS, tmp_path).row
         for kind in (FedNova, CoordinateMean)
     ]  # fmt: skip
@@ -244,7 +244,7 @@ def test_fednova_of_as_many_steps_each_is_the_mean(tmp_path, denominator):
 
 def test_objectives_go_together_with_sparse_exchange_in_every_cohort(tmp_path):
     rows = [
-        build(cohort=k, objective=partial(FedProx, 0.1), aggregation=FedNova, exchange=partial(Sparse, rule=TopK()))
+        build(cohort=k, objective=partial(FedProx, 0.1), aggregation=FedNova, exchange=partial(Exchange, rule=TopK()))
         .fit(2, tmp_path)
         .row
         for k in (1, 3, 20)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from small import Small, small_data, small_net, uneven_parts
 from torch.nn import functional as F
 
-from fedsparse.federation.exchange import Masked, Update
+from fedsparse.federation.exchange import Exchange
+from fedsparse.federation.update import Update
 from fedsparse.federation.wire import HEADER
 from fedsparse.masks.bitmaps import pack, unpack
 
@@ -56,7 +57,7 @@ def test_each_coordinate_is_averaged_over_those_who_hold_it(tmp_path, cohort):
     expected = plain_rounds(small, rows, 3, small.lr)
     union = rows.any(0)
     small.module.set_mask(union, torch.stack([pack(row) for row in rows]))
-    small.rounds.exchange = Masked(union, small.space.local, small.module.own_masks)
+    small.rounds.exchange = Exchange(union, small.space.local, small.module.own_masks)
     start = small.row
     got = small.fit(3, tmp_path).row
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
@@ -69,7 +70,7 @@ def test_bytes_are_those_of_each_clients_own_mask_by_hand(tmp_path):
     rows = own_rows(len(small.parts), small.space.size)
     union = rows.any(0)
     small.module.set_mask(union, torch.stack([pack(row) for row in rows]))
-    small.rounds.exchange = Masked(union, small.space.local, small.module.own_masks)
+    small.rounds.exchange = Exchange(union, small.space.local, small.module.own_masks)
     small.fit(2, tmp_path)
     assert small.rounds.ledger.bytes_up == 2 * small.count * (HEADER.size + 8 * 40)
     again = set(small.plan.sample(0)) & set(small.plan.sample(1))  # the others got the model, of no bytes here
@@ -87,7 +88,7 @@ def test_bitmaps_round_trip():
 
 def test_what_a_message_carries_is_what_arrives():
     rows = own_rows(2, 50, keep=9)
-    exchange = Masked(rows.any(0), torch.zeros(50, dtype=torch.bool), lambda clients: rows[list(clients)])
+    exchange = Exchange(rows.any(0), torch.zeros(50, dtype=torch.bool), lambda clients: rows[list(clients)])
     held = rows.any(0)
     update = Update((0, 1), torch.randn(2, int(held.sum())), torch.zeros(2, 0), (1.0, 2.0), (0.1, 0.2))
     payload = exchange.encode(update)
@@ -101,7 +102,7 @@ def test_what_a_message_carries_is_what_arrives():
 def test_masks_of_different_sizes_travel_at_their_own_lengths():
     rows = own_rows(2, 50, keep=9)
     rows[0, 49] = True
-    exchange = Masked(rows.any(0), torch.zeros(50, dtype=torch.bool), lambda clients: rows[list(clients)])
+    exchange = Exchange(rows.any(0), torch.zeros(50, dtype=torch.bool), lambda clients: rows[list(clients)])
     update = Update((0, 1), torch.randn(2, int(rows.any(0).sum())), torch.zeros(2, 0), (1.0, 2.0), (0.1, 0.2))
     assert [size.values for size in exchange.encode(update).sizes] == [4 * 10, 4 * 9]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fedsparse.data.text import ag_news
 from fedsparse.data.tokens import PACKAGED, load_tokenizer, tokens
 from fedsparse.models.text import bert
 from fedsparse.space import matches
+from fedsparse.train import run
 
 HEAD = "net.classifier.*"
 
@@ -172,6 +174,16 @@ def test_a_masked_run_trains_what_is_least_sensitive_and_nothing_else(run_in, fo
     assert moved > 100
     assert summary["data_fingerprint"] == ag_news(None, str(folder), files).fingerprint
     assert json.loads((out / "summary.json").read_text())["data_fingerprint"] == summary["data_fingerprint"]
+
+
+def test_a_run_does_not_go_on_with_other_texts(run_in, folder, tmp_path):
+    files = write_csvs(tmp_path / "news")
+    _, out = run_in("run", *options(folder, files), *SMALL, "mask_rule=dense", fast=False)
+    (out / "summary.json").unlink()
+    first = next(path for path in Path(files).rglob("*.csv") if "train" in path.name)
+    first.write_text(first.read_text().replace("e", "a", 1))
+    with pytest.raises(ValueError, match="the data is not what this run began with"):
+        run([f"resume={out}", "federation.rounds=9"])
 
 
 def test_embeddings_can_be_left_out_and_clients_can_sample_their_texts(run_in, folder, files):

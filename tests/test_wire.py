@@ -272,3 +272,19 @@ def test_mask_of_the_receiver_fits_the_row(mask):
 def test_an_error_comes_through_from_another_process():
     error = pickle.loads(pickle.dumps(wire.PayloadError("crc", "broken")))  # noqa: S301
     assert (error.field, str(error)) == ("crc", "payload crc: broken")
+
+
+def test_a_row_of_another_dtype_than_expected_is_refused_before_it_is_allocated():
+    payload = wire.encode(torch.ones(5, dtype=torch.float64))
+    assert wire.decode(payload, 5)[0].dtype == wire.decode(payload, 5, dtype=torch.float64)[0].dtype == torch.float64
+    with pytest.raises(wire.PayloadError, match="torch.float64, where torch.float32 is expected") as error:
+        wire.decode(payload, 5, dtype=torch.float32)
+    assert error.value.field == "row dtype"
+
+
+def test_lengths_of_preparation_are_those_of_messages():
+    tensors = [torch.rand(3, 4), torch.rand(4), torch.rand(2, 2, 2)]
+    payload = wire.encode(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    assert wire.length(*tensors) == len(payload) == 40 + 4 * 24
+    assert wire.known_size(24, 0, torch.float32).total == len(payload)
+    assert wire.bitmap_size(17).total == 40 + 3

@@ -120,6 +120,10 @@ class FederatedDataModule(lightning.LightningDataModule):
         self.streams = stream or not isinstance(self.x, Tensor)
         self.stream: CohortStream | None = None
 
+    def state_dict(self) -> dict[str, str]:
+        """Say in a checkpoint which data it was trained on."""
+        return {"fingerprint": self.dataset.fingerprint}
+
     def fetch(self, cohort: Cohort) -> tuple[Tensor, Tensor]:
         """Gather, and augment, the samples of a cohort at once: x (K, S, B, C, H, W), y (K, S, B)."""
         samples = cohort.samples

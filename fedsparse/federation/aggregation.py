@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fedsparse.federation import parallel
-from fedsparse.federation.exchange import Update
 from fedsparse.federation.robust import (
     Averaged,
     check_denominator,
@@ -26,6 +25,7 @@ from fedsparse.federation.robust import (
     trimmed_mean,
     weighted_mean,
 )
+from fedsparse.federation.update import Update
 from fedsparse.places import CHUNK
 
 __all__ = [

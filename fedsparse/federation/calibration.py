@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsparse.data.datasets import Split
 from fedsparse.federation.setting import Setting
-from fedsparse.federation.wire import HEADER
+from fedsparse.federation.wire import bitmap_size, known_size
 from fedsparse.keys import Purpose, generator, torch_generator
 from fedsparse.masks import Mask, MaskRule, Sparsity
 from fedsparse.masks.bitmaps import pack
@@ -125,7 +125,7 @@ def calibrate_clients(setting: Setting, work: Work) -> Calibrated:
     for client in clients:
         row = _mask(setting, work, observe(setting, work, client), (client,)).row(space)
         bitmaps[client], union = pack(row), union | row
-    length = HEADER.size + bitmaps.shape[1]
+    length = bitmap_size(space.size).total
     setting.ledger.first_model(clients, setting.model_length)
     setting.ledger.setup(len(clients), up=length, down=length)
     setting.ledger.has_mask |= set(clients)
@@ -175,9 +175,10 @@ def _sources(setting: Setting, work: Work, round: int, state: Tensor | None) -> 
         return [Source(setting.dataset.val, np.arange(len(setting.dataset.val.y)), 0)]
     clients = setting.sample(round, Purpose.CALIBRATION)
     up, down = work.rule.traffic(setting.space, state)
-    head = 4 * int(setting.space.where(work.head).sum())
+    head = int(setting.space.where(work.head).sum())
     setting.ledger.first_model(clients, setting.model_length)
-    setting.ledger.setup(len(clients), up=HEADER.size + up, down=HEADER.size + head + down)
+    sent, told = (known_size(count, 0, torch.float32).total for count in (up // 4, head))
+    setting.ledger.setup(len(clients), up=sent, down=told + down)
     return [_own(setting, client) for client in clients]
 
 

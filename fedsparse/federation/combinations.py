@@ -11,8 +11,9 @@ from torch import Tensor
 from fedsparse.federation.aggregation import Aggregation, AverageRows, FedNova, Robust
 from fedsparse.federation.exchange import Exchange
 from fedsparse.federation.filters import SignFlip
+from fedsparse.federation.fractions import check_fraction
 from fedsparse.federation.objective import Objective
-from fedsparse.federation.selection import Pattern, check_fraction
+from fedsparse.federation.rules import Pattern
 from fedsparse.space import ParamSpace
 
 

@@ -7,76 +7,24 @@ only: nothing else can change. Nothing here knows of the simulator.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fedsparse.federation.selection import Layout, Rule, Sender, select
+from fedsparse.federation.rules import Layout, Rule, Sender
+from fedsparse.federation.selection import select
 from fedsparse.federation.store import ClientStore
-from fedsparse.federation.wire import Message, Size, encode, known_size, read, split_size
+from fedsparse.federation.update import Payload, Update
+from fedsparse.federation.wire import Message, encode, known_size, read, split_size
 from fedsparse.space import ParamSpace
 
-__all__ = ["Exchange", "Filter", "Full", "Masked", "Payload", "Update", "select"]
+__all__ = ["Exchange", "Filter", "Full", "select"]
 
 OwnMasks = Callable[[Sequence[int]], Tensor | None]
 PAYLOADS = ("change", "value")
-
-
-@dataclass(frozen=True)
-class Update:
-    """What K clients changed in a round.
-
-    Attributes:
-        clients: K ids; below 0 is a padding row.
-        rows: (K, n) change of each coordinate that trains.
-        buffers: (K, Q) change of the float buffers.
-        weight: K weights in the average.
-        loss: K mean training losses.
-        sent: bool (K, n), which coordinates each client sent, where that differs between them; None: all alike.
-        anchor: (K, n) values that the clients started from, which both sides know; None where nothing asks for them.
-        round: the round.
-        steps: K sums of step weights (``objective.step_weight``); empty where nothing asks for them.
-        dtype: of the values on the wire; None for the rows' own.
-
-    """
-
-    clients: tuple[int, ...]
-    rows: Tensor
-    buffers: Tensor
-    weight: tuple[float, ...]
-    loss: tuple[float, ...]
-    sent: Tensor | None = None
-    anchor: Tensor | None = None
-    round: int = 0
-    steps: tuple[float, ...] = ()
-    dtype: torch.dtype | None = None
-
-    @property
-    def start(self) -> Tensor:
-        """Values that the clients started from; zeros where nobody said."""
-        return torch.zeros_like(self.rows) if self.anchor is None else self.anchor
-
-
-@dataclass(frozen=True)
-class Payload:
-    """What K clients send.
-
-    Where both sides know the positions and no value is rounded, the values stay where they are, and the lengths are
-    those that the messages would have: a simulation need not copy every update to the host to count it.
-
-    Attributes:
-        update: the update without its rows, if there are messages; else with what is sent in them.
-        sizes: bytes of each client's message.
-        written: the messages, or empty where they need not be written.
-
-    """
-
-    update: Update
-    sizes: tuple[Size, ...]
-    written: tuple[bytes, ...] = ()
 
 
 Send = Callable[[Update], Payload]
@@ -91,6 +39,9 @@ class Filter(Protocol):
 
 class Exchange:
     """Turns updates into payloads and back.
+
+    Without a rule every trained coordinate is sent; both sides know the mask, so no positions travel. Where each client
+    has a mask of its own, it sends the coordinates of that, and receives those that anybody trains.
 
     Args:
         trained: bool (P,), which coordinates train, of some client at least; both sides know it.
@@ -243,7 +194,7 @@ class Exchange:
         index, anchor = self._known(update.clients[k]), update.start[k]
         shared = self._shared(index, update, k)
         places = index if shared is None else (shared.nonzero().squeeze(1) if index is None else index[shared])
-        said = read(message, (len(like) if places is None else len(places)) + self.still)
+        said = read(message, (len(like) if places is None else len(places)) + self.still, dtype=like.dtype)
         values, marks = (part[: len(part) - self.still].to(like.device) for part in (said.values, said.sent))
         if self.payload == "value":
             values = torch.where(marks, values - _at(anchor, places), 0.0)
@@ -291,17 +242,6 @@ class Full(Exchange):
 
     def _still(self, frozen: int) -> int:
         return frozen
-
-
-class Masked(Exchange):
-    """Only trained coordinates are sent; both sides know the masks, so no positions travel.
-
-    Where each client has a mask of its own, it sends the coordinates of that, and receives those that anybody trains.
-    """
-
-
-class Sparse(Exchange):
-    """Of what trains, the coordinates that a rule chooses anew for each round and client."""
 
 
 def _layout(space: ParamSpace | None, trained: Tensor) -> Layout:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsparse.federation.exchange import Exchange, Payload, Send, Update
+from fedsparse.federation.exchange import Exchange, Send
 from fedsparse.federation.store import ClientStore, MemoryStore, read
+from fedsparse.federation.update import Payload, Update
 
 RESIDUAL = "residuals"
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}

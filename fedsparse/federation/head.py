@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.federation.setting import Setting
-from fedsparse.federation.wire import HEADER
+from fedsparse.federation.wire import length
 from fedsparse.keys import Purpose, generator
 from fedsparse.models.head import Statistics, features, head_of, temperature
 from fedsparse.models.modes import evaluating
@@ -79,13 +79,13 @@ def probe(setting: Setting, head: Patterns, steps: int, lr: float) -> None:
     Fisher information of the backbone vanish, or mislead it.
     """
     parameters = [p for name, p in setting.net.named_parameters() if matches(name, head)]
-    length = HEADER.size + sum(p.nbytes for p in parameters)
+    message = length(*parameters)
     with evaluating(setting.net):
         for step in range(steps):
             clients = setting.sample(step, Purpose.HEAD)
             _descend(parameters, _mean_gradient(setting, parameters, step, clients), lr)
             setting.ledger.first_model(clients, setting.model_length)
-            setting.ledger.setup(len(clients), up=length, down=length)
+            setting.ledger.setup(len(clients), up=message, down=message)
 
 
 @torch.no_grad()
@@ -133,9 +133,9 @@ def solve(setting: Setting, patterns: Patterns, ridge: float) -> None:
         layer.weight.copy_(weight / heat)
         if layer.bias is not None:
             layer.bias.copy_(bias / heat)
-    down = HEADER.size + sum(p.nbytes for p in layer.parameters())
+    down = length(*layer.parameters())
     setting.ledger.first_model(clients, setting.model_length)
-    setting.ledger.setup(len(clients), up=HEADER.size + sums[0].nbytes, down=down)
+    setting.ledger.setup(len(clients), up=length(*sums[0].tensors), down=down)
 
 
 def _statistics(setting: Setting, layer: nn.Linear, part: np.ndarray) -> Statistics:

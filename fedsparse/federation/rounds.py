@@ -21,12 +21,13 @@ from fedsparse.federation.aggregation import Aggregation, FedNova
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.downlink import Downlink
-from fedsparse.federation.exchange import Exchange, Payload, Update
+from fedsparse.federation.exchange import Exchange
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.schedule import Schedule, constant
 from fedsparse.federation.store import ClientStore, MemoryStore, read
 from fedsparse.federation.topology import Topology
 from fedsparse.federation.traffic import Traffic
+from fedsparse.federation.update import Payload, Update
 from fedsparse.federation.wire import HEADER, Size, known_size
 from fedsparse.keys import Purpose, number
 

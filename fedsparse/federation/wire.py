@@ -103,6 +103,16 @@ def known_size(count: int, extra: int, dtype: torch.dtype) -> Size:
     return Size(HEADER.size, 0, (count + extra) * dtype.itemsize)
 
 
+def length(*tensors: Tensor) -> int:
+    """Length of the message that carries these tensors, of one dtype, as one row."""
+    return len(encode(torch.cat([tensor.reshape(-1) for tensor in tensors])))
+
+
+def bitmap_size(size: int) -> Size:
+    """Bytes of a message that says of so many coordinates which train, a bit each."""
+    return Size(HEADER.size, -(-size // 8), 0)
+
+
 def encode(
     row: Tensor,
     sent: Tensor | None = None,
@@ -141,13 +151,16 @@ def encode(
     return _seal(HEADER.pack(*fields), positions, write_values(values, dtype), raw(extra))
 
 
-def decode(payload: bytes, size: int, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def decode(
+    payload: bytes, size: int, *, mask: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Read the row of a message: values (P,), 0 where not sent, and sent, bool (P,).
 
     Args:
         payload: the message.
         size: P.
         mask: bool (P,), coordinates that both sides know can be sent, as the sender gave it.
+        dtype: of the row that is expected, so that no larger one is allocated; None for any.
 
     Raises:
         PayloadError: the message is damaged or another one than expected. Beside the row and ``sent``, at most about
@@ -155,17 +168,17 @@ def decode(payload: bytes, size: int, *, mask: Tensor | None = None) -> tuple[Te
         ValueError: the mask is not of the row's shape.
 
     """
-    message = read(payload, size, mask=mask)
+    message = read(payload, size, mask=mask, dtype=dtype)
     return message.values, message.sent
 
 
-def read(payload: bytes, size: int, *, mask: Tensor | None = None) -> Message:
+def read(payload: bytes, size: int, *, mask: Tensor | None = None, dtype: torch.dtype | None = None) -> Message:
     """Read all that a message says; arguments and errors as those of ``decode``."""
     if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
         raise ValueError(f"mask must be a bool tensor of shape ({size},), not {mask.dtype} of {tuple(mask.shape)}")
     known = None if mask is None else mask.cpu().numpy()
     n = size if known is None else int(np.count_nonzero(known))
-    head = _checked(payload, n)
+    head = _checked(payload, n, dtype)
     data = np.frombuffer(payload, dtype=np.uint8, offset=HEADER.size)
     values_at = len(data) - values_size(head.dtype, head.count) - head.extra * head.row.itemsize
     extra_at = len(data) - head.extra * head.row.itemsize
@@ -223,7 +236,7 @@ def _crc(header: bytes | memoryview, *body: bytes | memoryview) -> int:
     return crc
 
 
-def _checked(payload: bytes, n: int) -> _Head:
+def _checked(payload: bytes, n: int, dtype: torch.dtype | None) -> _Head:
     """Check the header field by field, then the length, then the CRC: nothing is allocated before."""
     if len(payload) < HEADER.size:
         raise PayloadError("header", f"{len(payload)} bytes are fewer than the {HEADER.size} of a header")
@@ -232,6 +245,7 @@ def _checked(payload: bytes, n: int) -> _Head:
     _expect(version == VERSION, "version", f"{version} cannot be read, only {VERSION}")
     _expect(code in DTYPES, "dtype", f"{code} is no dtype of values")
     _expect(row in DTYPES and DTYPES[row] != torch.int8, "row dtype", f"{row} is no dtype of a row")
+    _expect(dtype in (None, DTYPES[row]), "row dtype", f"{DTYPES[row]}, where {dtype} is expected")
     _expect(coding in list(Coding), "coding", f"{coding} is no coding of positions")
     _expect(total == n, "size", f"{total} coordinates, where {n} are expected")
     _expect(count <= n, "count", f"{count} values of {n} coordinates")

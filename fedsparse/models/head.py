@@ -72,9 +72,9 @@ class Statistics:
         return Statistics(*(mine + theirs for mine, theirs in pairs))
 
     @property
-    def nbytes(self) -> int:
-        """Bytes on the wire: 8 for every number."""
-        return 8 + sum(t.nbytes for t in (self.x, self.y, self.xx, self.xy))
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What travels, float64."""
+        return (self.x.new_tensor(float(self.n)), self.x, self.y, self.xx, self.xy)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """Solve the centred normal equations (X'X - n m m' + ridge I) W' = X'Y - m y', m the mean feature.
