@@ -13,6 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from fedsparse.masks.autoflip import AutoFLIP
 from fedsparse.masks.fisher import Fisher
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.rule import MaskRule
@@ -20,7 +21,7 @@ from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.talos import Talos, talos
 from fedsparse.space import ParamSpace
 
-__all__ = ["Dense", "Fisher", "FromFile", "Magnitude", "MaskRule", "Random", "Talos", "talos"]
+__all__ = ["AutoFLIP", "Dense", "Fisher", "FromFile", "Magnitude", "MaskRule", "Random", "Talos", "talos"]
 
 
 class Magnitude(MaskRule):
