@@ -25,6 +25,9 @@ class MaskRule:
             coordinate, which an explore phase measures.
         listens: whether ``hear`` wants the clients' updates of every training round; ``mask`` then takes a keyword
             ``memory``.
+        iterations: how often ``observe`` wants the network alone, without any data or client; ``x`` is then one input,
+            of which the shape is meant; None: never.
+        renewable: whether ``mask`` can be asked again later, for another sparsity.
 
     >>> class Heaviest(MaskRule):
     ...     def scores(self, row, observed, generator):
@@ -40,6 +43,8 @@ class MaskRule:
     needs_data: bool = False
     explores: bool = False
     listens: bool = False
+    iterations: int | None = None
+    renewable: bool = True
 
     def observe(
         self,
@@ -52,7 +57,7 @@ class MaskRule:
         generator: torch.Generator | None = None,
         into: Tensor | None = None,
     ) -> Tensor:
-        """Measure one calibration batch; called only if ``needs_data``.
+        """Measure one calibration batch; called only if ``needs_data`` or ``iterations``.
 
         Args:
             net: the network, holding the row to score.

@@ -156,8 +156,11 @@ def _block(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _tied(mean: Tensor, size: Tensor, order: Tensor, taken: int) -> int:
-    """Count the coordinates whose score stands on both sides of the line; 0 when it falls between two scores."""
-    if taken in (0, len(order)) or mean[order[taken - 1]] != mean[order[taken]]:
+    """Count the coordinates whose score stands on both sides of the line; 0 when it falls between two scores.
+
+    An infinite score is that of a unit that an earlier round gave up: whoever set it does not train it.
+    """
+    if taken in (0, len(order)) or mean[order[taken - 1]] != mean[order[taken]] or mean[order[taken]].isinf():
         return 0
     return int(size[mean == mean[order[taken]]].sum())
 
