@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def flow(net, x):
 
 
 def test_synflow_of_two_linear_layers_by_hand():
-    """R = |w2_1| (|w_11| + |w_12|) + |w2_2| (|w_21| + |w_22|) = 1 * 3 + 2 * 3.5 = 10, which each layer's scores sum to."""
+    """R = |w2_1| (|w_11| + |w_12|) + |w2_2| (|w_21| + |w_22|) = 1 * 3 + 2 * 3.5 = 10, the sum of each layer's scores."""
     found = flow(linear_net(), torch.tensor([[9.0, -9.0]]))
     assert found.tolist() == [1, 2, 6, 1, 3, 7]
     assert found.dtype == torch.float64
@@ -113,9 +114,7 @@ def test_synflow_in_two_iterations_by_hand():
         kept.append(state.nonzero().flatten().tolist())
     assert kept == [[2, 4, 5], [2, 5]]
     flows = flow(linear_net(), torch.ones(1, 2))
-    at_once = SynFlow(1).take(
-        None, flow(linear_net(), torch.ones(1, 2)), space=space, sparsity=sparsity, round=0, rounds=1
-    )
+    at_once = SynFlow(1).take(None, flows, space=space, sparsity=sparsity, round=0, rounds=1)
     assert at_once.nonzero().flatten().tolist() == [2, 5]
 
 
@@ -246,6 +245,7 @@ def test_movement_trains_everything_before_it_has_heard_anything():
 def test_whole_units_that_were_given_up_stay_out_without_a_warning(setting, rule):
     """The next round's number can fit all that is left: the units given up are then no ties at the line."""
     sparsity = Sparsity(0.3, unit="output", always_train=HEAD)
+    setting = replace(setting, sample=lambda round, purpose: [3, 5])
     mask = calibrate(setting, Work(rule, sparsity, Calibration(rounds=6), HEAD)).mask
     counted = ~setting.space.where(HEAD)
     kept = int(mask.row(setting.space)[counted].sum())
