@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedsparse.masks import Mask, MaskRule, Sparsity, rules
+from fedsparse.masks import Gradual, Mask, MaskRule, Sparsity, rules
 from fedsparse.space import ParamSpace
 
 CONF = Path(__file__).parents[1] / "conf"
 
 
-class Movement(MaskRule):
+class Distance(MaskRule):
     """A user's rule, three lines."""
 
     def scores(self, row, observed, generator):
@@ -38,10 +38,15 @@ RULES = {  # name: (how to build it, whether it keeps exactly k)
     "talos_logprob": (lambda file: rules.Talos(score="logprob"), True),
     "highest_magnitude": (lambda file: rules.Magnitude(largest=True), True),
     "lowest_magnitude": (lambda file: rules.Magnitude(largest=False), True),
+    "autoflip": (lambda file: rules.AutoFLIP("robust"), True),  # with minmax every tensor's best score is 1
+    "autoflip_refined": (lambda file: rules.AutoFLIP("rank", refine=True), True),
+    "snip": (lambda file: rules.Snip(), True),
+    "synflow": (lambda file: rules.SynFlow(20), True),
+    "movement": (lambda file: rules.Movement(), True),
     "random": (lambda file: rules.Random(), True),
     "dense": (lambda file: rules.Dense(), False),
     "from_file": (lambda file: rules.FromFile(file), False),
-    "of a user": (lambda file: Movement(), True),
+    "of a user": (lambda file: Distance(), True),
 }
 EXACT = [name for name, (_, exact) in RULES.items() if exact]
 ALWAYS = ["head.*"]
@@ -78,9 +83,37 @@ def build(name, net, file, sparsity, seed=0):
     if rule.needs_data:
         observed = sum(rule.observe(net, space, x, y, loss=losses, generator=generator) for x, y in batches)
         state = rule.take(None, observed, space=space, sparsity=sparsity, round=0, rounds=1)
-    return space, rule.mask(space, space.read(net), sparsity, state, generator)
+    if rule.iterations:
+        state = alone(rule, net, space, sparsity, batches[0])
+    if rule.explores:
+        state = torch.from_numpy(rng.normal(size=space.size)).square()
+    told = {"memory": listen(rule, space, rng)} if rule.listens else {}
+    return space, rule.mask(space, space.read(net), sparsity, state, generator, **told)
 
 
+def alone(rule, net, space, sparsity, batch):
+    """Let a rule look at the network, as often as it wants, and thin its mask out."""
+    row, state = space.read(net), None
+    for round in range(rule.iterations):
+        space.write(net, rule.view(row, state))
+        observed = rule.observe(net, space, *batch, loss=losses)
+        space.write(net, row)
+        state = rule.take(state, observed, space=space, sparsity=sparsity, round=round, rounds=rule.iterations)
+    return state
+
+
+def listen(rule, space, rng):
+    """Tell a rule of two training rounds of three clients, as the protocol does."""
+    memory = None
+    for _ in range(2):
+        change, start = (torch.from_numpy(rng.normal(size=(3, space.size))).float() for _ in range(2))
+        heard = rule.hear(change, start)
+        assert heard.shape == change.shape
+        memory = rule.remember(memory, heard.double().mean(0))
+    return memory
+
+
+@pytest.mark.filterwarnings("ignore:.*scores tie:UserWarning")  # a path of single weights has one flow
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.8, 0.99])
 @pytest.mark.parametrize("name", EXACT)
 def test_exactly_k_of_the_counted_coordinates_train(name, ratio, net, mask_file):
@@ -103,6 +136,14 @@ def test_a_rule_is_deterministic_and_leaves_the_network_alone(name, net, mask_fi
     first, second = (build(name, net, mask_file, Sparsity(0.8, always_train=ALWAYS))[1] for _ in range(2))
     assert first.to_bytes() == second.to_bytes()
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_every_tensor_keeps_its_share_and_the_total_is_exact(name, net, mask_file):
+    space, mask = build(name, net, mask_file, Sparsity(0.8, min_density=0.15, always_train=ALWAYS))
+    counted = {n: marks for n, marks in mask.tensors.items() if not n.startswith("head.")}
+    assert sum(int(m.sum()) for m in counted.values()) == math.floor(0.2 * 189 + 0.5)
+    assert all(int(m.sum()) >= math.ceil(0.15 * m.numel()) for m in counted.values())
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -133,6 +174,17 @@ def test_a_mask_survives_its_file(name, net, mask_file, tmp_path):
     loaded = Mask.load(tmp_path / "mask.safetensors")
     assert torch.equal(loaded.row(space), mask.row(space))
     assert loaded.metadata == mask.metadata
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_that_does_not_listen_is_told_nothing(name, mask_file):
+    rule = RULES[name][0](str(mask_file))
+    heard = rule.hear(torch.ones(2, 3), torch.ones(2, 3))
+    assert (heard is not None) == rule.listens
+    first, second = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -1.0])
+    assert torch.equal(rule.remember(None, first), first)
+    summed = MaskRule().remember(first, second)
+    assert torch.equal(summed, first + second)
 
 
 def test_random_follows_its_generator(net, mask_file):
@@ -225,5 +277,8 @@ def test_every_sparsity_of_the_configuration_instantiates(path):
     sparsity = instantiate(OmegaConf.create(config).sparsity)
     if path.stem == "shira":
         assert sparsity == Sparsity(scope="shira", rank=8, always_train="head.*")
+        return
+    if path.stem == "gradual80":
+        assert sparsity == Sparsity(0.8, always_train="head.*", schedule=Gradual(0.0, begin=0, every=1, steps=10))
         return
     assert sparsity == replace(Sparsity(int(path.stem[1:]) / 100), always_train="head.*")

@@ -120,7 +120,7 @@ def test_sparsity_refuses_a_ratio_in_one_line(ratio):
 
 
 @pytest.mark.parametrize(
-    "option", [{"mode": "prune"}, {"scope": "layer"}, {"unit": "row"}, {"always_train": None}, {"always_train": [1]}]
+    "option", [{"mode": "melt"}, {"scope": "layer"}, {"unit": "row"}, {"always_train": None}, {"always_train": [1]}]
 )
 def test_sparsity_refuses_other_options_by_name(option):
     with pytest.raises(ValueError, match=rf"^sparsity\.{next(iter(option))} "):

@@ -85,12 +85,24 @@ class Work:
         calibration: how scores are measured.
         head: names of the head's parameters.
 
+    Raises:
+        ValueError: the mask is to be chosen anew later, which the rule cannot.
+
     """
 
     rule: MaskRule
     sparsity: Sparsity
     calibration: Calibration
     head: Patterns
+
+    def __post_init__(self) -> None:
+        """Refuse what the rule cannot do."""
+        again = self.sparsity.schedule is not None or self.sparsity.renew_every is not None
+        if again and not self.rule.renewable:
+            raise ValueError(
+                f"the mask rule {type(self.rule).__name__} chooses once, in its own rounds; with it "
+                "sparsity.schedule and sparsity.renew_every must be null"
+            )
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,7 @@ def calibrate_clients(setting: Setting, work: Work) -> Calibrated:
     setting.ledger.first_model(clients, setting.model_length)
     setting.ledger.setup(len(clients), up=length, down=length)
     setting.ledger.has_mask |= set(clients)
-    name = {"rule": type(work.rule).__name__, "owner": "client", **work.sparsity.words}
+    name = {"rule": type(work.rule).__name__, "owner": "client", **work.sparsity.at(0).words}
     return Calibrated(Mask.of(space, union, **name), bitmaps)
 
 
@@ -141,19 +153,32 @@ def observe(setting: Setting, work: Work, client: int | None = None) -> Tensor |
 
 def _rounds(setting: Setting, work: Work, client: int | None = None) -> Iterator[Tensor | None]:
     """What the rule knows after each calibration round: of one client's data, or of those sampled in each round."""
-    if not work.rule.needs_data:
+    alone = work.rule.iterations
+    if not (work.rule.needs_data or alone):
         yield None
         return
     net, space, state = setting.net, setting.space, None
-    row, rounds = space.read(net), work.calibration.rounds
+    row, rounds = space.read(net), alone or work.calibration.rounds
     for round in range(rounds):
         space.write(net, work.rule.view(row, state))
-        sources = _sources(setting, work, round, state) if client is None else [_own(setting, client)]
         total = work.rule.start(row, state)
-        _observe(setting, work, round, sources, total)
+        if alone:
+            _observe_alone(setting, work, total)
+        else:
+            sources = _sources(setting, work, round, state) if client is None else [_own(setting, client)]
+            _observe(setting, work, round, sources, total)
         space.write(net, row)
         state = work.rule.take(state, total, space=space, sparsity=work.sparsity, round=round, rounds=rounds)
-        yield state
+        if not alone or round == rounds - 1:
+            yield state
+
+
+def _observe_alone(setting: Setting, work: Work, total: Tensor) -> None:
+    """Add what the rule observes of the network alone; the validation split gives the shape of an input, no more."""
+    x, y = setting.take(setting.dataset.val, np.arange(1))
+    work.rule.observe(
+        setting.net, setting.space, torch.zeros_like(x), torch.zeros_like(y), loss=setting.losses, into=total
+    )
 
 
 def _observe(setting: Setting, work: Work, round: int, sources: Sequence[Source], total: Tensor) -> None:
@@ -187,4 +212,4 @@ def _mask(setting: Setting, work: Work, state: Tensor | None, owner: tuple[int, 
     row = setting.space.read(setting.net).cpu()
     observed = None if state is None else state.cpu()
     stream = torch_generator(setting.seed, Purpose.MASK, *owner)
-    return work.rule.mask(setting.space, row, work.sparsity, observed=observed, generator=stream)
+    return work.rule.mask(setting.space, row, work.sparsity.at(0), observed=observed, generator=stream)

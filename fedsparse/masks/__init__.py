@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from fedsparse.masks.compare import overlaps
+from fedsparse.masks.gradual import Gradual
 from fedsparse.masks.mask import Mask
+from fedsparse.masks.quantiles import above_quantile
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.topk import top_fraction
 
-__all__ = ["Mask", "MaskRule", "Sparsity", "overlaps", "select", "top_fraction"]
+__all__ = ["Gradual", "Mask", "MaskRule", "Sparsity", "above_quantile", "overlaps", "select", "top_fraction"]

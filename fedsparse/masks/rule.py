@@ -21,6 +21,13 @@ class MaskRule:
     Attributes:
         largest: whether the largest scores train, or the smallest.
         needs_data: whether ``observe`` wants calibration batches.
+        explores: whether ``mask`` wants, as ``observed``, the mean over clients of the squared deviation of every
+            coordinate, which an explore phase measures.
+        listens: whether ``hear`` wants the clients' updates of every training round; ``mask`` then takes a keyword
+            ``memory``.
+        iterations: how often ``observe`` wants the network alone, without any data or client; ``x`` is then one input,
+            of which the shape is meant; None: never.
+        renewable: whether ``mask`` can be asked again later, for another sparsity.
 
     >>> class Heaviest(MaskRule):
     ...     def scores(self, row, observed, generator):
@@ -34,6 +41,10 @@ class MaskRule:
 
     largest: bool = True
     needs_data: bool = False
+    explores: bool = False
+    listens: bool = False
+    iterations: int | None = None
+    renewable: bool = True
 
     def observe(
         self,
@@ -46,7 +57,7 @@ class MaskRule:
         generator: torch.Generator | None = None,
         into: Tensor | None = None,
     ) -> Tensor:
-        """Measure one calibration batch; called only if ``needs_data``.
+        """Measure one calibration batch; called only if ``needs_data`` or ``iterations``.
 
         Args:
             net: the network, holding the row to score.
@@ -93,6 +104,32 @@ class MaskRule:
 
         """
         return observed
+
+    def hear(self, change: Tensor, start: Tensor) -> Tensor | None:
+        """Say what each client's update tells; the mean over the round's clients goes to ``remember``.
+
+        Args:
+            change: what the training of K clients changed in the n coordinates that train (K, n).
+            start: the values that they started from (K, n).
+
+        Returns:
+            (K, n), or None: the rule does not listen.
+
+        """
+        return None
+
+    def remember(self, memory: Tensor | None, heard: Tensor) -> Tensor:
+        """Take in what a training round told: by default the sum over the rounds.
+
+        Args:
+            memory: float64 (P,), None before the first round.
+            heard: float64 (P,), the weighted mean of ``hear`` over the round's clients; 0 where nothing trained.
+
+        Returns:
+            float64 (P,), the new memory.
+
+        """
+        return heard if memory is None else memory + heard
 
     def traffic(self, space: ParamSpace, state: Tensor | None) -> tuple[int, int]:
         """Count the bytes (up, down) of one client's calibration message, beside its header and the head.

@@ -13,6 +13,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from fedsparse.masks.autoflip import AutoFLIP
+from fedsparse.masks.criteria import Movement, Snip, SynFlow
 from fedsparse.masks.fisher import Fisher
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.rule import MaskRule
@@ -20,7 +22,20 @@ from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.talos import Talos, talos
 from fedsparse.space import ParamSpace
 
-__all__ = ["Dense", "Fisher", "FromFile", "Magnitude", "MaskRule", "Random", "Talos", "talos"]
+__all__ = [
+    "AutoFLIP",
+    "Dense",
+    "Fisher",
+    "FromFile",
+    "Magnitude",
+    "MaskRule",
+    "Movement",
+    "Random",
+    "Snip",
+    "SynFlow",
+    "Talos",
+    "talos",
+]
 
 
 class Magnitude(MaskRule):

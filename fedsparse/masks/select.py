@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedsparse.masks.floors import best_units, mark_at_least
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.topk import check, count, mark, top_fraction
 from fedsparse.space import ParamSpace, matches
@@ -27,7 +28,8 @@ def select(scores: Tensor, space: ParamSpace, sparsity: Sparsity, *, largest: bo
     floor(density^power * n + 0.5) are kept; with ``scope=tensor`` that formula holds tensor by tensor, and with
     ``scope=shira`` weight by weight of the linear layers, where the density is rank * (in + out) / (in * out). With
     ``unit=output`` whole units are taken in order of their mean score, as a prefix, while they fit into that number; it
-    can then come out smaller, and with ``scope=tensor`` it is counted per weight and bias.
+    can then come out smaller, and with ``scope=tensor`` it is counted per weight and bias. No tensor falls below
+    ``sparsity.min_density``: others pay for it.
 
     Args:
         scores: (P,), one score for every coordinate.
@@ -40,8 +42,8 @@ def select(scores: Tensor, space: ParamSpace, sparsity: Sparsity, *, largest: bo
         bool (P,), True where a coordinate trains.
 
     Raises:
-        ValueError: scores of another size, NaN among them, all n equal although a choice must be made, or a rank that
-            asks for more weights than a layer has.
+        ValueError: scores of another size, NaN among them, all n equal although a choice must be made, a rank that
+            asks for more weights than a layer has, or a ``min_density`` that asks for more coordinates than are kept.
 
     Warns:
         UserWarning: more than 1 % of the n coordinates tie where the line falls between kept and not kept.
@@ -91,7 +93,7 @@ def _keep(
         groups = [[parts[name] for name in group] for group in pool]
         n = sum(part.numel() for group in groups for part in group)
         k = count(_density(groups, sparsity) ** power, n)
-        marks, ties = choose(groups, k, largest)
+        marks, ties = choose(groups, k, largest, sparsity.min_density)
         kept |= dict(zip((name for group in pool for name in group), marks, strict=True))
         tied += ties
     return kept, tied
@@ -116,27 +118,36 @@ def _density(groups: Sequence[Sequence[Tensor]], sparsity: Sparsity) -> float:
     return sparsity.rank * (out + into) / (out * into)
 
 
-def _coordinates(groups: Sequence[Sequence[Tensor]], k: int, largest: bool) -> tuple[list[Tensor], int]:
+def _coordinates(groups: Sequence[Sequence[Tensor]], k: int, largest: bool, least: float) -> tuple[list[Tensor], int]:
     """Mark the k best coordinates of a pool: flat marks of every tensor, and how many scores tie at the line."""
     parts = [part.reshape(-1) for group in groups for part in group]
     for part in parts:
         check(part)
-    return mark(parts, k, largest=largest)
+    return mark_at_least(parts, k, least, largest=largest) if least else mark(parts, k, largest=largest)
 
 
-def _units(groups: Sequence[Sequence[Tensor]], k: int, largest: bool) -> tuple[list[Tensor], int]:
+def _units(groups: Sequence[Sequence[Tensor]], k: int, largest: bool, least: float) -> tuple[list[Tensor], int]:
     """Mark whole output units in order of their mean score while they fit into k coordinates."""
     blocks = [_block(group) for group in groups]
-    mean = torch.cat([block.mean(1) for block in blocks])  # (U,)
-    size = torch.cat([mean.new_full((len(block),), block.shape[1], dtype=torch.long) for block in blocks])
+    means = [block.mean(1) for block in blocks]
+    size = torch.cat(
+        [
+            mean.new_full((len(mean),), block.shape[1], dtype=torch.long)
+            for mean, block in zip(means, blocks, strict=True)
+        ]
+    )  # (U,)
+    mean = torch.cat(means)
     check(mean)
+    taken = best_units(means, size, k, least, largest=largest)
     order = mean.argsort(descending=largest, stable=True)
-    taken = torch.zeros_like(size, dtype=torch.bool)
-    taken[order] = size[order].cumsum(0) <= k
+    order = order[~taken[order]]  # those that are still to be had
+    budget = k - int(size[taken].sum())
+    further = size[order].cumsum(0) <= budget
+    taken[order] = further
     units = taken.split([len(block) for block in blocks])
     pairs = [(part, chosen) for group, chosen in zip(groups, units, strict=True) for part in group]
     marks = [chosen.repeat_interleave(part.numel() // len(chosen)) for part, chosen in pairs]
-    return marks, _tied(mean, size, order, int(taken.sum()))
+    return marks, _tied(mean, size, order, int(further.sum()))
 
 
 def _block(tensors: Sequence[Tensor]) -> Tensor:
@@ -145,8 +156,11 @@ def _block(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _tied(mean: Tensor, size: Tensor, order: Tensor, taken: int) -> int:
-    """Count the coordinates whose score stands on both sides of the line; 0 when it falls between two scores."""
-    if taken in (0, len(order)) or mean[order[taken - 1]] != mean[order[taken]]:
+    """Count the coordinates whose score stands on both sides of the line; 0 when it falls between two scores.
+
+    An infinite score is that of a unit that an earlier round gave up: whoever set it does not train it.
+    """
+    if taken in (0, len(order)) or mean[order[taken - 1]] != mean[order[taken]] or mean[order[taken]].isinf():
         return 0
     return int(size[mean == mean[order[taken]]].sum())
 

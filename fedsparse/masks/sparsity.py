@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from numbers import Real
+from typing import Any
+
+from fedsparse.masks.gradual import Gradual, check_whole
 
 SCOPES = ("global", "tensor", "shira")
 
@@ -19,11 +23,15 @@ class Sparsity:
 
     Args:
         ratio: fraction of the counted coordinates that does not train, in [0, 1).
-        mode: ``freeze``: a coordinate outside the mask keeps its pre-trained value.
+        mode: ``freeze``: a coordinate outside the mask keeps its pre-trained value; ``prune``: it is 0.
         scope: ``global`` counts over the whole row, ``tensor`` tensor by tensor, ``shira`` layer by layer.
         unit: ``coordinate``, or ``output``: an index of a weight's first dimension together with its bias.
         always_train: glob patterns of parameter names that train and are not counted.
         rank: with ``scope=shira``: how many weights for each input and output of a layer.
+        min_density: every counted tensor keeps at least this share of its coordinates (with ``unit=output`` of its
+            units), rounded up; what that costs is taken from the lowest-scored elsewhere. 0 asks for nothing.
+        schedule: how the ratio grows over the rounds (``Gradual``, or a mapping of its options); None: it is constant.
+        renew_every: the mask is chosen anew every so many rounds; None: only where the schedule changes.
 
     Raises:
         ValueError: an option outside these choices; the line names it.
@@ -36,25 +44,51 @@ class Sparsity:
     unit: str = "coordinate"
     always_train: str | Sequence[str] = ()
     rank: int | None = None
+    min_density: float = 0.0
+    schedule: Gradual | None = None
+    renew_every: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is not a choice."""
-        number = isinstance(self.ratio, Real) and not isinstance(self.ratio, bool)
-        if not number or not 0 <= self.ratio < 1:
+        if not _share(self.ratio):
             raise ValueError(f"sparsity.ratio must be a number in [0, 1), not {self.ratio!r}")
-        if self.mode != "freeze":
-            raise ValueError(f"sparsity.mode knows only 'freeze' for now, not {self.mode!r}")
+        if self.mode not in ("freeze", "prune"):
+            raise ValueError(f"sparsity.mode must be 'freeze' or 'prune', not {self.mode!r}")
         if self.scope not in SCOPES:
             raise ValueError(f"sparsity.scope must be 'global', 'tensor' or 'shira', not {self.scope!r}")
         if self.unit not in ("coordinate", "output"):
             raise ValueError(f"sparsity.unit must be 'coordinate' or 'output', not {self.unit!r}")
         self._check_patterns()
         self._check_rank()
+        self._check_min_density()
+        self._check_schedule()
 
     @property
     def density(self) -> float:
         """Fraction of the counted coordinates that trains: 1 - ratio."""
         return 1 - self.ratio
+
+    def at(self, round: int) -> Sparsity:
+        """Give the sparsity of a round, counted from 0: the ratio that its schedule has come to, and no schedule.
+
+        >>> growing = Sparsity(0.8, schedule=Gradual(steps=2))
+        >>> [round(growing.at(t).ratio, 3) for t in range(4)]
+        [0.0, 0.7, 0.8, 0.8]
+        """
+        if self.schedule is None:
+            return self
+        return replace(self, ratio=self.schedule.ratio(round, self.ratio), schedule=None)
+
+    def renews(self, round: int) -> bool:
+        """Whether the mask is chosen anew before a round, counted from 0; that of round 0 is chosen with ``at(0)``.
+
+        >>> [round for round in range(6) if Sparsity(renew_every=2, schedule=Gradual(steps=1)).renews(round)]
+        [1, 2, 4]
+        """
+        if round < 1:
+            return False
+        scheduled = self.schedule is not None and self.schedule.changes(round)
+        return scheduled or (self.renew_every is not None and round % self.renew_every == 0)
 
     @property
     def words(self) -> dict[str, str]:
@@ -80,3 +114,58 @@ class Sparsity:
             raise ValueError(f"sparsity.rank must be a whole number of at least 1 with scope=shira, not {self.rank!r}")
         if self.unit != "coordinate":
             raise ValueError(f"sparsity.unit must be 'coordinate' with sparsity.scope=shira, not {self.unit!r}")
+
+    def _check_min_density(self) -> None:
+        """Compare as typed: in binary 1 - 0.9 is less than 0.1."""
+        if not _share(self.min_density):
+            raise ValueError(f"sparsity.min_density must be a number in [0, 1), not {self.min_density!r}")
+        if not self.min_density:
+            return
+        if self.scope != "global":
+            raise ValueError(
+                f"sparsity.min_density={self.min_density!r} needs sparsity.scope=global, where one tensor pays for "
+                f"another; with sparsity.scope={self.scope} leave it 0"
+            )
+        if as_typed(self.min_density) + as_typed(self.ratio) > 1:
+            text = f"sparsity.min_density={self.min_density!r} is more than the density 1 - {self.ratio!r}"
+            raise ValueError(f"{text}; lower it, or sparsity.ratio")
+
+    def _check_schedule(self) -> None:
+        """Build the schedule of a mapping, and refuse one that would lead to fewer frozen coordinates."""
+        if self.renew_every is not None:
+            check_whole("sparsity.renew_every", self.renew_every, 1)
+        if self.schedule is None:
+            return
+        if not isinstance(self.schedule, Gradual):
+            object.__setattr__(self, "schedule", _gradual(self.schedule))
+        if self.scope == "shira":
+            raise ValueError("sparsity.schedule changes the ratio, which sparsity.scope=shira does not read")
+        if self.schedule.initial > self.ratio:
+            text = f"sparsity.schedule.initial={self.schedule.initial!r} is more than sparsity.ratio={self.ratio!r}"
+            raise ValueError(f"{text}, to which it is to grow")
+
+
+def as_typed(number: float) -> Fraction:
+    """Take a number as its shortest decimal form says, exactly.
+
+    >>> as_typed(0.1) * 30 == 3
+    True
+    """
+    return Fraction(repr(float(number)))
+
+
+def _share(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(0 <= value < 1)  # type: ignore[operator]
+
+
+def _gradual(options: Any) -> Gradual:
+    """Build a schedule from a node of the configuration.
+
+    Raises:
+        ValueError: no node of the schedule's options.
+
+    """
+    known = tuple(Gradual.__dataclass_fields__)
+    if not isinstance(options, Mapping) or not set(options) <= set(known):
+        raise ValueError(f"sparsity.schedule must be null or a node of {', '.join(known)}, not {options!r}")
+    return Gradual(**options)

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from fedsparse.masks.fisher import Fisher
 from fedsparse.masks.gradients import Forward, Losses
-from fedsparse.masks.mask import Mask
 from fedsparse.masks.scores import Batches, trainable_space
-from fedsparse.masks.select import select
-from fedsparse.masks.sparsity import Sparsity
+from fedsparse.masks.thinned import Thinned
 from fedsparse.masks.topk import top_fraction
 from fedsparse.space import ParamSpace
 
@@ -62,10 +60,10 @@ def talos(net: nn.Module, batches: Batches, keep: float, rounds: int, generator:
     return state
 
 
-class Talos(Fisher):
+class Talos(Thinned, Fisher):
     """Trains the least sensitive coordinates, thinned out over ``calibration.rounds``; one round thins them at once.
 
-    Its state is bool (P,), True where a coordinate still trains. Those in ``sparsity.always_train`` stay True.
+    Its state is bool (P,), True where a coordinate still trains (``Thinned``).
 
     Args:
         score: ``logit``: squared gradient of the drawn label's logit; ``logprob``: of its log-probability.
@@ -89,41 +87,9 @@ class Talos(Fisher):
         """Shrink the frozen coordinates: (P,)."""
         return row if state is None else torch.where(state, row, self.shrink * row)
 
-    def start(self, row: Tensor, state: Tensor | None) -> Tensor:
-        """Score each round anew, under the weights it sees: zeros, float64 (P,)."""
-        return super().start(row, None)
-
-    def take(
-        self, state: Tensor | None, observed: Tensor, *, space: ParamSpace, sparsity: Sparsity, round: int, rounds: int
-    ) -> Tensor:
-        """Freeze the most sensitive of those that still train, down to density^((round + 1) / rounds): bool (P,)."""
-        power = (round + 1) / rounds
-        if state is None:
-            return select(observed, space, sparsity, largest=False, power=power)
-        scores = observed.masked_fill_(~state, math.inf)
-        return select(scores, space, sparsity, largest=False, power=power) & state
-
     def traffic(self, space: ParamSpace, state: Tensor | None) -> tuple[int, int]:
         """Count float32 scores of those that still train going up and, from the second round, a bitmap coming down."""
         return (4 * space.size, 0) if state is None else (4 * int(state.count_nonzero()), -(-space.size // 8))
-
-    def mask(
-        self,
-        space: ParamSpace,
-        row: Tensor,
-        sparsity: Sparsity,
-        observed: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Mask:
-        """Make the mask of the state after the last round.
-
-        Raises:
-            ValueError: no state.
-
-        """
-        if observed is None or observed.dtype != torch.bool:
-            raise ValueError("TaLoS needs calibration rounds: hand in the state that take() returned, bool (P,)")
-        return Mask.of(space, observed, rule=type(self).__name__, **sparsity.words)
 
     def differentiated(self, loss: Losses) -> Losses:
         """Differentiate the drawn label's logit, or its log-probability, whatever the clients learn by."""

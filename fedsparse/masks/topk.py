@@ -86,7 +86,7 @@ def mark(parts: Sequence[Tensor], k: int, *, largest: bool) -> tuple[list[Tensor
     n = sum(part.numel() for part in parts)
     if k in (0, n):
         return [torch.full_like(part, k > 0, dtype=torch.bool) for part in parts], 0
-    edge = _smallest(parts, n - k + 1 if largest else k)
+    edge = smallest(parts, n - k + 1 if largest else k)
     marks = [part > edge if largest else part < edge for part in parts]
     tied = [part == edge for part in parts]
     ties = [int(at.count_nonzero()) for at in tied]
@@ -98,7 +98,7 @@ def mark(parts: Sequence[Tensor], k: int, *, largest: bool) -> tuple[list[Tensor
     return marks, cut
 
 
-def _smallest(parts: Sequence[Tensor], k: int) -> Tensor:
+def smallest(parts: Sequence[Tensor], k: int) -> Tensor:
     """Find the k-th smallest score of several flat tensors: a scalar, exact whatever the sample says."""
     if (n := sum(part.numel() for part in parts)) > 4 * _SAMPLE:
         low, high = _bracket(parts, k / n, n)

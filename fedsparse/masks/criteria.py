@@ -1,0 +1,167 @@
+"""Criteria of pruning before and during training: SNIP, SynFlow and movement.
+
+Shapes: ``P`` coordinates of the space, ``b`` samples of a batch, ``K`` clients, ``n`` coordinates that train.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedsparse.masks.gradients import Losses, gradients, own
+from fedsparse.masks.gradual import check_whole
+from fedsparse.masks.mask import Mask
+from fedsparse.masks.rule import MaskRule
+from fedsparse.masks.select import select
+from fedsparse.masks.sparsity import Sparsity
+from fedsparse.masks.thinned import Thinned
+from fedsparse.models.modes import evaluating
+from fedsparse.space import ParamSpace
+
+
+class Snip(MaskRule):
+    r"""Scores by how much the loss would move without a coordinate, to first order (Lee et al. 2019, SNIP).
+
+    .. math:: s_j = \left| \theta_j \sum_i \partial \ell(x_i, y_i) / \partial \theta_j \right|
+
+    The signed gradients are summed over samples, batches and clients, and the absolute value is taken at the end, so
+    that who holds which sample does not matter. In eval mode.
+    """
+
+    needs_data = True
+
+    def observe(
+        self,
+        net: nn.Module,
+        space: ParamSpace,
+        x: Tensor,
+        y: Tensor,
+        *,
+        loss: Losses,
+        generator: torch.Generator | None = None,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """Add the gradient of the summed losses of one batch: float64 (P,)."""
+        total = torch.zeros(space.size, dtype=torch.float64, device=x.device) if into is None else into
+        with evaluating(net):
+            found = gradients(net, own(net, space), x, y, loss)
+        for part, gradient in zip(space.unflatten(total).values(), found, strict=True):
+            part.add_(gradient)
+        return total
+
+    def scores(self, row: Tensor, observed: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Multiply by the weights: the sum has the order of the mean."""
+        if observed is None:
+            raise ValueError("mask_rule=snip needs calibration data: sum observe() over some batches first")
+        return (row * observed).abs()
+
+
+class SynFlow(Thinned):
+    r"""Scores by the flow through the network of absolute weights, without any data (Tanaka et al. 2020, SynFlow).
+
+    .. math:: R = \sum_c f_{|\theta|}(1)_c, \qquad s_j = |\theta_j| \, \partial R / \partial |\theta_j|
+
+    with the inputs all ones, in eval mode and float64; after iteration i of n density^(i/n) of the coordinates are
+    left, and no client is asked for anything. R means what the paper says, a sum over paths that is conserved layer by
+    layer, in networks of linear and convolutional layers with ReLU only. Normalisation layers and attention are no
+    products of weights: there the scores are defined as above, and conserve nothing; the running statistics are as
+    they are.
+
+    Args:
+        iterations: n, at least 1.
+
+    Raises:
+        ValueError: no such number.
+
+    """
+
+    def __init__(self, iterations: int = 100) -> None:
+        check_whole("mask_rule.iterations", iterations, 1)
+        self.iterations = iterations
+
+    def view(self, row: Tensor, state: Tensor | None) -> Tensor:
+        """Take out what was given up: (P,)."""
+        return row if state is None else row * state
+
+    def observe(
+        self,
+        net: nn.Module,
+        space: ParamSpace,
+        x: Tensor,
+        y: Tensor,
+        *,
+        loss: Losses,
+        generator: torch.Generator | None = None,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """Add the flow of one input of ones, of which ``x`` gives the shape (b, ...): float64 (P,).
+
+        Raises:
+            ValueError: the network takes no numbers but tokens.
+
+        """
+        if not x.is_floating_point():
+            raise ValueError("mask_rule=synflow feeds ones to the network, and text has none; take another mask_rule")
+        sizes = {n: p.detach().double().abs() for n, p in net.named_parameters() if p.is_floating_point()}
+        for name in space.names:
+            sizes[name].requires_grad_()
+        exact = {n: b.double() for n, b in net.named_buffers() if b.is_floating_point()}
+        with evaluating(net), torch.enable_grad():
+            flow = functional_call(net, sizes | exact, (torch.ones_like(x[:1], dtype=torch.float64),)).sum()
+        leaves = [sizes[name] for name in space.names]
+        found = torch.autograd.grad(flow, leaves, allow_unused=True, materialize_grads=True)
+        total = torch.zeros(space.size, dtype=torch.float64, device=x.device) if into is None else into
+        for part, leaf, gradient in zip(space.unflatten(total).values(), leaves, found, strict=True):
+            part.add_(leaf.detach() * gradient)
+        return total
+
+
+class Movement(MaskRule):
+    r"""Scores by how far training moves a coordinate away from zero (Sanh et al. 2020, movement pruning).
+
+    .. math:: s_j = \sum_t \theta_{tj} \, \overline{\Delta}_{tj}
+
+    with :math:`\theta_t` the global value before round t and :math:`\overline{\Delta}_t` the weighted mean of the
+    clients' changes: the paper's sum over steps of -lr * gradient * weight, a round at a time. A coordinate that no
+    longer trains keeps its score. Before anything is heard there is nothing to choose by: the first mask must be of
+    density 1.
+    """
+
+    listens = True
+
+    def hear(self, change: Tensor, start: Tensor) -> Tensor:
+        """Multiply: positive where a value moves away from zero, (K, n)."""
+        return start * change
+
+    def mask(
+        self,
+        space: ParamSpace,
+        row: Tensor,
+        sparsity: Sparsity,
+        observed: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        memory: Tensor | None = None,
+    ) -> Mask:
+        """Choose the coordinates that moved away from zero the most; all of them before anything is heard.
+
+        Args:
+            space: the coordinates.
+            row: not read.
+            sparsity: how many train.
+            observed: not read.
+            generator: not read.
+            memory: the sum over rounds (P,).
+
+        Raises:
+            ValueError: a choice is asked for before anything was heard, or scores that allow none (``select``).
+
+        """
+        if memory is None and sparsity.density < 1:
+            raise ValueError(
+                "mask_rule=movement chooses by what training moved, so all must train at first: "
+                "give it a schedule that starts at 0, such as sparsity=gradual80"
+            )
+        scores = torch.zeros(space.size) if memory is None else memory
+        return Mask.of(space, select(scores, space, sparsity, largest=True), rule=type(self).__name__, **sparsity.words)

@@ -1,0 +1,126 @@
+"""mask_rule=autoflip: guidance, agreement and the original's quantile, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fedsparse.masks import Sparsity
+from fedsparse.masks.rules import AutoFLIP
+from fedsparse.space import ParamSpace
+
+SPACE = ParamSpace(["w", "b", "head"], [torch.Size([5]), torch.Size([3]), torch.Size([2])])
+# minmax: w 1/4, 0, 1/2, 1, 3/4;  b 0, 1, 0.1;  the head is constant: 0
+GUIDANCE = torch.tensor([2.0, 1.0, 3.0, 5.0, 4.0, 0.0, 1.0, 0.1, 9.0, 9.0], dtype=torch.float64)
+ROW = torch.zeros(10)
+
+
+def kept(rule, sparsity, observed=GUIDANCE, **options):
+    return rule.mask(SPACE, ROW, sparsity, observed, **options).row(SPACE).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("minmax", [3, 4, 6, 8, 9]),  # 1, 0.75, 1
+        ("rank", [3, 4, 6, 8, 9]),  # 0.9, 0.7, 5/6
+        ("robust", [3, 4, 6, 8, 9]),  # w: -1/2, -1, 0, 1, 1/2; b: (-0.1, 0.9, 0) / 0.5
+        ("none", [2, 3, 4, 8, 9]),
+    ],
+)
+def test_exactly_k_of_the_normalised_guidance(how, expected):
+    assert kept(AutoFLIP(how), Sparsity(5 / 8, always_train="head")) == expected
+
+
+def test_an_outlier_decides_with_minmax_and_not_with_rank():
+    outlier = GUIDANCE.clone()
+    outlier[3] = 1e12
+    sparsity = Sparsity(5 / 8, always_train="head")
+    assert kept(AutoFLIP("minmax"), sparsity, outlier) == [3, 6, 7, 8, 9]  # the rest of w is as good as 0
+    assert kept(AutoFLIP("rank"), sparsity, outlier) == [3, 4, 6, 8, 9]
+
+
+def test_min_density_guards_the_tensor_of_an_outlier():
+    outlier = GUIDANCE.clone()
+    outlier[3] = 1e12
+    sparsity = Sparsity(0.5, min_density=0.4, always_train="head")
+    assert kept(AutoFLIP("minmax"), sparsity, outlier) == [3, 4, 6, 7, 8, 9]
+    assert kept(AutoFLIP("minmax"), Sparsity(5 / 8, min_density=0.21, always_train="head"), outlier) == [3, 4, 6, 8, 9]
+
+
+def test_the_original_keeps_what_lies_strictly_above_the_quantile_of_everything():
+    """Ten scores 0 0 0 0 .1 .25 .5 .75 1 1, ratio 0.5: place 4.5, quantile 0.175; five lie above."""
+    rule = AutoFLIP(compat="original")
+    assert kept(rule, Sparsity(0.5)) == [0, 2, 3, 4, 6]
+    assert kept(rule, Sparsity(0.3)) == [0, 2, 3, 4, 6, 7]  # place 2.7: 0; four tie there, six of seven are kept
+    assert kept(rule, Sparsity(0.5, always_train="head")) == [0, 2, 3, 4, 6, 8, 9]  # the quantile is the same
+
+
+@pytest.mark.parametrize("options", [{"scope": "tensor"}, {"unit": "output"}, {"min_density": 0.1}])
+def test_the_original_knows_one_quantile_only(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"compat=original .* set sparsity\.{name}=") as caught:
+        kept(AutoFLIP(compat="original"), Sparsity(0.5, **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_agreement_is_the_size_of_the_weighted_mean_sign():
+    """Three clients of weights 2, 1, 1: signs (+ + -), (- + 0), (- + +)."""
+    rule = AutoFLIP(refine=True)
+    change = torch.tensor([[0.5, 1e-9, -3.0], [-0.1, 2.0, 0.0], [-7.0, 1.0, 0.2]])
+    heard = rule.hear(change, torch.ones(3, 3))
+    assert heard.tolist() == [[1, 1, -1], [-1, 1, 0], [-1, 1, 1]]
+    mean = (torch.tensor([2.0, 1.0, 1.0]) @ heard) / 4
+    assert mean.tolist() == [0, 1, -0.25]
+    assert torch.equal(rule.remember(torch.ones(3), mean), mean)  # the last round alone
+
+
+def test_agreement_is_added_to_the_guidance():
+    memory = torch.zeros(10, dtype=torch.float64)
+    memory[1], memory[5] = -0.9, 0.6  # 0 + 0.9 and 0 + 0.6 against 1, 0.75, 1
+    sparsity = Sparsity(5 / 8, always_train="head")
+    assert kept(AutoFLIP(refine=True), sparsity, memory=memory) == [1, 3, 6, 8, 9]
+    assert kept(AutoFLIP(refine=True), sparsity) == [3, 4, 6, 8, 9]  # nothing heard yet
+    assert kept(AutoFLIP(), sparsity, memory=memory) == [3, 4, 6, 8, 9]
+
+
+def test_what_it_asks_of_the_protocol():
+    assert AutoFLIP.explores
+    assert not AutoFLIP.needs_data
+    assert (AutoFLIP().listens, AutoFLIP(refine=True).listens) == (False, True)
+    assert AutoFLIP().hear(torch.ones(1, 3), torch.ones(1, 3)) is None
+    with pytest.raises(ValueError, match="mask_rule=autoflip chooses by what clients found"):
+        AutoFLIP().mask(SPACE, ROW, Sparsity())
+
+
+def test_the_guidance_handed_in_stays_as_it_was():
+    observed, memory = GUIDANCE.clone(), torch.ones(10, dtype=torch.float64)
+    AutoFLIP("none", refine=True).mask(SPACE, ROW, Sparsity(), observed, memory=memory)
+    assert torch.equal(observed, GUIDANCE)
+    assert torch.equal(memory, torch.ones(10, dtype=torch.float64))
+
+
+def test_biases_norms_and_the_head_are_excluded_by_a_list_of_patterns():
+    names = ["body.weight", "body.bias", "norm1.weight", "head.weight"]
+    space = ParamSpace(names, [torch.Size([4])] * 4)
+    config = OmegaConf.create({"head": "head.*", "always": ["${head}", "*.bias", "*norm*"]})
+    observed = torch.from_numpy(np.random.default_rng(1).random(16))
+    mask = AutoFLIP().mask(space, torch.zeros(16), Sparsity(0.5, always_train=config.always), observed)
+    assert {name: int(marks.sum()) for name, marks in mask.tensors.items()} == dict(
+        zip(names, [2, 4, 4, 4], strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"normalise": "zscore"}, r"mask_rule\.normalise must be 'minmax'"),
+        ({"compat": "paper"}, r"mask_rule\.compat must be null or 'original', not 'paper'"),
+        ({"refine": "yes"}, r"mask_rule\.refine must be true or false, not 'yes'"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, says):
+    with pytest.raises(ValueError, match=says):
+        AutoFLIP(**options)

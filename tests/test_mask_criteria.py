@@ -1,0 +1,252 @@
+"""SNIP, SynFlow and movement against plain autograd, loops and numbers worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from small import Small, small_data, small_net, uneven_parts
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fedsparse.federation.calibration import Calibration, Work, calibrate, calibrate_clients, observe
+from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.setting import Setting
+from fedsparse.federation.wire import HEADER
+from fedsparse.masks import Gradual, Sparsity
+from fedsparse.masks.bitmaps import masks_of
+from fedsparse.masks.rules import Movement, Random, Snip, SynFlow, Talos
+from fedsparse.space import ParamSpace
+
+HEAD = "3.*"
+SAMPLED = {0: [3, 5], 1: [6, 3]}
+
+
+def losses(forward, x, y):
+    return cross_entropy(forward(x), y, reduction="none")
+
+
+@pytest.fixture
+def setting():
+    """Batches of whole shards, so that the order in which they are dealt does not matter."""
+    small = Small(small_net(), small_data(), uneven_parts())
+    return Setting(
+        net=small.net, space=small.space, dataset=small.dataset, parts=small.parts,
+        sample=lambda round, purpose: SAMPLED[round], losses=small.module.losses, batch_size=1000, seed=0,
+        ledger=Ledger(), model_length=777,
+    )  # fmt: skip
+
+
+def work(rule, **calibration):
+    return Work(rule, Sparsity(0.6, always_train=HEAD), Calibration(**calibration), HEAD)
+
+
+# --- SNIP
+
+
+def test_snip_by_hand():
+    """loss = w x y: for x = 2, 1 and y = 1, -3 the gradients by w_0 are 2, -3, by w_1 4 and 0: sums -1 and 4."""
+    net = nn.Linear(2, 1, bias=False)
+    net.weight.data = torch.tensor([[-5.0, 0.5]])
+    space, x, y = ParamSpace.of(net), torch.tensor([[2.0, 4.0], [1.0, 0.0]]), torch.tensor([1.0, -3.0])
+    rule, product = Snip(), lambda forward, x, y: forward(x).squeeze(1) * y
+    observed = rule.observe(net, space, x, y, loss=product)
+    assert observed.tolist() == [-1.0, 4.0]
+    assert rule.scores(space.read(net), observed, torch.Generator()).tolist() == [5.0, 2.0]
+
+
+def test_snip_is_the_gradient_of_everybodys_mean_loss_times_the_weight(setting):
+    """As if one had all samples of two rounds: the third client was drawn twice."""
+    index = torch.cat([torch.from_numpy(setting.parts[client]) for round in (0, 1) for client in SAMPLED[round]])
+    split, net = setting.dataset.train, copy.deepcopy(setting.net).eval()
+    cross_entropy(net(split.x[index]), split.y[index]).backward()
+    expected = torch.cat([(p.grad * p.detach()).abs().flatten() for p in net.parameters()])
+    rule = Snip()
+    observed = observe(setting, work(rule, rounds=2))
+    found = rule.scores(setting.space.read(setting.net), observed, torch.Generator())
+    torch.testing.assert_close(found / len(index), expected.double(), rtol=1e-9, atol=1e-14)
+    assert setting.ledger.bytes_setup_up == 4 * (HEADER.size + 4 * setting.space.size)
+
+
+def test_snip_needs_data():
+    with pytest.raises(ValueError, match="mask_rule=snip needs calibration data"):
+        Snip().mask(ParamSpace(["w"], [torch.Size([4])]), torch.ones(4), Sparsity())
+
+
+# --- SynFlow
+
+
+def linear_net():
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    net[0].weight.data, net[1].weight.data = torch.tensor([[1.0, -2.0], [-3.0, 0.5]]), torch.tensor([[-1.0, 2.0]])
+    return net
+
+
+def flow(net, x):
+    return SynFlow().observe(net, ParamSpace.of(net), x, torch.zeros(len(x)), loss=losses)
+
+
+def test_synflow_of_two_linear_layers_by_hand():
+    """R = |w2_1| (|w_11| + |w_12|) + |w2_2| (|w_21| + |w_22|) = 1 * 3 + 2 * 3.5 = 10, the sum of each layer's scores."""
+    found = flow(linear_net(), torch.tensor([[9.0, -9.0]]))
+    assert found.tolist() == [1, 2, 6, 1, 3, 7]
+    assert found.dtype == torch.float64
+    assert found[:4].sum() == found[4:].sum() == 10
+
+
+def test_synflow_in_two_iterations_by_hand():
+    """Density 1/4: 3 of 6 are left after the first, 1.5 rounded up after the second, scored without the others.
+
+    First 7, 6, 3 (w2_2, w_21, w2_1). Then without w_11 and w_12 no path leads over w2_1: 0, and 6, 6.
+    """
+    net, space = linear_net(), ParamSpace.of(linear_net())
+    row, rule, state, sparsity = space.read(net), SynFlow(2), None, Sparsity(0.75)
+    kept = []
+    for round in range(2):
+        space.write(net, rule.view(row, state))
+        observed = rule.observe(net, space, torch.ones(1, 2), torch.ones(1), loss=losses)
+        state = rule.take(state, observed, space=space, sparsity=sparsity, round=round, rounds=2)
+        kept.append(state.nonzero().flatten().tolist())
+    assert kept == [[2, 4, 5], [2, 5]]
+    flows = flow(linear_net(), torch.ones(1, 2))
+    at_once = SynFlow(1).take(None, flows, space=space, sparsity=sparsity, round=0, rounds=1)
+    assert at_once.nonzero().flatten().tolist() == [2, 5]
+
+
+def plain_synflow(net, x, ratio, iterations, head):
+    """Absolute weights, a mask multiplied in, sorted lists: slow."""
+    net = copy.deepcopy(net).double().eval()
+    parameters = list(net.parameters())
+    for p in parameters:
+        p.data.abs_()
+    counted = np.flatnonzero(~head.numpy())
+    start, alive = torch.cat([p.data.flatten() for p in parameters]), np.ones(len(head), dtype=bool)
+    for i in range(iterations):
+        nn.utils.vector_to_parameters(start * torch.from_numpy(alive), parameters)
+        gradients = torch.autograd.grad(net(torch.ones_like(x[:1]).double()).sum(), parameters)
+        scores = torch.cat([(g * p).detach().flatten() for g, p in zip(gradients, parameters, strict=True)]).numpy()
+        k = math.floor((1 - ratio) ** ((i + 1) / iterations) * len(counted) + 0.5)
+        order = sorted((j for j in counted if alive[j]), key=lambda j: (-scores[j], j))
+        alive[counted] = False
+        alive[order[:k]] = True
+    return alive
+
+
+@pytest.mark.parametrize("iterations", [1, 7])
+def test_synflow_equals_a_plain_loop_and_asks_no_client(setting, iterations):
+    before = copy.deepcopy(setting.net.state_dict())
+    found = calibrate(setting, work(SynFlow(iterations)))
+    head = setting.space.where(HEAD)
+    expected = plain_synflow(setting.net, setting.dataset.val.x, 0.6, iterations, head)
+    assert found.mask.row(setting.space).tolist() == expected.tolist()
+    assert found.overlap == ()
+    assert setting.ledger.bytes_total == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in setting.net.state_dict().items())
+
+
+def test_synflow_never_reads_a_sample(setting):
+    """Only the shape of an input reaches the rule."""
+    seen = []
+
+    class Spy(SynFlow):
+        def observe(self, net, space, x, y, **options):
+            seen.append((x.abs().sum().item(), tuple(x.shape)))
+            return super().observe(net, space, x, y, **options)
+
+    calibrate(setting, work(Spy(2)))
+    assert seen == [(0.0, (1, *setting.dataset.val.x.shape[1:]))] * 2
+
+
+def test_own_masks_by_synflow_are_the_same_for_everybody(setting):
+    masks = masks_of(calibrate_clients(setting, work(SynFlow(2))).bitmaps, setting.space)
+    assert all(mask.overlap(masks[0]) == 1 for mask in masks)
+
+
+@pytest.mark.parametrize("kind", ["vit", "batchnorm"])
+def test_synflow_runs_in_eval_mode_and_leaves_any_network_alone(kind):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        net = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(3)
+        )
+        net(torch.ones(2, 1, 8, 8))
+        if kind == "vit":
+            net = timm.models.vision_transformer.VisionTransformer(
+                img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2, num_classes=3
+            )
+            nn.init.normal_(net.head.weight)
+    before = copy.deepcopy(net.state_dict())
+    x = torch.randn(3, 1, 8, 8)
+    first, second = flow(net, x), flow(net, -x)
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+    assert (first != 0).any()
+    assert net.training
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_synflow_refuses_text_and_other_iterations():
+    with pytest.raises(ValueError, match="text has none"):
+        flow(linear_net(), torch.ones(1, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"^mask_rule\.iterations must be a whole number of at least 1, not 0$"):
+        SynFlow(0)
+
+
+@pytest.mark.parametrize("rule", [Talos(), SynFlow(2)])
+def test_what_chooses_in_its_own_rounds_cannot_be_renewed(rule):
+    for sparsity in (Sparsity(0.8, schedule=Gradual()), Sparsity(0.8, renew_every=3)):
+        with pytest.raises(ValueError, match=f"{type(rule).__name__} chooses once") as caught:
+            Work(rule, sparsity, Calibration(), HEAD)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_first_mask_has_the_ratio_of_round_zero(setting):
+    sparsity = Sparsity(0.8, always_train=HEAD, schedule=Gradual(initial=0.25, steps=4))
+    mask = calibrate(setting, Work(Random(), sparsity, Calibration(), HEAD)).mask
+    counted = ~setting.space.where(HEAD)
+    assert int(mask.row(setting.space)[counted].sum()) == math.floor(0.75 * int(counted.sum()) + 0.5)
+    assert mask.metadata["ratio"] == "0.25"
+
+
+# --- movement
+
+
+def test_movement_by_hand():
+    """Two rounds of two clients: 2 -> 3, 1 and -1 -> -2, -1; away from zero is positive, whatever the sign."""
+    rule, space = Movement(), ParamSpace(["w"], [torch.Size([3])])
+    start = torch.tensor([[2.0, -1.0, 4.0]] * 2)
+    heard = rule.hear(torch.tensor([[1.0, -1.0, 0.0], [-1.0, 0.0, -0.5]]), start)
+    assert heard.tolist() == [[2, 1, 0], [-2, 0, -2]]
+    memory = rule.remember(None, heard.double().mean(0))
+    assert memory.tolist() == [0, 0.5, -1]
+    memory = rule.remember(memory, torch.tensor([0.75, 0.0, 0.5], dtype=torch.float64))
+    assert memory.tolist() == [0.75, 0.5, -0.5]
+    for ratio, expected in ((0.3, [0, 1]), (0.6, [0])):
+        mask = rule.mask(space, start[0], Sparsity(ratio), memory=memory)
+        assert mask.row(space).nonzero().flatten().tolist() == expected
+
+
+def test_movement_trains_everything_before_it_has_heard_anything():
+    rule, space = Movement(), ParamSpace(["w"], [torch.Size([4])])
+    gradual = Sparsity(0.8, schedule=Gradual())
+    assert rule.mask(space, torch.ones(4), gradual.at(0)).density == 1
+    with pytest.raises(ValueError, match="mask_rule=movement chooses by what training moved") as caught:
+        rule.mask(space, torch.ones(4), Sparsity(0.8))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", [SynFlow(6), Talos()])
+def test_whole_units_that_were_given_up_stay_out_without_a_warning(setting, rule):
+    """The next round's number can fit all that is left: the units given up are then no ties at the line."""
+    sparsity = Sparsity(0.3, unit="output", always_train=HEAD)
+    setting = replace(setting, sample=lambda round, purpose: [3, 5])
+    mask = calibrate(setting, Work(rule, sparsity, Calibration(rounds=6), HEAD)).mask
+    counted = ~setting.space.where(HEAD)
+    kept = int(mask.row(setting.space)[counted].sum())
+    assert 0 < kept <= math.floor(0.7 * int(counted.sum()) + 0.5)
