@@ -23,7 +23,8 @@ from fedsparse.federation.checkpoint import choose_checkpoint, read_checkpoint
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.csv import read_rows
 from fedsparse.federation.ledger import Ledger
-from fedsparse.federation.rounds import EveryUpdateDropped, FederatedRounds
+from fedsparse.federation.reports import EveryUpdateDropped
+from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.tracking import hand_on
 from fedsparse.masks import Mask
 from fedsparse.prepare import MASK, OVERLAP, mean_client_overlap, prepare, sparsity_of

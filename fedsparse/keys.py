@@ -26,6 +26,8 @@ class Purpose(IntEnum):
     DROPOUT = 7
     AUGMENT = 8
     EXCHANGE = 9
+    EXPLORERS = 10
+    EXPLORE = 11
 
 
 def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:

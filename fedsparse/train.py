@@ -22,7 +22,7 @@ from fedsparse import results, team
 from fedsparse.config import RunFolderUsed, check, conf_dir, register_resolvers
 from fedsparse.execute import execute, follow
 from fedsparse.federation import parallel
-from fedsparse.federation.rounds import EveryUpdateDropped
+from fedsparse.federation.reports import EveryUpdateDropped
 from fedsparse.resume import Job, as_found, facts, finished, open_log, read_job, store
 from fedsparse.sweep import CellFailed, shown
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedsparse.data.augment import Augment
 from fedsparse.data.datasets import Dataset, Split
-from fedsparse.data.rounds import PADDING, Cohort, RoundPlan
+from fedsparse.data.phased import Plan
+from fedsparse.data.rounds import PADDING, Cohort
 from fedsparse.data.stream import CohortStream, gathered
 from fedsparse.keys import Purpose, generator
 
@@ -106,7 +107,7 @@ class FederatedDataModule(lightning.LightningDataModule):
     def __init__(
         self,
         dataset: Dataset,
-        plan: RoundPlan,
+        plan: Plan,
         tests: Sequence[np.ndarray] = (),
         eval_batch_size: int = 512,
         augment: Augment | None = None,

@@ -128,6 +128,8 @@ class RoundPlan:
         seed: the run's seed.
         processes: how many processes share the clients of a round.
         process: which of them this is.
+        purpose: the stream that shuffles samples.
+        alone: whether each client has a cohort of its own, however many rows it has.
 
     """
 
@@ -140,36 +142,44 @@ class RoundPlan:
         seed: int = 0,
         processes: int = 1,
         process: int = 0,
+        purpose: Purpose = Purpose.BATCHES,
+        alone: bool = False,
     ) -> None:
         self.parts, self.work, self.sample, self.bound, self.seed = parts, work, sample, cohort, seed
-        self.processes, self.process = processes, process
+        self.processes, self.process, self.purpose, self.alone = processes, process, purpose, alone
 
     def cohort_size(self, clients: int) -> int:
         """Rows of a cohort when so many clients take part."""
         share = math.ceil(clients / self.processes)
         return math.ceil(share / math.ceil(share / self.bound))
 
-    def number_of_cohorts(self, round: int) -> int:
+    def number_of_cohorts(self, round: int, rows: int | None = None) -> int:
         """Cohorts of one round, as many for each process; which are dealt no samples for that."""
-        size, dealt = self._dealt(round)
-        return math.ceil(max(len(clients) for clients in dealt) / size)
+        size, dealt = self._dealt(round, rows)
+        return math.ceil(max(len(clients) for clients in dealt) / (1 if self.alone else size))
 
-    def cohorts(self, round: int) -> list[Cohort]:
-        """Build the cohorts of one round that this process trains, if need be some without clients."""
-        size, dealt = self._dealt(round)
-        mine = dealt[self.process]
-        starts = range(0, self.number_of_cohorts(round) * size, size)
-        return [self._cohort(round, mine[start : start + size], size) for start in starts]
+    def cohorts(self, round: int, rows: int | None = None) -> list[Cohort]:
+        """Build the cohorts of one round that this process trains, if need be some without clients.
 
-    def _dealt(self, round: int) -> tuple[int, list[list[int]]]:
+        Args:
+            round: index of the round.
+            rows: of a cohort; None for as many as its clients ask for.
+
+        """
+        size, dealt = self._dealt(round, rows)
+        mine, together = dealt[self.process], 1 if self.alone else size
+        starts = range(0, self.number_of_cohorts(round, rows) * together, together)
+        return [self._cohort(round, mine[start : start + together], size) for start in starts]
+
+    def _dealt(self, round: int, rows: int | None) -> tuple[int, list[list[int]]]:
         """Rows of a cohort, and the clients of each process."""
         clients = list(self.sample(round))
         loads = [self.work.count(len(self.parts[client])) for client in clients]
         dealt = [[clients[place] for place in places] for places in deal(loads, self.processes)]
-        return self.cohort_size(len(clients)), dealt
+        return rows or self.cohort_size(len(clients)), dealt
 
     def _cohort(self, round: int, clients: Sequence[int], size: int) -> Cohort:
-        work = [self.work.batches(self.parts[c], generator(self.seed, Purpose.BATCHES, round, c)) for c in clients]
+        work = [self.work.batches(self.parts[c], generator(self.seed, self.purpose, round, c)) for c in clients]
         steps = max((len(counts) for _, counts in work), default=1)
         # what no client fills is ignored: a sample that the cohort has at hand, so that none is gathered for it
         filler = work[0][0].flat[0] if work else 0

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapStyle
 
-from fedsparse.data.rounds import Cohort, RoundPlan
+from fedsparse.data.phased import Plan
+from fedsparse.data.rounds import Cohort
 from fedsparse.data.samples import Samples
 
 # what a cluster sends, to every process of a run or to one, before it takes a machine away
@@ -98,9 +99,7 @@ class CohortStream:
 
     """
 
-    def __init__(
-        self, x: Tensor | Samples, plan: RoundPlan, rounds: int | None, workers: int, pin: bool = False
-    ) -> None:
+    def __init__(self, x: Tensor | Samples, plan: Plan, rounds: int | None, workers: int, pin: bool = False) -> None:
         self.x, self.plan, self.rounds, self.workers, self.pin = x, plan, rounds, workers, pin
         self.at: int | None = None  # the round that would come next
         self._start(0)
@@ -132,7 +131,7 @@ class CohortStream:
         self.at = number
 
 
-def _requests(plan: RoundPlan, first: int, rounds: int | None, waiting: deque[Cohort]) -> Iterator[np.ndarray]:
+def _requests(plan: Plan, first: int, rounds: int | None, waiting: deque[Cohort]) -> Iterator[np.ndarray]:
     """Ask for the samples of cohort after cohort, and note whose they are."""
     for round in count(first) if rounds is None else range(first, rounds):
         for cohort in plan.cohorts(round):

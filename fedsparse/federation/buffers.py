@@ -71,6 +71,11 @@ class Buffers:
         local = self.policy == "local" and self.every.size
         return self.every.read(self.net).unsqueeze(0).cpu() if local else None
 
+    def hand_on(self) -> None:
+        """Let the next client, and the global model, have the buffers of the one that has just trained."""
+        if self.every.size and self.policy == "average":
+            self.row = self.start = self.every.read(self.net)
+
     def close(self, change: Tensor) -> None:
         """Add the mean change (G, Q) and put the global buffers into the network.
 

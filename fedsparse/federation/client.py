@@ -6,7 +6,7 @@ Shapes: K clients of the cohort, P coordinates of which n train, S local steps, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.bound import BoundRow
 from fedsparse.federation.objective import Objective, Plain, Rows, step_weights
+from fedsparse.federation.patience import Counts, Patience
 from fedsparse.federation.server import MakeOptimizer, Server
 from fedsparse.federation.stacked import StackedRows
 from fedsparse.masks.bitmaps import unpack
@@ -88,6 +89,9 @@ class ClientModule(lightning.LightningModule):
         self.register_buffer("bitmaps", torch.zeros(0, 0, dtype=torch.uint8))
         self.loss_scale = 1.0
         self.mean_loss: tuple[float, ...] = ()
+        self.patience: int | None = None
+        self.epochs = 1
+        self.steps = 0
 
     def set_mask(self, mask: Tensor, bitmaps: Tensor | None = None) -> None:
         """Choose the coordinates that train, before training starts.
@@ -121,7 +125,14 @@ class ClientModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Make the clients' rows and SparseSGDM, and the server with its optimizer; Lightning stores the latter."""
-        row, mask = self.space.read(self.net), torch.as_tensor(self.mask)
+        row = self.space.read(self.net)
+        self._make_rows(row)
+        self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained, self.untouched)
+        return [self.local, self.server.optimizer]
+
+    def _make_rows(self, row: Tensor) -> None:
+        """Make K rows of these values (P,), and the optimizer of what trains of them."""
+        mask = torch.as_tensor(self.mask)
         self.theta = row.repeat(self.cohort, 1)
         self.theta.grad = zeros(self.theta)
         self.trained = Coordinates(mask)
@@ -129,8 +140,16 @@ class ClientModule(lightning.LightningModule):
         self.rows, masks = self._single(mask) if self.cohort == 1 else self._several(mask)
         self.local = self.make_optimizer(self.rows.views)
         self.local.set_masks(masks)
-        self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained, self.untouched)
-        return [self.local, self.server.optimizer]
+
+    def remask(self, mask: Tensor, prune: bool = False) -> None:
+        """Let other coordinates train, between two rounds: bool (P,); with ``prune`` the others become zero."""
+        self.rows.release()
+        self.set_mask(mask)
+        if prune:
+            self.server.rows.masked_fill_(~mask, 0.0)
+        self._make_rows(self.server.rows[0])
+        self.server.follow(self.trained)
+        self.rows.bind()
 
     def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
         """One row, in the pieces that the optimizer steps, with the mask of each."""
@@ -176,10 +195,26 @@ class ClientModule(lightning.LightningModule):
         """Run the whole local training of the cohort; leaves the rows in ``theta`` and the losses in ``mean_loss``."""
         x, y = self.trainer.datamodule.fetch(cohort)  # type: ignore[attr-defined]
         batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
-        losses = [self.local_step(*batch, count) for batch, count in zip(batches, cohort.count, strict=True)]
-        self.mean_loss = mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), cohort.count)
+        counts = cohort.count
+        if self.patience is None:
+            losses = [self.local_step(*batch, count) for batch, count in zip(batches, counts, strict=True)]
+        else:
+            losses, counts = self._patiently(batches, counts, self.patience)
+        self.mean_loss = mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), counts)
+        self.steps = sum(n > 0 for step in counts for n in step)
         if self.trainer.is_last_batch:  # a step without gradients: it moves Lightning's global_step by one a round
             self.optimizers()[1].step()  # type: ignore[index]
+
+    def _patiently(
+        self, batches: Iterable[tuple[Tensor, Tensor]], counts: Counts, patience: int
+    ) -> tuple[list[Tensor], Counts]:
+        """Train until a client's loss has not improved for so many epochs: losses, and the samples of steps taken."""
+        stop = Patience(counts, self.epochs, patience)
+        losses = []
+        for batch, count in zip(batches, counts, strict=True):
+            losses.append(self.local_step(*batch, stop.allowed(count)))
+            stop.hear(losses[-1].view(-1).tolist())
+        return losses, stop.taken
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Evaluate the global model on a batch: logits (B, classes), labels (B,) and losses (B,)."""

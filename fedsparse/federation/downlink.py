@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedsparse.federation.positions import write_positions
 from fedsparse.federation.wire import HEADER, Size, known_size
+from fedsparse.places import Move
 
 _NEVER = -1
 
@@ -63,6 +64,13 @@ class Downlink:
         elif bool(moved.any()):
             last = torch.full(moved.shape, self.moved) if isinstance(self.moved, int) else self.moved
             self.moved = torch.where(moved, round, last.to(moved.device)).int()
+
+    def follow(self, move: Move, round: int) -> None:
+        """Let other coordinates train after a round: clients are sent those that start, whatever they hold of them."""
+        self.known = {}
+        if isinstance(self.moved, int):
+            self.moved = torch.full((move.before.size,), self.moved, dtype=torch.int32)
+        self.moved = move(self.moved, new=round)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and one tensor."""

@@ -79,11 +79,17 @@ class Exchange:
             raise ValueError("exchange.compat=original sends values: set exchange.payload=value and no feedback")
         self.masks, self.rule, self.payload, self.compat = masks, rule, payload, compat
         self.filters = [chosen for chosen in (filters or {}).values() if chosen is not None]
-        self.trained, self.travels = trained, ~local.to(trained.device)[trained]
-        self.still = self._still(int((~trained & ~local.to(trained.device)).sum()))
-        self.all, self.size = bool(self.travels.all()), int(self.travels.sum())
-        self.layout = _layout(space, trained)
+        self.local, self.space = local, space
         self.own = masks is not None or rule is not None
+        self.follow(trained)
+
+    def follow(self, trained: Tensor) -> None:
+        """Let these coordinates train from now on, bool (P,)."""
+        local = self.local.to(trained.device)
+        self.trained, self.travels = trained, ~local[trained]
+        self.still = self._still(int((~trained & ~local).sum()))
+        self.all, self.size = bool(self.travels.all()), int(self.travels.sum())
+        self.layout = _layout(self.space, trained)
 
     def _still(self, frozen: int) -> int:
         """Count the frozen coordinates that are sent all the same, as zeros behind the others."""

@@ -26,6 +26,7 @@ class Ledger:
         has_model: clients that hold the first model.
         has_mask: clients that hold the mask.
         link_seconds: time that training rounds would take on the link, each as long as its slowest client.
+        client_steps: local steps of all clients; gradients taken for head and calibration are steps too.
         link: the link; None for no time.
         entries: the clients of the round that is open.
 
@@ -39,6 +40,7 @@ class Ledger:
     has_model: set[int] = field(default_factory=set)
     has_mask: set[int] = field(default_factory=set)
     link_seconds: float = 0.0
+    client_steps: int = 0
     link: Link | None = None
     entries: list[Entry] = field(default_factory=list)
 
@@ -64,11 +66,17 @@ class Ledger:
         self.bytes_setup_up += clients * up
         self.bytes_setup_down += clients * down
 
-    def trained(self, client: int, up: Size, down: Size, dense: int, first: int = 0) -> None:
-        """Count what a client of a training round sent and received, and would have sent with every coordinate."""
-        self.bytes_up += up.total
-        self.bytes_down += down.total
-        self.bytes_dense += dense
+    def trained(self, client: int, up: Size, down: Size, dense: int, first: int = 0, prepares: bool = False) -> None:
+        """Count what a client of a round sent and received, and would have sent with every coordinate.
+
+        What ``prepares`` (an exploration) is counted with head and calibration.
+        """
+        if prepares:
+            self.setup(1, up.total, down.total)
+        else:
+            self.bytes_up += up.total
+            self.bytes_down += down.total
+            self.bytes_dense += dense
         seconds = self.link.seconds(up.total, down.total + first) if self.link else 0.0
         self.entries.append(Entry(client, up, down, first, dense, seconds))
 

@@ -16,7 +16,7 @@ from fedsparse.federation.bound import BoundRow
 from fedsparse.federation.stacked import StackedRows
 from fedsparse.federation.store import ClientStore, MemoryStore, read
 from fedsparse.optim import SparseSGDM
-from fedsparse.places import Coordinates
+from fedsparse.places import Coordinates, Move
 
 Rows = BoundRow | StackedRows
 Kept = dict[str, tuple[tuple[int, ...], Tensor]]
@@ -71,6 +71,9 @@ class Objective(Protocol):
     def close(self) -> None:
         """End a round, when all clients have been heard."""
 
+    def follow(self, move: Move) -> None:
+        """Let other coordinates train from now on."""
+
     def state_dict(self) -> dict[str, Any]:
         """What lasts over rounds on the server."""
 
@@ -101,6 +104,9 @@ class Plain:
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def follow(self, move: Move) -> None:
+        """Nothing to carry over."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing lasts."""
@@ -193,6 +199,10 @@ class Scaffold(Plain):
         if self.mean is not None and self.moved is not None:
             self.mean += self.moved.to(self.mean.device)
         self.moved = None
+
+    def follow(self, move: Move) -> None:
+        """Carry the server's variate over; the clients' lie in their store."""
+        self.mean = None if self.mean is None else move(self.mean)
 
     def state_dict(self) -> dict[str, Any]:
         """The server's variate."""

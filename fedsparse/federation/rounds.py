@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning
@@ -19,10 +19,15 @@ from fedsparse.data.rounds import Cohort
 from fedsparse.federation import parallel
 from fedsparse.federation.aggregation import Aggregation, FedNova
 from fedsparse.federation.buffers import Buffers
+from fedsparse.federation.choice import MaskChoice
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.downlink import Downlink
 from fedsparse.federation.exchange import Exchange
+from fedsparse.federation.guide import Guide
 from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.objective import Kept
+from fedsparse.federation.phases import Phase, Phases
+from fedsparse.federation.reports import Dropped, EveryUpdateDropped, Report, counted, finite
 from fedsparse.federation.schedule import Schedule, constant
 from fedsparse.federation.store import ClientStore, MemoryStore, read
 from fedsparse.federation.topology import Topology
@@ -30,39 +35,10 @@ from fedsparse.federation.traffic import Traffic
 from fedsparse.federation.update import Payload, Update
 from fedsparse.federation.wire import HEADER, Size, known_size
 from fedsparse.keys import Purpose, number
+from fedsparse.places import Coordinates, Move
 
 LOCAL, BUFFERS = "clients", "client_buffers"  # names of stores; those of filters and objectives come to them
 NOTHING = Size(0, 0, 0)
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """An update that was not finite and was left out."""
-
-    round: int
-    client: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a cohort's training leaves beside its update, for every process to know.
-
-    Attributes:
-        clients: who trained.
-        up: bytes that each sent.
-        dropped: updates that were left out.
-        kept: what clients keep, by the store's name: their ids, and a row each.
-
-    """
-
-    clients: tuple[int, ...]
-    up: tuple[Size, ...]
-    dropped: tuple[Dropped, ...]
-    kept: dict[str, tuple[tuple[int, ...], Tensor]]
-
-
-class EveryUpdateDropped(RuntimeError):
-    """No client of a round sent a finite update: there is nothing to go on with."""
 
 
 @dataclass
@@ -84,6 +60,8 @@ class FederatedRounds(lightning.Callback):
         model_length: bytes of the first model.
         mask_length: bytes of the mask.
         traffic: what each client of each round sent and received.
+        phases: of the run; None: all rounds are learning rounds.
+        choice: chooses the mask while clients train; None: it stays.
 
     """
 
@@ -98,6 +76,8 @@ class FederatedRounds(lightning.Callback):
     model_length: int = 0
     mask_length: int = 0
     traffic: Traffic = field(default_factory=Traffic)
+    phases: Phases | None = None
+    choice: MaskChoice | None = None
     downlink: Downlink = field(default_factory=Downlink)
     dropped: list[Dropped] = field(default_factory=list)
     stores: dict[str, ClientStore] = field(default_factory=dict)
@@ -107,9 +87,8 @@ class FederatedRounds(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Prepare what lasts over rounds: local coordinates and the base learning rate."""
-        self.local = module.trained.of(module.space.local.to(module.device))
-        self.keeps_local = bool(self.local.any())
-        self.travels = ~self.local
+        self.phases = self.phases or Phases([Phase("learn", rounds=int(trainer.max_epochs or 1))])
+        self._see_trained(module)
         self.change: Tensor | None = None
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
         self.dense = HEADER.size + module.server.rows[0].nbytes
@@ -120,36 +99,60 @@ class FederatedRounds(lightning.Callback):
         self.weighs_steps = self.objective.messages > 0 or isinstance(self.aggregation, FedNova)
         self._resume()
 
+    def _see_trained(self, module: ClientModule) -> None:
+        """Note which of the coordinates that train stay with the clients."""
+        self.local = module.trained.of(module.space.local.to(module.device))
+        self.keeps_local = bool(self.local.any())
+        self.travels = ~self.local
+        pruned = self.choice is not None and self.choice.prunes
+        self.zeros = pruned * (module.trained.total - module.trained.size) * module.theta.element_size()
+
     def _resume(self) -> None:
-        """Give objective and stores what a checkpoint holds for them."""
+        """Give objective, mask rule and stores what a checkpoint holds for them."""
         if self.loaded is None:
             return
+        if self.choice is not None:
+            self.choice.load_state_dict(self.loaded["choice"])
         self.objective.load_state_dict(self.loaded["objective"])
         for name, store in self.stores.items():
             store.load_state_dict(self.loaded["stores"][name])
         self.loaded = None
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
-        """Open the round: an empty tally, and this round's learning rate."""
+        """Open the round: its phase, empty sums, and the clients' learning rate."""
+        self.round = trainer.current_epoch
+        self.phase, self.own = self.phases.at(self.round)  # type: ignore[union-attr]
         groups, size = module.server.values.shape
         self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device, self.exchange.own)
+        self.guide = Guide(size, module.device)
+        self.chain: Tensor | None = None
         self.reports: list[Report] = []
         self.arrived: list[int] = []
         self.row = self._travelling(module)
-        factor = self.schedule(trainer.current_epoch, int(trainer.max_epochs or 0))
+        module.patience, module.epochs = self.phase.patience, self.phase.local_epochs or 1
+        self._set_rate(module)
+
+    def _set_rate(self, module: ClientModule) -> None:
+        """Set the clients' learning rate: the phase's own, or that of the schedule."""
+        factor = 1.0 if self.phase.explores else self.schedule(self.own, self.phase.rounds)
         for group, lr in zip(module.local.param_groups, self.base_lr, strict=True):
-            group["lr"] = self.lr = lr * factor
+            group["lr"] = self.lr = lr * factor if self.phase.lr is None else self.phase.lr
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, batch_idx: int
     ) -> None:
         """Send the global values to the cohort."""
         self.group = self.topology.group(batch.clients)
-        self.begin = self._with_local(batch.clients, module.server.broadcast(self.group))
+        self.begin = self._with_local(batch.clients, self._start(module))
         module.start(self.begin, module.own_masks(batch.clients), batch.clients)
         self.buffers.send(batch.clients)
         if batch.members:
             seed_dropout(module.device, number(self.seed, Purpose.DROPOUT, batch.round, batch.clients[0]))
+
+    def _start(self, module: ClientModule) -> Tensor:
+        """Values (K, n) that the cohort starts from: the global ones, or those that the client before has left."""
+        values = module.server.broadcast(self.group)
+        return values if self.chain is None else self.chain.expand_as(values)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
@@ -158,12 +161,21 @@ class FederatedRounds(lightning.Callback):
         if batch.members:
             self._take(module, batch)
         if trainer.is_last_batch:
-            self._close(module, batch.round)
+            self._close(module)
+            self._choose(trainer, module)
 
     def _take(self, module: ClientModule, cohort: Cohort) -> None:
         """Take a cohort's update in."""
-        rows, members = module.trained.of(module.theta.detach()), cohort.members
-        whole = Update(
+        rows = module.trained.of(module.theta.detach())
+        update, dropped = finite(cohort, self._update(module, cohort, rows), self.round)
+        take = self._explored if self.phase.explores else self._learned
+        sizes, kept = take(update, rows)
+        clients = tuple(client for _, client in cohort.members)
+        self._tell(Report(clients, sizes[: len(clients)], dropped, kept, module.steps))
+
+    def _update(self, module: ClientModule, cohort: Cohort, rows: Tensor) -> Update:
+        """What a cohort changed."""
+        return Update(
             cohort.clients,
             self._difference(rows),
             self.buffers.take(len(cohort.clients)),
@@ -173,12 +185,34 @@ class FederatedRounds(lightning.Callback):
             round=cohort.round,
             steps=module.step_weights(cohort.count) if self.weighs_steps else (),
         )
-        update, dropped = self._finite(cohort, whole)
+
+    def _learned(self, update: Update, rows: Tensor) -> tuple[tuple[Size, ...], Kept]:
+        """Send what was learned, add it up, and let the mask rule hear it: bytes, and what clients keep."""
         payload = self.exchange.encode(update)
-        self.aggregation.add(self.tally, self.exchange.decode(payload), self.group)
-        clients = tuple(client for _, client in members)
+        received = self.exchange.decode(payload)
+        self.aggregation.add(self.tally, received, self.group)
+        if self._listens() and (told := self.choice.rule.hear(received.rows, self.begin)) is not None:  # type: ignore[union-attr]
+            self.guide.add(told, received.weight, received.loss)
         kept = self._kept(update, rows) | self.exchange.kept() | self._variates(update, self.lr)
-        self._tell(Report(clients, self._sizes(payload)[: len(clients)], dropped, kept))
+        return self._sizes(payload), kept
+
+    def _explored(self, update: Update, rows: Tensor) -> tuple[tuple[Size, ...], Kept]:
+        """Send the squared deviations; with ``keep_model`` the next client goes on from here, and is sent the model."""
+        self.guide.add(update.rows.square(), update.weight, update.loss)
+        if self.phase.updates_model and counted(update):
+            self.chain = rows[:1].clone()
+            self.buffers.hand_on()
+        messages = self._guides() + self.phase.updates_model
+        size = known_size(self.exchange.size, 0, update.rows.dtype) * messages
+        return (size,) * len(update.clients), {}
+
+    def _guides(self) -> bool:
+        """Whether the mask rule is told what clients explored."""
+        return self.choice is not None and self.choice.rule.explores and self.phase.informs_mask
+
+    def _listens(self) -> bool:
+        """Whether the mask rule hears what clients learn in this phase."""
+        return self.choice is not None and self.choice.rule.listens and self.phase.informs_mask
 
     def _sizes(self, payload: Payload) -> tuple[Size, ...]:
         """Bytes that each client sent, an objective's own messages included."""
@@ -187,20 +221,20 @@ class FederatedRounds(lightning.Callback):
         more = known_size(self.exchange.size, 0, payload.update.rows.dtype) * self.objective.messages
         return tuple(size + more for size in payload.sizes)
 
-    def _kept(self, update: Update, rows: Tensor) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    def _kept(self, update: Update, rows: Tensor) -> Kept:
         """Local coordinates and buffers that those keep whose update counts."""
-        counted = _counted(update)
+        counted = counted(update)
         clients = tuple(update.clients[k] for k in counted)
         local = {LOCAL: (clients, rows[:, self.local][counted].cpu())} if self.keeps_local else {}
         buffers = self.buffers.kept()
         return local if buffers is None else local | {BUFFERS: (clients, buffers[counted])}
 
-    def _variates(self, update: Update, lr: float) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    def _variates(self, update: Update, lr: float) -> Kept:
         """What the objective lets those keep whose update counts."""
         if not self.objective.stores:
             return {}
         kept = self.objective.finish(update.rows, update.clients, lr, update.steps)
-        counted = _counted(update)
+        counted = counted(update)
         return {name: (tuple(ids[k] for k in counted), rows[counted].cpu()) for name, (ids, rows) in kept.items()}
 
     def _tell(self, report: Report) -> None:
@@ -215,6 +249,7 @@ class FederatedRounds(lightning.Callback):
         for client, up in zip(report.clients, report.up, strict=True):
             self._count(client, up)
         self.dropped += report.dropped
+        self.ledger.client_steps += report.steps
         for name, (clients, rows) in report.kept.items():
             self.objective.take(name, clients, rows)
             self.stores[name].write(clients, rows)
@@ -223,14 +258,14 @@ class FederatedRounds(lightning.Callback):
         """Count what a client sent and received: the model at first contact, later what moved since."""
         first, dtype, extra = client not in self.ledger.has_model, self.row.dtype, self.buffers.size
         setup = self.ledger.bytes_setup_down
-        self.ledger.first_model([client], self.model_length)
+        self.ledger.first_model([client], self.model_length - self.zeros)
         self.ledger.mask([client], self.mask_length)
         setup = self.ledger.bytes_setup_down - setup
         down = NOTHING if first else self.downlink.size(client, self.row, extra)
         if self.objective.messages:
             down += known_size(self.exchange.size, 0, dtype) * self.objective.messages
         dense = self.dense + self.buffers.row.nbytes
-        self.ledger.trained(client, up, down, dense, setup)
+        self.ledger.trained(client, up, down, dense, setup, prepares=self.phase.explores)
         self.arrived.append(client)
 
     def _difference(self, rows: Tensor) -> Tensor:
@@ -239,56 +274,91 @@ class FederatedRounds(lightning.Callback):
             self.change = torch.empty_like(rows)
         return torch.sub(rows, self.begin, out=self.change)
 
-    def _close(self, module: ClientModule, round: int) -> None:
-        """Average, step the server, and put the new global row into the network."""
+    def _close(self, module: ClientModule) -> None:
+        """Hear all processes, take the round's step, and put the new global row into the network."""
         for reports in parallel.gather(self.reports):
             for report in reports:
                 self._note(report)
         self.objective.close()
+        closed = self._close_exploration(module) if self.phase.explores else self._close_learning(module)
+        if closed is None:
+            raise EveryUpdateDropped(self.round)
+        self.loss = closed
+        module.space.write(module.net, module.server.rows[0])
+        self._settle(module)
+        del self.tally, self.guide  # before the next round takes memory for its own
+
+    def _close_learning(self, module: ClientModule) -> float | None:
+        """Average, step the server, and tell the mask rule: the mean loss, or None if nobody sent."""
         change = self.aggregation.finish(self.aggregation.merge(self.tally))
         if change is None:
-            raise EveryUpdateDropped(self._nothing_left(round))
+            return None
         module.server.step(change)
-        module.space.write(module.net, module.server.rows[0])
         self.buffers.close(change.buffers)
-        self._settle(module, round)
-        self.loss = change.loss
-        del self.tally  # before the next round takes memory for its own
+        told = self.guide.finish() if self._listens() else None
+        if told is not None:
+            self.choice.hear(module.trained.spread(told[0]))  # type: ignore[union-attr]
+        return change.loss
 
-    def _settle(self, module: ClientModule, round: int) -> None:
+    def _close_exploration(self, module: ClientModule) -> float | None:
+        """Tell the mask rule the mean squared deviation; the global row stays, or is where the last client stopped."""
+        found = self.guide.finish()
+        if found is None:
+            return None
+        if self._guides():
+            self.choice.explore(module.trained.spread(found[0]))  # type: ignore[union-attr]
+        if self.chain is not None:
+            module.server.put(self.chain)
+        self.buffers.close(self.buffers.row.new_zeros(1, self.buffers.size))
+        return found[1]
+
+    def _choose(self, trainer: lightning.Trainer, module: ClientModule) -> None:
+        """Choose a mask after the last exploration, and anew where the sparsity says so."""
+        assert self.phases is not None
+        if self.choice is None or self.round + 1 >= self.phases.total:
+            return
+        after, own = self.phases.at(self.round + 1)[0], self.phases.of_kind(self.round + 1)
+        if not after.explores and (self.phase.explores or self.choice.renews(own)):
+            mask = self.choice.choose(module.server.rows[0], own)
+            self._remask(trainer, module, mask.row(module.space).to(module.device))
+            self.mask_length = len(mask.to_bytes())
+
+    def _remask(self, trainer: lightning.Trainer, module: ClientModule, mask: Tensor) -> None:
+        """Let other coordinates train: all that is kept of each follows, and clients are sent the mask."""
+        before, travelled = module.trained, self._travel(module)
+        kept_local = Coordinates(torch.as_tensor(module.mask) & module.space.local.to(module.device))
+        module.remask(mask, prune=self.choice is not None and self.choice.prunes)
+        trainer.optimizers = [module.local, module.server.optimizer]
+        self._see_trained(module)
+        move = Move(before, module.trained)
+        self.exchange.follow(mask)
+        self.objective.follow(move)
+        for name, store in self.stores.items():
+            if name != BUFFERS:
+                store.convert(
+                    Move(kept_local, Coordinates(mask & module.space.local.to(module.device)))
+                    if name == LOCAL
+                    else move
+                )
+        self.downlink.follow(Move(travelled, self._travel(module)), self.round)
+        self.ledger.has_mask.clear()
+        self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
+
+    def _travel(self, module: ClientModule) -> Coordinates:
+        """The coordinates that train and travel, of all P."""
+        return Coordinates(torch.as_tensor(module.mask) & ~module.space.local.to(module.device))
+
+    def _settle(self, module: ClientModule) -> None:
         """Note what the round moved and who holds what, and write its traffic down."""
-        self.downlink.close(round, self.row, self._travelling(module))
+        self.downlink.close(self.round, self.row, self._travelling(module))
         for client in self.arrived:
-            self.downlink.told(client, round)
-        self.traffic.write(round + 1, self.ledger.close())
+            self.downlink.told(client, self.round)
+        self.traffic.write(self.round + 1, self.ledger.close())
 
     def _travelling(self, module: ClientModule) -> Tensor:
         """Copy the global values that travel, (n,)."""
         values = module.server.values[0]
         return values[self.travels] if self.keeps_local else values.clone()
-
-    def _nothing_left(self, round: int) -> str:
-        return (
-            f"round {round + 1}: the loss or update of every client became NaN or infinite, so the run stops; "
-            "try a smaller optimizer.lr, or optimizer.clip_norm=1.0"
-        )
-
-    def _finite(self, cohort: Cohort, update: Update) -> tuple[Update, tuple[Dropped, ...]]:
-        """Drop updates that are not finite: by selection, so that NaN never reaches the tally; and say whose."""
-        sums = update.rows.sum(1) + update.buffers.sum(1) if self.buffers.size else update.rows.sum(1)
-        good = [math.isfinite(a) and math.isfinite(b) for a, b in zip(sums.tolist(), update.loss, strict=True)]
-        if all(good):
-            return update, ()
-        dropped = tuple(Dropped(cohort.round, client) for row, client in cohort.members if not good[row])
-        keep = torch.tensor(good, device=update.rows.device).unsqueeze(1)
-        left = replace(
-            update,
-            rows=torch.where(keep, update.rows, 0.0),
-            buffers=torch.where(keep, update.buffers, 0.0),
-            weight=tuple(w if g else 0.0 for w, g in zip(update.weight, good, strict=True)),
-            loss=tuple(v if g else 0.0 for v, g in zip(update.loss, good, strict=True)),
-        )
-        return left, dropped
 
     def _with_local(self, clients: Sequence[int], rows: Tensor) -> Tensor:
         """Replace the local coordinates by what each client kept."""
@@ -306,6 +376,7 @@ class FederatedRounds(lightning.Callback):
             "stores": {name: store.state_dict() for name, store in self.stores.items()},
             "downlink": self.downlink.state_dict(),
             "objective": self.objective.state_dict(),
+            "choice": None if self.choice is None else self.choice.state_dict(),
         }
 
     def saved(self) -> None:
@@ -314,16 +385,11 @@ class FederatedRounds(lightning.Callback):
             store.saved()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the state of a checkpoint; the stores and the objective have theirs once training starts."""
+        """Take a checkpoint's state; stores, objective and mask rule have theirs once training starts."""
         self.ledger.load_state_dict(state["ledger"])
         self.dropped = [Dropped(*d) for d in state["dropped"]]
         self.downlink.load_state_dict(state["downlink"])
         self.loaded = state
-
-
-def _counted(update: Update) -> list[int]:
-    """Rows whose update counts: neither padding nor dropped."""
-    return [k for k, weight in enumerate(update.weight) if weight > 0]
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:

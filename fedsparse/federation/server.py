@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.federation.aggregation import Change
-from fedsparse.places import Coordinates
+from fedsparse.places import Coordinates, Move
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 UNTOUCHED = ("step", "hold", "freeze")
@@ -45,6 +45,23 @@ class Server:
         if len(self.values) == 1:
             return self.values.expand(len(group), -1)
         return self.values[torch.tensor(group, device=self.values.device)]
+
+    @torch.no_grad()
+    def follow(self, trained: Coordinates) -> None:
+        """Let other coordinates train from now on: moments go along, and begin at 0 where a coordinate starts."""
+        move, before = Move(self.trained, trained), self.values
+        state = self.optimizer.state.pop(before, {})
+        self.trained, self.values = trained, trained.of(self.rows)
+        self.optimizer.param_groups[0]["params"] = [self.values]
+        moments = {key: isinstance(t, Tensor) and t.shape == before.shape for key, t in state.items()}
+        self.optimizer.state[self.values] = {key: move(t) if moments[key] else t for key, t in state.items()}
+
+    @torch.no_grad()
+    def put(self, values: Tensor) -> None:
+        """Set the trained values (G, n) without a step of the optimizer."""
+        self.values.copy_(values)
+        if self.values is not self.rows:
+            self.trained.write(self.rows, self.values)
 
     @torch.no_grad()
     def step(self, change: Change) -> None:

@@ -6,7 +6,7 @@ Shapes: K clients of the cohort, n values of a row.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,9 @@ class ClientStore(Protocol):
 
     def write(self, clients: Sequence[int], rows: Tensor) -> None:
         """Keep rows (K, n) of K clients; a padding row (id below 0) is not kept."""
+
+    def convert(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every kept row (n,) by what ``change`` makes of it, of another length maybe."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to find the rows as they are now."""
@@ -56,6 +59,10 @@ class MemoryStore:
     def write(self, clients: Sequence[int], rows: Tensor) -> None:
         """Keep copies."""
         self.rows |= {client: rows[k].detach().cpu().clone() for k, client in enumerate(clients) if client >= 0}
+
+    def convert(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every row."""
+        self.rows = {client: change(row) for client, row in self.rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All rows."""
@@ -116,6 +123,16 @@ class FileStore:
         with self.path.open("ab") as file:
             file.truncate(int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize)
         self.rows = np.memmap(self.path, dtype=self.dtype, mode="r+", shape=self.shape)
+
+    def convert(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Do nothing if no row is kept yet; the file's rows have one length.
+
+        Raises:
+            ValueError: there are rows.
+
+        """
+        if self.slots:
+            raise ValueError("a mask that changes while clients keep something needs federation.store=memory")
 
     def state_dict(self) -> dict[str, Any]:
         """Where each client's row lies, and what the checkpoint before may refer to."""

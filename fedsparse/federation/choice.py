@@ -1,0 +1,86 @@
+"""The mask, chosen while clients train: after an exploration, and anew where the sparsity says so.
+
+Shapes: P coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsparse.keys import Purpose, torch_generator
+from fedsparse.masks import Mask, MaskRule, Sparsity
+from fedsparse.space import ParamSpace
+
+
+@dataclass
+class MaskChoice:
+    """What a mask rule knows, and the masks that come of it; every process of a run comes to the same.
+
+    Args:
+        rule: scores the coordinates.
+        sparsity: how many train, by round.
+        space: the coordinates.
+        seed: the run's seed.
+        tell: is handed each new mask.
+        observed: what calibration or exploration found, (P,), or None.
+        memory: what the rule heard in learning rounds, (P,), or None.
+
+    """
+
+    rule: MaskRule
+    sparsity: Sparsity
+    space: ParamSpace
+    seed: int
+    tell: Callable[[Mask], None] = lambda mask: None
+    observed: Tensor | None = None
+    memory: Tensor | None = None
+    explored: int = 0
+
+    @property
+    def prunes(self) -> bool:
+        """Whether what does not train is zero."""
+        return self.sparsity.mode == "prune"
+
+    def explore(self, found: Tensor) -> None:
+        """Take in the mean squared deviation of a round of exploration, (P,); of several rounds the mean counts."""
+        self.explored += 1
+        before = torch.zeros_like(found) if self.observed is None or self.explored == 1 else self.observed
+        self.observed = before + (found - before) / self.explored
+
+    def hear(self, told: Tensor) -> None:
+        """Take in what clients told in a learning round, (P,)."""
+        self.memory = self.rule.remember(self.memory, told)
+
+    def renews(self, round: int) -> bool:
+        """Whether a mask is chosen anew before this learning round."""
+        return round > 0 and self.sparsity.renews(round)
+
+    def choose(self, row: Tensor, round: int) -> Mask:
+        """Choose the mask of a learning round, for global values (P,)."""
+        heard = {"memory": _cpu(self.memory)} if self.rule.listens else {}
+        stream = torch_generator(self.seed, Purpose.MASK)
+        sparsity = self.sparsity.at(round)
+        mask = self.rule.mask(self.space, row.cpu(), sparsity, observed=_cpu(self.observed), generator=stream, **heard)
+        if mask.density == 0:
+            raise ValueError(
+                "this mask lets no weight train: lower sparsity.ratio, or let the head train (head.frozen)"
+            )
+        self.tell(mask)
+        return mask
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rule knows, if it will be asked again."""
+        return {"observed": _cpu(self.observed), "memory": _cpu(self.memory), "explored": self.explored}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it from a checkpoint."""
+        self.observed, self.memory, self.explored = state["observed"], state["memory"], state["explored"]
+
+
+def _cpu(row: Tensor | None) -> Tensor | None:
+    return None if row is None else row.cpu()

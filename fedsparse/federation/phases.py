@@ -1,0 +1,144 @@
+"""The phases of a run (``conf/phases``): head and calibration prepare, in the others clients train round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = ("head", "calibrate", "explore", "learn")
+FLAGS = ("updates_model", "informs_mask")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase.
+
+    Args:
+        name: what it is called in the bar, the logs and the summary.
+        rounds: how many; of ``head`` federated steps.
+        kind: ``head``, ``calibrate``, ``explore`` (every chosen client starts from the same row; what it found is told
+            to the mask rule) or ``learn``; null: the name, or learn.
+        updates_model: whether what clients learn goes into the global model; in ``explore`` each client then goes on
+            from where the last one stopped.
+        informs_mask: whether the mask rule is told.
+        local_steps: of each client and round; null, with ``local_epochs`` null too: as in ``federation``.
+        local_epochs: in place of local steps.
+        patience: epochs without a better loss after which a client stops; null: none stops early.
+        clients: of a round, a fraction or a count; null: ``federation.clients_per_round``.
+        weight: of a client in the mean that the mask rule is told: ``held``, ``processed`` or ``equal``.
+        lr: the clients' learning rate, constant; null: ``optimizer.lr`` with its schedule.
+
+    Raises:
+        ValueError: an option that cannot be meant; the line names it.
+
+    """
+
+    name: str
+    rounds: int = 1
+    kind: str | None = None
+    updates_model: bool = True
+    informs_mask: bool = True
+    local_steps: int | None = None
+    local_epochs: int | None = None
+    patience: int | None = None
+    clients: float | int | None = None
+    weight: str | None = None
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        """Settle the kind, and refuse what cannot be meant."""
+        if self.kind is None:
+            object.__setattr__(self, "kind", self.name if self.name in KINDS else "learn")
+        if self.kind not in KINDS:
+            raise ValueError(f"phases.{self.name}.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        least = 0 if self.kind == "head" else 1
+        if not _whole(self.rounds, least):
+            raise ValueError(f"phases.{self.name}.rounds is {self.rounds!r}; it must be a whole number from {least} on")
+        for flag in FLAGS:
+            if not isinstance(getattr(self, flag), bool):
+                raise ValueError(f"phases.{self.name}.{flag} is {getattr(self, flag)!r}; it must be true or false")
+        for key in ("local_steps", "local_epochs", "patience"):
+            if getattr(self, key) is not None and not _whole(getattr(self, key), 1):
+                raise ValueError(f"phases.{self.name}.{key} is {getattr(self, key)!r}; it must be 1 or more, or null")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.patience is not None and self.local_epochs is None:
+            raise ValueError(f"phases.{self.name}.patience counts epochs: set {self._key('epochs')}, and steps to null")
+        if self.kind == "explore" and not self.updates_model and not self.informs_mask:
+            raise ValueError("an exploration that neither informs the mask nor updates the model does nothing")
+        if self.lr is not None and (isinstance(self.lr, bool) or not isinstance(self.lr, int | float) or self.lr <= 0):
+            raise ValueError(f"phases.{self.name}.lr is {self.lr!r}; it must be a number above 0, or null")
+
+    def _key(self, what: str) -> str:
+        return f"explore.{what}" if self.kind == "explore" else f"phases.{self.name}.local_{what}"
+
+    @property
+    def explores(self) -> bool:
+        """Whether clients explore rather than learn."""
+        return self.kind == "explore"
+
+
+class Phases:
+    """The phases of a run, in order.
+
+    Args:
+        listed: all of them.
+
+    Raises:
+        ValueError: the order is not head, calibrate, explore, learn; or nothing is learned.
+
+    """
+
+    def __init__(self, listed: Sequence[Phase]) -> None:
+        order = [KINDS.index(phase.kind or "") for phase in listed]
+        if order != sorted(order) or any(order.count(kind) > 1 for kind in range(KINDS.index("learn"))):
+            names = ", ".join(phase.name for phase in listed)
+            raise ValueError(
+                f"phases are {names}; they must come as head, calibrate, explore, learn, each at most once"
+            )
+        self.prepare = [phase for phase in listed if phase.kind in ("head", "calibrate")]
+        self.rounds = [phase for phase in listed if phase not in self.prepare]
+        if not any(phase.kind == "learn" for phase in listed):
+            raise ValueError("phases need one in which clients learn: add phases.learn.rounds")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Mapping[str, Any] | None]) -> Phases:
+        """Read ``conf/phases``: options of each phase by name; null leaves a phase out."""
+        try:
+            return cls([Phase(name, **options) for name, options in config.items() if options is not None])
+        except TypeError as error:
+            raise ValueError(f"phases: {str(error).split(') ')[-1]}") from None
+
+    @property
+    def total(self) -> int:
+        """Rounds in which clients train."""
+        return sum(phase.rounds for phase in self.rounds)
+
+    @property
+    def explore(self) -> Phase | None:
+        """The exploration, if there is one."""
+        return next((phase for phase in self.rounds if phase.explores), None)
+
+    def has(self, kind: str) -> bool:
+        """Whether there is a phase of a kind."""
+        return any(phase.kind == kind for phase in [*self.prepare, *self.rounds])
+
+    def at(self, round: int) -> tuple[Phase, int]:
+        """Find a round's phase, and its number there; the last phase goes on for ever."""
+        for phase in self.rounds[:-1]:
+            if round < phase.rounds:
+                return phase, round
+            round -= phase.rounds
+        return self.rounds[-1], round
+
+    def of_kind(self, round: int) -> int:
+        """Count the learning rounds before a round."""
+        phase, own = self.at(round)
+        before = self.rounds[: self.rounds.index(phase)]
+        return own + sum(other.rounds for other in before if not other.explores)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
