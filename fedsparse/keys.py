@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     DROPOUT = 7
     AUGMENT = 8
     EXCHANGE = 9
+    PERSONAL = 12
 
 
 def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
