@@ -364,6 +364,8 @@ def build_personal(cfg: DictConfig, path: Path | None = None) -> Personal | None
 
     """
     chosen = cfg.get("evaluation")  # a run stored before there was a choice has none
+    if chosen and "_target_" not in chosen:
+        raise ValueError(f"evaluation.{next(iter(chosen))} needs evaluation=per_client")
     return instantiate(chosen, _convert_="all")(seed=cfg.seed, path=path) if chosen else None
 
 

@@ -354,3 +354,15 @@ def test_a_resume_keeps_the_table_whole(tmp_path, monkeypatch, options):
     assert (resumed / "clients.csv").read_text() == (whole / "clients.csv").read_text()
     for row, same in zip(*(read_rows(folder / "metrics.csv") for folder in (resumed, whole)), strict=True):
         assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in same.items() if k != "seconds"}
+
+
+@pytest.mark.slow
+def test_a_run_in_two_processes_writes_the_same_table(run_in):
+    options = [*ON, "trainer.accelerator=cpu", "federation.cohort=1", "evaluation.fraction=0.5"]
+    (one, alone), (two, both) = (run_in(f"of{n}", *options, f"trainer.devices={n}") for n in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for row, same in zip(*(lines(folder / "clients.csv") for folder in (both, alone)), strict=True):
+        assert list(row.values())[:5] == list(same.values())[:5]
+        assert [float(row[m]) for m in METRICS] == pytest.approx([float(same[m]) for m in METRICS], abs=1e-5)
+    for name in [name for name in one if name.startswith(("participants/", "non_participants/", "gap/"))]:
+        assert two[name] == pytest.approx(one[name], abs=1e-5), name
