@@ -23,6 +23,7 @@ from fedsparse.federation.checkpoint import AtomicCheckpointIO
 from fedsparse.federation.client_figures import METRICS, Row, columns, metrics_of, over_clients
 from fedsparse.federation.csv import read_rows
 from fedsparse.federation.personal import Personal
+from fedsparse.space import ParamSpace
 
 CLASSES, N, TESTS = 6, 150, 60
 ON = ["evaluation=per_client", "pictures=false"]
@@ -245,6 +246,23 @@ def test_a_batchnorm_client_is_judged_with_its_own_statistics(tmp_path):
     for start, own, new in zip(starts, locals_, globals_, strict=True):
         assert own == pytest.approx(new, abs=1e-6)
         assert own[0] != start[0]
+
+
+@pytest.mark.parametrize("cohort", [1, 2])
+def test_what_never_leaves_a_client_is_its_own_where_it_trains(tmp_path, cohort):
+    """If nothing is sent, a client starts where it stopped, and the global model stays."""
+    space = ParamSpace.of(net(), local="*")
+    small(tmp_path / "clients.csv", count=4, cohort=cohort, space=space).fit(4, tmp_path)
+    kept, globals_, rows = {}, {}, lines(tmp_path / "clients.csv")
+    for row in rows:
+        figures, client = [row[m] for m in METRICS], row["client"]
+        if row["model"] == "start" and row["group"] == "participants":
+            assert figures == kept.get(client, figures)
+        elif row["model"] == "local":
+            kept[client] = figures
+        else:
+            assert figures == globals_.setdefault(client, figures)
+    assert len(rows) > 40
 
 
 def test_every_round_that_is_due_and_the_last(tmp_path):
