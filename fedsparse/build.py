@@ -39,6 +39,7 @@ from fedsparse.federation.exchange import Exchange, OwnMasks
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.objective import Objective
 from fedsparse.federation.parallel import CohortStrategy
+from fedsparse.federation.personal import CLIENTS, Personal
 from fedsparse.federation.precision import HalfPrecision
 from fedsparse.federation.progress import RoundProgress
 from fedsparse.federation.rounds import BUFFERS, LOCAL, FederatedRounds
@@ -134,6 +135,7 @@ def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], s
     check_names(exchange, space, torch.ones_like(space.local))
     Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Coordinates(one), cfg.server.untouched)
     instantiate(cfg.link)
+    build_personal(cfg)
 
 
 def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
@@ -335,10 +337,12 @@ class Callbacks:
     log: RoundLog
     stop: GracefulStop
     others: list[lightning.Callback]
+    personal: Personal | None = None
 
     def listed(self) -> list[lightning.Callback]:
         """In the order that Lightning is to call them: the protocol first, checkpoints last."""
-        return [self.rounds, self.log.evaluation, self.log, self.stop, *self.others]
+        before, after = ([], []) if self.personal is None else ([self.personal.before], [self.personal])
+        return [*before, self.rounds, *after, self.log.evaluation, self.log, self.stop, *self.others]
 
 
 def build_callbacks(
@@ -350,7 +354,21 @@ def build_callbacks(
     progress = RoundProgress(rounds, evaluation, len(federation.plan.sample(0)), shared=shared)
     chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     others = [progress, Artifacts(folder, config), *chosen, *build_checkpoints(cfg, folder)]
-    return Callbacks(rounds, RoundLog(rounds, evaluation), GracefulStop(), others)
+    personal = build_personal(cfg, folder / CLIENTS if parallel.process() == 0 else None)
+    return Callbacks(rounds, RoundLog(rounds, evaluation, personal), GracefulStop(), others, personal)
+
+
+def build_personal(cfg: DictConfig, path: Path | None = None) -> Personal | None:
+    """Build what evaluates every client, if it is asked for; its table lies at ``path``.
+
+    Raises:
+        ValueError: an option is none of its choices.
+
+    """
+    chosen = cfg.get("evaluation")  # a run stored before there was a choice has none
+    if chosen and "_target_" not in chosen:
+        raise ValueError(f"evaluation.{next(iter(chosen))} needs evaluation=per_client")
+    return instantiate(chosen, _convert_="all")(seed=cfg.seed, path=path) if chosen else None
 
 
 def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) -> list[Any]:

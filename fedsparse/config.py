@@ -162,9 +162,10 @@ def _check_keys(cfg: DictConfig) -> None:
     groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
     known = {*groups, "seed", "client", "resume", "pictures"}
     unknown = [str(key) for key in cfg if str(key) not in known]
-    for group in ("federation", "calibration", "head", "mask"):
-        default = OmegaConf.load(conf_dir() / group / "default.yaml")
-        unknown += [f"{group}.{key}" for key in cfg[group] if key not in default]
+    full = dict.fromkeys(("federation", "calibration", "head", "mask"), "default") | {"evaluation": "per_client"}
+    for group, option in full.items():
+        every = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
+        unknown += [f"{group}.{key}" for key in cfg.get(group) or () if key not in every]
     if unknown:
         raise ValueError(f"there is no key {', '.join(unknown)}; --cfg job lists all keys with their values")
 

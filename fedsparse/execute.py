@@ -130,6 +130,8 @@ def _train(job: Job, federation: build.Federation, module: ClientModule, start: 
     rounds = build.build_rounds(job.cfg, federation, mask, start.ledger, module, job.folder)
     rounds.traffic.drop_from(closed + 1)
     callbacks = build.build_callbacks(job.cfg, rounds, federation, mask, job.folder, _beside_others() or not leads)
+    if callbacks.personal is not None:
+        callbacks.personal.table.drop_from(closed + 1)
     loggers = build.build_loggers(job.cfg, job.folder, job.group, closed) if leads else []
     trainer = build.build_trainer(job.cfg, callbacks, loggers)
     trainer.fit(module, build.build_datamodule(job.cfg, federation), ckpt_path=start.checkpoint)

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     EXCHANGE = 9
     EXPLORERS = 10
     EXPLORE = 11
+    PERSONAL = 12
 
 
 def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:

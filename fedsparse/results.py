@@ -122,9 +122,14 @@ def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         "test accuracy, best round by validation": "test/acc_best",
         "accuracy per client, mean": "client/acc_mean",
         "accuracy per client, worst tenth": "client/acc_worst10",
+        "top-1 of participants' own models on their test parts": "participants/local/top1_mean",
+        "top-1 of the global model there": "participants/global/top1_mean",
+        "top-1 of the global model, non-participants": "non_participants/global/top1_mean",
         "weights that trained, head included": "trainable_fraction",
     }
     rows = [(label, f"{summary[key]:.1%}") for label, key in percent.items() if summary.get(key) is not None]
+    if (gap := summary.get("gap/generalisation/top1_mean")) is not None:
+        rows.append(("generalisation gap of top-1, out minus in", f"{gap:+.1%}"))
     up, dense = summary["bytes_up"], summary["bytes_dense"]
     rows.append(("sent up", f"{human_bytes(up)} ({up / dense:.1%} of dense)"))
     rows.append(("all traffic, with first models", human_bytes(summary["bytes_total"])))

@@ -76,6 +76,7 @@ class Small:
     seed: int = 0
     client: Any = ClientModule
     callbacks: list = field(default_factory=list)
+    first: list = field(default_factory=list)
     data: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -106,7 +107,7 @@ class Small:
             max_epochs=rounds,
             accelerator="cpu",
             logger=False,
-            callbacks=[self.rounds, *self.callbacks],
+            callbacks=[*self.first, self.rounds, *self.callbacks],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

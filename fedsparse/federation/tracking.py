@@ -12,6 +12,7 @@ import lightning
 from fedsparse.data.stream import SIGNALS
 from fedsparse.federation import parallel
 from fedsparse.federation.evaluation import Evaluation
+from fedsparse.federation.personal import Personal
 from fedsparse.federation.rounds import FederatedRounds
 
 
@@ -21,11 +22,12 @@ class RoundLog(lightning.Callback):
     Args:
         rounds: whose figures.
         evaluation: the last evaluation.
+        personal: what it found of every client; None if nobody asked.
 
     """
 
-    def __init__(self, rounds: FederatedRounds, evaluation: Evaluation) -> None:
-        self.rounds, self.evaluation = rounds, evaluation
+    def __init__(self, rounds: FederatedRounds, evaluation: Evaluation, personal: Personal | None = None) -> None:
+        self.rounds, self.evaluation, self.personal = rounds, evaluation, personal
         self.row: dict[str, float] = {}
         self.seconds = 0.0
         self.open = False
@@ -51,7 +53,9 @@ class RoundLog(lightning.Callback):
         """Figures of the round: loss, learning rate, bytes so far, dropped updates so far, evaluation."""
         rounds = self.rounds
         training = {"train/loss": rounds.loss, "lr": rounds.lr}
-        return training | self.evaluation.figures | rounds.ledger.figures() | {"dropped_updates": len(rounds.dropped)}
+        personal = {} if self.personal is None else self.personal.figures
+        counted = rounds.ledger.figures() | {"dropped_updates": len(rounds.dropped)}
+        return training | self.evaluation.figures | personal | counted
 
     def state_dict(self) -> dict[str, Any]:
         """Training seconds so far."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedsparse.federation.lines import RoundLines
 from fedsparse.federation.wire import Size
 
 COLUMNS = (
@@ -41,8 +41,8 @@ class Entry:
         return ",".join(map(str, [round, self.client, *sizes, self.first, self.dense, f"{self.seconds:.6g}"])) + "\n"
 
 
-class Traffic:
-    """The file. A round is appended in one write; after a resume each round stands once.
+class Traffic(RoundLines):
+    """The file.
 
     Args:
         path: where; None writes nothing, as in all but the first of several processes.
@@ -50,23 +50,8 @@ class Traffic:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+        super().__init__(COLUMNS, path)
 
     def write(self, round: int, entries: Sequence[Entry]) -> None:
         """Append a closed round."""
-        if self.path is None:
-            return
-        head = "" if self.path.is_file() else COLUMNS + "\n"
-        with self.path.open("ab", buffering=0) as file:
-            file.write((head + "".join(entry.line(round) for entry in entries)).encode())
-
-    def drop_from(self, round: int) -> None:
-        """Forget this round and those after it, and a line that a kill has torn."""
-        if self.path is None or not self.path.is_file():
-            return
-        whole = self.path.read_text(encoding="utf-8")
-        head, *lines = whole[: whole.rfind("\n") + 1].splitlines(keepends=True) or [COLUMNS + "\n"]
-        kept = [line for line in lines if int(line.split(",", 1)[0]) < round]
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(head + "".join(kept), encoding="utf-8")
-        os.replace(part, self.path)
+        self.append(entry.line(round) for entry in entries)
