@@ -60,7 +60,8 @@ def adam_update(
     first, second = correction
     if isinstance(first, Tensor):  # each number rounded once, as a number for all is
         root.div_(torch.as_tensor(second).to(root.dtype)).add_(eps)
-        param.addcdiv_(exp_avg * (-lr / first).to(param.dtype), root)
+        rate = first.new_full((), -lr) / first  # -lr / first would multiply by the reciprocal
+        param.addcdiv_(exp_avg * rate.to(param.dtype), root)
     else:
         param.addcdiv_(exp_avg, root.div_(second).add_(eps), value=-(lr / first))
 

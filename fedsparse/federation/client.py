@@ -249,10 +249,11 @@ class ClientModule(lightning.LightningModule):
             self.local.update()
             return
         dead, states = [k for k, n in enumerate(count) if n == 0], self.local.rows(self.cohort)
-        before = [(view, view.clone()) for k in dead for view in (self.theta.detach()[k], *states[k])]
+        before, kept = self.theta.detach()[dead], [(view, view.clone()) for k in dead for view in states[k]]
         self.local.update()
         with torch.no_grad():
-            for view, old in before:
+            self.theta[dead] = before
+            for view, old in kept:
                 view.copy_(old)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
