@@ -129,7 +129,7 @@ def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], s
     one = torch.ones(1, dtype=torch.bool)
     exchange = build_exchange(cfg, one, ~one, lambda clients: one.expand(len(clients), 1))
     aggregation, objective = instantiate(cfg.aggregation), build_objective(cfg)
-    check_together(exchange, aggregation, objective)
+    check_together(exchange, aggregation, objective, instantiate(cfg.optimizer.build)([torch.zeros(1)]))
     count = participants(cfg.federation.clients_per_round, cfg.federation.num_clients)
     check_sizes(exchange, aggregation, len(parts), min(count, sum(len(part) > 0 for part in parts)))
     check_names(exchange, space, torch.ones_like(space.local))

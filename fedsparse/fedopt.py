@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+
+from fedsparse.options import check_positive, finite, two_decays
 
 _OPTIONS = ("lr", "betas", "tau", "bias_correction", "initial")
 Rule = Callable[[Tensor, Tensor, float], Tensor]
@@ -97,7 +98,7 @@ class FedOpt(torch.optim.Optimizer):
         bias_correction: bool = False,
         initial: float | None = None,
     ) -> None:
-        options = (lr, _pair(betas), tau, bias_correction, initial)
+        options = (lr, two_decays("server.betas", betas), tau, bias_correction, initial)
         super().__init__(params, dict(zip(_OPTIONS, options, strict=True)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -195,25 +196,11 @@ class FedAdagrad(FedOpt):
 
 def _check_options(options: dict[str, Any]) -> None:
     """Refuse an option outside its range, by its config key."""
-    lr, betas, tau, correct, initial = (options[name] for name in _OPTIONS)
-    for name, value in (("lr", lr), ("tau", tau)):
-        if not (_finite(value) and value > 0):
-            raise ValueError(f"server.{name} must be a positive, finite number, not {value!r}")
-    _pair(betas)
-    if not isinstance(correct, bool):
-        raise ValueError(f"server.bias_correction must be true or false, not {correct!r}")
-    if initial is not None and not (_finite(initial) and initial >= 0):
+    for name in ("lr", "tau"):
+        check_positive(f"server.{name}", options[name])
+    two_decays("server.betas", options["betas"])
+    if not isinstance(options["bias_correction"], bool):
+        raise ValueError(f"server.bias_correction must be true or false, not {options['bias_correction']!r}")
+    initial = options["initial"]
+    if initial is not None and not (finite(initial) and initial >= 0):
         raise ValueError(f"initial must be a finite number of 0 or more, or None for tau^2, not {initial!r}")
-
-
-def _pair(betas: Any) -> tuple[float, float]:
-    """Refuse what is not two decays."""
-    values = tuple(betas) if isinstance(betas, Sequence) else ()
-    if len(values) != 2 or not all(_finite(beta) and 0 <= beta < 1 for beta in values):
-        raise ValueError(f"server.betas must be two numbers of at least 0 and below 1, not {betas!r}")
-    return values[0], values[1]
-
-
-def _finite(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,19 +1,19 @@
 """SparseSGDM: stochastic gradient descent with momentum that moves only the coordinates a mask lets train.
 
-The arithmetic is ``sgdm_update``; the class keeps momentum and masks beside the parameters.
+The arithmetic is ``sgdm_update``; the class keeps the momentum; masks are ``MaskedOptimizer``'s.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
-from typing import Any, overload
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fedsparse.places import Place, laid_like
+from fedsparse.masked import MaskedOptimizer
+from fedsparse.options import check_not_negative, check_positive, finite
+from fedsparse.places import Place
 
 _WORTH = 1 << 14  # coordinates from which one sweep beats the overhead of its kernel
 _REGISTERS = 64  # coordinates; a multiple of what any processor's registers hold
@@ -108,7 +108,7 @@ def _update_in_one_sweep(
         sgdm_update(param.view(-1)[whole:], grad.view(-1)[whole:], rest, momentum=momentum, fresh=fresh, **options)
 
 
-class SparseSGDM(torch.optim.Optimizer):
+class SparseSGDM(MaskedOptimizer):
     """SGD with momentum for any module; where a mask is False it changes no bit, whatever the gradient.
 
     Where it trains it equals ``torch.optim.SGD(foreach=False)`` bit for bit. Weight decay and momentum act on trained
@@ -136,6 +136,8 @@ class SparseSGDM(torch.optim.Optimizer):
     tensor([0.9000, 1.0000, 0.9000])
     """
 
+    moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -146,104 +148,61 @@ class SparseSGDM(torch.optim.Optimizer):
         nesterov: bool = False,
         masks: Sequence[Tensor | None] | None = None,
     ) -> None:
-        defaults = dict(zip(_OPTIONS, (lr, momentum, dampening, weight_decay, nesterov), strict=True))
-        _check_options(defaults)
-        self._places: dict[Tensor, Place] = {}
-        super().__init__(params, defaults)
-        if masks is not None:
-            self.set_masks(masks)
+        options = (lr, momentum, dampening, weight_decay, nesterov)
+        super().__init__(params, dict(zip(_OPTIONS, options, strict=True)), masks)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; they train whole until the next ``set_masks``.
+    @staticmethod
+    def check(options: dict[str, Any]) -> None:
+        """Refuse an option outside its range, by its config key.
 
         Raises:
-            ValueError: an option outside its range.
+            ValueError: one line that names it.
 
         """
-        _check_options({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-
-    @torch.no_grad()
-    def set_masks(self, masks: Sequence[Tensor | None]) -> None:
-        """Let only these coordinates train from now on, and forget the momentum of the others.
-
-        Args:
-            masks: beside the parameters, over all groups in order: bool of the parameter's shape; None trains all.
-
-        Raises:
-            ValueError: their number, a shape or a dtype is wrong; the masks then stay as they were.
-
-        """
-        params = [p for group in self.param_groups for p in group["params"]]
-        if len(masks) != len(params):
-            raise ValueError(f"masks has {len(masks)} entries, but there are {len(params)} parameters; give one each")
-        for index, (mask, param) in enumerate(zip(masks, params, strict=True)):
-            _check_mask(index, mask, param)
-        partial = {p: m for p, m in zip(params, masks, strict=True) if m is not None and not bool(m.all())}
-        before, self._places = self._places, {p: Place.of(m, p) for p, m in partial.items()}
-        for param in params:
-            if (buffer := self.state.get(param, {}).get("momentum_buffer")) is not None:
-                whole = _spread(buffer, before.get(param), param)
-                place = self._places.get(param)
-                self.state[param]["momentum_buffer"] = whole if place is None else place.gather(whole)
-
-    @property
-    def index_bytes(self) -> int:
-        """Bytes that the masks cost, beside the momentum of what trains."""
-        return sum(place.index.nbytes for place in self._places.values())
+        momentum, dampening = options["momentum"], options["dampening"]
+        check_positive("optimizer.lr", options["lr"])
+        if not (finite(momentum) and 0 <= momentum < 1):
+            raise ValueError(f"optimizer.momentum must be at least 0 and below 1, not {momentum!r}")
+        for name in ("dampening", "weight_decay"):
+            check_not_negative(f"optimizer.{name}", options[name])
+        if options["nesterov"] and (momentum == 0 or dampening != 0):
+            raise ValueError("optimizer.nesterov needs optimizer.momentum above 0 and optimizer.dampening=0")
 
     def reset(self) -> None:
         """Forget the momentum, so that the next step is a first step; its memory is kept and overwritten then."""
         for state in self.state.values():
             state["fresh"] = True
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Move every parameter that has a gradient; gradients stay as they are.
-
-        Args:
-            closure: evaluates the model again and returns the loss.
-
-        Returns:
-            What the closure returned.
-
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.update()
-        return loss
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Do what ``step`` does, without torch's hooks and profiler range, which cost more than a small step itself."""
-        for group in self.param_groups:
-            options = {name: group[name] for name in _OPTIONS}
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, param.grad, options)
-
-    def _update(self, param: Tensor, grad: Tensor, options: dict[str, Any]) -> None:
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """Step one parameter where it trains, with its momentum if it has any."""
-        place, state = self._places.get(param), self.state[param] if options["momentum"] else {}
-        buffer, fresh = state.get("momentum_buffer"), state.get("fresh", False)
-        if place is None:
-            if buffer is not None and buffer.shape != param.shape:
-                buffer = _spread(buffer, None, param)
-            buffer = _update_whole(param, grad, buffer, fresh, options)
-        else:
-            buffer = _update_at(place, param, grad, buffer, fresh, options)
-        if options["momentum"]:
-            state["momentum_buffer"], state["fresh"] = buffer, False
+        options = {name: group[name] for name in _OPTIONS}
+        if not options["momentum"]:
+            self._move(param, grad, None, False, options)
+            return
+        state, buffer = self.state[param], self._moment(param, "momentum_buffer")
+        state["momentum_buffer"] = self._move(param, grad, buffer, state.get("fresh", False), options)
+        state["fresh"] = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Keep the masks in a ``copy.deepcopy``; ``state_dict`` leaves them out."""
-        return {**super().__getstate__(), "_places": self._places}
+    def _move(
+        self, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
+    ) -> Tensor | None:
+        place = self._places.get(param)
+        if place is None:
+            return _update_whole(param, grad, buffer, fresh, options)
+        return _update_at(place, param, grad, buffer, fresh, options)
+
+    def _begin(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
+        """Make the momentum, or zero it if it was reset; who has any still takes the next step as a first one.
+
+        So a client whose first step comes later than the others' starts from zero momentum. Only with dampening is
+        that another step than a first one.
+        """
+        if not group["momentum"]:
+            return
+        state, buffer = self.state[param], self._moment(param, "momentum_buffer")
+        if buffer is None or state.get("fresh", False):
+            buffer, state["fresh"] = self._zeros(param) if buffer is None else buffer.zero_(), True
+        state["momentum_buffer"] = buffer
 
 
 def _update_whole(
@@ -260,59 +219,7 @@ def _update_at(
 ) -> Tensor | None:
     """Step what trains of a parameter, a chunk after the other; the momentum of what trains, if any."""
     if buffer is None and options["momentum"]:
-        buffer, fresh = place.gather(grad if grad.stride() == param.stride() else laid_like(grad, param)), True
-    elif buffer is not None and buffer.numel() != place.numel:
-        buffer = place.gather(_spread(buffer, None, param))  # of a state that was stored without a mask
-    seen, steep = place.see(param), place.see(grad if grad.stride() == param.stride() else laid_like(grad, param))
-    for index, part in place.chunks(buffer):
-        values = seen.index_select(place.dim, index)
-        sgdm_update(values, steep.index_select(place.dim, index), part, fresh=fresh, **options)
-        seen.index_copy_(place.dim, index, values)
+        buffer, fresh = param.new_empty(place.gathered), True
+    for values, steep, (part,), _ in place.trained(param, grad, buffer):
+        sgdm_update(values, steep, part, fresh=fresh, **options)
     return buffer
-
-
-def _spread(buffer: Tensor, place: Place | None, param: Tensor) -> Tensor:
-    """Lay momentum out like its parameter, zero where nothing trained.
-
-    Raises:
-        ValueError: momentum of another number of coordinates: it was stored under another mask.
-
-    """
-    if buffer.numel() != (param.numel() if place is None else place.numel):
-        raise ValueError(
-            f"momentum of {buffer.numel()} coordinates does not fit a parameter of {param.numel()}: it was stored "
-            "under another mask; give that one before loading"
-        )
-    return laid_like(buffer, param) if place is None else place.scatter(buffer, param)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuse an option outside its range, by its config key."""
-    lr, momentum, dampening, decay = (options[name] for name in _OPTIONS[:4])
-    if not (_finite(lr) and lr > 0):
-        raise ValueError(f"optimizer.lr must be a positive, finite number, not {lr!r}")
-    if not (_finite(momentum) and 0 <= momentum < 1):
-        raise ValueError(f"optimizer.momentum must be at least 0 and below 1, not {momentum!r}")
-    for name, value in (("dampening", dampening), ("weight_decay", decay)):
-        if not (_finite(value) and value >= 0):
-            raise ValueError(f"optimizer.{name} must be a finite number of 0 or more, not {value!r}")
-    if options["nesterov"] and (momentum == 0 or dampening != 0):
-        raise ValueError("optimizer.nesterov needs optimizer.momentum above 0 and optimizer.dampening=0")
-
-
-def _finite(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_mask(index: int, mask: Any, param: Tensor) -> None:
-    """Refuse a mask that does not fit its parameter."""
-    if mask is None:
-        return
-    kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-    if kind != torch.bool:
-        raise ValueError(f"masks[{index}] is {kind}; it must be a bool tensor of shape {tuple(param.shape)}, or None")
-    if mask.shape != param.shape:
-        raise ValueError(f"masks[{index}] has shape {tuple(mask.shape)}; its parameter has {tuple(param.shape)}")
-    if sum((size - 1) * step for size, step in zip(param.shape, param.stride(), strict=True)) + 1 > param.numel() > 0:
-        raise ValueError(f"masks[{index}] is for a parameter with gaps in its memory; give a contiguous one, or None")

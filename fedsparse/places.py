@@ -6,8 +6,10 @@ Shapes: P coordinates of the space, n of them train; N entries of a dimension; K
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from fedsparse.space import ParamSpace
 
 CHUNK = 1 << 17  # coordinates at once on a CPU: they stay in its cache, and values and a long index need no second row
+Moment = TypeVar("Moment", Tensor, Tensor | None)
 _LARGE = 1 << 16  # coordinates of a tensor that is worth a step of its own
 
 
@@ -148,9 +151,14 @@ class Place:
         return cls(shape, dim, _narrow(marks.nonzero().squeeze(1), shape[dim]).to(param.device))
 
     @property
+    def gathered(self) -> tuple[int, ...]:
+        """Shape of what trains: (n,), (n, coordinates of a unit) or (K, n)."""
+        return tuple(len(self.index) if dim == self.dim else size for dim, size in enumerate(self.shape))
+
+    @property
     def numel(self) -> int:
         """Coordinates that train."""
-        return len(self.index) * math.prod(self.shape) // self.shape[self.dim]
+        return math.prod(self.gathered)
 
     def see(self, tensor: Tensor) -> Tensor:
         """View a dense tensor's memory in this shape."""
@@ -167,17 +175,41 @@ class Place:
         self.see(out).index_copy_(self.dim, self.index.long(), values)
         return out
 
-    def chunks(self, buffer: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Split index and momentum for one pass over them; the index comes as int64, which torch writes by."""
+    def trained(
+        self, param: Tensor, grad: Tensor, *moments: Moment
+    ) -> Iterator[tuple[Tensor, Tensor, Sequence[Moment], Tensor]]:
+        """Give what trains a chunk after the other: values, gradient, moments, index; the values are written back."""
+        seen, steep = self.see(param), self.see(grad if grad.stride() == param.stride() else laid_like(grad, param))
+        for index, parts in self._chunks(*moments):
+            values = seen.index_select(self.dim, index)
+            yield values, steep.index_select(self.dim, index), parts, index
+            seen.index_copy_(self.dim, index, values)
+
+    def _chunks(self, *moments: Moment) -> Iterator[tuple[Tensor, Sequence[Moment]]]:
+        """Split index and moments for one pass over them; the index comes as int64, which torch writes by."""
         n, wide = len(self.index), math.prod(self.shape) // max(1, self.shape[self.dim])
         size = max(1, CHUNK // wide) if self.index.device.type == "cpu" else n
         if n <= size:
-            yield self.index.long(), buffer
+            yield self.index.long(), moments
             return
         for low in range(0, n, size):
             length = min(size, n - low)
             index = self.index.narrow(0, low, length).long()
-            yield index, None if buffer is None else buffer.narrow(self.dim, low, length)
+            yield index, [None if m is None else m.narrow(self.dim, low, length) for m in moments]
+
+    def by_client(self, values: Tensor, clients: int) -> Sequence[Tensor]:
+        """View gathered values as what is each client's, who are the parameter's first dimension: K tensors."""
+        if self.dim == 1:
+            return values.unbind(0)
+        first = torch.arange(clients + 1, dtype=self.index.dtype, device=self.index.device) * (self.shape[0] // clients)
+        return [values[low:high] for low, high in pairwise(torch.searchsorted(self.index, first).tolist())]
+
+    def of_clients(self, values: Tensor, index: Tensor) -> Tensor:
+        """Lay K numbers, one of each client, beside the gathered entries of ``index``: (K, 1), (n,) or (n, 1)."""
+        if self.dim == 1:
+            return values.unsqueeze(1)
+        found = values[index // (self.shape[0] // len(values))]
+        return found if len(self.shape) == 1 else found.unsqueeze(1)
 
 
 def _marks(mask: Tensor, param: Tensor) -> tuple[tuple[int, ...], int, Tensor]:

@@ -65,6 +65,7 @@ class Small:
     lr: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 0.0
+    make: Any = None  # builds another optimizer of the clients than SparseSGDM
     clip: float | None = None
     server: Any = partial(torch.optim.SGD, lr=1.0)
     schedule: Any = constant
@@ -84,7 +85,8 @@ class Small:
         self.plan = RoundPlan(self.parts, self.work, sample, self.cohort, self.seed, self.processes, self.process)
         self.space = self.space or ParamSpace.of(self.net)
         row = torch.ones(self.space.size, dtype=torch.bool) if self.mask is None else self.mask
-        make = partial(SparseSGDM, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        sgdm = partial(SparseSGDM, momentum=self.momentum, weight_decay=self.weight_decay)
+        make = partial(self.make or sgdm, lr=self.lr)
         self.module = self.client(
             self.net,
             self.space,

@@ -163,6 +163,13 @@ BAD_EXCHANGE = [
     ("exchange.attackers=2 exchange.attack_scale=big", "exchange.attack_scale is 'big'; it must be a finite number"),
     (f"objective=scaffold {TOPK}", "objective=scaffold needs exchange=full or exchange=masked, with one mask"),
     ("objective=scaffold mask.owner=client", "objective=scaffold needs .* one mask for all clients"),
+    (
+        "aggregation=fednova optimizer=adam",
+        "aggregation=fednova and .* need optimizer=sgdm: their step weights are those",
+    ),
+    ("objective=scaffold optimizer=adamw", "objective=scaffold need optimizer=sgdm"),
+    ("optimizer=adam optimizer.betas=[0.9,1]", "optimizer.betas must be two numbers of at least 0 and below 1"),
+    ("optimizer=adamw optimizer.eps=0", "optimizer.eps must be a positive, finite number, not 0"),
     ("objective=fedprox objective.mu=-1", "objective.mu is -1; it must be a finite number of 0 or more"),
     (f"{KRUM}.attackers=8", "aggregation.average.attackers is 8; of 10 clients in a round it must be 0 to 7"),
     (f"{KRUM}.attackers=1.5", "aggregation.average.attackers is 1.5"),

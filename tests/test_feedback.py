@@ -20,6 +20,7 @@ from fedsparse.federation.objective import FedProx, Plain, Scaffold
 from fedsparse.federation.robust import krum, median, multi_krum
 from fedsparse.federation.rules import RandomK, Threshold, TopK
 from fedsparse.federation.update import Update
+from fedsparse.optim import SparseSGDM
 
 N = 600
 
@@ -218,8 +219,11 @@ def test_filters_that_are_not_asked_for_are_none():
         precision("int4")
 
 
+sgdm = SparseSGDM([torch.zeros(1)], lr=0.1)
+
+
 def together(rule=None, *filters, aggregation=WeightedMean, objective=Plain, **options):
-    return lambda: check_together(exchange_of(rule, *filters, size=4, **options), aggregation(), objective())
+    return lambda: check_together(exchange_of(rule, *filters, size=4, **options), aggregation(), objective(), sgdm)
 
 
 def own_masks(clients):

@@ -92,7 +92,7 @@ def flow(net, x):
 
 
 def test_synflow_of_two_linear_layers_by_hand():
-    """R = |w2_1| (|w_11| + |w_12|) + |w2_2| (|w_21| + |w_22|) = 1 * 3 + 2 * 3.5 = 10, the sum of each layer's scores."""
+    """R = |w2_1| (|w_11| + |w_12|) + |w2_2| (|w_21| + |w_22|) = 1 * 3 + 2 * 3.5 = 10, what each layer's sum to."""
     found = flow(linear_net(), torch.tensor([[9.0, -9.0]]))
     assert found.tolist() == [1, 2, 6, 1, 3, 7]
     assert found.dtype == torch.float64

@@ -30,6 +30,11 @@ KEEPING = {  # what lasts over rounds beside the model: with clients, at the ser
     "scaffold": ["objective=scaffold"],
     "scaffold in a file": ["objective=scaffold", "federation.store=file"],
     "fedyogi, freeze": ["exchange=topk", "server=fedyogi", "server.untouched=freeze"],
+    "adamw, whose moments end with the round": [
+        "optimizer=adamw",
+        "federation.local_steps=null",
+        "federation.local_epochs=1",
+    ],
     "topk of few": ["exchange=topk", "exchange.fraction=0.01", "federation.clients_per_round=4"],
 }
 SERVERS = [["server=fedavg"], ["server=fedavgm", "schedule=cosine"], ["server=fedadam", "federation.eval_every=2"]]

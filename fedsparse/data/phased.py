@@ -52,10 +52,10 @@ class PhasedPlan:
             round -= rounds
         return self.stages[-1][1], round
 
-    def clients(self, round: int) -> int:
-        """Count the clients of a round."""
+    def sample(self, round: int) -> Sequence[int]:
+        """List the clients of a round."""
         plan, own = self.at(round)
-        return len(plan.sample(own))
+        return plan.sample(own)
 
     def number_of_cohorts(self, round: int) -> int:
         """Cohorts of one round, as many for each process."""

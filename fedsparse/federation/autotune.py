@@ -17,7 +17,7 @@ from fedsparse.federation.client import ClientModule
 
 SECONDS = 2.0
 GAIN = 0.97  # a larger cohort has to take less than this share of a smaller one's time: clocks are noisy
-ROWS = 4  # values, gradient, momentum and change of each client
+ROWS = 3  # values, gradient and change of each client, beside the optimizer's moments
 SHARE = 0.5  # of the free memory that a cohort may take
 
 Make = Callable[[int], ClientModule]
@@ -111,7 +111,7 @@ def client_bytes(module: ClientModule, batch: Batch) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         _step(module, batch, 1)()
-    return ROWS * module.theta.nbytes + sum(kept.values())
+    return (ROWS + len(module.local.moments)) * module.theta.nbytes + sum(kept.values())
 
 
 def free_memory(device: torch.device) -> int:

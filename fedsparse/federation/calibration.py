@@ -67,12 +67,14 @@ class Calibrated:
         mask: the coordinates that train; with ``mask.owner=client`` those that some client trains.
         bitmaps: uint8 (N, B), each client's own mask; empty with ``mask.owner=global``.
         overlap: Jaccard index with the final mask of what the rule would have given after each earlier round.
+        observed: what the rule knows in the end, (P,), for masks that are chosen later; None without calibration.
 
     """
 
     mask: Mask
     bitmaps: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
     overlap: tuple[float, ...] = ()
+    observed: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,11 @@ class Source:
 
 def calibrate(setting: Setting, work: Work) -> Calibrated:
     """Choose one mask for all clients."""
-    masks = [_mask(setting, work, state, ()) for state in _rounds(setting, work)]
-    return Calibrated(masks[-1], overlap=tuple(mask.overlap(masks[-1]) for mask in masks[:-1]))
+    masks, state = [], None
+    for state in _rounds(setting, work):
+        masks.append(_mask(setting, work, state, ()))
+    overlap = tuple(mask.overlap(masks[-1]) for mask in masks[:-1])
+    return Calibrated(masks[-1], overlap=overlap, observed=None if state is None else state.cpu())
 
 
 def calibrate_clients(setting: Setting, work: Work) -> Calibrated:
@@ -202,9 +207,15 @@ def _sources(setting: Setting, work: Work, round: int, state: Tensor | None) -> 
     up, down = work.rule.traffic(setting.space, state)
     head = int(setting.space.where(work.head).sum())
     setting.ledger.first_model(clients, setting.model_length)
+    setting.ledger.client_steps += sum(_batches(setting, work, client) for client in clients)
     sent, told = (known_size(count, 0, torch.float32).total for count in (up // 4, head))
     setting.ledger.setup(len(clients), up=sent, down=told + down)
     return [_own(setting, client) for client in clients]
+
+
+def _batches(setting: Setting, work: Work, client: int) -> int:
+    """Count the batches that a client goes through in a calibration round."""
+    return min(work.calibration.batches, -(-len(setting.parts[client]) // setting.batch_size))
 
 
 def _mask(setting: Setting, work: Work, state: Tensor | None, owner: tuple[int, ...]) -> Mask:

@@ -16,6 +16,8 @@ from fedsparse.keys import Purpose, torch_generator
 from fedsparse.masks import Mask, MaskRule, Sparsity
 from fedsparse.space import ParamSpace
 
+NOTHING = "this mask lets no weight train: lower sparsity.ratio, or let the head train (head.frozen)"
+
 
 @dataclass
 class MaskChoice:

@@ -89,8 +89,8 @@ class ClientModule(lightning.LightningModule):
         self.register_buffer("bitmaps", torch.zeros(0, 0, dtype=torch.uint8))
         self.loss_scale = 1.0
         self.mean_loss: tuple[float, ...] = ()
-        self.patience: int | None = None
-        self.epochs = 1
+        self.patience: int | None = None  # of the phase, as is what follows
+        self.epochs, self.explores = 1, False
         self.steps = 0
 
     def set_mask(self, mask: Tensor, bitmaps: Tensor | None = None) -> None:
@@ -279,18 +279,17 @@ class ClientModule(lightning.LightningModule):
         self.frozen = None if self.clip_norm is None or bool(mask.all()) else ~mask
 
     def _step_where(self, count: Sequence[int]) -> None:
-        """Step the clients that have samples; the others keep row and momentum, by selection: NaN * 0 is NaN."""
+        """Step the clients that have samples; the others keep row and state, by selection: NaN * 0 is NaN."""
         if all(count):
             self.local.update()
             return
-        dead = [k for k, n in enumerate(count) if n == 0]
-        momentum = self.local.state[self.theta].get("momentum_buffer")
-        rows = [self.theta.detach(), *([] if momentum is None else [momentum.view(self.cohort, -1)])]
-        before = [(t, t[dead].clone()) for t in rows]
+        dead, states = [k for k, n in enumerate(count) if n == 0], self.local.rows(self.cohort)
+        before, kept = self.theta.detach()[dead], [(view, view.clone()) for k in dead for view in states[k]]
         self.local.update()
         with torch.no_grad():
-            for tensor, old in before:
-                tensor[dead] = old
+            self.theta[dead] = before
+            for view, old in kept:
+                view.copy_(old)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the clients' momentum out: it does not outlive the round. Keep K, which may have been measured."""

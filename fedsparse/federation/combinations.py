@@ -14,10 +14,13 @@ from fedsparse.federation.filters import SignFlip
 from fedsparse.federation.fractions import check_fraction
 from fedsparse.federation.objective import Objective
 from fedsparse.federation.rules import Pattern
+from fedsparse.optim import SparseSGDM
 from fedsparse.space import ParamSpace
 
 
-def check_together(exchange: Exchange, aggregation: Aggregation, objective: Objective) -> None:
+def check_together(
+    exchange: Exchange, aggregation: Aggregation, objective: Objective, optimizer: torch.optim.Optimizer
+) -> None:
     """Refuse parts that would give wrong results together.
 
     Raises:
@@ -33,6 +36,11 @@ def check_together(exchange: Exchange, aggregation: Aggregation, objective: Obje
         raise ValueError("exchange.compat=original averages over senders: set aggregation=coordinate_mean")
     if objective.messages and exchange.own:
         raise ValueError("objective=scaffold needs exchange=full or exchange=masked, with one mask for all clients")
+    if (objective.messages or isinstance(aggregation, FedNova)) and not isinstance(optimizer, SparseSGDM):
+        raise ValueError(
+            "aggregation=fednova and objective=scaffold need optimizer=sgdm: their step weights are those of SGD with "
+            "momentum"
+        )
 
 
 def check_sizes(exchange: Exchange, aggregation: Aggregation, clients: int, taking_part: int) -> None:

@@ -86,6 +86,7 @@ def probe(setting: Setting, head: Patterns, steps: int, lr: float) -> None:
             _descend(parameters, _mean_gradient(setting, parameters, step, clients), lr)
             setting.ledger.first_model(clients, setting.model_length)
             setting.ledger.setup(len(clients), up=message, down=message)
+            setting.ledger.client_steps += len(clients)
 
 
 @torch.no_grad()

@@ -86,7 +86,8 @@ class Personal(lightning.Callback):
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Open the round: who does not take part is evaluated on the global model."""
         self.figures, self.found = {}, list[Row]()
-        self.due = (trainer.current_epoch + 1) % self.every == 0 or trainer.current_epoch + 1 == trainer.max_epochs
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        self.due = ((trainer.current_epoch + 1) % self.every == 0 or last) and not module.explores
         if self.due:
             self.groups = self._groups(trainer.datamodule, trainer.current_epoch)  # type: ignore[attr-defined]
             self._all(trainer, module, {OTHERS: self.groups.get(OTHERS, [])}, START)
@@ -103,7 +104,7 @@ class Personal(lightning.Callback):
         """Evaluate the new global model after the last cohort, and write the round down."""
         if self.due and trainer.is_last_batch:
             self._all(trainer, module, self.groups, GLOBAL)
-            self._close(batch.round + 1)
+            self._close(trainer.current_epoch + 1)
 
     def cohort(self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, model: str) -> None:
         """Evaluate the rows of a cohort, each on its client's test part."""

@@ -130,6 +130,7 @@ class FederatedRounds(lightning.Callback):
         self.arrived: list[int] = []
         self.row = self._travelling(module)
         module.patience, module.epochs = self.phase.patience, self.phase.local_epochs or 1
+        module.explores = self.phase.explores
         self._set_rate(module)
 
     def _set_rate(self, module: ClientModule) -> None:
@@ -223,19 +224,19 @@ class FederatedRounds(lightning.Callback):
 
     def _kept(self, update: Update, rows: Tensor) -> Kept:
         """Local coordinates and buffers that those keep whose update counts."""
-        counted = counted(update)
-        clients = tuple(update.clients[k] for k in counted)
-        local = {LOCAL: (clients, rows[:, self.local][counted].cpu())} if self.keeps_local else {}
+        those = counted(update)
+        clients = tuple(update.clients[k] for k in those)
+        local = {LOCAL: (clients, rows[:, self.local][those].cpu())} if self.keeps_local else {}
         buffers = self.buffers.kept()
-        return local if buffers is None else local | {BUFFERS: (clients, buffers[counted])}
+        return local if buffers is None else local | {BUFFERS: (clients, buffers[those])}
 
     def _variates(self, update: Update, lr: float) -> Kept:
         """What the objective lets those keep whose update counts."""
         if not self.objective.stores:
             return {}
         kept = self.objective.finish(update.rows, update.clients, lr, update.steps)
-        counted = counted(update)
-        return {name: (tuple(ids[k] for k in counted), rows[counted].cpu()) for name, (ids, rows) in kept.items()}
+        those = counted(update)
+        return {name: (tuple(ids[k] for k in those), rows[those].cpu()) for name, (ids, rows) in kept.items()}
 
     def _tell(self, report: Report) -> None:
         """Note what a cohort leaves; of several processes all do at the round's end, when they hear of it."""
@@ -325,28 +326,23 @@ class FederatedRounds(lightning.Callback):
 
     def _remask(self, trainer: lightning.Trainer, module: ClientModule, mask: Tensor) -> None:
         """Let other coordinates train: all that is kept of each follows, and clients are sent the mask."""
-        before, travelled = module.trained, self._travel(module)
-        kept_local = Coordinates(torch.as_tensor(module.mask) & module.space.local.to(module.device))
+        before, travelled, stayed = module.trained, self._only(module, False), self._only(module, True)
         module.remask(mask, prune=self.choice is not None and self.choice.prunes)
         trainer.optimizers = [module.local, module.server.optimizer]
         self._see_trained(module)
         move = Move(before, module.trained)
         self.exchange.follow(mask)
         self.objective.follow(move)
-        for name, store in self.stores.items():
-            if name != BUFFERS:
-                store.convert(
-                    Move(kept_local, Coordinates(mask & module.space.local.to(module.device)))
-                    if name == LOCAL
-                    else move
-                )
-        self.downlink.follow(Move(travelled, self._travel(module)), self.round)
+        moves = {LOCAL: Move(stayed, self._only(module, True))}
+        for name in self.stores.keys() - {BUFFERS}:
+            self.stores[name].convert(moves.get(name, move))
+        self.downlink.follow(Move(travelled, self._only(module, False)), self.round)
         self.ledger.has_mask.clear()
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
 
-    def _travel(self, module: ClientModule) -> Coordinates:
-        """The coordinates that train and travel, of all P."""
-        return Coordinates(torch.as_tensor(module.mask) & ~module.space.local.to(module.device))
+    def _only(self, module: ClientModule, local: bool) -> Coordinates:
+        """Those of all P coordinates that train, and stay with the client or travel."""
+        return Coordinates(torch.as_tensor(module.mask) & (module.space.local.to(module.device) == local))
 
     def _settle(self, module: ClientModule) -> None:
         """Note what the round moved and who holds what, and write its traffic down."""
