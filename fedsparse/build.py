@@ -7,7 +7,7 @@ import logging
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.images import Inputs, TokenInputs, inputs_for
 from fedsparse.data.partition import client_tests
+from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation import parallel
 from fedsparse.federation.artifacts import Artifacts
 from fedsparse.federation.autotune import choose, measure
 from fedsparse.federation.buffers import Buffers
+from fedsparse.federation.choice import MaskChoice
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.federation.client import HALF, ClientModule, can_stack
 from fedsparse.federation.combinations import check_names, check_sizes, check_together
@@ -39,11 +41,12 @@ from fedsparse.federation.exchange import Exchange, OwnMasks
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.objective import Objective
 from fedsparse.federation.parallel import CohortStrategy
+from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.personal import CLIENTS, Personal
 from fedsparse.federation.precision import HalfPrecision
 from fedsparse.federation.progress import RoundProgress
 from fedsparse.federation.rounds import BUFFERS, LOCAL, FederatedRounds
-from fedsparse.federation.sampling import participants
+from fedsparse.federation.sampling import participants, uniform
 from fedsparse.federation.server import Server
 from fedsparse.federation.store import ClientStore, make_store
 from fedsparse.federation.tracking import GracefulStop, RoundLog
@@ -71,6 +74,8 @@ class Federation:
     space: ParamSpace
     count: int
     plan: RoundPlan
+    phased: PhasedPlan
+    phases: Phases
     sample: Any
     inputs: Inputs | TokenInputs
 
@@ -116,7 +121,34 @@ def build_federation(cfg: DictConfig) -> Federation:
     work = LocalWork(cfg.data.batch_size, federation.local_steps, federation.local_epochs, federation.weight)
     bound = 1 if federation.cohort == AUTO else federation.cohort
     plan = RoundPlan(parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())
-    return Federation(dataset, parts, tests, net, space, count, plan, sample, inputs)
+    phases = Phases.of(OmegaConf.to_container(cfg.phases, resolve=True))  # type: ignore[arg-type]
+    phased = PhasedPlan([(phase.rounds, _plan_of(cfg, phase, plan, eligible)) for phase in phases.rounds], plan)
+    return Federation(dataset, parts, tests, net, space, count, plan, phased, phases, sample, inputs)
+
+
+def _plan_of(cfg: DictConfig, phase: Phase, plan: RoundPlan, eligible: Sequence[int]) -> RoundPlan:
+    """Plan a phase: who takes part and what each does, the federation's own where the phase has no word of it."""
+    work, purpose, sample = _work(phase, plan.work), Purpose.BATCHES, plan.sample
+    if phase.explores:
+        purpose = Purpose.EXPLORE
+    if phase.explores or phase.clients is not None:
+        share = cfg.federation.clients_per_round if phase.clients is None else phase.clients
+        chosen = participants(share, cfg.federation.num_clients)
+        stream = Purpose.EXPLORERS if phase.explores else Purpose.SAMPLING
+        sample = partial(uniform, eligible=eligible, count=chosen, seed=cfg.seed, purpose=stream)
+    alone = phase.explores and phase.updates_model
+    if alone and plan.processes > 1:
+        raise ValueError("explore.keep_model=true lets one client go on from the other, so it needs one process")
+    return RoundPlan(
+        plan.parts, work, sample, plan.bound, plan.seed, plan.processes, plan.process, purpose, alone
+    )
+
+
+def _work(phase: Phase, work: LocalWork) -> LocalWork:
+    """What a client does in a round of a phase."""
+    given = phase.local_steps is not None or phase.local_epochs is not None
+    steps = {"steps": phase.local_steps, "epochs": phase.local_epochs} if given else {}
+    return replace(work, **steps, weight=phase.weight or work.weight)
 
 
 def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], space: ParamSpace) -> None:
@@ -286,10 +318,15 @@ def build_exchange(
 
 
 def build_rounds(
-    cfg: DictConfig, federation: Federation, mask: Mask, ledger: Ledger, module: ClientModule, folder: Path
+    cfg: DictConfig,
+    federation: Federation,
+    choice: MaskChoice,
+    ledger: Ledger,
+    module: ClientModule,
+    folder: Path,
 ) -> FederatedRounds:
     """Build the protocol of a round; what clients keep may lie in the run folder."""
-    row = mask.row(federation.space)
+    row = torch.as_tensor(module.mask).cpu()
     exchange = build_exchange(cfg, row, federation.space.local, module.own_masks, federation.space)
     check_names(exchange, federation.space, row)
     make = partial(_store, cfg.federation.store, folder)
@@ -306,7 +343,9 @@ def build_rounds(
         schedule=instantiate(cfg.schedule),
         seed=cfg.seed,
         model_length=federation.model_length,
-        mask_length=0 if bool(row.all()) else len(mask.to_bytes()),
+        mask_length=0 if bool(row.all()) else len(Mask.of(federation.space, row).to_bytes()),
+        phases=federation.phases,
+        choice=choice,
         traffic=Traffic(folder / TRAFFIC if parallel.process() == 0 else None),
     )
 
@@ -351,7 +390,7 @@ def build_callbacks(
     """Build all callbacks; ``shared`` if other runs write to the same terminal at the same time."""
     config = {**OmegaConf.to_container(cfg, resolve=True), "density": mask.by_layer()}  # type: ignore[dict-item]
     evaluation = Evaluation(federation.tests)
-    progress = RoundProgress(rounds, evaluation, len(federation.plan.sample(0)), shared=shared)
+    progress = RoundProgress(rounds, evaluation, federation.phased, shared=shared)
     chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     others = [progress, Artifacts(folder, config), *chosen, *build_checkpoints(cfg, folder)]
     personal = build_personal(cfg, folder / CLIENTS if parallel.process() == 0 else None)
@@ -396,7 +435,7 @@ def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any]) -> 
     return instantiate(cfg.trainer)(
         **half,
         **several,
-        max_epochs=cfg.federation.rounds,
+        max_epochs=callbacks.rounds.phases.total,
         check_val_every_n_epoch=cfg.federation.eval_every,
         callbacks=callbacks.listed(),
         logger=loggers,
@@ -413,7 +452,7 @@ def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any]) -> 
 def build_datamodule(cfg: DictConfig, federation: Federation) -> FederatedDataModule:
     """Build the loaders of cohorts and splits."""
     chosen = augment(cfg.data.augment)
-    return FederatedDataModule(federation.dataset, federation.plan, federation.tests, augment=chosen, **streaming(cfg))
+    return FederatedDataModule(federation.dataset, federation.phased, federation.tests, augment=chosen, **streaming(cfg))
 
 
 def streaming(cfg: DictConfig) -> dict[str, Any]:

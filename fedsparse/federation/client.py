@@ -22,8 +22,8 @@ from fedsparse.federation.objective import Objective, Plain, Rows, step_weights
 from fedsparse.federation.patience import Counts, Patience
 from fedsparse.federation.server import MakeOptimizer, Server
 from fedsparse.federation.stacked import StackedRows
+from fedsparse.masked import MaskedOptimizer
 from fedsparse.masks.bitmaps import unpack
-from fedsparse.optim import SparseSGDM
 from fedsparse.places import Coordinates, Piece, pieces
 from fedsparse.space import ParamSpace
 
@@ -68,7 +68,7 @@ class ClientModule(lightning.LightningModule):
         net: nn.Module,
         space: ParamSpace,
         mask: Tensor,
-        make_optimizer: Callable[[list[Tensor]], SparseSGDM],
+        make_optimizer: Callable[[list[Tensor]], MaskedOptimizer],
         make_server_optimizer: MakeOptimizer,
         cohort: int = 1,
         clip_norm: float | None = None,
@@ -124,7 +124,7 @@ class ClientModule(lightning.LightningModule):
         return F.cross_entropy(forward(x), y, reduction="none")
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Make the clients' rows and SparseSGDM, and the server with its optimizer; Lightning stores the latter."""
+        """Make the clients' rows and their optimizer, and the server with its optimizer; Lightning stores the latter."""
         row = self.space.read(self.net)
         self._make_rows(row)
         self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained, self.untouched)
@@ -195,7 +195,7 @@ class ClientModule(lightning.LightningModule):
         """Run the whole local training of the cohort; leaves the rows in ``theta`` and the losses in ``mean_loss``."""
         x, y = self.trainer.datamodule.fetch(cohort)  # type: ignore[attr-defined]
         batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
-        counts = cohort.count
+        counts: Counts = cohort.count
         if self.patience is None:
             losses = [self.local_step(*batch, count) for batch, count in zip(batches, counts, strict=True)]
         else:

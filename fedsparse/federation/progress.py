@@ -12,6 +12,7 @@ import lightning
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.rounds import FederatedRounds
@@ -38,7 +39,7 @@ class RoundProgress(lightning.Callback):
     Args:
         rounds: loss and bytes are read from it.
         evaluation: accuracy is read from it.
-        clients: clients of a round.
+        plan: the clients of every round.
         console: where to write; standard error by default.
         shared: whether other runs write there at the same time; then rounds go to run.log alone.
 
@@ -48,11 +49,11 @@ class RoundProgress(lightning.Callback):
         self,
         rounds: FederatedRounds,
         evaluation: Evaluation,
-        clients: int,
+        plan: PhasedPlan,
         console: Console | None = None,
         shared: bool = False,
     ) -> None:
-        self.rounds, self.evaluation, self.clients = rounds, evaluation, clients
+        self.rounds, self.evaluation, self.plan = rounds, evaluation, plan
         self.console = console or Console(file=sys.stderr)
         self.bar = self.console.is_terminal and not shared
         self.lines = not self.console.is_terminal and not shared
@@ -72,15 +73,14 @@ class RoundProgress(lightning.Callback):
             disable=not self.bar,
             refresh_per_second=5,
         )
-        total = int(trainer.max_epochs or 0) * self.clients
-        self.task = self.progress.add_task(
-            "round", total=total, completed=trainer.current_epoch * self.clients, status=""
-        )
+        total, done = self._clients(int(trainer.max_epochs or 0)), self._clients(trainer.current_epoch)
+        self.task = self.progress.add_task("round", total=total, completed=done, status="")
         self.progress.start()
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Note the time and start counting clients."""
         self.seen, self.began = 0, time.perf_counter()
+        self.before, self.clients = self._clients(trainer.current_epoch), len(self.plan.sample(trainer.current_epoch))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Cohort, batch_idx: int
@@ -88,15 +88,14 @@ class RoundProgress(lightning.Callback):
         """Move the bar by the cohort's clients."""
         self.seen += len(batch.members)
         if self.bar:
-            done = trainer.current_epoch * self.clients + self.seen
-            where = f"round {trainer.current_epoch + 1}/{trainer.max_epochs}, client {self.seen:>2}/{self.clients}"
-            self.progress.update(self.task, completed=done, description=where, status=self._status())
+            where = f"{self._where()}, client {self.seen:>2}/{self.clients}"
+            self.progress.update(self.task, completed=self.before + self.seen, description=where, status=self._status())
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write a line to run.log, and to where there is no terminal."""
         self.accuracy = self.evaluation.figures.get("val/acc", self.accuracy)
         seconds = time.perf_counter() - self.began
-        line = f"round {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._status()}  {seconds:.1f} s"
+        line = f"{self._where()}  {self._status()}  {seconds:.1f} s"
         log.info(line)
         if self.lines:
             print(line, file=self.console.file, flush=True)
@@ -110,6 +109,15 @@ class RoundProgress(lightning.Callback):
         """Give the terminal back."""
         if hasattr(self, "progress"):
             self.progress.stop()
+
+    def _clients(self, rounds: int) -> int:
+        """Count the clients of so many rounds."""
+        return sum(len(self.plan.sample(round)) for round in range(rounds))
+
+    def _where(self) -> str:
+        """Name the round that is open or has just closed; a learning round is called a round."""
+        phase, own = self.rounds.phase, self.rounds.own
+        return f"{'round' if phase.name == 'learn' else phase.name} {own + 1}/{phase.rounds}"
 
     def _status(self) -> str:
         """Loss of the last closed round, last validation accuracy, bytes sent so far."""

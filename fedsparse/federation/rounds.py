@@ -121,7 +121,8 @@ class FederatedRounds(lightning.Callback):
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Open the round: its phase, empty sums, and the clients' learning rate."""
         self.round = trainer.current_epoch
-        self.phase, self.own = self.phases.at(self.round)  # type: ignore[union-attr]
+        assert self.phases is not None
+        self.phase, self.own = self.phases.at(self.round)
         groups, size = module.server.values.shape
         self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device, self.exchange.own)
         self.guide = Guide(size, module.device)

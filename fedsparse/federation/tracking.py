@@ -52,9 +52,15 @@ class RoundLog(lightning.Callback):
     def figures(self) -> dict[str, float]:
         """Figures of the round: loss, learning rate, bytes so far, dropped updates so far, evaluation."""
         rounds = self.rounds
+        assert rounds.phases is not None
         training = {"train/loss": rounds.loss, "lr": rounds.lr}
+        if len(rounds.phases.rounds) > 1:
+            training["phase"] = rounds.phases.rounds.index(rounds.phase)
         personal = {} if self.personal is None else self.personal.figures
-        counted = rounds.ledger.figures() | {"dropped_updates": len(rounds.dropped)}
+        counted = rounds.ledger.figures() | {
+            "client_steps": rounds.ledger.client_steps,
+            "dropped_updates": len(rounds.dropped),
+        }
         return training | self.evaluation.figures | personal | counted
 
     def state_dict(self) -> dict[str, Any]:
