@@ -31,8 +31,8 @@ from fedsparse.federation import parallel
 from fedsparse.federation.artifacts import Artifacts
 from fedsparse.federation.autotune import choose, measure
 from fedsparse.federation.buffers import Buffers
-from fedsparse.federation.choice import MaskChoice
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
+from fedsparse.federation.choice import MaskChoice
 from fedsparse.federation.client import HALF, ClientModule, can_stack
 from fedsparse.federation.combinations import check_names, check_sizes, check_together
 from fedsparse.federation.csv import RoundCSV
@@ -41,8 +41,8 @@ from fedsparse.federation.exchange import Exchange, OwnMasks
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.objective import Objective
 from fedsparse.federation.parallel import CohortStrategy
-from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.personal import CLIENTS, Personal
+from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.precision import HalfPrecision
 from fedsparse.federation.progress import RoundProgress
 from fedsparse.federation.rounds import BUFFERS, LOCAL, FederatedRounds
@@ -139,9 +139,7 @@ def _plan_of(cfg: DictConfig, phase: Phase, plan: RoundPlan, eligible: Sequence[
     alone = phase.explores and phase.updates_model
     if alone and plan.processes > 1:
         raise ValueError("explore.keep_model=true lets one client go on from the other, so it needs one process")
-    return RoundPlan(
-        plan.parts, work, sample, plan.bound, plan.seed, plan.processes, plan.process, purpose, alone
-    )
+    return RoundPlan(plan.parts, work, sample, plan.bound, plan.seed, plan.processes, plan.process, purpose, alone)
 
 
 def _work(phase: Phase, work: LocalWork) -> LocalWork:
@@ -452,7 +450,9 @@ def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any]) -> 
 def build_datamodule(cfg: DictConfig, federation: Federation) -> FederatedDataModule:
     """Build the loaders of cohorts and splits."""
     chosen = augment(cfg.data.augment)
-    return FederatedDataModule(federation.dataset, federation.phased, federation.tests, augment=chosen, **streaming(cfg))
+    return FederatedDataModule(
+        federation.dataset, federation.phased, federation.tests, augment=chosen, **streaming(cfg)
+    )
 
 
 def streaming(cfg: DictConfig) -> dict[str, Any]:

@@ -7,11 +7,14 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -20,6 +23,7 @@ from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation import parallel
 from fedsparse.federation.calibration import Calibrated
 from fedsparse.federation.checkpoint import choose_checkpoint, read_checkpoint
+from fedsparse.federation.choice import MaskChoice, zero
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.csv import read_rows
 from fedsparse.federation.ledger import Ledger
@@ -27,7 +31,8 @@ from fedsparse.federation.reports import EveryUpdateDropped
 from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.tracking import hand_on
 from fedsparse.masks import Mask
-from fedsparse.prepare import MASK, OVERLAP, mean_client_overlap, prepare, sparsity_of
+from fedsparse.models.flops import pruning_figures
+from fedsparse.prepare import MASK, OVERLAP, mean_client_overlap, prepare, record, sparsity_of
 from fedsparse.resume import Job
 from fedsparse.sweep import held
 
@@ -62,6 +67,7 @@ class Training:
     trainer: lightning.Trainer
     rounds: FederatedRounds
     callbacks: build.Callbacks
+    choice: MaskChoice
 
 
 def execute(job: Job) -> dict[str, Any]:
@@ -113,6 +119,8 @@ def _start(job: Job, federation: build.Federation, module: ClientModule) -> Star
     ledger, checkpoint = Ledger(), _checkpoint(job, federation)
     found = prepare(job, federation, module, ledger) if checkpoint is None else _stored(job, federation, checkpoint)
     module.set_mask(found.mask.row(federation.space), found.bitmaps)
+    if checkpoint is None and job.cfg.sparsity.mode == "prune":
+        zero(federation.net, federation.space, torch.as_tensor(module.mask))
     state = {} if checkpoint is None else read_checkpoint(checkpoint, federation.space)
     build.settle_cohort(job.cfg, federation, module, state.get("cohort"))
     net = {name: tensor.cpu() for name, tensor in federation.net.state_dict().items()} if parallel.joined() else {}
@@ -121,21 +129,34 @@ def _start(job: Job, federation: build.Federation, module: ClientModule) -> Star
 
 def _train(job: Job, federation: build.Federation, module: ClientModule, start: Start) -> Training:
     """Train to the last round."""
-    mask, closed = start.found.mask, 0
+    closed, leads = 0, parallel.process() == 0
     if start.checkpoint is not None:
         closed = read_checkpoint(start.checkpoint, federation.space)["epoch"] + 1
-    if closed > job.cfg.federation.rounds:
+    if closed > federation.phases.total:
         raise ValueError(f"{closed} rounds are closed already; federation.rounds={job.cfg.federation.rounds} is fewer")
-    leads = parallel.process() == 0
-    rounds = build.build_rounds(job.cfg, federation, mask, start.ledger, module, job.folder)
+    choice = _choice(job, federation, start.found, leads)
+    rounds = build.build_rounds(job.cfg, federation, choice, start.ledger, module, job.folder)
     rounds.traffic.drop_from(closed + 1)
-    callbacks = build.build_callbacks(job.cfg, rounds, federation, mask, job.folder, _beside_others() or not leads)
+    callbacks = build.build_callbacks(
+        job.cfg, rounds, federation, start.found.mask, job.folder, _beside_others() or not leads
+    )
     if callbacks.personal is not None:
         callbacks.personal.table.drop_from(closed + 1)
     loggers = build.build_loggers(job.cfg, job.folder, job.group, closed) if leads else []
     trainer = build.build_trainer(job.cfg, callbacks, loggers)
     trainer.fit(module, build.build_datamodule(job.cfg, federation), ckpt_path=start.checkpoint)
-    return Training(trainer, rounds, callbacks)
+    return Training(trainer, rounds, callbacks, choice)
+
+
+def _choice(job: Job, federation: build.Federation, found: Calibrated, leads: bool) -> MaskChoice:
+    """Make what chooses masks while clients train; the leading process writes them down."""
+    tell = partial(record, job, picture=False) if leads else _silent
+    rule, sparsity = instantiate(job.cfg.mask_rule), instantiate(job.cfg.sparsity)
+    return MaskChoice(rule, sparsity, federation.space, job.cfg.seed, found.mask, tell, found.observed)
+
+
+def _silent(mask: Mask) -> Mask:
+    return mask
 
 
 def _stopped(job: Job, training: Training) -> None:
@@ -151,23 +172,33 @@ def _stopped(job: Job, training: Training) -> None:
 
 def _summary(job: Job, federation: build.Federation, found: Calibrated, training: Training) -> dict[str, Any]:
     """Gather what summary.json holds."""
-    always = federation.space.where(job.cfg.sparsity.always_train)
+    always, mask = federation.space.where(job.cfg.sparsity.always_train), training.choice.mask
     return results.summarise(
         federation,
         training.rounds,
-        found.mask,
+        mask,
         read_rows(job.folder / "metrics.csv"),
         seconds=training.callbacks.log.seconds,
         seed=job.cfg.seed,
         cohort=federation.cohort,
         processes=parallel.processes(),
         head=job.cfg.head.init,
-        sparsity=sparsity_of(found.mask, always, federation.space),
+        sparsity=sparsity_of(mask, always, federation.space),
+        client_steps=training.rounds.ledger.client_steps,
+        **_pruned(job, federation),
         mask_overlap_rounds=list(found.overlap),
         mask_overlap_clients=mean_client_overlap(found, federation.space),
         **_chosen(job),
         **_exchanged(job),
     )
+
+
+def _pruned(job: Job, federation: build.Federation) -> dict[str, float]:
+    """What pruning leaves of the model, where the run prunes."""
+    if job.cfg.sparsity.mode != "prune":
+        return {}
+    x = federation.dataset.train.x[torch.tensor([0])].to(build.build_device(job.cfg))
+    return pruning_figures(federation.net, federation.inputs(x))
 
 
 def _beside_others() -> bool:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +16,19 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from safetensors.torch import save
+from torch import Tensor
 
 from fedsparse import build, results
 from fedsparse.analysis.mask_plot import mask_figure
 from fedsparse.federation.cache import Cache, source_of
-from fedsparse.federation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients
+from fedsparse.federation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients, observe
+from fedsparse.federation.choice import NOTHING
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.head import Head, prepare_head
 from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.phases import Phases
 from fedsparse.federation.setting import Setting
 from fedsparse.keys import Purpose
 from fedsparse.masks import Mask, MaskRule, overlaps
@@ -36,24 +44,71 @@ OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed 
 
 
 def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger: Ledger) -> Calibrated:
-    """Prepare head and masks, and write partition, masks and their picture into the run folder."""
+    """Go through the phases that come before the first round, and write what they found into the run folder."""
     if job.cfg.pictures:
         results.save_partition(federation, job.choices.get("partition", ""), job.folder / "partition.png")
-    setting = build_setting(job.cfg, federation, ledger, module)
-    chosen = instantiate(job.cfg.mask_rule)
-    start_head(job.cfg, setting)
-    found = choose_mask(job.cfg, setting, chosen)
-    rule = job.choices.get("mask_rule", found.mask.metadata["rule"])
-    mask = Mask(found.mask.tensors, found.mask.metadata | {"rule": rule, OVERLAP: json.dumps(found.overlap)})
-    if isinstance(chosen, FromFile):
-        _check_given(job, chosen, mask)
+    setting, phases = build_setting(job.cfg, federation, ledger, module), federation.phases
+    rule = instantiate(job.cfg.mask_rule)
+    check_phases(phases, rule, job.cfg)
+    if phases.has("head"):
+        with shown("head"):
+            start_head(job.cfg, setting)
+    with shown("calibrate") if phases.has("calibrate") else nullcontext():
+        found = choose_mask(job.cfg, setting, rule, explores=phases.explore is not None)
+    if phases.explore is not None:
+        return found
+    mask = record(job, found.mask, found.bitmaps, found.overlap)
+    if isinstance(rule, FromFile):
+        _check_given(job, rule, mask)
+    return replace(found, mask=mask)
+
+
+def check_phases(phases: Phases, rule: MaskRule, cfg: DictConfig) -> None:
+    """Refuse phases and a mask rule that do not go together.
+
+    Raises:
+        ValueError: one line that says what to set.
+
+    """
+    name, explore = type(rule).__name__, phases.explore
+    if rule.explores and (explore is None or not explore.informs_mask):
+        raise ValueError(f"the mask rule {name} chooses by an exploration that informs it: set phases=explore")
+    if (rule.needs_data or rule.iterations) and not phases.has("calibrate"):
+        raise ValueError(f"the mask rule {name} needs the phase calibrate, which phases leaves out")
+    if explore is not None and not rule.explores and not explore.updates_model:
+        raise ValueError(
+            f"the mask rule {name} takes nothing from an exploration: set phases=default, or explore.keep_model=true "
+            "for a head start"
+        )
+    changes = explore is not None or cfg.sparsity.get("schedule") or cfg.sparsity.get("renew_every")
+    if changes and build.own_masks(cfg):
+        raise ValueError("masks that change need mask.owner=global")
+    if cfg.sparsity.mode == "prune" and build.own_masks(cfg):
+        raise ValueError("sparsity.mode=prune needs mask.owner=global: what is zero is zero for all")
+
+
+@contextmanager
+def shown(phase: str) -> Iterator[None]:
+    """Say on a terminal, and in run.log, that a phase of the preparation runs."""
+    console, began = Console(file=sys.stderr), time.perf_counter()
+    with console.status(phase) if console.is_terminal else nullcontext():
+        yield
+    log.info("phase %s: %.1f s", phase, time.perf_counter() - began)
+
+
+def record(
+    job: Job, chosen: Mask, bitmaps: Tensor | None = None, overlap: Sequence[float] = (), picture: bool = True
+) -> Mask:
+    """Write a mask, and its picture, into the run folder; returns it with the words that the file has."""
+    rule = job.choices.get("mask_rule", chosen.metadata["rule"])
+    mask = Mask(chosen.tensors, chosen.metadata | {"rule": rule, OVERLAP: json.dumps(overlap)})
     if mask.density == 0:
-        raise ValueError("this mask lets no weight train: lower sparsity.ratio, or let the head train (head.frozen)")
-    write(job.folder, mask, found.bitmaps)
-    if job.cfg.pictures:
+        raise ValueError(NOTHING)
+    write(job.folder, mask, torch.zeros(0) if bitmaps is None else bitmaps)
+    if job.cfg.pictures and picture:
         title = f"mask rule {rule}, {mask.density:.1%} of the weights train"
         mask_figure(mask, title=title).savefig(job.folder / "mask.png", dpi=120)
-    return replace(found, mask=mask)
+    return mask
 
 
 def build_setting(cfg: DictConfig, federation: build.Federation, ledger: Ledger, module: ClientModule) -> Setting:
@@ -89,12 +144,19 @@ def start_head(cfg: DictConfig, setting: Setting) -> None:
     )
 
 
-def choose_mask(cfg: DictConfig, setting: Setting, rule: MaskRule) -> Calibrated:
-    """Choose what trains: calibrate, or take the masks of the same calibration."""
+def choose_mask(cfg: DictConfig, setting: Setting, rule: MaskRule, explores: bool = False) -> Calibrated:
+    """Choose what trains in the first round: calibrate, or take the masks of the same calibration.
+
+    Where clients explore first, everything trains until they have.
+    """
     calibration = Calibration(**cfg.calibration)
     work = Work(rule, instantiate(cfg.sparsity), calibration, cfg.model.head)
+    if explores:
+        everything = Mask.of(setting.space, torch.ones(setting.space.size, dtype=torch.bool), rule="Dense")
+        return Calibrated(everything, observed=observe(setting, work))
     choose = calibrate_clients if build.own_masks(cfg) else calibrate
-    if not rule.needs_data:
+    again = work.sparsity.schedule is not None or work.sparsity.renew_every is not None
+    if again or not (rule.needs_data or rule.iterations):  # what is asked again needs all that the rule knows
         return choose(setting, work)
     read = {key: _plain(cfg, key) for key in ("mask_rule", "sparsity", "calibration", "mask")}
     del read["calibration"]["cache"]

@@ -92,7 +92,7 @@ def flow(net, x):
 
 
 def test_synflow_of_two_linear_layers_by_hand():
-    """R = |w2_1| (|w_11| + |w_12|) + |w2_2| (|w_21| + |w_22|) = 1 * 3 + 2 * 3.5 = 10, what each layer's sum to."""
+    """R = |w2_1| (|w_11| + |w_12|) + |w2_2| (|w_21| + |w_22|) = 1 * 3 + 2 * 3.5 = 10, the sum of a layer's scores."""
     found = flow(linear_net(), torch.tensor([[9.0, -9.0]]))
     assert found.tolist() == [1, 2, 6, 1, 3, 7]
     assert found.dtype == torch.float64
@@ -196,6 +196,16 @@ def test_synflow_refuses_text_and_other_iterations():
         flow(linear_net(), torch.ones(1, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"^mask_rule\.iterations must be a whole number of at least 1, not 0$"):
         SynFlow(0)
+
+
+@pytest.mark.parametrize("rule", [SynFlow(6), Talos()])
+def test_every_tensor_keeps_its_share_in_every_round_of_thinning(setting, rule):
+    setting = replace(setting, sample=lambda round, purpose: [3, 5])
+    sparsity = Sparsity(0.9, min_density=0.05, always_train=HEAD)
+    mask = calibrate(setting, Work(rule, sparsity, Calibration(rounds=6), HEAD)).mask
+    counted = ~setting.space.where(HEAD)
+    assert int(mask.row(setting.space)[counted].sum()) == math.floor(0.1 * int(counted.sum()) + 0.5)
+    assert all(int(marks.sum()) >= math.ceil(0.05 * marks.numel()) for marks in mask.tensors.values())
 
 
 @pytest.mark.parametrize("rule", [Talos(), SynFlow(2)])

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsparse.keys import Purpose, torch_generator
 from fedsparse.masks import Mask, MaskRule, Sparsity
@@ -28,7 +27,8 @@ class MaskChoice:
         sparsity: how many train, by round.
         space: the coordinates.
         seed: the run's seed.
-        tell: is handed each new mask.
+        mask: what trains now.
+        tell: is handed each new mask, and gives it back with its words.
         observed: what calibration or exploration found, (P,), or None.
         memory: what the rule heard in learning rounds, (P,), or None.
 
@@ -38,7 +38,8 @@ class MaskChoice:
     sparsity: Sparsity
     space: ParamSpace
     seed: int
-    tell: Callable[[Mask], None] = lambda mask: None
+    mask: Mask
+    tell: Callable[[Mask], Mask] = lambda mask: mask
     observed: Tensor | None = None
     memory: Tensor | None = None
     explored: int = 0
@@ -72,8 +73,8 @@ class MaskChoice:
             raise ValueError(
                 "this mask lets no weight train: lower sparsity.ratio, or let the head train (head.frozen)"
             )
-        self.tell(mask)
-        return mask
+        self.mask = self.tell(mask)
+        return self.mask
 
     def state_dict(self) -> dict[str, Any]:
         """What the rule knows, if it will be asked again."""
@@ -82,6 +83,12 @@ class MaskChoice:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it from a checkpoint."""
         self.observed, self.memory, self.explored = state["observed"], state["memory"], state["explored"]
+
+
+def zero(net: nn.Module, space: ParamSpace, mask: Tensor) -> None:
+    """Set what does not train to zero: bool (P,)."""
+    row = space.read(net)
+    space.write(net, row.masked_fill(~mask.to(row.device), 0.0))
 
 
 def _cpu(row: Tensor | None) -> Tensor | None:

@@ -21,6 +21,7 @@ from fedsparse.space import ParamSpace
 _CHUNK = 1 << 20  # scores whose ranks are looked up at once
 
 
+@torch.no_grad()
 def deviation(theta: Tensor, anchor: Tensor, weight: Tensor | None = None) -> Tensor:
     r"""Take the mean over clients of the squared deviation from the common start, coordinate by coordinate.
 
