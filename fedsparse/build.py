@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,6 +151,27 @@ def build_tests(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray]) 
 
 def build_net(cfg: DictConfig, dataset: Dataset) -> tuple[nn.Module, ParamSpace]:
     """Build the model and the space of its federated tensors; what is null in ``model.net`` is as the data has it."""
+    net = instantiate(cfg.model.net, **_found(cfg, dataset))
+    names = [name for name, _ in net.named_parameters()]
+    chosen = trainable_filter(cfg.model.trainable, cfg.model.head, names)
+    if cfg.head.frozen:
+        chosen = _without(chosen, cfg.model.head, names)
+    return net, ParamSpace.of(net, chosen, list(cfg.model.local))
+
+
+def net_arguments(cfg: DictConfig, dataset: Dataset) -> dict[str, Any]:
+    """Resolve ``model.net`` as a run builds it: plain values that ``make_net`` takes."""
+    return {**OmegaConf.to_container(cfg.model.net, resolve=True), **_found(cfg, dataset)}  # type: ignore[dict-item]
+
+
+def make_net(arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a network from what ``net_arguments`` gave."""
+    net: nn.Module = instantiate(OmegaConf.create(dict(arguments)))
+    return net
+
+
+def _found(cfg: DictConfig, dataset: Dataset) -> dict[str, int]:
+    """Fill in what is null in ``model.net`` from the data."""
     shape = tuple(dataset.train.x.shape[1:])  # (C, H, W), or (L,) of texts
     found = {
         "num_classes": dataset.classes,
@@ -158,14 +179,7 @@ def build_net(cfg: DictConfig, dataset: Dataset) -> tuple[nn.Module, ParamSpace]
         "img_size": shape[-2:][0],
         "in_features": math.prod(shape),
     }
-    net = instantiate(
-        cfg.model.net, **{k: v for k, v in found.items() if k in cfg.model.net and cfg.model.net[k] is None}
-    )
-    names = [name for name, _ in net.named_parameters()]
-    chosen = trainable_filter(cfg.model.trainable, cfg.model.head, names)
-    if cfg.head.frozen:
-        chosen = _without(chosen, cfg.model.head, names)
-    return net, ParamSpace.of(net, chosen, list(cfg.model.local))
+    return {k: v for k, v in found.items() if k in cfg.model.net and cfg.model.net[k] is None}
 
 
 def _without(chosen: Callable[[str], bool], head: Patterns, names: Sequence[str]) -> Callable[[str], bool]:
