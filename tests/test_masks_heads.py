@@ -75,3 +75,13 @@ def test_tensors_outside_the_space_do_not_count(net):
     whole = space.unflatten(whole_heads(mask, space, attentions(net)))
     assert (~whole["blocks.0.attn.qkv.bias"]).nonzero().flatten().tolist() == rows_of(0)
     assert all(whole[f"blocks.{i}.attn.qkv.bias"].all() for i in (1, 2, 3))
+
+
+def test_what_always_trains_is_no_part_of_a_head(net):
+    space, found = ParamSpace.of(net), attentions(net)
+    sparsity = Sparsity(0.9, unit="output", always_train=["head.*", "*.qkv.bias"])
+    parts = space.unflatten(select_heads(drawn(space), space, sparsity, found, largest=True))
+    for i in range(4):
+        assert parts[f"blocks.{i}.attn.qkv.bias"].all()
+        weight = parts[f"blocks.{i}.attn.qkv.weight"]
+        assert all(weight[rows_of(head)].all() or not weight[rows_of(head)].any() for head in range(4))

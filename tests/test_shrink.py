@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("torch_pruning")
-
 from fedsparse.masks import Sparsity
 from fedsparse.masks.select import select
 from fedsparse.models.convnets import fednet, resnet18_gn, two_cnn
@@ -17,6 +15,8 @@ from fedsparse.models.shrink import Trial, shrink
 from fedsparse.models.structure import rebuild, structure
 from fedsparse.models.vision import conv, mlp, vit_digits
 from fedsparse.space import ParamSpace
+
+pytest.importorskip("torch_pruning")
 
 
 def images(*shape, seed=1):
