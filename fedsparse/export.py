@@ -13,13 +13,12 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,41 +27,20 @@ from fedsparse import build
 from fedsparse.analysis.export_table import print_export
 from fedsparse.config import refuse_foreign_targets
 from fedsparse.execute import quiet
+from fedsparse.finished import WEIGHTS, Finished, inputs, read_run
 from fedsparse.models.flops import pruning_figures
 from fedsparse.models.shrink import TOLERANCE, Cut, close, shrink
 from fedsparse.models.structure import rebuild, structure
 from fedsparse.models.to_onnx import onnx_forward, write_onnx
 from fedsparse.results import save_model, write_atomically
-from fedsparse.resume import read_job
 from fedsparse.savings import interleaved
 from fedsparse.train import on_command_line
 
 Forward = Callable[[Tensor], Tensor]
 FORMATS = ("safetensors", "onnx")
-WEIGHTS, CONFIG, ONNX, FIGURES = "model.safetensors", "config.json", "model.onnx", "figures.json"
-SAMPLES = 8  # random inputs, and as many of the test split
+CONFIG, ONNX, FIGURES = "config.json", "model.onnx", "figures.json"
 SECONDS = 4.0  # of timing, for each runner
 KEYS = "give run=<run folder> and, if not all are wanted, format=safetensors or format=onnx"
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished run.
-
-    Attributes:
-        folder: the run folder.
-        net: its model, as pruned.
-        arguments: what the model was built from.
-        real: inputs of the test split (SAMPLES, ...), as the model takes them.
-        unit: ``sparsity.unit``.
-
-    """
-
-    folder: Path
-    net: nn.Module
-    arguments: dict[str, Any]
-    real: Tensor
-    unit: str
 
 
 def export(folder: Path, formats: Sequence[str] = FORMATS) -> dict[str, Any]:
@@ -114,40 +92,6 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
         ) from error
     refuse_foreign_targets(arguments)
     return rebuild(build.make_net(arguments), sizes, tensors).eval()
-
-
-def read_run(folder: Path) -> Finished:
-    """Read a finished run and build its model.
-
-    Raises:
-        ValueError: there is no such folder, the run is not finished, or its files are damaged.
-
-    """
-    if not folder.is_dir():
-        raise ValueError(f"there is no run folder {folder}; run= takes the folder that a run printed")
-    if not all((folder / name).is_file() for name in ("summary.json", WEIGHTS, ".hydra/config.yaml")):
-        raise ValueError(f"{folder} holds no finished run; python -m fedsparse.train resume={folder} finishes one")
-    cfg = read_job(folder, []).cfg
-    _without_weights(cfg.model.net)
-    federation = build.build_federation(cfg)
-    try:
-        federation.net.load_state_dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged or of another model ({type(error).__name__})") from error
-    split = federation.dataset.test
-    real = federation.inputs(split.x[torch.arange(min(SAMPLES, len(split.y)))])
-    arguments = build.net_arguments(cfg, federation.dataset)
-    return Finished(folder, federation.net.eval(), arguments, real, str(cfg.sparsity.unit))
-
-
-def inputs(run: Finished, seed: int) -> Tensor:
-    """Draw random inputs, standard normal, and put real ones behind them: (2 SAMPLES, ...). Tokens are shuffled."""
-    generator = torch.Generator().manual_seed(seed)
-    if run.real.is_floating_point():
-        random = torch.randn(run.real.shape, generator=generator)
-    else:
-        random = run.real[:, torch.randperm(run.real.shape[1], generator=generator)]
-    return torch.cat([random, run.real])
 
 
 def write(folder: Path, net: nn.Module, run: Finished, formats: Sequence[str]) -> None:
@@ -207,13 +151,6 @@ def _ratio(before: Forward, after: Forward, x: Tensor) -> float:
     once = sum(taken[0] for taken in interleaved(works, 1).values())
     times = interleaved(works, max(7, min(101, int(SECONDS / once))))
     return statistics.median(b / a for a, b in zip(times["before"], times["after"], strict=True))
-
-
-def _without_weights(net: DictConfig) -> None:
-    """Build without weights where a builder can: they are in the file. BERT's checkpoint says its size too."""
-    for key, value in {"pretrained": False, **({} if "source" in net else {"checkpoint": None})}.items():
-        if key in net:
-            net[key] = value
 
 
 def _read(arguments: Sequence[str]) -> tuple[Path, tuple[str, ...]]:

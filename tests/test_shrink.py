@@ -168,7 +168,7 @@ def test_heads_and_hidden_units_of_a_transformer_leave(fused):
     assert torch.equal(small.blocks[0].attn.qkv.weight, net.blocks[0].attn.qkv.weight[rows])
     assert small.blocks[2].mlp.fc2.weight.shape == (64, 250)
     assert (cut_of(cuts, "blocks.0.attn"), cut_of(cuts, "blocks.3.attn")) == ((4, 3, 0), (4, 2, 0))
-    assert why(cuts, "blocks.1.attn.qkv") == "they belong to heads that stay"
+    assert why(cuts, "blocks.1.attn.qkv") == "of heads, only whole ones can leave"
     assert_same(net, small, x)
 
 
@@ -214,6 +214,55 @@ def test_nets_of_timm_compute_the_same(name, size):
     small, _ = shrink(net, x)
     assert sum(p.numel() for p in small.parameters()) <= sum(p.numel() for p in net.parameters())
     assert_same(net, small, x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.lstm = nn.Embedding(20, 8), nn.LSTM(8, 16, 2, batch_first=True)
+        self.middle, self.fc = nn.Linear(16, 12), nn.Linear(12, 20)
+
+    def forward(self, x):
+        return self.fc(self.middle(self.lstm(self.embedding(x))[0][:, -1]).relu())
+
+
+class TorchAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.second(self.attention(h, h, h, need_weights=False)[0].mean(1))
+
+
+class Gated(nn.Module):
+    """Zero rows whose units are not zero: the input is added, a sigmoid is a half, a softmax counts its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate, self.share, self.last = (nn.Linear(8, n) for n in (8, 8, 8, 3))
+
+    def forward(self, x):
+        h = self.first(x) + x
+        return self.last(self.gate(h).sigmoid() * self.share(h).softmax(-1))
+
+
+@pytest.mark.parametrize("net", [Recurrent, TorchAttention, Gated])
+def test_unusual_nets_compute_the_same(net):
+    net = filled(net())
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            zero(module, 0, 1)
+    tokens = torch.randint(20, (4, 7), generator=torch.Generator().manual_seed(0))
+    x = tokens if isinstance(net, Recurrent) else images(4, 5, 8) if isinstance(net, TorchAttention) else images(4, 8)
+    small, cuts = shrink(net, x)
+    assert {c.layer: c.after for c in cuts if c.before > c.after} == (
+        {"middle": 10} if isinstance(net, Recurrent) else {}
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 class Own(nn.Module):

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsparse.models.heads import attentions, spare_one, zero_columns
+from fedsparse.models.members import Member, idle, is_gate, is_layer, is_plain, kind, member_of, zero_inputs
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MISSING = "fedsparse.export needs torch-pruning: pip install 'fedsparse[export]'"
 
 
@@ -34,32 +33,6 @@ class Verdict:
     layers: tuple[str, ...]
     removable: Tensor
     why: str
-
-
-@dataclass(frozen=True)
-class Member:
-    """A module's part in a group.
-
-    Attributes:
-        module: a layer, or a stand-in for an operation.
-        made: whether the units are its outputs; else its inputs.
-        local: int64 (n,), indices of the module's outputs or inputs ...
-        unit: int64 (n,), ... and the unit that each belongs to.
-        last: whether nothing takes its output.
-
-    """
-
-    module: Any
-    made: bool
-    local: Tensor
-    unit: Tensor
-    last: bool
-
-    def all(self, marks: Tensor, units: int) -> Tensor:
-        """Mark units of which every index is marked: bool (O,) or (I,) -> (U,)."""
-        found = torch.ones(units, dtype=torch.bool)
-        found[self.unit[~marks[self.local]]] = False
-        return found
 
 
 class Groups:
@@ -99,7 +72,7 @@ class Groups:
         return self.graph.get_pruning_group(root, prune, verdict.removable.nonzero().squeeze(1).tolist())
 
     def _members(self, group: Any) -> list[Member]:
-        return [_member(self.graph, item) for item in group]
+        return [member_of(self.graph, item) for item in group]
 
     def _verdict(self, group: Any) -> Verdict:
         members = self._members(group)
@@ -110,7 +83,7 @@ class Groups:
         if obstacle := self._obstacle(members):
             return Verdict(names, nothing, obstacle)
         takers = [m for m in members if not m.made and is_layer(m.module)]
-        constant = _constant(made, [m for m in members if _gates(m.module)], units)
+        constant = _constant(made, [m for m in members if is_gate(m.module)], takers, units)
         free = torch.ones(units, dtype=torch.bool)
         for taker in takers:
             silent = constant & taker.all(self.zero[taker.module], units)
@@ -120,8 +93,8 @@ class Groups:
     def _obstacle(self, members: Sequence[Member]) -> str:
         """Name what keeps a whole group as it is; empty if nothing does."""
         for member in members:
-            if not (is_layer(member.module) or _gates(member.module) or _plain(member.module)):
-                return f"their outputs go through {_kind(member.module)}"
+            if not (is_layer(member.module) or is_gate(member.module) or is_plain(member.module)):
+                return f"their outputs go through {kind(member.module)}"
             if member.made and member.module in self.apart:
                 return "they belong to heads"
         if any(m.made and m.last for m in members) or not any(not m.made and is_layer(m.module) for m in members):
@@ -129,46 +102,19 @@ class Groups:
         return ""
 
 
-def is_layer(module: object) -> bool:
-    """Whether a module is a linear layer, or a convolution of all its channels."""
-    return isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.groups == 1)
-
-
-def _gates(module: object) -> bool:
-    """Whether a module scales every channel by itself: BatchNorm in eval mode, a depthwise convolution."""
-    depthwise = isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels > 1
-    return isinstance(module, _BatchNorm) or depthwise
-
-
-def _plain(module: object) -> bool:
-    """Whether torch-pruning's stand-in is of an operation that leaves every channel where it is."""
-    from torch_pruning import ops
-
-    return isinstance(module, ops._ElementWiseOp | ops._ReshapeOp)
-
-
-def _kind(module: object) -> str:
-    return type(module).__name__.strip("_").removesuffix("Op")
-
-
-def _constant(made: Sequence[Member], gates: Sequence[Member], units: int) -> Tensor:
+def _constant(made: Sequence[Member], gates: Sequence[Member], takers: Sequence[Member], units: int) -> Tensor:
     """Mark the units whose value no input moves: bool (U,).
 
-    All that make it have weights of zero (a bias is a constant); or one makes it, and a gate after it has.
+    All that make it have weights of zero (a bias is a constant); or one makes it, one takes it, and a gate between has.
     """
     constant = torch.ones(units, dtype=torch.bool)
     for member in made:
-        constant &= member.all(_idle(member.module.weight), units)
-    if len(made) == 1:
+        constant &= member.all(idle(member.module.weight), units)
+    if len(made) == len(takers) == 1:  # a chain: the gate is on the only way
         for gate in gates:
             if isinstance(gate.module.weight, Tensor):
-                constant |= gate.all(_idle(gate.module.weight), units)
+                constant |= gate.all(idle(gate.module.weight), units)
     return constant
-
-
-def _idle(weight: Tensor) -> Tensor:
-    """Mark the outputs whose weights are zero: (O, *) -> bool (O,)."""
-    return (weight.detach() == 0).reshape(len(weight), -1).all(1)
 
 
 def _kept_because(made: Sequence[Member], units: int) -> str:
@@ -177,25 +123,6 @@ def _kept_because(made: Sequence[Member], units: int) -> str:
     if len(made) > 1:
         return "they are summed with units that are not zero"
     return "a bias or the shift of a norm makes them other than zero where the next layer takes them"
-
-
-@torch.no_grad()
-def zero_inputs(net: nn.Module, x: Tensor) -> dict[nn.Module, Tensor]:
-    """Mark the inputs of every layer that are zero for all of x, wherever the layer is used: bool (I,)."""
-    seen: dict[nn.Module, Tensor] = {}
-
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        channels = inputs[0].movedim(-1 if isinstance(module, nn.Linear) else 1, 0).flatten(1)
-        zero = (channels == 0).all(1)
-        seen[module] = seen[module] & zero if module in seen else zero
-
-    hooks = [m.register_forward_pre_hook(look) for m in net.modules() if is_layer(m)]
-    try:
-        net(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
 
 
 def _graph(net: nn.Module, x: Tensor) -> Any:
@@ -207,11 +134,3 @@ def _graph(net: nn.Module, x: Tensor) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # parameters outside layers, such as a class token: groups with them stay
         return DependencyGraph().build_dependency(net, example_inputs=[x[:2]])
-
-
-def _member(graph: Any, item: Any) -> Member:
-    """Read an item of a torch-pruning group."""
-    dep, local = item
-    node, made = dep.target, bool(graph.is_out_channel_pruning_fn(dep.handler))
-    places, units = (torch.tensor(list(map(int, index)), dtype=torch.long) for index in (local, item.root_idxs))
-    return Member(node.module, made, places, units, last=not node.outputs)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsparse.models.groups import Groups, Verdict, is_layer
+from fedsparse.models.groups import Groups, Verdict
 from fedsparse.models.heads import Attention, attentions, idle_heads, keep_heads, spare_one, zero_rows
+from fedsparse.models.members import is_layer
 
 TOLERANCE = 1e-5
 
@@ -157,6 +158,6 @@ def _compare(net: nn.Module, small: nn.Module, why: dict[str, str]) -> list[Cut]
             dead = int(zero_rows(new).sum())
             sizes = len(old.get_parameter("weight")), len(new.get_parameter("weight"))
             cuts.append(
-                Cut(name, "units", *sizes, dead, why.get(name, "they belong to heads that stay") if dead else "")
+                Cut(name, "units", *sizes, dead, why.get(name, "of heads, only whole ones can leave") if dead else "")
             )
     return cuts
