@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -53,7 +53,8 @@ from fedsparse.federation.tracking import GracefulStop, RoundLog
 from fedsparse.federation.traffic import Traffic
 from fedsparse.federation.wire import known_size
 from fedsparse.keys import Purpose
-from fedsparse.masks import Mask
+from fedsparse.masks import Mask, Sparsity
+from fedsparse.models.heads import attentions
 from fedsparse.models.trainable import trainable_filter
 from fedsparse.places import Coordinates
 from fedsparse.space import ParamSpace, Patterns, matches
@@ -145,8 +146,8 @@ def _plan_of(cfg: DictConfig, phase: Phase, plan: RoundPlan, eligible: Sequence[
 def _work(phase: Phase, work: LocalWork) -> LocalWork:
     """What a client does in a round of a phase."""
     given = phase.local_steps is not None or phase.local_epochs is not None
-    steps = {"steps": phase.local_steps, "epochs": phase.local_epochs} if given else {}
-    return replace(work, **steps, weight=phase.weight or work.weight)
+    steps, epochs = (phase.local_steps, phase.local_epochs) if given else (work.steps, work.epochs)
+    return replace(work, steps=steps, epochs=epochs, weight=phase.weight or work.weight)
 
 
 def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], space: ParamSpace) -> None:
@@ -185,6 +186,27 @@ def build_tests(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray]) 
 
 def build_net(cfg: DictConfig, dataset: Dataset) -> tuple[nn.Module, ParamSpace]:
     """Build the model and the space of its federated tensors; what is null in ``model.net`` is as the data has it."""
+    net = instantiate(cfg.model.net, **_found(cfg, dataset))
+    names = [name for name, _ in net.named_parameters()]
+    chosen = trainable_filter(cfg.model.trainable, cfg.model.head, names)
+    if cfg.head.frozen:
+        chosen = _without(chosen, cfg.model.head, names)
+    return net, ParamSpace.of(net, chosen, list(cfg.model.local))
+
+
+def net_arguments(cfg: DictConfig, dataset: Dataset) -> dict[str, Any]:
+    """Resolve ``model.net`` as a run builds it: plain values that ``make_net`` takes."""
+    return {**OmegaConf.to_container(cfg.model.net, resolve=True), **_found(cfg, dataset)}  # type: ignore[dict-item]
+
+
+def make_net(arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a network from what ``net_arguments`` gave."""
+    net: nn.Module = instantiate(OmegaConf.create(dict(arguments)))
+    return net
+
+
+def _found(cfg: DictConfig, dataset: Dataset) -> dict[str, int]:
+    """Fill in what is null in ``model.net`` from the data."""
     shape = tuple(dataset.train.x.shape[1:])  # (C, H, W), or (L,) of texts
     found = {
         "num_classes": dataset.classes,
@@ -192,14 +214,7 @@ def build_net(cfg: DictConfig, dataset: Dataset) -> tuple[nn.Module, ParamSpace]
         "img_size": shape[-2:][0],
         "in_features": math.prod(shape),
     }
-    net = instantiate(
-        cfg.model.net, **{k: v for k, v in found.items() if k in cfg.model.net and cfg.model.net[k] is None}
-    )
-    names = [name for name, _ in net.named_parameters()]
-    chosen = trainable_filter(cfg.model.trainable, cfg.model.head, names)
-    if cfg.head.frozen:
-        chosen = _without(chosen, cfg.model.head, names)
-    return net, ParamSpace.of(net, chosen, list(cfg.model.local))
+    return {k: v for k, v in found.items() if k in cfg.model.net and cfg.model.net[k] is None}
 
 
 def _without(chosen: Callable[[str], bool], head: Patterns, names: Sequence[str]) -> Callable[[str], bool]:
@@ -253,6 +268,12 @@ def build_module(
         objective=build_objective(cfg),
         untouched=cfg.server.untouched,
     )
+
+
+def build_sparsity(cfg: DictConfig, net: nn.Module) -> Sparsity:
+    """Build how many coordinates train; whole units of attention layers are their heads."""
+    built: Sparsity = instantiate(cfg.sparsity)
+    return replace(built, heads=tuple(attentions(net))) if built.unit == "output" else built
 
 
 def build_objective(cfg: DictConfig) -> Objective:
@@ -388,7 +409,7 @@ def build_callbacks(
     """Build all callbacks; ``shared`` if other runs write to the same terminal at the same time."""
     config = {**OmegaConf.to_container(cfg, resolve=True), "density": mask.by_layer()}  # type: ignore[dict-item]
     evaluation = Evaluation(federation.tests)
-    progress = RoundProgress(rounds, evaluation, federation.phased, shared=shared)
+    progress = RoundProgress(rounds, evaluation, lambda round: len(federation.phased.sample(round)), shared=shared)
     chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     others = [progress, Artifacts(folder, config), *chosen, *build_checkpoints(cfg, folder)]
     personal = build_personal(cfg, folder / CLIENTS if parallel.process() == 0 else None)
@@ -425,15 +446,15 @@ def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) 
     return [table, *(instantiate(chosen[name])(save_dir=str(folder), **options.get(name, {})) for name in chosen)]
 
 
-def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any]) -> lightning.Trainer:
-    """Build the one Trainer that runs the whole federation."""
+def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:
+    """Build the one Trainer that runs the whole federation, for so many rounds."""
     half = {"precision": None} if cfg.trainer.precision == HALF else {}
     several = {"strategy": CohortStrategy()} if parallel.joined() else {}
     found = [environment] if (environment := parallel.environment()) else []
     return instantiate(cfg.trainer)(
         **half,
         **several,
-        max_epochs=callbacks.rounds.phases.total,
+        max_epochs=rounds,
         check_val_every_n_epoch=cfg.federation.eval_every,
         callbacks=callbacks.listed(),
         logger=loggers,

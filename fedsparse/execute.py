@@ -143,7 +143,7 @@ def _train(job: Job, federation: build.Federation, module: ClientModule, start: 
     if callbacks.personal is not None:
         callbacks.personal.table.drop_from(closed + 1)
     loggers = build.build_loggers(job.cfg, job.folder, job.group, closed) if leads else []
-    trainer = build.build_trainer(job.cfg, callbacks, loggers)
+    trainer = build.build_trainer(job.cfg, callbacks, loggers, federation.phases.total)
     trainer.fit(module, build.build_datamodule(job.cfg, federation), ckpt_path=start.checkpoint)
     return Training(trainer, rounds, callbacks, choice)
 
@@ -151,7 +151,7 @@ def _train(job: Job, federation: build.Federation, module: ClientModule, start: 
 def _choice(job: Job, federation: build.Federation, found: Calibrated, leads: bool) -> MaskChoice:
     """Make what chooses masks while clients train; the leading process writes them down."""
     tell = partial(record, job, picture=False) if leads else _silent
-    rule, sparsity = instantiate(job.cfg.mask_rule), instantiate(job.cfg.sparsity)
+    rule, sparsity = instantiate(job.cfg.mask_rule), build.build_sparsity(job.cfg, federation.net)
     return MaskChoice(rule, sparsity, federation.space, job.cfg.seed, found.mask, tell, found.observed)
 
 

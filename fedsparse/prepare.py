@@ -150,7 +150,7 @@ def choose_mask(cfg: DictConfig, setting: Setting, rule: MaskRule, explores: boo
     Where clients explore first, everything trains until they have.
     """
     calibration = Calibration(**cfg.calibration)
-    work = Work(rule, instantiate(cfg.sparsity), calibration, cfg.model.head)
+    work = Work(rule, build.build_sparsity(cfg, setting.net), calibration, cfg.model.head)
     if explores:
         everything = Mask.of(setting.space, torch.ones(setting.space.size, dtype=torch.bool), rule="Dense")
         return Calibrated(everything, observed=observe(setting, work))

@@ -25,7 +25,7 @@ def watch(tmp_path, terminal, shared=False):
     small.callbacks = [
         evaluation,
         RoundLog(small.rounds, evaluation),
-        RoundProgress(small.rounds, evaluation, 5, console, shared),
+        RoundProgress(small.rounds, evaluation, lambda round: 5, console, shared),
     ]
     small.fit(2, tmp_path)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())

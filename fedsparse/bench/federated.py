@@ -110,4 +110,8 @@ def _beside(federation: FederatedRounds, evaluation: Evaluation, validated: bool
     terminal = Console(file=io.StringIO(), force_terminal=True)
     best = RoundCheckpoint(folder, "best", monitor="val/acc", mode="max", save_on_train_epoch_end=True)
     last = RoundCheckpoint(folder, "last", save_on_train_epoch_end=True)
-    return [RoundProgress(federation, evaluation, CLIENTS, terminal), *([best] if validated else []), last]
+    return [
+        RoundProgress(federation, evaluation, lambda round: CLIENTS, terminal),
+        *([best] if validated else []),
+        last,
+    ]

@@ -124,7 +124,7 @@ class ClientModule(lightning.LightningModule):
         return F.cross_entropy(forward(x), y, reduction="none")
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Make the clients' rows and their optimizer, and the server with its optimizer; Lightning stores the latter."""
+        """Make the clients' rows and optimizer, and the server with its own; Lightning stores the latter."""
         row = self.space.read(self.net)
         self._make_rows(row)
         self.server = Server(row.unsqueeze(0), self.make_server_optimizer, self.trained, self.untouched)

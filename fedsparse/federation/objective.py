@@ -15,7 +15,6 @@ from torch import Tensor
 from fedsparse.federation.bound import BoundRow
 from fedsparse.federation.stacked import StackedRows
 from fedsparse.federation.store import ClientStore, MemoryStore, read
-from fedsparse.optim import SparseSGDM
 from fedsparse.places import Coordinates, Move
 
 Rows = BoundRow | StackedRows
@@ -38,7 +37,7 @@ def step_weight(steps: int, momentum: float = 0.0, dampening: float = 0.0, neste
     return total
 
 
-def step_weights(count: Sequence[Sequence[int]], optimizer: SparseSGDM) -> tuple[float, ...]:
+def step_weights(count: Sequence[Sequence[int]], optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     """Sum the step weights of K clients: ``count`` [S][K] real samples of each step."""
     options = {key: optimizer.defaults[key] for key in ("momentum", "dampening", "nesterov")}
     return tuple(step_weight(sum(1 for n in steps if n), **options) for steps in zip(*count, strict=True))

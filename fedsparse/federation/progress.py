@@ -6,13 +6,13 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.rounds import FederatedRounds
@@ -39,7 +39,7 @@ class RoundProgress(lightning.Callback):
     Args:
         rounds: loss and bytes are read from it.
         evaluation: accuracy is read from it.
-        plan: the clients of every round.
+        clients: counts the clients of a round.
         console: where to write; standard error by default.
         shared: whether other runs write there at the same time; then rounds go to run.log alone.
 
@@ -49,11 +49,11 @@ class RoundProgress(lightning.Callback):
         self,
         rounds: FederatedRounds,
         evaluation: Evaluation,
-        plan: PhasedPlan,
+        clients: Callable[[int], int],
         console: Console | None = None,
         shared: bool = False,
     ) -> None:
-        self.rounds, self.evaluation, self.plan = rounds, evaluation, plan
+        self.rounds, self.evaluation, self.clients = rounds, evaluation, clients
         self.console = console or Console(file=sys.stderr)
         self.bar = self.console.is_terminal and not shared
         self.lines = not self.console.is_terminal and not shared
@@ -80,7 +80,7 @@ class RoundProgress(lightning.Callback):
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Note the time and start counting clients."""
         self.seen, self.began = 0, time.perf_counter()
-        self.before, self.clients = self._clients(trainer.current_epoch), len(self.plan.sample(trainer.current_epoch))
+        self.before, self.total = self._clients(trainer.current_epoch), self.clients(trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Cohort, batch_idx: int
@@ -88,7 +88,7 @@ class RoundProgress(lightning.Callback):
         """Move the bar by the cohort's clients."""
         self.seen += len(batch.members)
         if self.bar:
-            where = f"{self._where()}, client {self.seen:>2}/{self.clients}"
+            where = f"{self._where()}, client {self.seen:>2}/{self.total}"
             self.progress.update(self.task, completed=self.before + self.seen, description=where, status=self._status())
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -112,7 +112,7 @@ class RoundProgress(lightning.Callback):
 
     def _clients(self, rounds: int) -> int:
         """Count the clients of so many rounds."""
-        return sum(len(self.plan.sample(round)) for round in range(rounds))
+        return sum(self.clients(round) for round in range(rounds))
 
     def _where(self) -> str:
         """Name the round that is open or has just closed; a learning round is called a round."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ def select(scores: Tensor, space: ParamSpace, sparsity: Sparsity, *, largest: bo
         UserWarning: more than 1 % of the n coordinates tie where the line falls between kept and not kept.
 
     """
+    if sparsity.unit == "output" and sparsity.heads:
+        from fedsparse.masks.heads import select_heads  # which selects units itself
+
+        plain = replace(sparsity, heads=())
+        return select_heads(scores, space, plain, sparsity.heads, largest=largest, power=power)
     if scores.shape != (space.size,):
         raise ValueError(f"this space needs scores of shape ({space.size},), not {tuple(scores.shape)}")
     named = space.unflatten(scores.detach())

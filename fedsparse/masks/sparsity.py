@@ -32,6 +32,7 @@ class Sparsity:
             units), rounded up; what that costs is taken from the lowest-scored elsewhere. 0 asks for nothing.
         schedule: how the ratio grows over the rounds (``Gradual``, or a mapping of its options); None: it is constant.
         renew_every: the mask is chosen anew every so many rounds; None: only where the schedule changes.
+        heads: the network's attention layers, whose units are heads with ``unit=output``; filled in by the run.
 
     Raises:
         ValueError: an option outside these choices; the line names it.
@@ -47,6 +48,7 @@ class Sparsity:
     min_density: float = 0.0
     schedule: Gradual | None = None
     renew_every: int | None = None
+    heads: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what is not a choice."""

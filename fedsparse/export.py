@@ -1,0 +1,180 @@
+"""A pruned run as a smaller dense model: ``python -m fedsparse.export run=<run folder> format=safetensors,onnx``.
+
+The folder ``export`` in the run folder gets ``model.onnx``, ``figures.json``, and ``model.safetensors`` with
+``config.json``, of which ``fedsparse.export.load`` makes the network. It is written only if outputs agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedsparse import build
+from fedsparse.analysis.export_table import print_export
+from fedsparse.config import refuse_foreign_targets
+from fedsparse.execute import quiet
+from fedsparse.finished import WEIGHTS, Finished, inputs, read_run
+from fedsparse.models.flops import pruning_figures
+from fedsparse.models.shrink import TOLERANCE, Cut, close, shrink
+from fedsparse.models.structure import rebuild, structure
+from fedsparse.models.to_onnx import onnx_forward, write_onnx
+from fedsparse.results import save_model, write_atomically
+from fedsparse.savings import interleaved
+from fedsparse.train import on_command_line
+
+Forward = Callable[[Tensor], Tensor]
+FORMATS = ("safetensors", "onnx")
+CONFIG, ONNX, FIGURES = "config.json", "model.onnx", "figures.json"
+SECONDS = 4.0  # of timing, for each runner
+KEYS = "give run=<run folder> and, if not all are wanted, format=safetensors or format=onnx"
+
+
+def export(folder: Path, formats: Sequence[str] = FORMATS) -> dict[str, Any]:
+    """Make a run's model smaller, check it, measure it and write it.
+
+    Args:
+        folder: a finished run.
+        formats: of ``FORMATS``.
+
+    Returns:
+        What ``figures.json`` holds: ``before`` and ``after`` (``pruning_figures``, ``num_parameters``, ``bytes`` by
+        file), ``time`` by runner (median of the ratios to the pruned model as it was), and ``cuts``.
+
+    Raises:
+        ValueError: an unknown format, no finished run, or outputs that do not agree; then nothing is written.
+
+    """
+    if not formats or set(formats) - set(FORMATS):
+        raise ValueError(f"format={','.join(formats)} is unknown; give one or both of {', '.join(FORMATS)}")
+    run = read_run(folder)
+    small, cuts = shrink(run.net, inputs(run, seed=0))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
+        full, new = Path(scratch) / "full", Path(scratch) / "export"
+        for path, net in ((full, run.net), (new, small)):
+            path.mkdir()
+            write(path, net, run, formats)
+        figures = measure(run, small, cuts, full, new)
+        write_atomically(new / FIGURES, json.dumps(figures, indent=2) + "\n")
+        shutil.rmtree(folder / "export", ignore_errors=True)
+        os.replace(new, folder / "export")
+    return figures
+
+
+def load(folder: str | os.PathLike[str]) -> nn.Module:
+    """Make the smaller network of an ``export`` folder, in eval mode.
+
+    Raises:
+        ValueError: files are missing, damaged, or do not fit each other.
+
+    """
+    path = Path(folder)
+    try:
+        stored, tensors = json.loads((path / CONFIG).read_text(encoding="utf-8")), load_file(path / WEIGHTS)
+        arguments, sizes = stored["net"], stored["modules"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        text = f"{path} holds no exported model ({type(error).__name__}: {error})"
+        raise ValueError(
+            f"{text}; python -m fedsparse.export run=<run folder> writes {CONFIG} and {WEIGHTS}"
+        ) from error
+    refuse_foreign_targets(arguments)
+    return rebuild(build.make_net(arguments), sizes, tensors).eval()
+
+
+def write(folder: Path, net: nn.Module, run: Finished, formats: Sequence[str]) -> None:
+    """Write a network in the formats asked for."""
+    if "safetensors" in formats:
+        save_model(net, folder / WEIGHTS)
+        stored = {"net": run.arguments, "modules": structure(run.net, net), "input": list(run.real.shape[1:])}
+        write_atomically(folder / CONFIG, json.dumps(stored, indent=2) + "\n")
+    if "onnx" in formats:
+        write_onnx(net, inputs(run, seed=0), folder / ONNX)
+
+
+def measure(run: Finished, small: nn.Module, cuts: Sequence[Cut], full: Path, new: Path) -> dict[str, Any]:
+    """Check what was written against the pruned model, and compare both."""
+    x = inputs(run, seed=1)
+    runners: dict[str, tuple[Forward, Forward]] = {"torch": (run.net, small)}
+    if (new / WEIGHTS).exists():
+        runners["torch"] = (run.net, load(new))
+    if (new / ONNX).exists():
+        before, after = (onnx_forward(path / ONNX, torch.get_num_threads()) for path in (full, new))
+        runners["onnx"] = (before, after)
+    for name, (_, forward) in runners.items():
+        check(name, forward, run.net, x)
+    return {
+        "before": _figures(run.net, x, full),
+        "after": _figures(small, x, new),
+        "time": {name: _ratio(*forwards, x) for name, forwards in runners.items()},
+        "cuts": [asdict(cut) for cut in cuts],
+        "unit": run.unit,
+    }
+
+
+@torch.no_grad()
+def check(name: str, after: Forward, before: Forward, x: Tensor) -> None:
+    """Refuse a smaller model that computes something else, on all inputs at once and on one alone.
+
+    Raises:
+        ValueError: outputs differ by more than ``TOLERANCE``.
+
+    """
+    for some in (x, x[:1]):
+        found, wanted = after(some), before(some)
+        if not close(found, wanted):
+            off = float((found - wanted).abs().max()) if found.shape == wanted.shape else float("inf")
+            raise ValueError(f"the smaller model ({name}) differs by {off:.1e}, more than {TOLERANCE}: nothing written")
+
+
+def _figures(net: nn.Module, x: Tensor, folder: Path) -> dict[str, Any]:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name in (WEIGHTS, ONNX)}
+    return {"num_parameters": sum(p.numel() for p in net.parameters()), **pruning_figures(net, x), "bytes": sizes}
+
+
+@torch.no_grad()
+def _ratio(before: Forward, after: Forward, x: Tensor) -> float:
+    """Time both in turn for ``SECONDS``, or 7 pairs: median of the ratios."""
+    works = {"before": partial(before, x), "after": partial(after, x)}
+    once = sum(taken[0] for taken in interleaved(works, 1).values())
+    times = interleaved(works, max(7, min(101, int(SECONDS / once))))
+    return statistics.median(b / a for a, b in zip(times["before"], times["after"], strict=True))
+
+
+def _read(arguments: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
+    """Read what was typed."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    unknown = [argument for argument in arguments if argument.partition("=")[0] not in ("run", "format")]
+    if unknown or not given.get("run"):
+        raise ValueError(f"{' '.join(unknown) or 'run= is missing'}: {KEYS}")
+    return Path(given["run"]), tuple(given.get("format", ",".join(FORMATS)).split(","))
+
+
+def main() -> None:
+    """Entry point of the command line."""
+
+    def body() -> None:
+        if {"-h", "--help"} & set(sys.argv):
+            print(__doc__)
+            return
+        folder, formats = _read(sys.argv[1:])
+        quiet()
+        print_export(folder / "export", export(folder, formats))
+
+    on_command_line(body)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A finished run, read from its folder: its model, and inputs to try the model on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedsparse import build
+from fedsparse.resume import read_job
+
+WEIGHTS = "model.safetensors"
+SAMPLES = 8  # random inputs, and as many of the test split
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        net: its model, as pruned.
+        arguments: what the model was built from.
+        real: inputs of the test split (SAMPLES, ...), as the model takes them.
+        unit: ``sparsity.unit``.
+
+    """
+
+    folder: Path
+    net: nn.Module
+    arguments: dict[str, Any]
+    real: Tensor
+    unit: str
+
+
+def read_run(folder: Path) -> Finished:
+    """Read a finished run and build its model.
+
+    Raises:
+        ValueError: there is no such folder, the run is not finished, or its files are damaged.
+
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no run folder {folder}; run= takes the folder that a run printed")
+    if not all((folder / name).is_file() for name in ("summary.json", WEIGHTS, ".hydra/config.yaml")):
+        raise ValueError(f"{folder} holds no finished run; python -m fedsparse.train resume={folder} finishes one")
+    cfg = read_job(folder, []).cfg
+    _without_weights(cfg.model.net)
+    federation = build.build_federation(cfg)
+    try:
+        federation.net.load_state_dict(load_file(folder / WEIGHTS))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or of another model ({type(error).__name__})") from error
+    split = federation.dataset.test
+    real = federation.inputs(split.x[torch.arange(min(SAMPLES, len(split.y)))])
+    arguments = build.net_arguments(cfg, federation.dataset)
+    return Finished(folder, federation.net.eval(), arguments, real, str(cfg.sparsity.unit))
+
+
+def inputs(run: Finished, seed: int) -> Tensor:
+    """Draw random inputs, standard normal, and put real ones behind them: (2 SAMPLES, ...). Tokens are shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    if run.real.is_floating_point():
+        random = torch.randn(run.real.shape, generator=generator)
+    else:
+        random = run.real[:, torch.randperm(run.real.shape[1], generator=generator)]
+    return torch.cat([random, run.real])
+
+
+def _without_weights(net: DictConfig) -> None:
+    """Build without weights where a builder can: they are in the file. BERT's checkpoint says its size too."""
+    for key, value in {"pretrained": False, **({} if "source" in net else {"checkpoint": None})}.items():
+        if key in net:
+            net[key] = value
