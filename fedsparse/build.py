@@ -24,8 +24,10 @@ from fedsparse.data.checks import checked_integer
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.images import Inputs, TokenInputs, inputs_for
+from fedsparse.data.own_tests import own_tests, with_own_tests
 from fedsparse.data.partition import client_tests
 from fedsparse.data.rounds import LocalWork, RoundPlan
+from fedsparse.data.splits import user_tests
 from fedsparse.federation import parallel
 from fedsparse.federation.artifacts import Artifacts
 from fedsparse.federation.autotune import choose, measure
@@ -92,9 +94,7 @@ def build_federation(cfg: DictConfig) -> Federation:
 
     """
     streaming(cfg)
-    dataset: Dataset = instantiate(cfg.data.source)
-    parts = build_parts(cfg, dataset)
-    tests = build_tests(cfg, dataset, parts)
+    dataset, parts, tests = build_clients(cfg, instantiate(cfg.data.source))
     net, space = build_net(cfg, dataset)
     _check_classes(cfg, net, dataset)
     _check_kind(cfg, net, dataset)
@@ -134,6 +134,16 @@ def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], s
     instantiate(cfg.link)
 
 
+def build_clients(cfg: DictConfig, dataset: Dataset) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
+    """Deal training samples and test parts to the clients; with ``data.local_test`` the latter are of their own."""
+    parts = build_parts(cfg, dataset)
+    if cfg.data.get("local_test") is None:
+        return dataset, parts, build_tests(cfg, dataset, parts)
+    parts, kept = own_tests(parts, _labels(dataset.train), cfg.data.local_test, cfg.seed)
+    longer, tests = with_own_tests(dataset, kept)
+    return longer, parts, tests
+
+
 def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
     """Deal the training split to the clients."""
     deal = instantiate(cfg.partition)
@@ -142,7 +152,9 @@ def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
 
 
 def build_tests(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Give every client its part of the test split: as the partition deals it, or by the class mix of its own part."""
+    """Give every client its part of the test split: its user's, as the partition deals it, or by its own class mix."""
+    if "users" in cfg.partition and dataset.train.users is not None and dataset.test.users is not None:
+        return user_tests(dataset.train.users, dataset.test.users)
     if "test" in cfg.partition:
         deal, clients = instantiate(cfg.partition), cfg.federation.num_clients
         return list(deal(labels=_labels(dataset.test), num_clients=clients, seed=cfg.seed, test=True))
