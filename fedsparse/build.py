@@ -445,15 +445,22 @@ def _check_kind(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:
     """
     longest = getattr(net, "longest", None)  # of a model of texts, the most tokens that it takes
     if dataset.tokens and longest is None:
-        raise ValueError("this data is text and the model takes images; choose model=bert_tiny or model=bert_base")
+        fitting = "model=next_char_lstm" if dataset.vocabulary else "model=bert_tiny or model=bert_base"
+        raise ValueError(f"this data is text and the model takes images; choose {fitting}")
     if longest is None:
         return
+    characters = getattr(net, "vocabulary", 0)  # 0: words of a tokenizer
     if not dataset.tokens:
-        raise ValueError("this data is images and the model takes text; choose data=stdlib_docs or data=ag_news")
+        fitting = "data=shakespeare" if characters else "data=stdlib_docs or data=ag_news"
+        raise ValueError(f"this data is images and the model takes text; choose {fitting}")
+    if dataset.vocabulary != characters:
+        held, taken = (f"{n} characters" if n else "words of a tokenizer" for n in (dataset.vocabulary, characters))
+        fitting = "model=next_char_lstm" if dataset.vocabulary else "model=bert_tiny or model=bert_base"
+        raise ValueError(f"this data is {held} and the model takes {taken}; choose {fitting}")
     if dataset.train.x.shape[1] > longest:
         raise ValueError(f"data.max_length={dataset.train.x.shape[1]}: the model takes at most {longest} tokens")
     if cfg.federation.cohort not in (1, AUTO):
-        raise ValueError("transformers' attention masks cannot be stacked over clients; set federation.cohort=1")
+        raise ValueError("a model of texts cannot be stacked over clients; set federation.cohort=1")
 
 
 def _run_id(folder: Path) -> str:

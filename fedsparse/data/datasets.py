@@ -65,6 +65,7 @@ class Dataset:
         fingerprint: tells what was loaded, where that depends on more than the name; the run records it.
         own: how many samples at the end of the test split are clients' own, taken from the training split; figures of
             the test split leave them out.
+        vocabulary: of texts as characters, how many there are; 0: tokens are of the model's own tokenizer.
 
     Raises:
         ValueError: a split is empty, its x, y and users differ in length, a label is out of range, a pixel is NaN or
@@ -81,6 +82,7 @@ class Dataset:
     std: tuple[float, ...] = ()
     fingerprint: str = ""
     own: int = 0
+    vocabulary: int = 0
 
     @property
     def common_test(self) -> Split:
