@@ -6,8 +6,13 @@ import copy
 
 import pytest
 import torch
+from plain import plain_fedavg, replay
+from small import Small, uneven_parts
 from torch.nn import functional as F
 
+from fedsparse import places
+from fedsparse.data.datasets import Dataset, Split
+from fedsparse.masks import top_fraction
 from fedsparse.masks.gradients import add_squares
 from fedsparse.models.chars import next_char_lstm
 from fedsparse.space import ParamSpace
@@ -67,6 +72,24 @@ def test_scores_are_squared_gradients_of_single_texts():
         F.cross_entropy(written_out(net, text[None]), label[None]).backward()
         wanted += torch.cat([p.grad.flatten() for p in net.parameters()]).double() ** 2
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("large", [1, places._LARGE])
+def test_a_federation_of_it_equals_a_plain_loop(tmp_path, monkeypatch, masked, large):
+    monkeypatch.setattr(places, "_LARGE", large)
+    net, x = tiny().double(), letters(60, 9)
+    splits = [Split(x[a:b], x[a:b, -1].long()) for a, b in ((0, 40), (40, 50), (50, 60))]
+    space = ParamSpace.of(net)
+    mask = top_fraction(torch.rand(space.size, generator=torch.Generator().manual_seed(3)), 0.4) if masked else None
+    start = copy.deepcopy(net)
+    small = Small(net, Dataset(*splits, 5, "letters", vocabulary=5), uneven_parts(40, 4), mask=mask, count=3, clip=0.5)
+    masks = space.unflatten(mask) if masked else None
+    rounds = replay(small.plan, 2)
+    plain, _ = plain_fedavg(start, splits[0].x, splits[0].y, rounds, lr=0.2, momentum=0.9, clip=0.5, masks=masks)
+    small.fit(2, tmp_path)
+    assert not torch.allclose(space.read(plain), space.read(start), atol=1e-3)
+    torch.testing.assert_close(small.row, space.read(plain), rtol=0, atol=1e-9)
 
 
 def test_the_seed_decides_everything_and_nothing_else():
