@@ -8,6 +8,7 @@ import pytest
 import torch
 from plain import plain_fedavg, replay
 from small import Small, uneven_parts
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedsparse import places
@@ -72,6 +73,10 @@ def test_scores_are_squared_gradients_of_single_texts():
         F.cross_entropy(written_out(net, text[None]), label[None]).backward()
         wanted += torch.cat([p.grad.flatten() for p in net.parameters()]).double() ** 2
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-9)
+    with pytest.raises(RuntimeError, match="data-dependent"):  # so that scores go text by text
+        torch.vmap(torch.func.grad(lambda p, x: functional_call(net, p, (x[None],)).sum()), (None, 0))(
+            {name: p.detach() for name, p in net.named_parameters()}, x
+        )
 
 
 @pytest.mark.parametrize("masked", [False, True])

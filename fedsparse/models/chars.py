@@ -45,23 +45,24 @@ class NextChar(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify places in the vocabulary (B, L): logits (B, num_classes)."""
-        with supported(self.training):
+        scored = torch.is_grad_enabled() and not self.training
+        if scored:
+            bool(x.any())  # refuses vmap, whose way through an LSTM takes ten times as long as text by text
+        with supported(cudnn=not scored):
             states: Tensor = self.lstm(self.embedding(x))[0]
         logits: Tensor = self.head(states[:, -1])
         return logits
 
 
 @contextmanager
-def supported(training: bool) -> Iterator[None]:
-    """Let an LSTM run where its fast kernels do not reach, and keep what they say of it off the terminal.
+def supported(cudnn: bool) -> Iterator[None]:
+    """Leave cuDNN aside where it cannot differentiate, in evaluation mode, as scores are taken.
 
-    cuDNN differentiates in training mode alone, and scores are taken in evaluation mode. ``vmap`` runs oneDNN's kernel
-    sample by sample, and weights that are views of a client's row are copied for cuDNN: both right, with a warning.
+    Weights that are views of a client's row are copied for it, which it need not tell in every run.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
-        if training or not torch.is_grad_enabled():
+        if cudnn:
             yield
         else:
             with torch.backends.cudnn.flags(enabled=False):
