@@ -24,9 +24,11 @@ from fedsparse.data.checks import checked_integer
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.images import Inputs, TokenInputs, inputs_for
+from fedsparse.data.own_tests import own_tests, with_own_tests
 from fedsparse.data.partition import client_tests
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
+from fedsparse.data.splits import user_tests
 from fedsparse.federation import parallel
 from fedsparse.federation.artifacts import Artifacts
 from fedsparse.federation.autotune import choose, measure
@@ -101,9 +103,7 @@ def build_federation(cfg: DictConfig) -> Federation:
 
     """
     streaming(cfg)
-    dataset: Dataset = instantiate(cfg.data.source)
-    parts = build_parts(cfg, dataset)
-    tests = build_tests(cfg, dataset, parts)
+    dataset, parts, tests = build_clients(cfg, instantiate(cfg.data.source))
     net, space = build_net(cfg, dataset)
     _check_classes(cfg, net, dataset)
     _check_kind(cfg, net, dataset)
@@ -169,6 +169,16 @@ def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], s
     build_personal(cfg)
 
 
+def build_clients(cfg: DictConfig, dataset: Dataset) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
+    """Deal training samples and test parts to the clients; with ``data.local_test`` the latter are of their own."""
+    parts = build_parts(cfg, dataset)
+    if cfg.data.get("local_test") is None:
+        return dataset, parts, build_tests(cfg, dataset, parts)
+    parts, kept = own_tests(parts, _labels(dataset.train), cfg.data.local_test, cfg.seed)
+    longer, tests = with_own_tests(dataset, kept)
+    return longer, parts, tests
+
+
 def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
     """Deal the training split to the clients."""
     deal = instantiate(cfg.partition)
@@ -177,7 +187,9 @@ def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
 
 
 def build_tests(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Give every client its part of the test split: as the partition deals it, or by the class mix of its own part."""
+    """Give every client its part of the test split: its user's, as the partition deals it, or by its own class mix."""
+    if "users" in cfg.partition and dataset.train.users is not None and dataset.test.users is not None:
+        return user_tests(dataset.train.users, dataset.test.users)
     if "test" in cfg.partition:
         deal, clients = instantiate(cfg.partition), cfg.federation.num_clients
         return list(deal(labels=_labels(dataset.test), num_clients=clients, seed=cfg.seed, test=True))
@@ -513,15 +525,22 @@ def _check_kind(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:
     """
     longest = getattr(net, "longest", None)  # of a model of texts, the most tokens that it takes
     if dataset.tokens and longest is None:
-        raise ValueError("this data is text and the model takes images; choose model=bert_tiny or model=bert_base")
+        fitting = "model=next_char_lstm" if dataset.vocabulary else "model=bert_tiny or model=bert_base"
+        raise ValueError(f"this data is text and the model takes images; choose {fitting}")
     if longest is None:
         return
+    characters = getattr(net, "vocabulary", 0)  # 0: words of a tokenizer
     if not dataset.tokens:
-        raise ValueError("this data is images and the model takes text; choose data=stdlib_docs or data=ag_news")
+        fitting = "data=shakespeare" if characters else "data=stdlib_docs or data=ag_news"
+        raise ValueError(f"this data is images and the model takes text; choose {fitting}")
+    if dataset.vocabulary != characters:
+        held, taken = (f"{n} characters" if n else "words of a tokenizer" for n in (dataset.vocabulary, characters))
+        fitting = "model=next_char_lstm" if dataset.vocabulary else "model=bert_tiny or model=bert_base"
+        raise ValueError(f"this data is {held} and the model takes {taken}; choose {fitting}")
     if dataset.train.x.shape[1] > longest:
         raise ValueError(f"data.max_length={dataset.train.x.shape[1]}: the model takes at most {longest} tokens")
     if cfg.federation.cohort not in (1, AUTO):
-        raise ValueError("transformers' attention masks cannot be stacked over clients; set federation.cohort=1")
+        raise ValueError("a model of texts cannot be stacked over clients; set federation.cohort=1")
 
 
 def _run_id(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""FedAdam, FedYogi and FedAdagrad (Reddi et al. 2021, algorithm 2) as ordinary ``torch.optim`` optimizers.
+"""FedAdam, FedYogi, FedAdagrad (Reddi et al. 2021, algorithm 2) and a momentum as ``torch.optim`` optimizers.
 
 The arithmetic is ``fedopt_update`` and a rule for the second moment; the classes keep the moments. Why not a library's:
 torch's Adam always corrects the bias and starts from v = 0, and torch has no Yogi; that of ``pytorch_optimizer`` 4.1
@@ -192,6 +192,45 @@ class FedAdagrad(FedOpt):
 
     rule = staticmethod(adagrad_moment)
     averages = False
+
+
+class AveragedMomentum(torch.optim.SGD):
+    r"""Server momentum as a running mean from zero, as AutoFLIP's code has it.
+
+    .. math::
+        v \leftarrow \beta v + (1 - \beta) g, \quad x \leftarrow x - \eta v, \quad v_0 = 0
+
+    It is torch's SGD with ``dampening`` = beta but for the first step, which torch does not dampen: here v is there
+    from the start, so that the first step is (1 - beta) g. The bias towards zero is not corrected.
+
+    Args:
+        params: tensors, named tensors or dicts of groups, as for every ``torch.optim.Optimizer``.
+        lr: the server's step size, positive and finite.
+        beta: decay of v, in [0, 1).
+
+    Raises:
+        ValueError: an option outside its range.
+
+    >>> x = torch.zeros(1)
+    >>> optimizer = AveragedMomentum([x], lr=1.0, beta=0.9)
+    >>> x.grad = torch.tensor([-1.0])  # the mean change is +1
+    >>> optimizer.step()
+    >>> x
+    tensor([0.1000])
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, beta: float = 0.9) -> None:
+        if not (_finite(lr) and lr > 0):
+            raise ValueError(f"server.lr must be a positive, finite number, not {lr!r}")
+        if not (_finite(beta) and 0 <= beta < 1):
+            raise ValueError(f"server.beta must be a number of at least 0 and below 1, not {beta!r}")
+        super().__init__(params, lr=lr, momentum=beta, dampening=beta)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, and the v of zeros that they start from."""
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            self.state[param] = {"momentum_buffer": torch.zeros_like(param)}
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.gl
 NEEDS = {
     "mask_rule/from_file": ["mask_rule.path=mask.safetensors"],
     "data/arrays": ["data.root=nowhere"],
-    "data/imagefolder": ["data.root=nowhere"],
+    **{f"data/{n}": ["data.root=nowhere"] for n in ("imagefolder", "femnist", "shakespeare")},
     "model/timm": ["model.name=resnet18", "model.net.pretrained=false"],
     "model/dino_vits16": ["model.net.pretrained=false"],
     "data/stdlib_docs": ["model=bert_tiny"],
@@ -28,6 +28,7 @@ FOUND = {"num_classes": 10, "in_chans": 1, "img_size": 8, "in_features": 64}
 COMPOSED_ONLY = {
     "data/arrays",
     *(f"data/{n}" for n in ("cifar10", "cifar100", "mnist", "fashion_mnist", "imagefolder", "ag_news")),
+    *(f"data/{n}" for n in ("femnist", "shakespeare")),
     "model/bert_base",
 }
 # groups of plain values: nothing in them is built by itself

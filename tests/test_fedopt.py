@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from fedsparse.config import conf_dir
 from fedsparse.federation.aggregation import Change
 from fedsparse.federation.server import Server
-from fedsparse.fedopt import FedAdagrad, FedAdam, FedYogi
+from fedsparse.fedopt import AveragedMomentum, FedAdagrad, FedAdam, FedYogi
 from fedsparse.places import Coordinates
 
 KINDS = [FedAdam, FedYogi, FedAdagrad]
@@ -249,3 +249,69 @@ def test_every_key_of_a_configuration_reaches_the_optimizer(name):
     options = {"lr": 0.3, "betas": [0.2, 0.4], "tau": 0.05, "bias_correction": True}
     group = server_of(name, torch.zeros(1, 2), **options).optimizer.param_groups[0]
     assert {key: group[key] for key in options} == {**options, "betas": (0.2, 0.4)}
+
+
+def test_averaged_momentum_over_three_rounds_by_hand():
+    # beta 0.9, changes 1, 2, -1: v = 0.1, then 0.09 + 0.2 = 0.29, then 0.261 - 0.1 = 0.161
+    x = torch.zeros(1, dtype=torch.float64)
+    path = walk(AveragedMomentum([x], lr=1.0), x, [[1.0], [2.0], [-1.0]])
+    close(path, [[0.1], [0.39], [0.551]])
+    y = torch.zeros(1, dtype=torch.float64)
+    torchs = walk(torch.optim.SGD([y], lr=1.0, momentum=0.9, dampening=0.9), y, [[1.0], [2.0], [-1.0]])
+    close(torchs, [[1.0], [2.1], [2.99]])  # torch does not dampen its first step: v = 1, 1.1, 0.89
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_the_server_of_averaged_momentum_is_autoflips(lr):
+    row = start().unsqueeze(0)
+    server, wanted, v = server_of("fedavgm_ema", row, lr=lr, beta=0.75), list(START), [0.0] * len(START)
+    for change in CHANGES:
+        server.step(Change(torch.tensor([change], dtype=torch.float64), torch.zeros(1, 0), None, 0.0))
+        v = [0.75 * old + 0.25 * -d for old, d in zip(v, change, strict=True)]  # G is the negative change
+        wanted = [x - lr * step for x, step in zip(wanted, v, strict=True)]
+        assert row[0].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_averaged_momentum_goes_through_a_file_to_the_bit(tmp_path, rounds):
+    x = start(torch.float32)
+    optimizer = AveragedMomentum([x], lr=0.5)
+    walk(optimizer, x, CHANGES[:rounds])
+    torch.save({"row": x, "state": optimizer.state_dict()}, tmp_path / "state.pt")
+    stored = torch.load(tmp_path / "state.pt", weights_only=True)
+    y = stored["row"]
+    other = AveragedMomentum([y], lr=7.0, beta=0.1)
+    other.load_state_dict(stored["state"])
+    assert bits(other.state_dict()) == bits(optimizer.state_dict())
+    assert walk(other, y, CHANGES[rounds:]) == walk(optimizer, x, CHANGES[rounds:])
+
+
+def test_averaged_momentum_without_gradients_changes_nothing():
+    x = start()
+    optimizer = AveragedMomentum([x], lr=0.1)
+    before = bits(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    assert bits(optimizer.state_dict()) == before
+    assert x.tolist() == START
+
+
+@pytest.mark.parametrize("untouched", ["step", "hold", "freeze"])
+def test_a_coordinate_that_nobody_sent_under_averaged_momentum(untouched):
+    row = torch.zeros(1, 2, dtype=torch.float64)
+    make = lambda params: AveragedMomentum(params, lr=1.0, beta=0.5)  # noqa: E731
+    server = Server(row, make, Coordinates(torch.ones(2, dtype=torch.bool)), untouched)
+    for touched in ([True, True], [True, False], [True, True]):
+        rows = torch.tensor([[1.0, 1.0 * touched[1]]], dtype=torch.float64)
+        server.step(Change(rows, torch.zeros(1, 0), torch.tensor([touched]), 0.0))
+    # v: 0.5, 0.75, 0.875 where all is sent. Else 0.5, then 0.25 or, frozen, 0.5, then 0.625 or 0.75
+    second = {"step": 0.5 + 0.25 + 0.625, "hold": 0.5 + 0.625, "freeze": 0.5 + 0.75}[untouched]
+    assert row[0].tolist() == pytest.approx([0.5 + 0.75 + 0.875, second])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": 0}, {"lr": math.inf}, {"beta": 1.0}, {"beta": -0.1}, {"beta": "0.9"}], ids=str
+)
+def test_averaged_momentum_refuses_in_one_line(wrong):
+    with pytest.raises(ValueError, match=f"server.{next(iter(wrong))} must be") as error:
+        AveragedMomentum([torch.zeros(1)], **{"lr": 1.0, **wrong})
+    assert "\n" not in str(error.value)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 
-from fedsparse.models.convnets import fednet, resnet18_gn, two_cnn
+from fedsparse.models.convnets import fednet, femnist_cnn, resnet18_gn, two_cnn
 from fedsparse.models.pretrained import head_pattern, timm_model
 from fedsparse.models.trainable import trainable_filter
 from fedsparse.space import ParamSpace, matches
@@ -292,6 +292,7 @@ BUILDERS = {
     "resnet18_gn, imagenet": (lambda seed: resnet18_gn(5, 1, stem="imagenet", seed=seed), (1, 64, 64)),
     "two_cnn": (lambda seed: two_cnn(5, 1, hidden=8, seed=seed), (1, 28, 28)),
     "two_cnn, digits": (lambda seed: two_cnn(5, 1, seed=seed), (1, 8, 8)),
+    "femnist_cnn": (lambda seed: femnist_cnn(5, 1, hidden=8, seed=seed), (1, 28, 28)),
     "fednet": (lambda seed: fednet(5, 3, 32, seed=seed), (3, 32, 32)),
     "fednet, digits": (lambda seed: fednet(5, 1, 8, dropout=0, seed=seed), (1, 8, 8)),
 }
@@ -301,7 +302,7 @@ def head_weight(net):
     return next(p for key, p in net.named_parameters() if key in ("head.weight", "fc.weight"))
 
 
-@pytest.mark.parametrize("name", ["timm", "resnet18_gn", "two_cnn", "fednet"])
+@pytest.mark.parametrize("name", ["timm", "resnet18_gn", "two_cnn", "femnist_cnn", "fednet"])
 def test_builders_are_pure(name):
     build, _ = BUILDERS[name]
     before = torch.get_rng_state()
@@ -375,6 +376,20 @@ def test_two_cnn_is_the_published_size():
     assert getattr(net, "pretrained_cfg", None) is None
 
 
+def test_femnist_cnn_is_the_published_size():
+    net = femnist_cnn(62, 1, hidden=64)
+    # 64 x 26, 128 x (1,600 + 1), (128 x 49 + 1) x 2,048, 2,049 x 62
+    assert sum(p.numel() for p in net.parameters()) == 1664 + 204_928 + 12_847_104 + 127_038 == 13_180_734
+    # as the framework that AutoFLIP is built on writes it
+    layers = [nn.Conv2d(1, 64, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2, 2, padding=1)]
+    layers += [nn.Conv2d(64, 128, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2, 2, padding=1), nn.AdaptiveAvgPool2d((7, 7))]
+    theirs = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6272, 2048), nn.ReLU(), nn.Linear(2048, 62))
+    for mine, other in zip(net.parameters(), theirs.parameters(), strict=True):
+        other.data.copy_(mine)
+    x = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(net(x), theirs(x))
+
+
 def test_fednet_is_the_published_size():
     net = fednet(10, 3, 32)
     # convolutions 896 + 18,496 + 36,928, norms 2 x 160, layers 524,800 + 5,130
@@ -399,7 +414,7 @@ def test_refusals_of_the_reference_nets():
 # ------------------------------------------------------------------------------------------------------------ conf
 
 
-@pytest.mark.parametrize("name", ["resnet18_gn", "two_cnn", "fednet", "dino_vits16", "timm"])
+@pytest.mark.parametrize("name", ["resnet18_gn", "two_cnn", "femnist_cnn", "fednet", "dino_vits16", "timm"])
 def test_model_yaml_builds(name):
     OmegaConf.register_new_resolver("timm_head", head_pattern, replace=True)
     cfg = OmegaConf.create({"model": yaml.safe_load((CONF / f"{name}.yaml").read_text()), "seed": 2})

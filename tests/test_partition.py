@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from fedsparse.analysis.partition_plot import partition_figure
-from fedsparse.data import dealing, partition
+from fedsparse.data import dealing, partition, splits
 from fedsparse.data.dealing import capped_split, deal_classes, dirichlet_logs, fill_small, largest_remainder, softmax
 
 CONF = Path(__file__).parents[1] / "conf" / "partition"
@@ -30,6 +30,8 @@ EVERY_SAMPLE = {
     "dirichlet": lambda labels, clients, seed: partition.dirichlet(labels, clients, 0.3, seed),
     "dirichlet_client": lambda labels, clients, seed: partition.dirichlet_client(labels, clients, 0.3, seed),
     "quantity": lambda labels, clients, seed: partition.quantity(labels, clients, 0.3, seed),
+    "unbalanced": lambda labels, clients, seed: splits.unbalanced(labels, clients, seed, (1, 1)),
+    "diri": lambda labels, clients, seed: splits.diri(labels, clients, 0.2, seed),
 }
 
 

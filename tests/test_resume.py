@@ -37,7 +37,12 @@ KEEPING = {  # what lasts over rounds beside the model: with clients, at the ser
     ],
     "topk of few": ["exchange=topk", "exchange.fraction=0.01", "federation.clients_per_round=4"],
 }
-SERVERS = [["server=fedavg"], ["server=fedavgm", "schedule=cosine"], ["server=fedadam", "federation.eval_every=2"]]
+SERVERS = [
+    ["server=fedavg"],
+    ["server=fedavgm", "schedule=cosine"],
+    ["server=fedavgm_ema", "schedule=step", "schedule.every=1", "schedule.gamma=0.99"],
+    ["server=fedadam", "federation.eval_every=2"],
+]
 
 
 def start(folder, *options):

@@ -123,10 +123,11 @@ def test_calibration_does_not_depend_on_the_cohort_size(run_in, where):
 
 
 OPTIONS = [
-    "server=fedavgm", "server=fedadam", "server=fedyogi", "server=fedadagrad",
+    "server=fedavgm", "server=fedavgm_ema", "server=fedadam", "server=fedyogi", "server=fedadagrad",
     "federation.weight=equal", "sampling=everyone", "optimizer.nesterov=true",
     "schedule=cosine", "sparsity.unit=output", "sparsity.scope=tensor", "calibration.labels=model",
     "calibration.fisher=batch", "federation.clients_per_round=3", "optimizer.clip_norm=null", "partition=dirichlet",
+    "partition=unbalanced", "partition=diri", "data.local_test=0.2",
 ]  # fmt: skip
 
 

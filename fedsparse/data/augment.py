@@ -6,13 +6,15 @@ Shapes: ``n`` samples, ``C`` channels, ``H`` x ``W`` pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as tv
+
+from fedsparse.data.changes import chain
 
 Operation = Callable[[Tensor, int], Tensor]
 
@@ -146,13 +148,17 @@ OPERATIONS: tuple[Operation, ...] = (
 CHOICES: dict[str, Augment | None] = {"none": None, "crop_flip": CropFlip(), "randaugment": RandAugment()}
 
 
-def augment(name: str) -> Augment | None:
-    """Find what ``data.augment`` names; None for none.
+def augment(name: str | Mapping[Any, Any]) -> Augment | None:
+    """Find what ``data.augment`` names, or build what it lists (``fedsparse.data.changes``); None for none.
 
     Raises:
         ValueError: lists the names that there are.
 
     """
-    if name not in CHOICES:
-        raise ValueError(f"data.augment is {name!r}; choose one of {', '.join(CHOICES)}")
+    if isinstance(name, Mapping):
+        listed = chain(name)
+        return listed if listed.numbers else None
+    if not isinstance(name, str) or name not in CHOICES:
+        some = "{rotate: 15, hflip: 0.5, vflip: 0.5, jitter: 0.5}"
+        raise ValueError(f"data.augment is {name!r}; choose one of {', '.join(CHOICES)}, or some of {some}")
     return CHOICES[name]

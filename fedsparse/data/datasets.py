@@ -63,6 +63,9 @@ class Dataset:
         mean: of each channel, of pixels scaled to [0, 1]; used where the model has none of its own.
         std: standard deviations, likewise.
         fingerprint: tells what was loaded, where that depends on more than the name; the run records it.
+        own: how many samples at the end of the test split are clients' own, taken from the training split; figures of
+            the test split leave them out.
+        vocabulary: of texts as characters, how many there are; 0: tokens are of the model's own tokenizer.
 
     Raises:
         ValueError: a split is empty, its x, y and users differ in length, a label is out of range, a pixel is NaN or
@@ -78,6 +81,16 @@ class Dataset:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     fingerprint: str = ""
+    own: int = 0
+    vocabulary: int = 0
+
+    @property
+    def common_test(self) -> Split:
+        """The test split without what is clients' own."""
+        test, common = self.test, len(self.test.y) - self.own
+        if not self.own:
+            return test
+        return Split(test.held[:common], test.y[:common], None if test.users is None else test.users[:common])
 
     @property
     def tokens(self) -> bool:

@@ -35,7 +35,7 @@ def load_tokenizer(source: str | None) -> Any:
 
     """
     if source is None:
-        raise ValueError("this data is text and the model takes images; choose model=bert_tiny or model=bert_base")
+        raise ValueError("this data is text and the model has no tokenizer; choose model=bert_tiny or model=bert_base")
     transformers = need_transformers()
     place = str(PACKAGED) if source == TINY else source
     try:

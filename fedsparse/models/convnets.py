@@ -58,13 +58,24 @@ def two_cnn(num_classes: int, in_chans: int, hidden: int = 32, head_std: float =
     """
 
     def build() -> nn.Sequential:
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, (held, made) in enumerate(((in_chans, hidden), (hidden, 2 * hidden)), 1):
-            layers[f"conv{i}"] = nn.Conv2d(held, made, 5, padding=1)
-            layers[f"relu{i}"] = nn.ReLU()
-            layers[f"pool{i}"] = nn.MaxPool2d(2, padding=1)
-        layers["mean"] = nn.AdaptiveAvgPool2d(7)
-        return nn.Sequential(layers | _classifier(2 * hidden * 7 * 7, num_classes, 0.0))
+        return nn.Sequential(_two_convolutions(in_chans, hidden) | _classifier(2 * hidden * 7 * 7, num_classes, 0.0))
+
+    return _started(build, "head", num_classes, head_std, seed)
+
+
+def femnist_cnn(
+    num_classes: int, in_chans: int, hidden: int = 32, head_std: float = 0.02, seed: int = 0
+) -> nn.Sequential:
+    """Build the FEMNISTCNN of AutoFLIP: (N, C, H, W) of any size -> (N, num_classes).
+
+    LEAF's CNN for FEMNIST (Caldas et al. 2018, models/femnist/cnn.py) in the form of the framework that AutoFLIP is
+    built on (vaseline555/Federated-Learning-in-PyTorch, src/models/femnistcnn.py): the two convolutions and the mean
+    of ``two_cnn``, and a layer of 2,048: 13,180,734 parameters for grey images, 62 classes and 64 channels.
+    """
+
+    def build() -> nn.Sequential:
+        dense = _classifier(2 * hidden * 7 * 7, num_classes, 0.0, 2048)
+        return nn.Sequential(_two_convolutions(in_chans, hidden) | dense)
 
     return _started(build, "head", num_classes, head_std, seed)
 
@@ -104,13 +115,24 @@ def _small_stem(net: nn.Module, in_chans: int) -> nn.Module:
     return net
 
 
-def _classifier(features: int, num_classes: int, dropout: float) -> OrderedDict[str, nn.Module]:
-    """A layer of 512 and the head."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten(), hidden=nn.Linear(features, 512))
+def _two_convolutions(in_chans: int, hidden: int) -> OrderedDict[str, nn.Module]:
+    """Two 5 x 5 convolutions, each pooled by two, and a mean to 7 x 7."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, (held, made) in enumerate(((in_chans, hidden), (hidden, 2 * hidden)), 1):
+        layers[f"conv{i}"] = nn.Conv2d(held, made, 5, padding=1)
+        layers[f"relu{i}"] = nn.ReLU()
+        layers[f"pool{i}"] = nn.MaxPool2d(2, padding=1)
+    layers["mean"] = nn.AdaptiveAvgPool2d(7)
+    return layers
+
+
+def _classifier(features: int, num_classes: int, dropout: float, width: int = 512) -> OrderedDict[str, nn.Module]:
+    """A hidden layer and the head."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten(), hidden=nn.Linear(features, width))
     layers["relu"] = nn.ReLU()
     if dropout:
         layers["dropout"] = nn.Dropout(dropout)
-    layers["head"] = nn.Linear(512, num_classes)
+    layers["head"] = nn.Linear(width, num_classes)
     return layers
 
 

@@ -1,0 +1,83 @@
+"""LEAF's JSON files, read user by user and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+User = tuple[np.ndarray, np.ndarray]  # samples and labels
+Decode = Callable[[Any, Any, str], User]
+
+
+def read_part(root: str | Path | None, name: str, part: str, decode: Decode) -> dict[str, User]:
+    """Read all files of ``<root>/<part>``; users without a sample are left out.
+
+    Args:
+        root: ``data.root``.
+        name: of the data set, for messages.
+        part: train or test.
+        decode: makes arrays of a user's ``x`` and ``y``; a ValueError of it names the place that it is given.
+
+    Raises:
+        ValueError: the folder is missing, or a file is damaged or holds a user again; says how LEAF makes them.
+
+    """
+    how = f"run ./preprocess.sh -s niid --sf 0.05 -k 0 -t sample in LEAF's data/{name}, and set data.root to its data"
+    folder = Path(root or "") / part
+    if root is None or not folder.is_dir():
+        raise ValueError(f"data.root={root} has no folder {part}; {how}")
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise ValueError(f"{folder} has no .json file; {how}")
+    held: dict[str, User] = {}
+    places: dict[str, Path] = {}
+    for path in files:
+        for user, samples in _read(path, how, decode).items():
+            if user in places:
+                raise ValueError(f"{path}: user {user} is in {places[user].name} too; remove one of the files")
+            held[user], places[user] = samples, path
+    if not held:
+        raise ValueError(f"{folder} holds no sample; {how}")
+    return held
+
+
+def _read(path: Path, how: str, decode: Decode) -> dict[str, User]:
+    """Read one file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as JSON ({reason}); to make it again, {how}") from error
+    users, counts, data = _fields(content, path, how)
+    found = {}
+    for user, count in zip(users, counts, strict=True):
+        where = f"{path}: user {user}"
+        x, y = _samples(data.get(user), where)
+        if not len(x) == len(y) == count:
+            raise ValueError(f"{where} has {len(x)} x and {len(y)} y and num_samples says {count}; {how}")
+        if y:
+            found[user] = decode(x, y, where)
+    return found
+
+
+def _fields(content: Any, path: Path, how: str) -> tuple[list[str], list[Any], dict[str, Any]]:
+    """Take ``users``, ``num_samples`` and ``user_data`` of a file."""
+    kinds = {"users": list, "num_samples": list, "user_data": dict}
+    for key, kind in kinds.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise ValueError(f"{path} has no {kind.__name__} {key}, so it is no file of LEAF; {how}")
+    users, counts, data = (content[key] for key in kinds)
+    if len(users) != len(counts) or not all(isinstance(user, str) for user in users) or len(set(users)) < len(users):
+        raise ValueError(f"{path}: users are not {len(counts)} different names, one for each of num_samples; {how}")
+    return users, counts, data
+
+
+def _samples(user: Any, where: str) -> tuple[list[Any], list[Any]]:
+    """Take ``x`` and ``y`` of a user."""
+    if not isinstance(user, dict) or not all(isinstance(user.get(key), list) for key in ("x", "y")):
+        raise ValueError(f"{where} has no x and y in user_data")
+    return user["x"], user["y"]
