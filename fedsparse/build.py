@@ -420,7 +420,7 @@ def build_callbacks(
 ) -> Callbacks:
     """Build all callbacks; ``shared`` if other runs write to the same terminal at the same time."""
     config = {**OmegaConf.to_container(cfg, resolve=True), "density": mask.by_layer()}  # type: ignore[dict-item]
-    evaluation = Evaluation(federation.tests)
+    evaluation = Evaluation(federation.tests, federation.dataset.own)
     progress = RoundProgress(rounds, evaluation, lambda round: len(federation.phased.sample(round)), shared=shared)
     chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     others = [progress, Artifacts(folder, config), *chosen, *build_checkpoints(cfg, folder)]

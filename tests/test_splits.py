@@ -163,7 +163,6 @@ def test_bad_input_is_one_clear_line(tmp_path, call, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="until Evaluation is told of Dataset.own")
 def test_test_figures_leave_out_what_is_clients_own(run_in):
     still = ["federation.rounds=1", "optimizer.lr=1e-12", "head.init=random"]  # both evaluate the start
     plain, own = run_in("plain", *still)[0], run_in("own", *still, "data.local_test=0.3")[0]

@@ -55,11 +55,12 @@ class Evaluation(lightning.Callback):
 
     Args:
         tests: for every client the indices of its test part.
+        own: samples at the end of the test split that are clients' own: test/loss and test/acc leave them out.
 
     """
 
-    def __init__(self, tests: Sequence[np.ndarray] = ()) -> None:
-        self.tests = tests
+    def __init__(self, tests: Sequence[np.ndarray] = (), own: int = 0) -> None:
+        self.tests, self.own = tests, own
         self.figures: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -82,7 +83,8 @@ class Evaluation(lightning.Callback):
         self.figures = {}
         for name, seen in zip(SPLITS, self._of_all(trainer), strict=True):
             whole = {key: torch.cat([batch[key] for batch in seen]) for key in ("logits", "y", "losses")}
-            self.figures |= split_figures(name, **whole)
+            common = len(whole["y"]) - (self.own if name == "test" else 0)
+            self.figures |= split_figures(name, **{key: value[:common] for key, value in whole.items()})
         correct = (whole["logits"].argmax(1) == whole["y"]).cpu().numpy()
         self.figures |= client_figures(correct, self.tests)
         pl_module.log_dict(self.figures, logger=False, batch_size=1)
