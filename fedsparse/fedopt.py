@@ -220,9 +220,9 @@ class AveragedMomentum(torch.optim.SGD):
     """
 
     def __init__(self, params: Iterable[Any], lr: float, beta: float = 0.9) -> None:
-        if not (_finite(lr) and lr > 0):
+        if not (finite(lr) and lr > 0):
             raise ValueError(f"server.lr must be a positive, finite number, not {lr!r}")
-        if not (_finite(beta) and 0 <= beta < 1):
+        if not (finite(beta) and 0 <= beta < 1):
             raise ValueError(f"server.beta must be a number of at least 0 and below 1, not {beta!r}")
         super().__init__(params, lr=lr, momentum=beta, dampening=beta)
 
