@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fedsparse import build, results, team
+from fedsparse import build, cohorts, fitting, results, team
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation import parallel
 from fedsparse.federation.calibration import Calibrated
@@ -66,7 +66,7 @@ class Training:
 
     trainer: lightning.Trainer
     rounds: FederatedRounds
-    callbacks: build.Callbacks
+    callbacks: fitting.Callbacks
     choice: MaskChoice
 
 
@@ -108,7 +108,7 @@ def follow() -> None:
                 return
             federation.net.load_state_dict(start.net)
             module.set_mask(start.found.mask.row(federation.space), start.found.bitmaps)
-            build.set_cohort(federation, module, start.cohort)
+            cohorts.set_cohort(federation, module, start.cohort)
             _train(job, federation, module, start)
     except EveryUpdateDropped:
         return  # the leading process says so
@@ -122,7 +122,7 @@ def _start(job: Job, federation: build.Federation, module: ClientModule) -> Star
     if checkpoint is None and job.cfg.sparsity.mode == "prune":
         zero(federation.net, federation.space, torch.as_tensor(module.mask))
     state = {} if checkpoint is None else read_checkpoint(checkpoint, federation.space)
-    build.settle_cohort(job.cfg, federation, module, state.get("cohort"))
+    cohorts.settle_cohort(job.cfg, federation, module, state.get("cohort"))
     net = {name: tensor.cpu() for name, tensor in federation.net.state_dict().items()} if parallel.joined() else {}
     return Start(found, ledger, net, federation.plan.bound, checkpoint)
 
@@ -135,16 +135,16 @@ def _train(job: Job, federation: build.Federation, module: ClientModule, start: 
     if closed > federation.phases.total:
         raise ValueError(f"{closed} rounds are closed already; federation.rounds={job.cfg.federation.rounds} is fewer")
     choice = _choice(job, federation, start.found, leads)
-    rounds = build.build_rounds(job.cfg, federation, choice, start.ledger, module, job.folder)
+    rounds = fitting.build_rounds(job.cfg, federation, choice, start.ledger, module, job.folder)
     rounds.traffic.drop_from(closed + 1)
-    callbacks = build.build_callbacks(
+    callbacks = fitting.build_callbacks(
         job.cfg, rounds, federation, start.found.mask, job.folder, _beside_others() or not leads
     )
     if callbacks.personal is not None:
         callbacks.personal.table.drop_from(closed + 1)
-    loggers = build.build_loggers(job.cfg, job.folder, job.group, closed) if leads else []
-    trainer = build.build_trainer(job.cfg, callbacks, loggers, federation.phases.total)
-    trainer.fit(module, build.build_datamodule(job.cfg, federation), ckpt_path=start.checkpoint)
+    loggers = fitting.build_loggers(job.cfg, job.folder, job.group, closed) if leads else []
+    trainer = fitting.build_trainer(job.cfg, callbacks, loggers, federation.phases.total)
+    trainer.fit(module, fitting.build_datamodule(job.cfg, federation), ckpt_path=start.checkpoint)
     return Training(trainer, rounds, callbacks, choice)
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedsparse import build
+from fedsparse import nets
 from fedsparse.analysis.export_table import print_export
 from fedsparse.config import refuse_foreign_targets
 from fedsparse.execute import quiet
@@ -91,7 +91,7 @@ def load(folder: str | os.PathLike[str]) -> nn.Module:
             f"{text}; python -m fedsparse.export run=<run folder> writes {CONFIG} and {WEIGHTS}"
         ) from error
     refuse_foreign_targets(arguments)
-    return rebuild(build.make_net(arguments), sizes, tensors).eval()
+    return rebuild(nets.make_net(arguments), sizes, tensors).eval()
 
 
 def write(folder: Path, net: nn.Module, run: Finished, formats: Sequence[str]) -> None:

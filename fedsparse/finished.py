@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedsparse import build
+from fedsparse import build, nets
 from fedsparse.resume import read_job
 
 WEIGHTS = "model.safetensors"
@@ -59,7 +59,7 @@ def read_run(folder: Path) -> Finished:
         raise ValueError(f"{folder / WEIGHTS} is damaged or of another model ({type(error).__name__})") from error
     split = federation.dataset.test
     real = federation.inputs(split.x[torch.arange(min(SAMPLES, len(split.y)))])
-    arguments = build.net_arguments(cfg, federation.dataset)
+    arguments = nets.net_arguments(cfg, federation.dataset)
     return Finished(folder, federation.net.eval(), arguments, real, str(cfg.sparsity.unit))
 
 

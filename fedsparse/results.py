@@ -128,6 +128,10 @@ def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         "weights that trained, head included": "trainable_fraction",
     }
     rows = [(label, f"{summary[key]:.1%}") for label, key in percent.items() if summary.get(key) is not None]
+    if "compression" in summary:
+        saved = summary["flops_sparse"] / summary["flops"]
+        rows.append(("weights over those that are not zero", f"{summary['compression']:.2f}"))
+        rows.append(("forward FLOPs if zeros cost nothing", f"{saved:.1%} of {summary['flops']:,.0f}"))
     if (gap := summary.get("gap/generalisation/top1_mean")) is not None:
         rows.append(("generalisation gap of top-1, out minus in", f"{gap:+.1%}"))
     up, dense = summary["bytes_up"], summary["bytes_dense"]

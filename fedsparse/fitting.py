@@ -1,0 +1,174 @@
+"""From the parts of a run to the one Trainer that carries it out."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from fedsparse.build import Federation, build_device, build_exchange, build_personal, streaming
+from fedsparse.data.augment import augment
+from fedsparse.data.datamodule import FederatedDataModule
+from fedsparse.federation import parallel
+from fedsparse.federation.artifacts import Artifacts
+from fedsparse.federation.buffers import Buffers
+from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
+from fedsparse.federation.choice import MaskChoice
+from fedsparse.federation.client import HALF, ClientModule
+from fedsparse.federation.combinations import check_names
+from fedsparse.federation.csv import RoundCSV
+from fedsparse.federation.evaluation import Evaluation
+from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.parallel import CohortStrategy
+from fedsparse.federation.personal import CLIENTS, Personal
+from fedsparse.federation.precision import HalfPrecision
+from fedsparse.federation.progress import RoundProgress
+from fedsparse.federation.rounds import BUFFERS, LOCAL, FederatedRounds
+from fedsparse.federation.store import ClientStore, make_store
+from fedsparse.federation.tracking import GracefulStop, RoundLog
+from fedsparse.federation.traffic import Traffic
+from fedsparse.masks import Mask
+
+TRAFFIC = "traffic.csv"
+
+
+def build_rounds(
+    cfg: DictConfig,
+    federation: Federation,
+    choice: MaskChoice,
+    ledger: Ledger,
+    module: ClientModule,
+    folder: Path,
+) -> FederatedRounds:
+    """Build the protocol of a round; what clients keep may lie in the run folder."""
+    row = torch.as_tensor(module.mask).cpu()
+    exchange = build_exchange(cfg, row, federation.space.local, module.own_masks, federation.space)
+    check_names(exchange, federation.space, row)
+    make = partial(_store, cfg.federation.store, folder)
+    exchange.keep_in(make)
+    module.objective.stores |= {name: make(name) for name in module.objective.stores}
+    ledger.link = instantiate(cfg.link)
+    return FederatedRounds(
+        exchange=exchange,
+        aggregation=instantiate(cfg.aggregation),
+        topology=instantiate(cfg.topology),
+        buffers=Buffers(cfg.federation.buffers, make(BUFFERS)),
+        ledger=ledger,
+        store=make(LOCAL),
+        schedule=instantiate(cfg.schedule),
+        seed=cfg.seed,
+        model_length=federation.model_length,
+        mask_length=0 if bool(row.all()) else len(Mask.of(federation.space, row).to_bytes()),
+        phases=federation.phases,
+        choice=choice,
+        traffic=Traffic(folder / TRAFFIC if parallel.process() == 0 else None),
+    )
+
+
+def _store(kind: str, folder: Path, name: str) -> ClientStore:
+    """Make a store of what clients keep, in memory or in the run folder."""
+    return make_store(kind, folder / f"{name}.bin")
+
+
+def build_checkpoints(cfg: DictConfig, folder: Path) -> list[lightning.Callback]:
+    """Best by validation, and last; both written when a round closes."""
+    shared: dict[str, Any] = {
+        "dirpath": folder / "checkpoints",
+        "save_top_k": 1,
+        "enable_version_counter": False,
+        "save_on_train_epoch_end": True,
+    }
+    every = cfg.federation.checkpoint_every
+    best = RoundCheckpoint(**shared, monitor="val/acc", mode="max", filename="best")
+    return [best, RoundCheckpoint(**shared, filename=LAST.removesuffix(".ckpt"), every_n_epochs=every)]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """The callbacks of a run; those that are asked something afterwards by name."""
+
+    rounds: FederatedRounds
+    log: RoundLog
+    stop: GracefulStop
+    others: list[lightning.Callback]
+    personal: Personal | None = None
+
+    def listed(self) -> list[lightning.Callback]:
+        """In the order that Lightning is to call them: the protocol first, checkpoints last."""
+        before, after = ([], []) if self.personal is None else ([self.personal.before], [self.personal])
+        return [*before, self.rounds, *after, self.log.evaluation, self.log, self.stop, *self.others]
+
+
+def build_callbacks(
+    cfg: DictConfig, rounds: FederatedRounds, federation: Federation, mask: Mask, folder: Path, shared: bool = False
+) -> Callbacks:
+    """Build all callbacks; ``shared`` if other runs write to the same terminal at the same time."""
+    config = {**OmegaConf.to_container(cfg, resolve=True), "density": mask.by_layer()}  # type: ignore[dict-item]
+    evaluation = Evaluation(federation.tests, federation.dataset.own)
+    progress = RoundProgress(rounds, evaluation, lambda round: len(federation.phased.sample(round)), shared=shared)
+    chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
+    others = [progress, Artifacts(folder, config), *chosen, *build_checkpoints(cfg, folder)]
+    personal = build_personal(cfg, folder / CLIENTS if parallel.process() == 0 else None)
+    return Callbacks(rounds, RoundLog(rounds, evaluation, personal), GracefulStop(), others, personal)
+
+
+def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) -> list[Any]:
+    """Build metrics.csv, and the loggers of the group ``logger``.
+
+    Args:
+        cfg: the configuration.
+        folder: the run folder.
+        group: name shared by the runs of a sweep.
+        round: rounds closed so far; rows after it are dropped from metrics.csv.
+
+    """
+    table = RoundCSV(folder)
+    table.drop_from(round + 1)
+    chosen = cfg.logger or {}
+    options = {"wandb": {"group": group, "id": _run_id(folder), "resume": "allow"}} if "wandb" in chosen else {}
+    return [table, *(instantiate(chosen[name])(save_dir=str(folder), **options.get(name, {})) for name in chosen)]
+
+
+def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:
+    """Build the one Trainer that runs the whole federation, for so many rounds."""
+    half = {"precision": None} if cfg.trainer.precision == HALF else {}
+    several = {"strategy": CohortStrategy()} if parallel.joined() else {}
+    found = [environment] if (environment := parallel.environment()) else []
+    return instantiate(cfg.trainer)(
+        **half,
+        **several,
+        max_epochs=rounds,
+        check_val_every_n_epoch=cfg.federation.eval_every,
+        callbacks=callbacks.listed(),
+        logger=loggers,
+        plugins=[AtomicCheckpointIO(), *found, *([HalfPrecision(build_device(cfg))] if half else [])],
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        log_every_n_steps=1,
+    )
+
+
+def build_datamodule(cfg: DictConfig, federation: Federation) -> FederatedDataModule:
+    """Build the loaders of cohorts and splits."""
+    chosen = augment(cfg.data.augment)
+    return FederatedDataModule(
+        federation.dataset, federation.phased, federation.tests, augment=chosen, **streaming(cfg)
+    )
+
+
+def _run_id(folder: Path) -> str:
+    """Name of the run for Weights & Biases: made once, kept in the folder, so that a resume goes on in the same run."""
+    path = folder / ".run_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()
