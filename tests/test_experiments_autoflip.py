@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from test_experiments import composed
 
+from fedsparse import run
 from fedsparse.config import check
 from fedsparse.masks import Mask
 
@@ -76,7 +77,8 @@ def files(tmp_path):
 
     def write(data):
         root = tmp_path / "files"
-        writers[data](root)
+        if not root.exists():
+            writers[data](root)
         return [f"data.root={root}", *(["federation.num_clients=5"] if data in IMAGES else leaf)]
 
     return write
@@ -91,8 +93,11 @@ HEADER, FLOAT = 40, 4  # bytes
 
 
 def small_run(run_in, files, data, *overrides):
-    experiment = f"experiment=autoflip_{data}"
-    return run_in(f"runs/{data}", experiment, *files(data), *SMALL, *overrides, fast=False)
+    return run_in(f"runs/{data}", *small(data, files), *overrides, fast=False)
+
+
+def small(data, files):
+    return [f"experiment=autoflip_{data}", *files(data), *SMALL]
 
 
 @pytest.mark.parametrize("data", PUBLISHED)
@@ -127,3 +132,19 @@ def test_the_originals_head_start_and_its_mask_run_as_the_comment_says(run_in, f
     ]
     summary, _ = small_run(run_in, files, "cifar10", *compat)
     assert summary["compression"] == pytest.approx(1 / 0.7, rel=0.01)  # total / (total - zeros), as it reports
+
+
+@pytest.mark.filterwarnings(image_files.CHANGED, "ignore:.*tie at the threshold.*")
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_more_rounds_after_a_finished_run_end_at_the_same_bits(run_in, files, rounds):
+    """The exploration is a round of its own: it counts neither as asked for nor as done."""
+    whole, _ = small_run(run_in, files, "mnist", "federation.rounds=3")
+    _, folder = run_in("runs/part", *small("mnist", files), f"federation.rounds={rounds}", fast=False)
+    again = run([f"resume={folder}", "federation.rounds=3"])
+    assert (again["rounds"], again["global_sha256"]) == (1 + 3, whole["global_sha256"])
+    assert again["client_steps"] == whole["client_steps"]
+
+
+def test_a_head_start_without_an_exploration_is_refused(run_in):
+    with pytest.raises(ValueError, match="explore.keep_model=true needs an exploration.*set phases=explore"):
+        run_in("none", "mask_rule=random", "explore.keep_model=true")
