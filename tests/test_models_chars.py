@@ -108,6 +108,7 @@ def test_the_seed_decides_everything_and_nothing_else():
     assert not first["head.bias"].any()
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm")  # the LSTM's own list of its weights
 def test_it_can_be_exported():
     """Its refusal of vmap asks for a value, which a graph cannot give."""
     net, x = tiny().eval(), letters(2, 3)
