@@ -80,6 +80,8 @@ def check_phases(phases: Phases, rule: MaskRule, cfg: DictConfig) -> None:
             f"the mask rule {name} takes nothing from an exploration: set phases=default, or explore.keep_model=true "
             "for a head start"
         )
+    if explore is None and cfg.explore.keep_model:
+        raise ValueError("explore.keep_model=true needs an exploration, and there is none: set phases=explore")
     changes = explore is not None or cfg.sparsity.get("schedule") or cfg.sparsity.get("renew_every")
     if changes and build.own_masks(cfg):
         raise ValueError("masks that change need mask.owner=global")

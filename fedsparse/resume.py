@@ -131,12 +131,14 @@ def finished(job: Job) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    begun = OmegaConf.load(job.folder / ".hydra" / "config.yaml")
-    return summary if _rounds(job.cfg) <= max(summary["rounds"], _rounds(begun)) else None
+    begun = _rounds(OmegaConf.load(job.folder / ".hydra" / "config.yaml"))
+    return summary if _rounds(job.cfg) <= max(summary["rounds"], begun) else None
 
 
 def _rounds(cfg: Any) -> int:
-    """Count the rounds of all phases in which clients train."""
+    """All rounds of a run, those of an exploration too; runs of before there were phases have theirs alone."""
+    if "phases" not in cfg:
+        return int(cfg.federation.rounds)
     return Phases.of(OmegaConf.to_container(cfg.phases, resolve=True)).total  # type: ignore[arg-type]
 
 

@@ -18,6 +18,7 @@ NEEDS = {
     "mask_rule/from_file": ["mask_rule.path=mask.safetensors"],
     "data/arrays": ["data.root=nowhere"],
     **{f"data/{n}": ["data.root=nowhere"] for n in ("imagefolder", "femnist", "shakespeare")},
+    **{f"experiment/autoflip_{n}": ["data.root=nowhere"] for n in ("femnist", "shakespeare")},
     "model/timm": ["model.name=resnet18", "model.net.pretrained=false"],
     "model/dino_vits16": ["model.net.pretrained=false"],
     "data/stdlib_docs": ["model=bert_tiny"],
@@ -32,7 +33,7 @@ COMPOSED_ONLY = {
     "model/bert_base",
 }
 # groups of plain values: nothing in them is built by itself
-PLAIN = ("federation", "calibration", "head", "mask", "experiment")
+PLAIN = ("federation", "calibration", "explore", "head", "mask", "phases", "experiment")
 
 
 @pytest.fixture

@@ -21,10 +21,14 @@ M8 = {  # name: (partition, rule) of the document
     "m8_sparse_noniid_nc1_highest_magnitude": ("noniid_nc1", "highest_magnitude"),
 }
 OTHERS = {
+    "autoflip_digits": ("digits", "mlp"),
     "byzantine_digits": ("digits", "mlp"),
     "sparse_exchange_digits": ("digits", "vit_digits"),
     "sparse_exchange_docs": ("stdlib_docs", "bert_tiny"),
     "sparse_exchange_ag_news": ("ag_news", "bert_base"),
+    **{f"autoflip_{data}": (data, "two_cnn") for data in ("cifar10", "cifar100", "mnist")},
+    "autoflip_femnist": ("femnist", "femnist_cnn"),
+    "autoflip_shakespeare": ("shakespeare", "next_char_lstm"),
 }
 NAMES = sorted(path.stem for path in Path(conf_dir(), "experiment").glob("*.yaml"))
 

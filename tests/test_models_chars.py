@@ -108,6 +108,14 @@ def test_the_seed_decides_everything_and_nothing_else():
     assert not first["head.bias"].any()
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm")  # the LSTM's own list of its weights
+def test_it_can_be_exported():
+    """Its refusal of vmap asks for a value, which a graph cannot give."""
+    net, x = tiny().eval(), letters(2, 3)
+    graph = torch.export.export(net, (x,)).module()
+    assert torch.allclose(graph(x), net(x), atol=1e-6)
+
+
 def test_cudnn_is_left_aside_only_where_it_cannot_differentiate():
     net, seen = tiny(), []
     net.lstm.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))

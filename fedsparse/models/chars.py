@@ -46,7 +46,7 @@ class NextChar(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Classify places in the vocabulary (B, L): logits (B, num_classes)."""
         scored = torch.is_grad_enabled() and not self.training
-        if scored:
+        if scored and not torch.compiler.is_exporting():
             bool(x.any())  # refuses vmap, whose way through an LSTM takes ten times as long as text by text
         with supported(cudnn=not scored):
             states: Tensor = self.lstm(self.embedding(x))[0]
