@@ -311,7 +311,7 @@ class FederatedRounds(lightning.Callback):
             self.choice.explore(module.trained.spread(found[0]))  # type: ignore[union-attr]
         if self.chain is not None:
             module.server.put(self.chain)
-        self.buffers.close(self.buffers.row.new_zeros(1, self.buffers.size))
+        self.buffers.stay()
         return found[1]
 
     def _choose(self, trainer: lightning.Trainer, module: ClientModule) -> None:
