@@ -181,12 +181,18 @@ class FederatedRounds(lightning.Callback):
             cohort.clients,
             self._difference(rows),
             self.buffers.take(len(cohort.clients)),
-            cohort.weight,
+            self._weights(module, cohort),
             module.mean_loss,
             anchor=self.begin,
             round=cohort.round,
-            steps=module.step_weights(cohort.count) if self.weighs_steps else (),
+            steps=module.step_weights(module.taken) if self.weighs_steps else (),
         )
+
+    def _weights(self, module: ClientModule, cohort: Cohort) -> tuple[float, ...]:
+        """Weights of K clients: by what they have processed, where some may have stopped early."""
+        if not (cohort.processed and self.phase.patience):
+            return cohort.weight
+        return tuple(float(sum(counts)) for counts in zip(*module.taken, strict=True))
 
     def _learned(self, update: Update, rows: Tensor) -> tuple[tuple[Size, ...], Kept]:
         """Send what was learned, add it up, and let the mask rule hear it: bytes, and what clients keep."""
