@@ -15,7 +15,7 @@ from fedsparse.federation.phases import Phases
 from fedsparse.federation.sampling import uniform
 from fedsparse.keys import Purpose
 from fedsparse.masks import Mask, Sparsity
-from fedsparse.masks.rules import AutoFLIP, Dense
+from fedsparse.masks.rules import AutoFLIP
 
 
 def staged(phases, rule=None, sparsity=None, net=None, explorers=7, start=None, **options):
@@ -70,7 +70,7 @@ def masks_by_round(small):
     return seen
 
 
-class Dense_:
+class DensePlain:
     """The whole of a run over rows of all P coordinates: what stops training is set to zero at once, by hand."""
 
     def __init__(self, small, prune=False, adam=None, server_momentum=0.0, fraction=None, scaffold=False, mu=0.0):
@@ -147,7 +147,3 @@ class Dense_:
             self.m = torch.where(self.mask, self.beta * self.m + mean, 0.0)
             step = self.m
         self.row = torch.where(moves, self.row + step, self.row)
-
-
-def no_rule():
-    return Dense()

@@ -148,6 +148,7 @@ class ClientModule(lightning.LightningModule):
         self.set_mask(mask)
         if prune:
             self.server.rows.masked_fill_(~mask, 0.0)
+            self.space.write(self.net, self.server.rows[0])  # of several clients' rows none is the network's
         self._make_rows(self.server.rows[0])
         self.server.follow(self.trained)
         self.rows.bind()
