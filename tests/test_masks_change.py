@@ -166,7 +166,7 @@ class Watch:
     def __init__(self, small):
         self.small, self.steps, self.batches, self.messages = small, 0, 0, 0
         module, rounds = small.module, small.rounds
-        step, end, epoch = module.local_step, rounds.on_train_batch_end, rounds._choose
+        step, end = module.local_step, rounds.on_train_batch_end
         module.local_step = lambda *args: self.after(step(*args), self.rows)
         rounds.on_train_batch_end = lambda *args: self.after(end(*args), self.server)
         self.encode = rounds.exchange.encode
