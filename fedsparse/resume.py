@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fedsparse import results
 from fedsparse.config import conf_dir, refuse_foreign_targets
+from fedsparse.federation.phases import Phases
 from fedsparse.sweep import already_used, difference, used
 
 ALLOWED = "on resume only federation.rounds, trainer.* and logger may be given"
@@ -130,8 +131,16 @@ def finished(job: Job) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    begun = OmegaConf.load(job.folder / ".hydra" / "config.yaml").federation.rounds
-    return summary if job.cfg.federation.rounds <= max(summary["rounds"], begun) else None
+    begun = OmegaConf.load(job.folder / ".hydra" / "config.yaml")
+    return summary if _rounds(job.cfg) <= max(summary["rounds"], _rounds(begun)) else None
+
+
+def _rounds(cfg: Any) -> int:
+    """Count the rounds of all phases; a configuration without a word of them has one."""
+    phases = cfg.get("phases")
+    if phases is None:
+        return int(cfg.federation.rounds)
+    return Phases.of(OmegaConf.to_container(phases, resolve=True)).total  # type: ignore[arg-type]
 
 
 def open_log(folder: Path) -> logging.Handler:

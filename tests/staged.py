@@ -63,8 +63,8 @@ def masks_by_round(small):
     seen, start = [], small.rounds.on_train_epoch_start
 
     def spy(trainer, module):
-        seen.append(torch.as_tensor(module.mask).clone())
         start(trainer, module)
+        seen.append(torch.as_tensor(module.mask).clone())
 
     small.rounds.on_train_epoch_start = spy
     return seen

@@ -117,7 +117,7 @@ def test_batchnorms_statistics_stay_too(tmp_path):
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     small = staged([explore(), Phase("learn", rounds=1)], net=net, work=LocalWork(8, 3, None))
     found = []
-    small.rounds._choose = lambda *_: found.append({n: b.clone() for n, b in net.named_buffers()})
+    small.rounds._settle = lambda *_: found.append({n: b.clone() for n, b in net.named_buffers()})
     small.fit(2, tmp_path)
     for name, buffer in before.items():
         if "num_batches" not in name:  # the counter stays with the process, as in learning rounds

@@ -113,15 +113,15 @@ def pruned_is_zero(folder, prune):
 
 
 @pytest.mark.parametrize("cohort", [1, 4])
-def test_in_checkpoints_too_what_is_pruned_is_zero_from_the_moment_the_mask_is_chosen(tmp_path, monkeypatch, cohort):
+def test_in_checkpoints_too_what_is_pruned_is_zero(tmp_path, monkeypatch, cohort):
     monkeypatch.chdir(tmp_path)
     options = [*FAST, "mask_rule=autoflip", "sparsity.mode=prune", f"federation.cohort={cohort}"]
-    stop_at(monkeypatch, 1, options, tmp_path / "killed")
+    stop_at(monkeypatch, 2, options, tmp_path / "killed")
     state = torch.load(tmp_path / "killed/checkpoints" / LAST, weights_only=True)
     mask = Mask.load(tmp_path / "killed/mask.safetensors")
     net = torch.cat([state["state_dict"][f"net.{name}"].flatten() for name in mask.tensors])
     row = torch.cat([tensor.flatten() for tensor in mask.tensors.values()])
-    assert state["epoch"] == 0
+    assert state["epoch"] == 1
     assert torch.equal(state["state_dict"]["mask"], row)
     assert 0 < int(row.sum()) < len(row)
     assert not bool(net[~row].any())

@@ -133,6 +133,26 @@ class Phases:
             round -= phase.rounds
         return self.rounds[-1], round
 
+    def closed(self, rounds: int) -> list[list[Any]]:
+        """Name the phases of the first rounds, and how many of each: plain values for a checkpoint."""
+        names = [self.at(round)[0].name for round in range(rounds)]
+        return [[name, names.count(name)] for name in dict.fromkeys(names)]
+
+    def check(self, closed: Sequence[Sequence[Any]]) -> None:
+        """Refuse to go on from a checkpoint whose rounds were of other phases.
+
+        Raises:
+            ValueError: says what is closed.
+
+        """
+        rounds = sum(count for _, count in closed)
+        if self.closed(rounds) != [list(phase) for phase in closed]:
+            said = ", ".join(f"{name} {count}" for name, count in closed)
+            raise ValueError(
+                f"the rounds that are closed are {said}: with as many rounds as were asked for they would be others; "
+                "only the last phase can be given more"
+            )
+
     def of_kind(self, round: int) -> int:
         """Count the learning rounds before a round."""
         phase, own = self.at(round)

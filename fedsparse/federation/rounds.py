@@ -19,7 +19,7 @@ from fedsparse.data.rounds import Cohort
 from fedsparse.federation import parallel
 from fedsparse.federation.aggregation import Aggregation, FedNova
 from fedsparse.federation.buffers import Buffers
-from fedsparse.federation.choice import MaskChoice
+from fedsparse.federation.choice import MaskChoice, length_of
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.downlink import Downlink
 from fedsparse.federation.exchange import Exchange
@@ -88,6 +88,7 @@ class FederatedRounds(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Prepare what lasts over rounds: local coordinates and the base learning rate."""
         self.phases = self.phases or Phases([Phase("learn", rounds=int(trainer.max_epochs or 1))])
+        self.round = trainer.current_epoch - 1
         self._see_trained(module)
         self.change: Tensor | None = None
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
@@ -111,6 +112,8 @@ class FederatedRounds(lightning.Callback):
         """Give objective, mask rule and stores what a checkpoint holds for them."""
         if self.loaded is None:
             return
+        assert self.phases is not None
+        self.phases.check(self.loaded.get("phases", []))
         if self.choice is not None:
             self.choice.load_state_dict(self.loaded["choice"])
         self.objective.load_state_dict(self.loaded["objective"])
@@ -123,6 +126,7 @@ class FederatedRounds(lightning.Callback):
         self.round = trainer.current_epoch
         assert self.phases is not None
         self.phase, self.own = self.phases.at(self.round)
+        self._choose(trainer, module)
         groups, size = module.server.values.shape
         self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device, self.exchange.own)
         self.guide = Guide(size, module.device)
@@ -164,7 +168,6 @@ class FederatedRounds(lightning.Callback):
             self._take(module, batch)
         if trainer.is_last_batch:
             self._close(module)
-            self._choose(trainer, module)
 
     def _take(self, module: ClientModule, cohort: Cohort) -> None:
         """Take a cohort's update in."""
@@ -321,15 +324,19 @@ class FederatedRounds(lightning.Callback):
         return found[1]
 
     def _choose(self, trainer: lightning.Trainer, module: ClientModule) -> None:
-        """Choose a mask after the last exploration, and anew where the sparsity says so."""
+        """Choose a mask before the first round after an exploration, and anew where the sparsity says so.
+
+        Before a round, not after the one before: so a checkpoint holds what the choice is made of, and a run that is
+        given more rounds makes it too.
+        """
         assert self.phases is not None
-        if self.choice is None or self.round + 1 >= self.phases.total:
+        explored = self.round > 0 and self.phases.at(self.round - 1)[0].explores
+        learned = self.phases.of_kind(self.round)
+        if self.choice is None or self.phase.explores or not (explored or self.choice.renews(learned)):
             return
-        after, own = self.phases.at(self.round + 1)[0], self.phases.of_kind(self.round + 1)
-        if not after.explores and (self.phase.explores or self.choice.renews(own)):
-            mask = self.choice.choose(module.server.rows[0], own)
-            self._remask(trainer, module, mask.row(module.space).to(module.device))
-            self.mask_length = len(mask.to_bytes())
+        mask = self.choice.choose(module.server.rows[0], learned)
+        self._remask(trainer, module, mask.row(module.space).to(module.device))
+        self.mask_length = length_of(mask)
 
     def _remask(self, trainer: lightning.Trainer, module: ClientModule, mask: Tensor) -> None:
         """Let other coordinates train: all that is kept of each follows, and clients are sent the mask."""
@@ -343,7 +350,7 @@ class FederatedRounds(lightning.Callback):
         moves = {LOCAL: Move(stayed, self._only(module, True))}
         for name in self.stores.keys() - {BUFFERS}:
             self.stores[name].convert(moves.get(name, move))
-        self.downlink.follow(Move(travelled, self._only(module, False)), self.round)
+        self.downlink.follow(Move(travelled, self._only(module, False)), self.round - 1)
         self.ledger.has_mask.clear()
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
 
@@ -380,6 +387,7 @@ class FederatedRounds(lightning.Callback):
             "downlink": self.downlink.state_dict(),
             "objective": self.objective.state_dict(),
             "choice": None if self.choice is None else self.choice.state_dict(),
+            "phases": self.phases.closed(self.round + 1) if self.phases else [],
         }
 
     def saved(self) -> None:
