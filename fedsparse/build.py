@@ -36,7 +36,7 @@ from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.federation.choice import MaskChoice, length_of
 from fedsparse.federation.client import HALF, ClientModule, can_stack
-from fedsparse.federation.combinations import check_names, check_sizes, check_together
+from fedsparse.federation.combinations import check_names, check_pruning, check_sizes, check_together
 from fedsparse.federation.csv import RoundCSV
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.exchange import Exchange, OwnMasks
@@ -134,7 +134,7 @@ def _plan_of(cfg: DictConfig, phase: Phase, plan: RoundPlan, eligible: Sequence[
         purpose = Purpose.EXPLORE
     if phase.explores or phase.clients is not None:
         share = cfg.federation.clients_per_round if phase.clients is None else phase.clients
-        chosen = participants(share, cfg.federation.num_clients)
+        chosen = participants(share, cfg.federation.num_clients, phase.clients_key)
         stream = Purpose.EXPLORERS if phase.explores else Purpose.SAMPLING
         sample = partial(uniform, eligible=eligible, count=chosen, seed=cfg.seed, purpose=stream)
     alone = phase.explores and phase.updates_model
@@ -161,6 +161,7 @@ def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], s
     exchange = build_exchange(cfg, one, ~one, lambda clients: one.expand(len(clients), 1))
     aggregation, objective = instantiate(cfg.aggregation), build_objective(cfg)
     check_together(exchange, aggregation, objective, instantiate(cfg.optimizer.build)([torch.zeros(1)]))
+    check_pruning(exchange, cfg.sparsity.mode)
     count = participants(cfg.federation.clients_per_round, cfg.federation.num_clients)
     check_sizes(exchange, aggregation, len(parts), min(count, sum(len(part) > 0 for part in parts)))
     check_names(exchange, space, torch.ones_like(space.local))

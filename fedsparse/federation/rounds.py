@@ -213,8 +213,9 @@ class FederatedRounds(lightning.Callback):
         if self.phase.updates_model and counted(update):
             self.chain = rows[:1].clone()
             self.buffers.hand_on()
-        messages = self._guides() + self.phase.updates_model
-        size = known_size(self.exchange.size, 0, update.rows.dtype) * messages
+        n, dtype = self.exchange.size, update.rows.dtype
+        guide, model = known_size(n, 0, dtype), known_size(n, self.buffers.size, dtype)
+        size = guide * self._guides() + model * self.phase.updates_model
         return (size,) * len(update.clients), {}
 
     def _guides(self) -> bool:
@@ -273,7 +274,7 @@ class FederatedRounds(lightning.Callback):
         self.ledger.mask([client], self.mask_length)
         setup = self.ledger.bytes_setup_down - setup
         down = NOTHING if first else self.downlink.size(client, self.row, extra)
-        if self.objective.messages:
+        if self.objective.messages and not self.phase.explores:
             down += known_size(self.exchange.size, 0, dtype) * self.objective.messages
         dense = self.dense + self.buffers.row.nbytes
         self.ledger.trained(client, up, down, dense, setup, prepares=self.phase.explores)
