@@ -123,7 +123,8 @@ def build_federation(cfg: DictConfig) -> Federation:
     bound = 1 if federation.cohort == AUTO else federation.cohort
     plan = RoundPlan(parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())
     phases = Phases.of(OmegaConf.to_container(cfg.phases, resolve=True))  # type: ignore[arg-type]
-    phased = PhasedPlan([(phase.rounds, _plan_of(cfg, phase, plan, eligible)) for phase in phases.rounds], plan)
+    plans = [(phase.rounds, _plan_of(cfg, phase, plan, eligible), phases.before(phase)) for phase in phases.rounds]
+    phased = PhasedPlan(plans, plan)
     return Federation(dataset, parts, tests, net, space, count, plan, phased, phases, sample, inputs)
 
 

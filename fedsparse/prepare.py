@@ -151,7 +151,7 @@ def choose_mask(cfg: DictConfig, setting: Setting, rule: MaskRule, phases: Phase
 
     Where clients explore first, everything trains until they have.
     """
-    calibration = Calibration(**cfg.calibration | {"rounds": phases.prepares("calibrate")})
+    calibration = Calibration(**{**cfg.calibration, "rounds": phases.prepares("calibrate")})
     work = Work(rule, build.build_sparsity(cfg, setting.net), calibration, cfg.model.head)
     if phases.explore is not None:
         everything = Mask.of(setting.space, torch.ones(setting.space.size, dtype=torch.bool), rule="Dense")

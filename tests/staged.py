@@ -32,7 +32,7 @@ def staged(phases, rule=None, sparsity=None, net=None, explorers=7, start=None, 
         alone = phase.explores and phase.updates_model
         place = (small.processes, small.process)
         own = RoundPlan(plan.parts, work, sample, plan.bound, plan.seed, *place, purpose, alone)
-        stages.append((phase.rounds, own))
+        stages.append((phase.rounds, own, 0))  # one phase of each kind
     small.plan = PhasedPlan(stages, plan)
     small.rounds.phases = Phases(phases)
     row = torch.ones(small.space.size, dtype=torch.bool) if start is None else start

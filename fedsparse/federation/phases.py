@@ -22,7 +22,7 @@ class Phase:
             to the mask rule) or ``learn``; null: the name, or learn.
         updates_model: whether what clients learn goes into the global model; in ``explore`` each client then goes on
             from where the last one stopped.
-        informs_mask: whether the mask rule is told.
+        informs_mask: whether the mask rule is told; while it is not, the mask stays.
         local_steps: of each client and round; null, with ``local_epochs`` null too: as in ``federation``.
         local_epochs: in place of local steps.
         patience: epochs without a better loss after which a client stops; null: none stops early.
@@ -169,10 +169,14 @@ class Phases:
             )
 
     def of_kind(self, round: int) -> int:
-        """Count the learning rounds before a round."""
+        """Count the rounds before this one in which clients do the same: explore, or learn."""
         phase, own = self.at(round)
-        before = self.rounds[: self.rounds.index(phase)]
-        return own + sum(other.rounds for other in before if not other.explores)
+        return own + self.before(phase)
+
+    def before(self, phase: Phase) -> int:
+        """Count the rounds of earlier phases in which clients do as in this one: explore, or learn."""
+        earlier = self.rounds[: self.rounds.index(phase)]
+        return sum(other.rounds for other in earlier if other.explores == phase.explores)
 
 
 def _phase(name: str, options: Any) -> Phase:

@@ -333,7 +333,9 @@ class FederatedRounds(lightning.Callback):
         assert self.phases is not None
         explored = self.round > 0 and self.phases.at(self.round - 1)[0].explores
         learned = self.phases.of_kind(self.round)
-        if self.choice is None or self.phase.explores or not (explored or self.choice.renews(learned)):
+        if self.choice is None or self.phase.explores:
+            return
+        if not explored and not (self.phase.informs_mask and self.choice.renews(learned)):
             return
         mask = self.choice.choose(module.server.rows[0], learned)
         self._remask(trainer, module, mask.row(module.space).to(module.device))
