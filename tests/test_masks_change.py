@@ -15,6 +15,7 @@ from fedsparse.federation.exchange import Exchange
 from fedsparse.federation.filters import Feedback
 from fedsparse.federation.objective import Scaffold
 from fedsparse.federation.phases import Phase
+from fedsparse.federation.positions import write_positions
 from fedsparse.federation.rules import TopK
 from fedsparse.federation.wire import read
 from fedsparse.keys import Purpose, torch_generator
@@ -261,26 +262,27 @@ def test_what_grows_back_starts_from_zero(tmp_path, untouched, cohort):
 
 @pytest.mark.parametrize("mode", ["freeze", "prune"])
 def test_bytes_down_after_a_change_by_hand(tmp_path, mode):
-    """A client is sent what trains now and has moved, or has begun to train, since it was sent the model."""
-    small, _, sparsity = build("random" if mode == "prune" else "magnitude", mode)
+    """A client is sent what has another value than in the model it holds: of what trains now, or stopped training.
+
+    What is pruned it knows to be zero, from the mask.
+    """
+    small = staged([LEARN], Wandering(), Sparsity(0.8, mode=mode, renew_every=2), momentum=0.0)
     small.rounds.model_length = 10_000
     size, rounds = small.space.size, small.rounds
     entries, write = {}, rounds.traffic.write
     rounds.traffic.write = lambda round, rows: (entries.update({round - 1: list(rows)}), write(round, rows))
-    masks, starts, ends, choose = [], [], [], rounds._choose
+    masks, starts, choose = [], [], rounds._choose
 
     def spy(trainer, module):
-        ends.append(module.server.rows[0].clone())  # of the round before
         choose(trainer, module)
         masks.append(torch.as_tensor(module.mask).clone())
         starts.append(module.server.rows[0].clone())
 
     rounds._choose = spy
-    rounds.mask_length = math.ceil(size / 8)  # as a run sets it
     small.fit(ROUNDS, tmp_path)
-    holds, masked = {}, set()
+    holds, masked, stopped = {}, set(range(7)), 0
     for round in range(ROUNDS):
-        if sparsity.renews(round):  # sent anew, whatever came of it
+        if round in (2, 4):
             masked = set()
         for e in entries[round]:
             zeros = 8 * int((~masks[round]).sum()) if mode == "prune" else 0
@@ -290,9 +292,17 @@ def test_bytes_down_after_a_change_by_hand(tmp_path, mode):
             if new:
                 assert e.down.total == 0
             else:
-                moved = torch.zeros(size, dtype=torch.bool)
-                for r in range(holds[e.client], round):
-                    moved |= (starts[r] != ends[r + 1]) | (masks[r + 1] & ~masks[r])
-                n, k = int(masks[round].sum()), int((moved & masks[round]).sum())
-                assert e.down.total == 40 + min(8 * n, 8 * k + min(math.ceil(n / 8), k))
+                steps = range(holds[e.client], round)
+                moved = torch.stack([starts[r + 1] != starts[r] for r in steps]).any(0)
+                n, some = int(masks[round].sum()), 8 * int((moved & masks[round]).sum())
+                some += positions(moved[masks[round]])
+                late = moved & ~masks[round]
+                more = 0 if mode == "prune" or not bool(late.any()) else 8 * int(late.sum()) + positions(late)
+                assert e.down.total == 40 + min(8 * n, some) + more
+                stopped += more
             holds[e.client] = round
+    assert (stopped > 0) == (mode == "freeze")
+
+
+def positions(marks):
+    return len(write_positions(marks.numpy())[1])

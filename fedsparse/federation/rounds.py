@@ -343,8 +343,9 @@ class FederatedRounds(lightning.Callback):
 
     def _remask(self, trainer: lightning.Trainer, module: ClientModule, mask: Tensor) -> None:
         """Let other coordinates train: all that is kept of each follows, and clients are sent the mask."""
+        pruned = self.choice is not None and self.choice.prunes
         before, travelled, stayed = module.trained, self._only(module, False), self._only(module, True)
-        module.remask(mask, prune=self.choice is not None and self.choice.prunes)
+        module.remask(mask, pruned)
         trainer.optimizers = [module.local, module.server.optimizer]
         self._see_trained(module)
         move = Move(before, module.trained)
@@ -353,7 +354,7 @@ class FederatedRounds(lightning.Callback):
         moves = {LOCAL: Move(stayed, self._only(module, True))}
         for name in self.stores.keys() - {BUFFERS}:
             self.stores[name].convert(moves.get(name, move))
-        self.downlink.follow(Move(travelled, self._only(module, False)), self.round - 1)
+        self.downlink.follow(Move(travelled, self._only(module, False)), self.round - 1, pruned)
         self.ledger.has_mask.clear()
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
 
