@@ -98,8 +98,14 @@ def plain_run(small, phases, sparsity, **options):
     return plain, rows, masks
 
 
-@pytest.mark.parametrize("cohort", [1, 3])
-@pytest.mark.parametrize("mode", ["freeze", "prune"])
+@pytest.mark.parametrize(
+    ("mode", "cohort"),
+    [
+        ("freeze", 1),
+        ("prune", 3),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("freeze", 3), ("prune", 1))),
+    ],
+)
 @pytest.mark.parametrize("rule", list(RULES))
 @pytest.mark.parametrize("state", list(STATES))
 def test_everything_that_lasts_follows_the_mask(tmp_path, state, rule, mode, cohort):
@@ -204,7 +210,7 @@ class Watch:
 
 @pytest.mark.parametrize("cohort", [1, 3])
 @pytest.mark.parametrize("rule", list(RULES))
-@pytest.mark.parametrize("untouched", ["step", "hold", "freeze"])
+@pytest.mark.parametrize("untouched", ["step", *(pytest.param(u, marks=pytest.mark.slow) for u in ("hold", "freeze"))])
 def test_what_is_pruned_is_zero_after_every_step_and_every_round(tmp_path, rule, cohort, untouched):
     options = FEEDBACK | {"weight_decay": 0.1, "untouched": untouched, "cohort": cohort}
     small, phases, _ = build(rule, "prune", **options)

@@ -43,7 +43,7 @@ RUNS = {
     "fine_tune": ["mask_rule=random", "phases=fine_tune", "phases.fine_tune.rounds=2", "schedule=cosine"],
     "per client": ["mask_rule=autoflip", "evaluation=per_client", *GRADUAL],
 }
-FAR = ("refine", "explore twice, prune")  # with all moments of the kill; of the others, some
+SHORT = ("explore twice, prune", "gradual, feedback")  # with one moment of the kill, they are quick
 
 
 def rows_of(folder):
@@ -82,22 +82,28 @@ def stop_at(monkeypatch, epoch, options, folder):
     return folder
 
 
-def moments(name):
-    """Rounds (from 0) that are closed and lost: in the phase, at its end, after it."""
-    return [1, 2, 3] if name in FAR else [1, 2]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_kill_in_every_phase_changes_nothing(tmp_path, monkeypatch, name):
+def killed_and_gone_on(tmp_path, monkeypatch, name, moments):
     monkeypatch.chdir(tmp_path)
     options = [*FAST, *RUNS[name]]
     whole = run([*options, f"hydra.run.dir={tmp_path / 'whole'}"])
-    for epoch in moments(name):
+    for epoch in moments:
         folder = stop_at(monkeypatch, epoch, options, tmp_path / f"killed-{epoch}")
         moved = Path(f"{folder}-moved")
         shutil.move(folder, moved)
         same(whole, run([f"resume={moved}"]), (tmp_path / "whole", moved))
     pruned_is_zero(tmp_path / "whole", "sparsity.mode=prune" in options)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_round_that_is_lost_changes_nothing(tmp_path, monkeypatch, name):
+    killed_and_gone_on(tmp_path, monkeypatch, name, [2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_kill_in_every_phase_changes_nothing(tmp_path, monkeypatch, name):
+    """Rounds (from 0) that are closed and lost: in the exploration, at its end, after it, between choices."""
+    killed_and_gone_on(tmp_path, monkeypatch, name, [1, 2, 3])
 
 
 def pruned_is_zero(folder, prune):
@@ -136,7 +142,7 @@ def test_in_checkpoints_too_what_is_pruned_is_zero(tmp_path, monkeypatch, cohort
     ],
     ids=["explore", "gradual", "renewed"],
 )
-@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("first", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_more_rounds_may_be_asked_for(tmp_path, monkeypatch, options, first):
     """A mask that would have been chosen after the last round is chosen when there are more."""
     monkeypatch.chdir(tmp_path)
@@ -145,6 +151,17 @@ def test_more_rounds_may_be_asked_for(tmp_path, monkeypatch, options, first):
     run([*few, f"hydra.run.dir={tmp_path / 'part'}"])
     more = run([f"resume={tmp_path / 'part'}", "federation.rounds=3"])
     same(whole, more, (tmp_path / "whole", tmp_path / "part"))
+
+
+def test_more_rounds_than_would_fit_the_phases_are_refused(tmp_path, monkeypatch):
+    """Three rounds of learning and one of fine-tuning are closed: a fourth of learning would come too late."""
+    monkeypatch.chdir(tmp_path)
+    options = [*FAST, "mask_rule=random", "phases=fine_tune", "phases.fine_tune.rounds=2", "federation.rounds=3"]
+    run([*options, f"hydra.run.dir={tmp_path / 'part'}"])
+    before = (tmp_path / "part/metrics.csv").read_text()
+    with pytest.raises(ValueError, match="closed are learn 3, fine_tune 2: .* only the last phase can be given more"):
+        run([f"resume={tmp_path / 'part'}", "federation.rounds=4"])
+    assert (tmp_path / "part/metrics.csv").read_text() == before
 
 
 @pytest.mark.slow
