@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from staged import dealt, masks_by_round, staged, total
 from test_federation import batchnorm_net
 
 from fedsparse.data.rounds import LocalWork
+from fedsparse.federation.aggregation import FedNova
+from fedsparse.federation.objective import Scaffold
 from fedsparse.federation.patience import Patience
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import EveryUpdateDropped
@@ -311,3 +314,36 @@ def test_bytes_of_an_exploration_by_hand(tmp_path, prune, keep):
     assert ledger.bytes_setup_down == sum(e.down.total for e in entries[0]) + sum(
         e.first for rows in entries.values() for e in rows
     )
+
+
+def test_an_exploration_carries_no_variates(tmp_path):
+    """They are all zero then: the explorers' messages are the guide alone, the learners' have a variate each way."""
+    small = staged([explore(), LEARN], objective=partial(Scaffold, 7), momentum=0.0, sparsity=Sparsity(0.5))
+    entries, write = {}, small.rounds.traffic.write
+    small.rounds.traffic.write = lambda round, rows: (entries.update({round: list(rows)}), write(round, rows))
+    wanted = deviation(small, dealt(small.plan, 0), momentum=0.0)
+    small.fit(3, tmp_path)
+    torch.testing.assert_close(small.rounds.choice.observed, wanted, rtol=0, atol=1e-12)
+    assert {e.up.total for e in entries[1]} == {HEADER.size + 8 * small.space.size}
+    assert {e.down.total for e in entries[1]} == {0}
+    trained = int(torch.as_tensor(small.module.mask).sum())
+    assert {e.up.total for e in entries[2]} == {2 * (HEADER.size + 8 * trained)}
+    assert {e.down.total for e in entries[2]} == {HEADER.size + HEADER.size + 8 * trained}  # nothing has moved
+
+
+@pytest.mark.parametrize("cohort", [1, 3])
+def test_fednova_counts_the_steps_that_patience_leaves(tmp_path, cohort):
+    phase = Phase("learn", rounds=1, local_epochs=12, patience=1, lr=1.5)
+    small = staged([phase], start=torch.ones(259, dtype=torch.bool), aggregation=FedNova, cohort=cohort)
+    clients = dealt(small.plan, 0)
+    ran = [patient(small, batches, 12, 1, 1.5) for _, batches, _ in clients]
+    weights = [w / sum(w for *_, w in clients) for *_, w in clients]
+    far = [
+        sum(10 * (1 - 0.9**s) for s in range(1, steps + 1)) for _, steps, _ in ran
+    ]  # of unit gradients, with momentum
+    assert any(steps < len(batches) for (_, steps, _), (_, batches, _) in zip(ran, clients, strict=True))
+    mean = sum(w * a for w, a in zip(weights, far, strict=True))
+    wanted = small.row + mean * sum(
+        w * (row - small.row) / a for w, (row, *_), a in zip(weights, ran, far, strict=True)
+    )
+    torch.testing.assert_close(small.fit(1, tmp_path).row, wanted, rtol=1e-9, atol=1e-9)
