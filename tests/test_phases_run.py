@@ -150,3 +150,35 @@ def test_a_mask_that_needs_an_exploration_is_not_calibrated(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="chosen after clients have explored"):
         calibrate.run([*FAST, "mask_rule=autoflip"])
+
+
+def test_what_was_there_before_the_mask_is_never_best(run_in):
+    """Nearly everything is pruned, and nothing learned: the model before was better, and is no result."""
+    options = [
+        "mask_rule=autoflip",
+        "sparsity.mode=prune",
+        "sparsity.ratio=0.99",
+        "optimizer.lr=1e-6",
+        "explore.lr=0.1",
+    ]
+    summary, folder = run_in("run", *FAST, *options, "federation.rounds=2", fast=False)
+    rows = read_rows(folder / "metrics.csv")
+    assert rows[0]["val/acc"] > max(row["val/acc"] for row in rows[1:])
+    assert summary["test/acc_best"] in [row["test/acc"] for row in rows[1:]]
+    saved = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+    assert saved["epoch"] >= 1
+    mask = Mask.load(folder / "mask.safetensors").tensors
+    assert not any(bool(saved["state_dict"][f"net.{name}"][~kept].any()) for name, kept in mask.items())
+
+
+@pytest.mark.parametrize("options", [["data.stream=true", "data.workers=0"], ["federation.cohort=1"]])
+def test_where_samples_lie_and_who_trains_together_changes_nothing(run_in, options):
+    shared = [*FAST, "mask_rule=autoflip", "explore.steps=null", "explore.epochs=2", "explore.patience=1"]
+    shared += ["partition=quantity", "sparsity=gradual80", "federation.rounds=2"]
+    one, a = run_in("one", *shared, fast=False)
+    two, b = run_in("two", *shared, *options, fast=False)
+    assert (a / "traffic.csv").read_text() == (b / "traffic.csv").read_text()
+    assert one["client_steps"] == two["client_steps"]
+    models = [load_file(folder / "model.safetensors") for folder in (a, b)]
+    for name, value in models[0].items():
+        torch.testing.assert_close(models[1][name], value, rtol=0, atol=1e-5)

@@ -132,6 +132,11 @@ class Phases:
         """The exploration, if there is one."""
         return next((phase for phase in self.rounds if phase.explores), None)
 
+    @property
+    def explored(self) -> int:
+        """Rounds of exploration, which come first."""
+        return 0 if self.explore is None else self.explore.rounds
+
     def prepares(self, kind: str) -> int:
         """Rounds of a phase of the preparation, ``head`` or ``calibrate``; 0 without it."""
         return next((phase.rounds for phase in self.prepare if phase.kind == kind), 0)
