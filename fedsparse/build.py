@@ -24,7 +24,7 @@ from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation import parallel
 from fedsparse.federation.client import ClientModule
-from fedsparse.federation.combinations import check_names, check_sizes, check_together
+from fedsparse.federation.combinations import check_names, check_pruning, check_sizes, check_together
 from fedsparse.federation.exchange import Exchange, OwnMasks
 from fedsparse.federation.objective import Objective
 from fedsparse.federation.personal import Personal
@@ -101,7 +101,8 @@ def build_federation(cfg: DictConfig) -> Federation:
     bound = 1 if federation.cohort == AUTO else federation.cohort
     plan = RoundPlan(parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())
     phases = Phases.of(OmegaConf.to_container(cfg.phases, resolve=True))  # type: ignore[arg-type]
-    phased = PhasedPlan([(phase.rounds, _plan_of(cfg, phase, plan, eligible)) for phase in phases.rounds], plan)
+    plans = [(phase.rounds, _plan_of(cfg, phase, plan, eligible), phases.before(phase)) for phase in phases.rounds]
+    phased = PhasedPlan(plans, plan)
     return Federation(dataset, parts, tests, net, space, count, plan, phased, phases, sample, inputs)
 
 
@@ -112,7 +113,7 @@ def _plan_of(cfg: DictConfig, phase: Phase, plan: RoundPlan, eligible: Sequence[
         purpose = Purpose.EXPLORE
     if phase.explores or phase.clients is not None:
         share = cfg.federation.clients_per_round if phase.clients is None else phase.clients
-        chosen = participants(share, cfg.federation.num_clients)
+        chosen = participants(share, cfg.federation.num_clients, phase.clients_key)
         stream = Purpose.EXPLORERS if phase.explores else Purpose.SAMPLING
         sample = partial(uniform, eligible=eligible, count=chosen, seed=cfg.seed, purpose=stream)
     alone = phase.explores and phase.updates_model
@@ -139,6 +140,7 @@ def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], s
     exchange = build_exchange(cfg, one, ~one, lambda clients: one.expand(len(clients), 1))
     aggregation, objective = instantiate(cfg.aggregation), build_objective(cfg)
     check_together(exchange, aggregation, objective, instantiate(cfg.optimizer.build)([torch.zeros(1)]))
+    check_pruning(exchange, cfg.sparsity.mode)
     count = participants(cfg.federation.clients_per_round, cfg.federation.num_clients)
     check_sizes(exchange, aggregation, len(parts), min(count, sum(len(part) > 0 for part in parts)))
     check_names(exchange, space, torch.ones_like(space.local))

@@ -49,7 +49,9 @@ def execute(job: Job) -> dict[str, Any]:
     quiet()
     federation, ledger, began = build.build_federation(job.cfg), Ledger(), time.perf_counter()
     if federation.phases.explore is not None:
-        raise ValueError("with phases=explore the mask comes after an exploration: python -m fedsparse.train writes it")
+        raise ValueError(
+            "this mask is chosen after clients have explored, which is training: python -m fedsparse.train"
+        )
     found = prepare(job, federation, build.build_module(job.cfg, federation), ledger)
     facts = figures(job, federation, found) | ledger.figures() | {"seconds": time.perf_counter() - began}
     write_atomically(job.folder / CALIBRATION, json.dumps(facts, indent=2) + "\n")

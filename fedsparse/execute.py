@@ -133,7 +133,9 @@ def _train(job: Job, federation: build.Federation, module: ClientModule, start: 
     if start.checkpoint is not None:
         closed = read_checkpoint(start.checkpoint, federation.space)["epoch"] + 1
     if closed > federation.phases.total:
-        raise ValueError(f"{closed} rounds are closed already; federation.rounds={job.cfg.federation.rounds} is fewer")
+        raise ValueError(
+            f"{closed} rounds are closed already; with federation.rounds={job.cfg.federation.rounds} the run has fewer"
+        )
     choice = _choice(job, federation, start.found, leads)
     rounds = fitting.build_rounds(job.cfg, federation, choice, start.ledger, module, job.folder)
     rounds.traffic.drop_from(closed + 1)

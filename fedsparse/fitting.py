@@ -20,7 +20,7 @@ from fedsparse.federation import parallel
 from fedsparse.federation.artifacts import Artifacts
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
-from fedsparse.federation.choice import MaskChoice
+from fedsparse.federation.choice import MaskChoice, length_of
 from fedsparse.federation.client import HALF, ClientModule
 from fedsparse.federation.combinations import check_names
 from fedsparse.federation.csv import RoundCSV
@@ -65,7 +65,7 @@ def build_rounds(
         schedule=instantiate(cfg.schedule),
         seed=cfg.seed,
         model_length=federation.model_length,
-        mask_length=0 if bool(row.all()) else len(Mask.of(federation.space, row).to_bytes()),
+        mask_length=length_of(Mask.of(federation.space, row)),
         phases=federation.phases,
         choice=choice,
         traffic=Traffic(folder / TRAFFIC if parallel.process() == 0 else None),

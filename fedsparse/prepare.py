@@ -45,16 +45,16 @@ OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed 
 
 def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger: Ledger) -> Calibrated:
     """Go through the phases that come before the first round, and write what they found into the run folder."""
+    phases, rule = federation.phases, instantiate(job.cfg.mask_rule)
+    check_phases(phases, rule, job.cfg)
     if job.cfg.pictures:
         results.save_partition(federation, job.choices.get("partition", ""), job.folder / "partition.png")
-    setting, phases = build_setting(job.cfg, federation, ledger, module), federation.phases
-    rule = instantiate(job.cfg.mask_rule)
-    check_phases(phases, rule, job.cfg)
+    setting = build_setting(job.cfg, federation, ledger, module)
     if phases.has("head"):
         with shown("head"):
-            start_head(job.cfg, setting)
+            start_head(job.cfg, setting, phases.prepares("head"))
     with shown("calibrate") if phases.has("calibrate") else nullcontext():
-        found = choose_mask(job.cfg, setting, rule, explores=phases.explore is not None)
+        found = choose_mask(job.cfg, setting, rule, phases)
     if phases.explore is not None:
         return found
     mask = record(job, found.mask, found.bitmaps, found.overlap)
@@ -82,9 +82,11 @@ def check_phases(phases: Phases, rule: MaskRule, cfg: DictConfig) -> None:
         )
     if explore is None and cfg.explore.keep_model:
         raise ValueError("explore.keep_model=true needs an exploration, and there is none: set phases=explore")
-    changes = explore is not None or cfg.sparsity.get("schedule") or cfg.sparsity.get("renew_every")
-    if changes and build.own_masks(cfg):
+    renewed = cfg.sparsity.get("schedule") or cfg.sparsity.get("renew_every")
+    if (renewed or explore is not None) and build.own_masks(cfg):
         raise ValueError("masks that change need mask.owner=global")
+    if renewed and cfg.federation.store == "file":
+        raise ValueError("masks that are chosen anew need federation.store=memory: rows of a file have one length")
     if cfg.sparsity.mode == "prune" and build.own_masks(cfg):
         raise ValueError("sparsity.mode=prune needs mask.owner=global: what is zero is zero for all")
 
@@ -132,9 +134,9 @@ def build_setting(cfg: DictConfig, federation: build.Federation, ledger: Ledger,
     )
 
 
-def start_head(cfg: DictConfig, setting: Setting) -> None:
-    """Prepare the head: every run of a seed starts from the same one, whatever its mask rule."""
-    head, steps, lr = Head(**cfg.head), cfg.calibration.head_steps, cfg.calibration.head_lr
+def start_head(cfg: DictConfig, setting: Setting, steps: int) -> None:
+    """Prepare the head in so many steps: every run of a seed starts from the same one, whatever its mask rule."""
+    head, lr = Head(**cfg.head), cfg.calibration.head_lr
     if head.init == "random":
         return
     read = {**_plain(cfg, "head"), "steps": steps, "lr": lr, "sampled": _sampled(setting, Purpose.HEAD, steps)}
@@ -146,14 +148,14 @@ def start_head(cfg: DictConfig, setting: Setting) -> None:
     )
 
 
-def choose_mask(cfg: DictConfig, setting: Setting, rule: MaskRule, explores: bool = False) -> Calibrated:
+def choose_mask(cfg: DictConfig, setting: Setting, rule: MaskRule, phases: Phases) -> Calibrated:
     """Choose what trains in the first round: calibrate, or take the masks of the same calibration.
 
     Where clients explore first, everything trains until they have.
     """
-    calibration = Calibration(**cfg.calibration)
+    calibration = Calibration(**{**cfg.calibration, "rounds": phases.prepares("calibrate")})
     work = Work(rule, build.build_sparsity(cfg, setting.net), calibration, cfg.model.head)
-    if explores:
+    if phases.explore is not None:
         everything = Mask.of(setting.space, torch.ones(setting.space.size, dtype=torch.bool), rule="Dense")
         return Calibrated(everything, observed=observe(setting, work))
     choose = calibrate_clients if build.own_masks(cfg) else calibrate
@@ -162,6 +164,7 @@ def choose_mask(cfg: DictConfig, setting: Setting, rule: MaskRule, explores: boo
         return choose(setting, work)
     read = {key: _plain(cfg, key) for key in ("mask_rule", "sparsity", "calibration", "mask")}
     del read["calibration"]["cache"]
+    read["calibration"]["rounds"] = calibration.rounds
     read["sampled"] = _sampled(setting, Purpose.CALIBRATION, calibration.rounds)
     read |= {"client": _plain(cfg, "client"), "rule": source_of(rule)}
     return Cache(calibration.cache).calibrated(setting, read, lambda: choose(setting, work))

@@ -79,7 +79,7 @@ def summarise(
     figures = {key: value for key, value in last.items() if "/" in key and not key.startswith("train")}
     return {
         **figures,
-        "test/acc_best": best_row(rows).get("test/acc"),
+        "test/acc_best": best_row(rows[federation.phases.explored :]).get("test/acc"),
         "rounds": len(rows),
         "num_parameters": parameters,
         "trainable_fraction": int(mask.row(space).sum()) / parameters,

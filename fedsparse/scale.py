@@ -79,7 +79,7 @@ def _start_and_end(folder: Path) -> tuple[Setting, torch.Tensor, torch.Tensor]:
     cfg = read_job(folder, []).cfg
     federation = build.build_federation(cfg)
     setting = build_setting(cfg, federation, Ledger(), build.build_module(cfg, federation))
-    start_head(cfg, setting)
+    start_head(cfg, setting, cfg.calibration.head_steps)
     start = setting.space.read(setting.net)
     setting.net.load_state_dict(load_file(folder / "model.safetensors"))
     return setting, start, setting.space.read(setting.net)

@@ -125,6 +125,50 @@ FEEDBACK = f"{TOPK} exchange.feedback=1.0"
 PARTICIPANTS = "aggregation=coordinate_mean aggregation.denominator=participants"
 COMPAT = f"{TOPK} exchange.compat=original"
 LAYERS = "exchange=layers exchange.percentage=null exchange.threshold"
+FLIP = "mask_rule=autoflip"
+BAD_PHASES = [
+    (f"{FLIP} phases=default", "AutoFLIP chooses by an exploration that informs it: set phases=explore"),
+    (f"{FLIP} phases.explore=null", "AutoFLIP chooses by an exploration that informs it: set phases=explore"),
+    ("phases=explore mask_rule=random", "Random takes nothing from .* phases=default, or explore.keep_model=true"),
+    (f"{FLIP} phases.explore.informs_mask=false", "neither informs the mask nor updates the model does nothing"),
+    (f"{FLIP} mask.owner=client", "masks that change need mask.owner=global"),
+    ("mask_rule=random sparsity.renew_every=2 mask.owner=client", "masks that change need mask.owner=global"),
+    ("mask_rule=random sparsity.mode=prune mask.owner=client", "sparsity.mode=prune needs mask.owner=global"),
+    ("mask_rule=random sparsity.mode=prune exchange=full", "exchange=full would send .* as zeros: set exchange=masked"),
+    (f"{FLIP} sparsity.mode=prune exchange=full", "exchange=full would send .* as zeros: set exchange=masked"),
+    ("mask_rule=random sparsity.renew_every=2 federation.store=file", "anew need federation.store=memory"),
+    ("sparsity=gradual80 mask_rule=random federation.store=file", "anew need federation.store=memory"),
+    (f"{FLIP} explore.patience=2", "explore.patience counts epochs: set explore.epochs, and steps to null"),
+    (f"{FLIP} explore.epochs=2", "give either explore.steps or explore.epochs, and set the other to null"),
+    (f"{FLIP} explore.steps=0", "explore.steps is 0; it must be 1 or more"),
+    (f"{FLIP} explore.steps=many", "explore.steps is 'many'; it must be 1 or more"),
+    (f"{FLIP} explore.steps=null explore.epochs=2 explore.patience=0", "explore.patience is 0; it must be 1 or more"),
+    (f"{FLIP} explore.clients=0", "explore.clients is 0; it must be a count from 1 to 20"),
+    (f"{FLIP} explore.clients=21", "explore.clients is 21; it must be a count from 1 to 20"),
+    (f"{FLIP} explore.weight=heavy", "explore.weight is 'heavy'; it must be held, processed or equal"),
+    (f"{FLIP} explore.lr=-1", "explore.lr is -1; it must be a finite number above 0"),
+    (f"{FLIP} explore.lr=nan", "explore.lr is nan; it must be a finite number above 0"),
+    (f"{FLIP} explore.keep_model=maybe", "phases.explore.updates_model is 'maybe'; it must be true or false"),
+    (f"{FLIP} explore.how=3", "there is no key 'explore.how'"),
+    (f"{FLIP} phases.explore.how=3", "there is no key 'phases.explore.how'"),
+    (f"{FLIP} phases.explore.rounds=0", "phases.explore.rounds is 0; it must be a whole number from 1 on"),
+    ("phases.learn=5", "phases.learn is 5; it must be null or a node of rounds, kind, updates_model"),
+    ("phases.learn=null", "phases need one in which clients learn: add phases.learn.rounds"),
+    ("phases.learn.rounds=0", "phases.learn.rounds is 0"),
+    ("phases.learn.updates_model=false", "phases.learn.updates_model is false: clients that do not learn explore"),
+    ("phases=fine_tune phases.fine_tune.lr=0", "phases.fine_tune.lr is 0; it must be a finite number above 0"),
+    ("phases=fine_tune phases.fine_tune.rounds=-1", "phases.fine_tune.rounds is -1"),
+    ("phases.calibrate=null mask_rule=least_sensitive", "Fisher needs the phase calibrate, which phases leaves out"),
+    ("phases.calibrate=null mask_rule=synflow", "SynFlow needs the phase calibrate, which phases leaves out"),
+]
+ADDED_PHASES = [  # what is not in the configuration is added
+    ("+phases.learn.patience=2", "phases.learn.patience counts epochs: set phases.learn.local_epochs"),
+    ("+phases.learn.weight=heavy", "phases.learn.weight is 'heavy'; it must be held, processed or equal"),
+    ("+phases.learn.clients=99", "phases.learn.clients is 99; it must be a count from 1 to 20"),
+    ("+phases.learn.how=3", "phases.learn is .* must be null or a node of rounds, kind, .*|no key phases.learn.how"),
+    ("+phases.late={rounds:2,kind:explore}", "they must come as head, calibrate, explore, learn, each at most once"),
+    ("+phases.late={rounds:1,kind:tune}", "phases.late.kind is 'tune'; it must be one of head, calibrate, explore"),
+]
 BAD_EXCHANGE = [
     (f"{TOPK} exchange.by=largest", "exchange.by is 'largest'; it must be one of .*largest_change"),
     (f"{TOPK} exchange.fraction=0", "exchange.fraction is 0; it must be above 0"),
@@ -213,6 +257,31 @@ def test_what_is_sent_and_averaged_is_checked_before_anything_is_prepared(tmp_pa
     monkeypatch.setattr(execute, "prepare", lambda *_: pytest.fail("it was prepared"))
     line = refused(options)
     assert re.search(says, line), line
+
+
+def _rows(listed, every):
+    """Rows of a test, all but each of so many slow: they go the same way."""
+    return [row if i % every == 0 else pytest.param(*row, marks=pytest.mark.slow) for i, row in enumerate(listed)]
+
+
+@pytest.mark.parametrize(("options", "says"), _rows(BAD_PHASES + ADDED_PHASES, 2), ids=lambda o: o[:60])
+def test_phases_are_checked_before_anything_is_prepared(tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    line = refused(f"{options} hydra.run.dir={folder}")
+    assert re.search(says, line), line
+    written = {path.name for path in folder.rglob("*") if path.is_file() and path.parent.name != ".hydra"}
+    assert written <= {"run.log", ".lock"}
+
+
+@pytest.mark.slow
+def test_a_head_start_is_refused_in_two_processes(tmp_path):
+    options = ["mask_rule=autoflip", "explore.keep_model=true", "trainer.accelerator=cpu", "trainer.devices=2"]
+    done = command(*options, f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("fedsparse: explore.keep_model=true lets one client go on from the other, so it needs one")
+    assert not (tmp_path / "run/summary.json").exists()
 
 
 def test_attackers_are_counted_among_the_clients_that_hold_data(tmp_path, monkeypatch):

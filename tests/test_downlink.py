@@ -120,9 +120,9 @@ def test_bytes_down_of_five_rounds_are_those_of_real_messages(tmp_path, server):
     small = build(exchange=partial(Exchange, rule=TopK(fraction=0.05)), server=server)
     models, start = [small.row.clone()], small.rounds._settle
 
-    def spy(module, round):
+    def spy(module):
         models.append(module.server.rows[0].clone())
-        start(module, round)
+        start(module)
 
     small.rounds._settle = spy
     small.fit(5, tmp_path)

@@ -32,25 +32,27 @@ class Plan(Protocol):
 class PhasedPlan:
     """Plans one after the other.
 
-    A cohort's ``round`` is that of its phase, from 0: what a phase draws does not depend on the phases before it.
+    A cohort's ``round`` is counted from 0 over the phases of its kind: what clients draw while they learn does not
+    depend on an exploration before it, and is drawn once.
 
     Args:
-        stages: rounds and plan of each phase.
+        stages: rounds and plan of each phase, and how many rounds of its kind come before it.
         main: the plan whose cohort size holds for all.
 
     """
 
-    def __init__(self, stages: Sequence[tuple[int, RoundPlan]], main: RoundPlan) -> None:
+    def __init__(self, stages: Sequence[tuple[int, RoundPlan, int]], main: RoundPlan) -> None:
         self.stages, self.main = list(stages), main
         self.seed, self.processes, self.process = main.seed, main.processes, main.process
 
     def at(self, round: int) -> tuple[RoundPlan, int]:
-        """Find a round's plan, and its number there; the last plan goes on for ever."""
-        for rounds, plan in self.stages[:-1]:
+        """Find a round's plan, and its number among those of its kind; the last plan goes on for ever."""
+        for rounds, plan, before in self.stages[:-1]:
             if round < rounds:
-                return plan, round
+                return plan, before + round
             round -= rounds
-        return self.stages[-1][1], round
+        _, plan, before = self.stages[-1]
+        return plan, before + round
 
     def sample(self, round: int) -> Sequence[int]:
         """List the clients of a round."""

@@ -29,6 +29,7 @@ class Cohort:
         weight: K weights in the average.
         x: (K, S, B, C, H, W), the samples themselves where the loader has gathered them; None where they lie on the
             device already.
+        processed: whether the weights are the samples to process, of which a client that stops early leaves some out.
 
     """
 
@@ -38,6 +39,7 @@ class Cohort:
     count: tuple[tuple[int, ...], ...]
     weight: tuple[float, ...]
     x: Tensor | None = None
+    processed: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Cohort:
         """Move the sample indices, and samples where there are any, to a device."""
@@ -196,6 +198,7 @@ class RoundPlan:
             samples=torch.from_numpy(samples),
             count=tuple(tuple(step) for step in count.tolist()),
             weight=(*weight, *[0.0] * padding),
+            processed=self.work.weight == "processed",
         )
 
 

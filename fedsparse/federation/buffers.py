@@ -88,6 +88,10 @@ class Buffers:
             raise ValueError(f"the integer buffers {', '.join(changed)} change in training and cannot be averaged")
         if self.space.size:
             self.row = self.start = self.row + change[0].to(self.row.dtype)
+        self.stay()
+
+    def stay(self) -> None:
+        """Put the global buffers into the network as they are: adding a change of 0 would turn -0.0 into 0.0."""
         self.every.write(self.net, self.start)
 
 

@@ -49,9 +49,12 @@ class RoundCheckpoint(ModelCheckpoint):
     """
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save; a round that was not evaluated has no score to compare, and Lightning would take an old one."""
+        """Save; a round that was not evaluated has no score to compare, and Lightning would take an old one.
+
+        What is there before the mask is chosen is no result: while clients explore, nothing is best.
+        """
         evaluated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-        if self.monitor is None or evaluated:
+        if self.monitor is None or (evaluated and not getattr(pl_module, "explores", False)):
             super().on_train_epoch_end(trainer, pl_module)
         if self.monitor is None and self._last_global_step_saved == trainer.global_step:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]

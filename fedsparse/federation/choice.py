@@ -71,9 +71,7 @@ class MaskChoice:
         sparsity = self.sparsity.at(round)
         mask = self.rule.mask(self.space, row.cpu(), sparsity, observed=_cpu(self.observed), generator=stream, **heard)
         if mask.density == 0:
-            raise ValueError(
-                "this mask lets no weight train: lower sparsity.ratio, or let the head train (head.frozen)"
-            )
+            raise ValueError(NOTHING)
         self.mask = self.tell(mask)
         return self.mask
 
@@ -84,6 +82,11 @@ class MaskChoice:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it from a checkpoint."""
         self.observed, self.memory, self.explored = state["observed"], state["memory"], state["explored"]
+
+
+def length_of(mask: Mask) -> int:
+    """Bytes of a mask as it is sent: none if everything trains."""
+    return 0 if mask.density == 1 else len(mask.to_bytes())
 
 
 def zero(net: nn.Module, space: ParamSpace, mask: Tensor) -> None:

@@ -92,6 +92,7 @@ class ClientModule(lightning.LightningModule):
         self.patience: int | None = None  # of the phase, as is what follows
         self.epochs, self.explores = 1, False
         self.steps = 0
+        self.taken: Counts = ()
 
     def set_mask(self, mask: Tensor, bitmaps: Tensor | None = None) -> None:
         """Choose the coordinates that train, before training starts.
@@ -147,6 +148,7 @@ class ClientModule(lightning.LightningModule):
         self.set_mask(mask)
         if prune:
             self.server.rows.masked_fill_(~mask, 0.0)
+            self.space.write(self.net, self.server.rows[0])  # of several clients' rows none is the network's
         self._make_rows(self.server.rows[0])
         self.server.follow(self.trained)
         self.rows.bind()
@@ -201,7 +203,7 @@ class ClientModule(lightning.LightningModule):
         else:
             losses, counts = self._patiently(batches, counts, self.patience)
         self.mean_loss = mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), counts)
-        self.steps = sum(n > 0 for step in counts for n in step)
+        self.taken, self.steps = counts, sum(n > 0 for step in counts for n in step)
         if self.trainer.is_last_batch:  # a step without gradients: it moves Lightning's global_step by one a round
             self.optimizers()[1].step()  # type: ignore[index]
 
@@ -212,8 +214,8 @@ class ClientModule(lightning.LightningModule):
         stop = Patience(counts, self.epochs, patience)
         losses = []
         for batch, count in zip(batches, counts, strict=True):
-            losses.append(self.local_step(*batch, stop.allowed(count)))
-            stop.hear(losses[-1].view(-1).tolist())
+            losses.append(self.local_step(*batch, stop.allowed(count)).view(-1))  # one client's loss has no dimension
+            stop.hear(losses[-1].tolist())
         return losses, stop.taken
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Any:

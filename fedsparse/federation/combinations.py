@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.federation.aggregation import Aggregation, AverageRows, FedNova, Robust
-from fedsparse.federation.exchange import Exchange
+from fedsparse.federation.exchange import Exchange, Full
 from fedsparse.federation.filters import SignFlip
 from fedsparse.federation.fractions import check_fraction
 from fedsparse.federation.objective import Objective
@@ -41,6 +41,17 @@ def check_together(
             "aggregation=fednova and objective=scaffold need optimizer=sgdm: their step weights are those of SGD with "
             "momentum"
         )
+
+
+def check_pruning(exchange: Exchange, mode: str) -> None:
+    """Refuse to send what is pruned.
+
+    Raises:
+        ValueError: one line that says what to set.
+
+    """
+    if mode == "prune" and isinstance(exchange, Full):
+        raise ValueError("exchange=full would send what is pruned, as zeros: set exchange=masked")
 
 
 def check_sizes(exchange: Exchange, aggregation: Aggregation, clients: int, taking_part: int) -> None:

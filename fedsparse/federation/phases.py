@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class Phase:
             to the mask rule) or ``learn``; null: the name, or learn.
         updates_model: whether what clients learn goes into the global model; in ``explore`` each client then goes on
             from where the last one stopped.
-        informs_mask: whether the mask rule is told.
+        informs_mask: whether the mask rule is told; while it is not, the mask stays.
         local_steps: of each client and round; null, with ``local_epochs`` null too: as in ``federation``.
         local_epochs: in place of local steps.
         patience: epochs without a better loss after which a client stops; null: none stops early.
@@ -59,20 +60,33 @@ class Phase:
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"phases.{self.name}.{flag} is {getattr(self, flag)!r}; it must be true or false")
         for key in ("local_steps", "local_epochs", "patience"):
-            if getattr(self, key) is not None and not _whole(getattr(self, key), 1):
-                raise ValueError(f"phases.{self.name}.{key} is {getattr(self, key)!r}; it must be 1 or more, or null")
+            if (value := getattr(self, key)) is not None and not _whole(value, 1):
+                raise ValueError(f"{self._key(key[6:] if 'local' in key else key)} is {value!r}; it must be 1 or more")
         self._check_together()
 
     def _check_together(self) -> None:
+        if self.weight not in (None, "held", "processed", "equal"):
+            raise ValueError(f"{self._key('weight')} is {self.weight!r}; it must be held, processed or equal")
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError(f"give either {self._key('steps')} or {self._key('epochs')}, and set the other to null")
         if self.patience is not None and self.local_epochs is None:
-            raise ValueError(f"phases.{self.name}.patience counts epochs: set {self._key('epochs')}, and steps to null")
+            raise ValueError(f"{self._key('patience')} counts epochs: set {self._key('epochs')}, and steps to null")
         if self.kind == "explore" and not self.updates_model and not self.informs_mask:
             raise ValueError("an exploration that neither informs the mask nor updates the model does nothing")
-        if self.lr is not None and (isinstance(self.lr, bool) or not isinstance(self.lr, int | float) or self.lr <= 0):
-            raise ValueError(f"phases.{self.name}.lr is {self.lr!r}; it must be a number above 0, or null")
+        if self.kind == "learn" and not self.updates_model:
+            raise ValueError(f"phases.{self.name}.updates_model is false: clients that do not learn explore (kind)")
+        if self.lr is not None and not _rate(self.lr):
+            raise ValueError(f"{self._key('lr')} is {self.lr!r}; it must be a finite number above 0, or null")
 
     def _key(self, what: str) -> str:
-        return f"explore.{what}" if self.kind == "explore" else f"phases.{self.name}.local_{what}"
+        """Name an option as it is typed."""
+        local = "local_" if what in ("steps", "epochs") else ""
+        return f"explore.{what}" if self.kind == "explore" else f"phases.{self.name}.{local}{what}"
+
+    @property
+    def clients_key(self) -> str:
+        """Name the option that says who takes part."""
+        return "federation.clients_per_round" if self.clients is None else self._key("clients")
 
     @property
     def explores(self) -> bool:
@@ -106,10 +120,7 @@ class Phases:
     @classmethod
     def of(cls, config: Mapping[str, Mapping[str, Any] | None]) -> Phases:
         """Read ``conf/phases``: options of each phase by name; null leaves a phase out."""
-        try:
-            return cls([Phase(name, **options) for name, options in config.items() if options is not None])
-        except TypeError as error:
-            raise ValueError(f"phases: {str(error).split(') ')[-1]}") from None
+        return cls([_phase(name, options) for name, options in config.items() if options is not None])
 
     @property
     def total(self) -> int:
@@ -120,6 +131,15 @@ class Phases:
     def explore(self) -> Phase | None:
         """The exploration, if there is one."""
         return next((phase for phase in self.rounds if phase.explores), None)
+
+    @property
+    def explored(self) -> int:
+        """Rounds of exploration, which come first."""
+        return 0 if self.explore is None else self.explore.rounds
+
+    def prepares(self, kind: str) -> int:
+        """Rounds of a phase of the preparation, ``head`` or ``calibrate``; 0 without it."""
+        return next((phase.rounds for phase in self.prepare if phase.kind == kind), 0)
 
     def has(self, kind: str) -> bool:
         """Whether there is a phase of a kind."""
@@ -133,11 +153,47 @@ class Phases:
             round -= phase.rounds
         return self.rounds[-1], round
 
+    def closed(self, rounds: int) -> list[list[Any]]:
+        """Name the phases of the first rounds, and how many of each: plain values for a checkpoint."""
+        names = [self.at(round)[0].name for round in range(rounds)]
+        return [[name, names.count(name)] for name in dict.fromkeys(names)]
+
+    def check(self, closed: Sequence[Sequence[Any]]) -> None:
+        """Refuse to go on from a checkpoint whose rounds were of other phases.
+
+        Raises:
+            ValueError: says what is closed.
+
+        """
+        rounds = sum(count for _, count in closed)
+        if self.closed(rounds) != [list(phase) for phase in closed]:
+            said = ", ".join(f"{name} {count}" for name, count in closed)
+            raise ValueError(
+                f"the rounds that are closed are {said}: with as many rounds as were asked for they would be others; "
+                "only the last phase can be given more"
+            )
+
     def of_kind(self, round: int) -> int:
-        """Count the learning rounds before a round."""
+        """Count the rounds before this one in which clients do the same: explore, or learn."""
         phase, own = self.at(round)
-        before = self.rounds[: self.rounds.index(phase)]
-        return own + sum(other.rounds for other in before if not other.explores)
+        return own + self.before(phase)
+
+    def before(self, phase: Phase) -> int:
+        """Count the rounds of earlier phases in which clients do as in this one: explore, or learn."""
+        earlier = self.rounds[: self.rounds.index(phase)]
+        return sum(other.rounds for other in earlier if other.explores == phase.explores)
+
+
+def _phase(name: str, options: Any) -> Phase:
+    """Make a phase of its options."""
+    known = [option for option in Phase.__dataclass_fields__ if option != "name"]
+    if not isinstance(options, Mapping) or not set(options) <= set(known):
+        raise ValueError(f"phases.{name} is {options!r}; it must be null or a node of {', '.join(known)}")
+    return Phase(name, **options)
+
+
+def _rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _whole(value: Any, least: int) -> bool:

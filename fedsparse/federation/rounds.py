@@ -19,7 +19,7 @@ from fedsparse.data.rounds import Cohort
 from fedsparse.federation import parallel
 from fedsparse.federation.aggregation import Aggregation, FedNova
 from fedsparse.federation.buffers import Buffers
-from fedsparse.federation.choice import MaskChoice
+from fedsparse.federation.choice import MaskChoice, length_of
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.downlink import Downlink
 from fedsparse.federation.exchange import Exchange
@@ -88,6 +88,7 @@ class FederatedRounds(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Prepare what lasts over rounds: local coordinates and the base learning rate."""
         self.phases = self.phases or Phases([Phase("learn", rounds=int(trainer.max_epochs or 1))])
+        self.round = trainer.current_epoch - 1
         self._see_trained(module)
         self.change: Tensor | None = None
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
@@ -111,6 +112,8 @@ class FederatedRounds(lightning.Callback):
         """Give objective, mask rule and stores what a checkpoint holds for them."""
         if self.loaded is None:
             return
+        assert self.phases is not None
+        self.phases.check(self.loaded.get("phases", []))
         if self.choice is not None:
             self.choice.load_state_dict(self.loaded["choice"])
         self.objective.load_state_dict(self.loaded["objective"])
@@ -123,6 +126,7 @@ class FederatedRounds(lightning.Callback):
         self.round = trainer.current_epoch
         assert self.phases is not None
         self.phase, self.own = self.phases.at(self.round)
+        self._choose(trainer, module)
         groups, size = module.server.values.shape
         self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device, self.exchange.own)
         self.guide = Guide(size, module.device)
@@ -164,7 +168,6 @@ class FederatedRounds(lightning.Callback):
             self._take(module, batch)
         if trainer.is_last_batch:
             self._close(module)
-            self._choose(trainer, module)
 
     def _take(self, module: ClientModule, cohort: Cohort) -> None:
         """Take a cohort's update in."""
@@ -181,12 +184,18 @@ class FederatedRounds(lightning.Callback):
             cohort.clients,
             self._difference(rows),
             self.buffers.take(len(cohort.clients)),
-            cohort.weight,
+            self._weights(module, cohort),
             module.mean_loss,
             anchor=self.begin,
             round=cohort.round,
-            steps=module.step_weights(cohort.count) if self.weighs_steps else (),
+            steps=module.step_weights(module.taken) if self.weighs_steps else (),
         )
+
+    def _weights(self, module: ClientModule, cohort: Cohort) -> tuple[float, ...]:
+        """Weights of K clients: by what they have processed, where some may have stopped early."""
+        if not (cohort.processed and self.phase.patience):
+            return cohort.weight
+        return tuple(float(sum(counts)) for counts in zip(*module.taken, strict=True))
 
     def _learned(self, update: Update, rows: Tensor) -> tuple[tuple[Size, ...], Kept]:
         """Send what was learned, add it up, and let the mask rule hear it: bytes, and what clients keep."""
@@ -204,8 +213,9 @@ class FederatedRounds(lightning.Callback):
         if self.phase.updates_model and counted(update):
             self.chain = rows[:1].clone()
             self.buffers.hand_on()
-        messages = self._guides() + self.phase.updates_model
-        size = known_size(self.exchange.size, 0, update.rows.dtype) * messages
+        n, dtype = self.exchange.size, update.rows.dtype
+        guide, model = known_size(n, 0, dtype), known_size(n, self.buffers.size, dtype)
+        size = guide * self._guides() + model * self.phase.updates_model
         return (size,) * len(update.clients), {}
 
     def _guides(self) -> bool:
@@ -264,7 +274,7 @@ class FederatedRounds(lightning.Callback):
         self.ledger.mask([client], self.mask_length)
         setup = self.ledger.bytes_setup_down - setup
         down = NOTHING if first else self.downlink.size(client, self.row, extra)
-        if self.objective.messages:
+        if self.objective.messages and not self.phase.explores:
             down += known_size(self.exchange.size, 0, dtype) * self.objective.messages
         dense = self.dense + self.buffers.row.nbytes
         self.ledger.trained(client, up, down, dense, setup, prepares=self.phase.explores)
@@ -311,24 +321,31 @@ class FederatedRounds(lightning.Callback):
             self.choice.explore(module.trained.spread(found[0]))  # type: ignore[union-attr]
         if self.chain is not None:
             module.server.put(self.chain)
-        self.buffers.close(self.buffers.row.new_zeros(1, self.buffers.size))
+        self.buffers.stay()
         return found[1]
 
     def _choose(self, trainer: lightning.Trainer, module: ClientModule) -> None:
-        """Choose a mask after the last exploration, and anew where the sparsity says so."""
+        """Choose a mask before the first round after an exploration, and anew where the sparsity says so.
+
+        Before a round, not after the one before: so a checkpoint holds what the choice is made of, and a run that is
+        given more rounds makes it too.
+        """
         assert self.phases is not None
-        if self.choice is None or self.round + 1 >= self.phases.total:
+        explored = self.round > 0 and self.phases.at(self.round - 1)[0].explores
+        learned = self.phases.of_kind(self.round)
+        if self.choice is None or self.phase.explores:
             return
-        after, own = self.phases.at(self.round + 1)[0], self.phases.of_kind(self.round + 1)
-        if not after.explores and (self.phase.explores or self.choice.renews(own)):
-            mask = self.choice.choose(module.server.rows[0], own)
-            self._remask(trainer, module, mask.row(module.space).to(module.device))
-            self.mask_length = len(mask.to_bytes())
+        if not explored and not (self.phase.informs_mask and self.choice.renews(learned)):
+            return
+        mask = self.choice.choose(module.server.rows[0], learned)
+        self._remask(trainer, module, mask.row(module.space).to(module.device))
+        self.mask_length = length_of(mask)
 
     def _remask(self, trainer: lightning.Trainer, module: ClientModule, mask: Tensor) -> None:
         """Let other coordinates train: all that is kept of each follows, and clients are sent the mask."""
+        pruned = self.choice is not None and self.choice.prunes
         before, travelled, stayed = module.trained, self._only(module, False), self._only(module, True)
-        module.remask(mask, prune=self.choice is not None and self.choice.prunes)
+        module.remask(mask, pruned)
         trainer.optimizers = [module.local, module.server.optimizer]
         self._see_trained(module)
         move = Move(before, module.trained)
@@ -337,7 +354,7 @@ class FederatedRounds(lightning.Callback):
         moves = {LOCAL: Move(stayed, self._only(module, True))}
         for name in self.stores.keys() - {BUFFERS}:
             self.stores[name].convert(moves.get(name, move))
-        self.downlink.follow(Move(travelled, self._only(module, False)), self.round)
+        self.downlink.follow(Move(travelled, self._only(module, False)), self.round - 1, pruned)
         self.ledger.has_mask.clear()
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
 
@@ -374,6 +391,7 @@ class FederatedRounds(lightning.Callback):
             "downlink": self.downlink.state_dict(),
             "objective": self.objective.state_dict(),
             "choice": None if self.choice is None else self.choice.state_dict(),
+            "phases": self.phases.closed(self.round + 1) if self.phases else [],
         }
 
     def saved(self) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from fedsparse.keys import Purpose, generator
 
 
-def participants(per_round: float | int, num_clients: int) -> int:
+def participants(per_round: float | int, num_clients: int, key: str = "federation.clients_per_round") -> int:
     """Turn ``federation.clients_per_round`` into a number of clients.
 
     Args:
         per_round: a count of clients if an integer, a fraction of them in (0, 1] if a float.
         num_clients: clients of the federation.
+        key: what the option is called, where it is another.
 
     Raises:
         ValueError: the count is below 1 or above the clients there are, or the fraction outside (0, 1].
@@ -22,14 +23,13 @@ def participants(per_round: float | int, num_clients: int) -> int:
     (10, 3, 20)
     """
     if isinstance(per_round, bool) or not isinstance(per_round, int | float):
-        raise ValueError(f"federation.clients_per_round is {per_round!r}; it must be a count or a fraction")
+        raise ValueError(f"{key} is {per_round!r}; it must be a count or a fraction")
     if isinstance(per_round, int) and 1 <= per_round <= num_clients:
         return per_round
     if isinstance(per_round, float) and math.isfinite(per_round) and 0 < per_round <= 1:
         return max(1, math.floor(per_round * num_clients + 0.5))
     raise ValueError(
-        f"federation.clients_per_round is {per_round}; it must be a count from 1 to {num_clients}, "
-        "or a fraction above 0 and up to 1.0"
+        f"{key} is {per_round}; it must be a count from 1 to {num_clients}, or a fraction above 0 and up to 1.0"
     )
 
 
