@@ -83,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="a sweep folder with finished cells")
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time (pip install 'fedsparse[sweep]')")
-    parser.add_argument("--into", type=Path, metavar="DIR", help="for their folders: seeds that chose a rate stay apart")
+    parser.add_argument(
+        "--into", type=Path, metavar="DIR", help="for their folders: seeds that chose a rate stay apart"
+    )
     options = parser.parse_args(arguments)
     try:
         listed = list(cells(options.folder, options.seeds, options.into))
