@@ -35,7 +35,7 @@ def rounds_within(budget: int, before: int, per_round: int) -> int:
 
 
 def rounds_for_steps(budget: int, *, _root_: DictConfig) -> int:
-    """Resolve ``${rounds_for_steps:<client steps>}`` in ``federation.rounds``: what head, calibration and exploration leave."""
+    """Resolve ``${rounds_for_steps:<client steps>}`` of ``federation.rounds``: what the preparation leaves of them."""
     return rounds_within(budget, preparation(_root_), steps_of_round(_root_))
 
 

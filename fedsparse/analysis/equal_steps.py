@@ -1,4 +1,4 @@
-"""Mask rules at equal client steps, where some runs explore first: what exploring gains, and what its head start does."""
+"""Mask rules at equal client steps, where some runs explore first: what exploring gains, and its head start."""
 
 from __future__ import annotations
 
