@@ -33,10 +33,10 @@ Figures = Mapping[str, float]
 Group = tuple[str, str, str]  # model, partition, optimizer
 WIDTH = 160  # where nobody watches
 HEAD = {
-    "magnitude": "ρ with |start|",
-    "magnitude_within": "ρ |start|, in tensors",
-    "fisher": "ρ with Fisher",
-    "fisher_within": "ρ Fisher, in tensors",
+    "magnitude": "rho with |start|",
+    "magnitude_within": "rho |start|, in tensors",
+    "fisher": "rho with Fisher",
+    "fisher_within": "rho Fisher, in tensors",
     "variation": "std / mean",
     "ratio": "90th / 10th percentile",
     "unmoved": "never moved, %",

@@ -21,6 +21,7 @@ M8 = {  # name: (partition, rule) of the document
     "m8_sparse_noniid_nc1_highest_magnitude": ("noniid_nc1", "highest_magnitude"),
 }
 OTHERS = {
+    "autoflip_digits": ("digits", "mlp"),
     "byzantine_digits": ("digits", "mlp"),
     "sparse_exchange_digits": ("digits", "vit_digits"),
     "sparse_exchange_docs": ("stdlib_docs", "bert_tiny"),
