@@ -6,9 +6,9 @@ that clients take for head and calibration.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from fedsparse.federation.sampling import participants
@@ -69,7 +69,9 @@ def _exploration(cfg: DictConfig, explore: Any) -> int:
 
 def _needs_data(target: str) -> bool:
     """Whether a mask rule is calibrated on data; of foreign rules nothing is imported here."""
-    return target.startswith("fedsparse.") and bool(getattr(get_object(target), "needs_data", False))
+    module, _, name = target.rpartition(".")
+    own = module.startswith("fedsparse.")
+    return own and bool(getattr(getattr(import_module(module), name, None), "needs_data", False))
 
 
 def _clients(cfg: DictConfig, chosen: float | int) -> int:

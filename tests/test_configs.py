@@ -32,7 +32,7 @@ COMPOSED_ONLY = {
     "model/bert_base",
 }
 # groups of plain values: nothing in them is built by itself
-PLAIN = ("federation", "calibration", "head", "mask", "experiment")
+PLAIN = ("federation", "calibration", "head", "mask", "experiment", "phases", "explore")
 
 
 @pytest.fixture
