@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from fedsparse.budget import rounds_for_steps
 from fedsparse.sweep import already_used, cell_name, used
 
 PACKAGES = ("fedsparse", "torch", "torchvision", "torchmetrics", "lightning", "timm", "transformers", "peft")
@@ -128,6 +129,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("cell", cell_name, replace=True)
     OmegaConf.register_new_resolver("timm_head", timm_head, replace=True)
     OmegaConf.register_new_resolver("whole_quotient", whole_quotient, replace=True)
+    OmegaConf.register_new_resolver("rounds_for_steps", rounds_for_steps, replace=True)
 
 
 def check(cfg: DictConfig) -> None:

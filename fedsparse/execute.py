@@ -32,7 +32,7 @@ from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.tracking import hand_on
 from fedsparse.masks import Mask
 from fedsparse.models.flops import pruning_figures
-from fedsparse.prepare import MASK, OVERLAP, mean_client_overlap, prepare, record, sparsity_of
+from fedsparse.prepare import MASK, OVERLAP, mean_client_overlap, prepare, record, save_guidance, sparsity_of
 from fedsparse.resume import Job
 from fedsparse.sweep import held
 
@@ -86,6 +86,8 @@ def _lead(job: Job) -> dict[str, Any]:
     parallel.share(start)
     training = _train(job, federation, module, start)
     _stopped(job, training)
+    if job.cfg.explore.get("save") and training.choice.observed is not None:
+        save_guidance(job.folder, federation.space.unflatten(training.choice.observed.cpu()))
     summary = _summary(job, federation, start.found, training)
     results.write_results(job.folder, federation, summary, job.cfg.pictures)
     return summary | {"folder": str(job.folder)}

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from fedsparse.resume import Job
 from fedsparse.space import ParamSpace
 
 log = logging.getLogger("fedsparse")
-MASK, CLIENT_MASKS = "mask.safetensors", "client_masks.safetensors"
+MASK, CLIENT_MASKS, GUIDANCE = "mask.safetensors", "client_masks.safetensors", "guidance.safetensors"
 OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed run reports it too
 
 
@@ -186,6 +186,11 @@ def write(folder: Path, mask: Mask, bitmaps: torch.Tensor) -> None:
         write_whole(folder / CLIENT_MASKS, save({"bitmaps": bitmaps}, dict(mask.metadata)))
     for layer, density in mask.by_layer().items():
         log.info("density %-30s %.4f", layer, density)
+
+
+def save_guidance(folder: Path, found: Mapping[str, Tensor]) -> None:
+    """Write what exploring clients found, by tensor, beside the masks: ``explore.save=true`` asks for it."""
+    write_whole(folder / GUIDANCE, save({name: part.contiguous() for name, part in found.items()}))
 
 
 def sparsity_of(mask: Mask, always: torch.Tensor, space: ParamSpace) -> float:

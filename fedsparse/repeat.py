@@ -27,8 +27,13 @@ CHECKED = "~hydra.callbacks.fresh_run_folder"  # a used folder is not refused: t
 BESIDE = "hydra/launcher=joblib"  # names what happens: cells side by side keep their progress off the terminal
 
 
-def cells(folder: Path, seeds: Sequence[int]) -> Iterator[tuple[list[str], Path]]:
+def cells(folder: Path, seeds: Sequence[int], into: Path | None = None) -> Iterator[tuple[list[str], Path]]:
     """List what is to be run: the overrides and the folder of the best cell of every row, with each of the seeds.
+
+    Args:
+        folder: the sweep.
+        seeds: of the repetitions.
+        into: where their folders go; None: into the sweep's own.
 
     Raises:
         ValueError: no finished run is there.
@@ -40,7 +45,7 @@ def cells(folder: Path, seeds: Sequence[int]) -> Iterator[tuple[list[str], Path]
     for typed in best:
         for seed in seeds:
             wanted = [o for o in typed if not o.startswith("seed=")] + [f"seed={seed}"]
-            yield wanted, folder / cell_name(wanted, left_out)
+            yield wanted, (into or folder) / cell_name(wanted, left_out)
 
 
 def _value(key: str, overrides: Sequence[str]) -> str | None:
@@ -78,12 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="a sweep folder with finished cells")
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time (pip install 'fedsparse[sweep]')")
+    parser.add_argument(
+        "--into", type=Path, metavar="DIR", help="for their folders: seeds that chose a rate stay apart"
+    )
     options = parser.parse_args(arguments)
     try:
-        listed = list(cells(options.folder, options.seeds))
+        listed = list(cells(options.folder, options.seeds, options.into))
     except ValueError as error:
         sys.exit(f"fedsparse: {error}")
-    print(f"{len(listed)} cells in {options.folder}", flush=True)
+    print(f"{len(listed)} cells in {options.into or options.folder}", flush=True)
     beside = options.jobs > 1
     done = Parallel(n_jobs=options.jobs)(delayed(run)(*cell, beside) for cell in listed)
     if not all(done):

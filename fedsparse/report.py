@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsparse.analysis import convergence, exchange_table, overlap, pareto, tables
+from fedsparse.analysis import convergence, equal_steps, exchange_table, overlap, pareto, tables
 from fedsparse.analysis.folders import read_runs
 from fedsparse.analysis.page import Picture, Section, markdown, page, png
 from fedsparse.analysis.table import once, rows
@@ -53,6 +53,7 @@ def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
         tables.clients(table),
         *([pareto.section(known), convergence.section(known)] if known else []),
         *exchange_table.section(table),
+        *equal_steps.section(table),
         convergence.target_section(table, target),
         *overlaps,
         *overlap.within(table),

@@ -74,12 +74,18 @@ def best_alpha(alphas: Sequence[float], val: Sequence[float]) -> float:
     return max(zip(alphas, val, strict=True), key=lambda pair: (pair[1], -abs(pair[0] - 1)))[0]
 
 
-def _start_and_end(folder: Path) -> tuple[Setting, torch.Tensor, torch.Tensor]:
-    """Build the run's model as it was before its first round, and read it after its last: rows (P,)."""
+def at_start(folder: Path) -> Setting:
+    """Build a run's data and its model as it was before the first round, from the stored configuration."""
     cfg = read_job(folder, []).cfg
     federation = build.build_federation(cfg)
     setting = build_setting(cfg, federation, Ledger(), build.build_module(cfg, federation))
     start_head(cfg, setting, cfg.calibration.head_steps)
+    return setting
+
+
+def _start_and_end(folder: Path) -> tuple[Setting, torch.Tensor, torch.Tensor]:
+    """Build the run's model as it was before its first round, and read it after its last: rows (P,)."""
+    setting = at_start(folder)
     start = setting.space.read(setting.net)
     setting.net.load_state_dict(load_file(folder / "model.safetensors"))
     return setting, start, setting.space.read(setting.net)

@@ -31,6 +31,8 @@ _IDLE = (
 )
 # a dense run reads none of these
 _OF_MASKS = ("mask_rule", "sparsity", "mask")
+_OF_PHASES = ("phases", "explore")
+_PREPARED = ("head", "calibrate", "learn")  # phases that all runs may have
 # keys of a group are compared among the runs of one option, for they come with it; others among those of an experiment
 _OPTIONS = ("mask_rule", "partition", "data", "model", "experiment")
 _OPTION = {name: name for name in _OPTIONS} | {"sparsity": "mask_rule", "mask": "mask_rule"}
@@ -38,6 +40,7 @@ _OPTION = {name: name for name in _OPTIONS} | {"sparsity": "mask_rule", "mask": 
 _OF_EXCHANGES = ("exchange", "aggregation")
 _FRACTIONS = ("exchange.fraction", "exchange.percentage")
 LABEL, _LINE = "label of the sparse exchange", "its line"  # no keys of a configuration
+PHASES = "phases"  # the key that names those beyond the usual
 _TRAINABLE = "model.trainable"
 _ALWAYS = "partition.beta"  # a Dirichlet partition without it says nothing
 
@@ -47,8 +50,22 @@ def settings(run: Run) -> dict[str, str]:
     dropped = _SWEPT + _IDLE + (_OF_MASKS if run.summary["mask_rule"] == "dense" else ())
     dropped += _FRACTIONS if exchange_label(run.summary) and fraction_of(run.summary) else ()  # the label says it
     kept = {key: value for key, value in run.config.items() if not _under(key, dropped)}
+    if not _phases(run):
+        kept = {key: value for key, value in kept.items() if not _usual(key, value)}
     choices = {key: str(run.summary[key]) for key in ("mask_rule", "partition")}
-    return kept | choices | {"sparsity": f"{run.sparsity:g}"} | _exchange(run)
+    return kept | choices | {"sparsity": f"{run.sparsity:g}"} | _exchange(run) | _phases(run)
+
+
+def _usual(key: str, value: str) -> bool:
+    """Whether a key says nothing where head, calibration and learning are all: options of exploring, and defaults."""
+    return _under(key, ("explore",)) or (_under(key, ("phases",)) and (value.startswith("${") or value == "true"))
+
+
+def _phases(run: Run) -> dict[str, str]:
+    """Name the phases beyond head, calibration and learning; nothing for a run without any."""
+    keys = [key.split(".") for key in run.config if key.startswith("phases.")]
+    names = dict.fromkeys(parts[1] for parts in keys if parts[1] not in _PREPARED and len(parts) > 2)
+    return {PHASES: ", ".join(names)} if names else {}
 
 
 def _exchange(run: Run) -> dict[str, str]:
@@ -94,6 +111,9 @@ def _option(key: str, group: Settings) -> str:
     first = key.split(".")[0]
     if first in _OF_EXCHANGES:
         return f"experiment={group['experiment']}, exchange={group.get(_LINE, '')}"
+    if first in _OF_PHASES:
+        rule = f"mask_rule={group['mask_rule']}"
+        return rule if key == PHASES else f"{rule}, phases={group.get(PHASES, '')}"
     chosen = _OPTION.get(first, "experiment")
     return f"{chosen}={group[chosen]}"
 

@@ -49,6 +49,16 @@ class Row:
         """Whether there is neither a mask nor a sparse exchange: what others are compared with."""
         return self.settings["mask_rule"] == "dense" and not self.exchange
 
+    @property
+    def explored(self) -> bool:
+        """Whether clients explored before they learned."""
+        return "explore" in self.settings.get("phases", "").split(", ")
+
+    @property
+    def head_start(self) -> bool:
+        """Whether the model keeps what clients explored: AutoFLIP's code does so, and FedAvg has nothing like it."""
+        return self.settings.get("explore.keep_model") == "true"
+
     def by_seed(self, key: str) -> dict[int, float]:
         """Give a figure of the summaries by seed, where it is a finite number."""
         return {run.seed: run.summary[key] for run in self.runs if finite(run.summary.get(key))}
@@ -135,7 +145,8 @@ def _row(name: str, partition: str, shared: Settings, runs: Sequence[Run]) -> Ro
 
 def _protocol(row: Row) -> dict[str, str]:
     kept = {key: value for key, value in row.settings.items() if key.startswith(_PROTOCOL)}
-    return {key: value for key, value in kept.items() if key not in _TRAINABLE}
+    kept = {key: value for key, value in kept.items() if key not in _TRAINABLE}
+    return kept | {"head start": str(row.head_start)}
 
 
 def _distance(row: Row, other: Row) -> tuple[bool, int, str]:

@@ -1,0 +1,78 @@
+"""Rounds within a budget of client steps, so that runs whose preparation costs something are compared at equal cost.
+
+What counts is what ``summary.json`` has as ``client_steps``: local steps, of exploring clients too, and the gradients
+that clients take for head and calibration.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from omegaconf import DictConfig
+
+from fedsparse.federation.sampling import participants
+
+
+def rounds_within(budget: int, before: int, per_round: int) -> int:
+    """Divide what preparation leaves of a budget by the steps of a round, rounded down.
+
+    Args:
+        budget: client steps in all.
+        before: of them, those taken before clients learn.
+        per_round: clients of a round times their local steps.
+
+    Raises:
+        ValueError: not even one round is left.
+
+    >>> rounds_within(1200, 0, 40), rounds_within(1200, 400, 40), rounds_within(1200, 20, 40)
+    (30, 20, 29)
+    """
+    rounds = (budget - before) // per_round
+    if rounds < 1:
+        raise ValueError(f"{budget} client steps leave no round: {before} go before, and a round takes {per_round}")
+    return rounds
+
+
+def rounds_for_steps(budget: int, *, _root_: DictConfig) -> int:
+    """Resolve ``${rounds_for_steps:<client steps>}`` of ``federation.rounds``: what the preparation leaves of them."""
+    return rounds_within(budget, preparation(_root_), steps_of_round(_root_))
+
+
+def steps_of_round(cfg: DictConfig) -> int:
+    """Count the client steps of a learning round.
+
+    Raises:
+        ValueError: clients count epochs, whose steps depend on the data.
+
+    """
+    if cfg.federation.local_steps is None:
+        raise ValueError("a budget of client steps needs federation.local_steps; local_epochs must be null")
+    return _clients(cfg, cfg.federation.clients_per_round) * int(cfg.federation.local_steps)
+
+
+def preparation(cfg: DictConfig) -> int:
+    """Count the client steps before clients learn: of calibration at most ``calibration.batches`` for each client."""
+    clients, explore = _clients(cfg, cfg.federation.clients_per_round), cfg.phases.get("explore")
+    steps = clients * cfg.calibration.head_steps if cfg.head.init == "probe" else 0
+    if _needs_data(str(cfg.mask_rule.get("_target_"))) and cfg.calibration.where == "clients":
+        steps += clients * cfg.calibration.rounds * cfg.calibration.batches
+    return int(steps) + (0 if explore is None else _exploration(cfg, explore))
+
+
+def _exploration(cfg: DictConfig, explore: Any) -> int:
+    if explore.local_steps is None:
+        raise ValueError("a budget of client steps needs explore.steps; explore.epochs must be null")
+    chosen = cfg.federation.clients_per_round if explore.clients is None else explore.clients
+    return int(explore.rounds) * _clients(cfg, chosen) * int(explore.local_steps)
+
+
+def _needs_data(target: str) -> bool:
+    """Whether a mask rule is calibrated on data; of foreign rules nothing is imported here."""
+    module, _, name = target.rpartition(".")
+    own = module.startswith("fedsparse.")
+    return own and bool(getattr(getattr(import_module(module), name, None), "needs_data", False))
+
+
+def _clients(cfg: DictConfig, chosen: float | int) -> int:
+    return participants(chosen, cfg.federation.num_clients)
