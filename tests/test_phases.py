@@ -17,6 +17,7 @@ from fedsparse.federation.aggregation import FedNova
 from fedsparse.federation.objective import Scaffold
 from fedsparse.federation.patience import Patience
 from fedsparse.federation.phases import Phase
+from fedsparse.federation.positions import write_positions
 from fedsparse.federation.reports import EveryUpdateDropped
 from fedsparse.federation.wire import HEADER
 from fedsparse.masks import Sparsity
@@ -268,6 +269,10 @@ def test_an_exploration_with_patience_equals_a_plain_loop(tmp_path, cohort, weig
 # bytes
 
 
+def positions(marks):
+    return len(write_positions(marks.numpy())[1])
+
+
 @pytest.mark.parametrize("prune", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
 def test_bytes_of_an_exploration_by_hand(tmp_path, prune, keep):
@@ -303,9 +308,11 @@ def test_bytes_of_an_exploration_by_hand(tmp_path, prune, keep):
                 assert (e.down.header, e.down.positions, e.down.values) == (HEADER.size, 0, 0)
             else:  # what has moved of it; behind a pruned unit nothing does
                 steps = range(holds[e.client], round)
-                moved = torch.stack([rows[r + 1] != rows[r] for r in steps]).any(0)[mask_row]
-                some = 8 * int(moved.sum()) + min(math.ceil(trained / 8), int(moved.sum()))
-                assert e.down.total == HEADER.size + min(8 * trained, some)
+                moved = torch.stack([rows[r + 1] != rows[r] for r in steps]).any(0)
+                some = 8 * int(moved[mask_row].sum()) + positions(moved[mask_row])
+                late = moved & ~mask_row  # a head start has moved these for the last time; pruned, they are zero
+                more = 0 if prune or not bool(late.any()) else 8 * int(late.sum()) + positions(late)
+                assert e.down.total == HEADER.size + min(8 * trained, some) + more
             holds[e.client] = round
     ledger, learned = rounds.ledger, [*entries[1], *entries[2]]
     assert ledger.bytes_up == sum(e.up.total for e in learned)
