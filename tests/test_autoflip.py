@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fedsparse.masks import Sparsity
-from fedsparse.masks.rules import AutoFLIP
+from fedsparse.masks.rules import AutoFLIP, MaskRule
 from fedsparse.space import ParamSpace
 
 SPACE = ParamSpace(["w", "b", "head"], [torch.Size([5]), torch.Size([3]), torch.Size([2])])
@@ -84,6 +84,18 @@ def test_agreement_is_added_to_the_guidance():
     assert kept(AutoFLIP(refine=True), sparsity, memory=memory) == [1, 3, 6, 8, 9]
     assert kept(AutoFLIP(refine=True), sparsity) == [3, 4, 6, 8, 9]  # nothing heard yet
     assert kept(AutoFLIP(), sparsity, memory=memory) == [3, 4, 6, 8, 9]
+
+
+def test_what_did_not_train_counts_with_the_mean_agreement_and_can_come_back():
+    """Guidance 0.5 waits, 0.6 trains: agreement 0.1 of it and 0.9 of another one leave it 0.7, the waiting one 1.0."""
+    rule, space = AutoFLIP("none", refine=True), ParamSpace(["w"], [torch.Size([3])])
+    told = torch.tensor([-0.9, 0.1], dtype=torch.float64)  # of coordinates 0 and 1
+    assert rule.unheard(told) == pytest.approx(0.5)
+    assert MaskRule().unheard(told) == 0.0  # of other rules
+    memory = torch.tensor([-0.9, 0.1, 0.5], dtype=torch.float64)
+    guidance = torch.tensor([0.7, 0.6, 0.5], dtype=torch.float64)
+    mask = rule.mask(space, torch.zeros(3), Sparsity(1 / 3), guidance, memory=memory)
+    assert mask.row(space).tolist() == [True, False, True]
 
 
 def test_what_it_asks_of_the_protocol():

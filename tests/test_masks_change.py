@@ -93,7 +93,7 @@ def plain_run(small, phases, sparsity, **options):
         if isinstance(rule, Movement):
             memory = moved if memory is None else memory + moved
         elif isinstance(rule, AutoFLIP):
-            memory = signs
+            memory = torch.where(plain.mask, signs, signs[plain.mask].abs().mean())
         rows.append(plain.row.clone())
     return plain, rows, masks
 

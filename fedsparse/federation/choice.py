@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedsparse.keys import Purpose, torch_generator
 from fedsparse.masks import Mask, MaskRule, Sparsity
+from fedsparse.places import Coordinates
 from fedsparse.space import ParamSpace
 
 NOTHING = "this mask lets no weight train: lower sparsity.ratio, or let the head train (head.frozen)"
@@ -56,9 +57,10 @@ class MaskChoice:
         before = torch.zeros_like(found) if self.observed is None or self.explored == 1 else self.observed
         self.observed = before + (found - before) / self.explored
 
-    def hear(self, told: Tensor) -> None:
-        """Take in what clients told in a learning round, (P,)."""
-        self.memory = self.rule.remember(self.memory, told)
+    def hear(self, told: Tensor, trained: Coordinates) -> None:
+        """Take in what clients told in a learning round of the coordinates that trained, (n,)."""
+        heard = trained.spread(told, self.rule.unheard(told))
+        self.memory = self.rule.remember(self.memory, heard)
 
     def renews(self, round: int) -> bool:
         """Whether a mask is chosen anew before this learning round."""
@@ -67,7 +69,8 @@ class MaskChoice:
     def choose(self, row: Tensor, round: int) -> Mask:
         """Choose the mask of a learning round, for global values (P,)."""
         heard = {"memory": _cpu(self.memory)} if self.rule.listens else {}
-        stream = torch_generator(self.seed, Purpose.MASK)
+        again = (round,) if round and self.sparsity.schedule is None else ()  # a schedule thins out one draw
+        stream = torch_generator(self.seed, Purpose.MASK, *again)
         sparsity = self.sparsity.at(round)
         mask = self.rule.mask(self.space, row.cpu(), sparsity, observed=_cpu(self.observed), generator=stream, **heard)
         if mask.density == 0:

@@ -23,7 +23,7 @@ from fedsparse.federation.choice import MaskChoice, length_of
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.downlink import Downlink
 from fedsparse.federation.exchange import Exchange
-from fedsparse.federation.guide import Guide
+from fedsparse.federation.guide import Guide, squares
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.objective import Kept
 from fedsparse.federation.phases import Phase, Phases
@@ -209,7 +209,7 @@ class FederatedRounds(lightning.Callback):
 
     def _explored(self, update: Update, rows: Tensor) -> tuple[tuple[Size, ...], Kept]:
         """Send the squared deviations; with ``keep_model`` the next client goes on from here, and is sent the model."""
-        self.guide.add(update.rows.square(), update.weight, update.loss)
+        self.guide.add(squares(update.rows), update.weight, update.loss)
         if self.phase.updates_model and counted(update):
             self.chain = rows[:1].clone()
             self.buffers.hand_on()
@@ -309,7 +309,7 @@ class FederatedRounds(lightning.Callback):
         self.buffers.close(change.buffers)
         told = self.guide.finish() if self._listens() else None
         if told is not None:
-            self.choice.hear(module.trained.spread(told[0]))  # type: ignore[union-attr]
+            self.choice.hear(told[0], module.trained)  # type: ignore[union-attr]
         return change.loss
 
     def _close_exploration(self, module: ClientModule) -> float | None:

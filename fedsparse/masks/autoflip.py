@@ -27,8 +27,9 @@ class AutoFLIP(MaskRule):
 
     .. math:: s_j = g_j + \left| \sum_k w_k \, \mathrm{sign}(\Delta_{kj}) / \sum_k w_k \right|
 
-    with :math:`\Delta_{kj}` the update of client k and :math:`w_k` its weight. The second term lies in [0, 1], and is 0
-    where nothing trained.
+    with :math:`\Delta_{kj}` the update of client k and :math:`w_k` its weight. The second term lies in [0, 1]; where
+    nothing trained it is the mean of where something did, so that of two coordinates of equal guidance one that clients
+    disagree about gives way to one that waits.
 
     Args:
         normalise: ``minmax`` (the original's default), ``robust``, ``rank`` or ``none``; see ``guidance.normalise``.
@@ -56,6 +57,10 @@ class AutoFLIP(MaskRule):
     def hear(self, change: Tensor, start: Tensor) -> Tensor | None:
         """Give the direction of every update: -1, 0 or 1, (K, n); None without ``refine``."""
         return change.sign() if self.refine else None
+
+    def unheard(self, heard: Tensor) -> float:
+        """Let what did not train count as agreed upon as the mean of what did: so it can train again."""
+        return float(heard.abs().mean())
 
     def remember(self, memory: Tensor | None, heard: Tensor) -> Tensor:
         """Keep the last round alone: agreement is about where the clients stand now."""

@@ -118,12 +118,17 @@ class MaskRule:
         """
         return None
 
+    def unheard(self, heard: Tensor) -> float:
+        """Say what stands for a coordinate that did not train, beside what was heard of the others (n,): 0."""
+        return 0.0
+
     def remember(self, memory: Tensor | None, heard: Tensor) -> Tensor:
         """Take in what a training round told: by default the sum over the rounds.
 
         Args:
             memory: float64 (P,), None before the first round.
-            heard: float64 (P,), the weighted mean of ``hear`` over the round's clients; 0 where nothing trained.
+            heard: float64 (P,), the weighted mean of ``hear`` over the round's clients; ``unheard`` where
+                nothing trained.
 
         Returns:
             float64 (P,), the new memory.
