@@ -160,6 +160,16 @@ def test_other_densities_are_no_reference(sweep):
     assert equal_steps.counterpart(row, table, "dense").dense
 
 
+def test_a_head_start_is_compared_with_the_exploration_of_the_same_length(sweep):
+    shorter = {"federation": FEDERATION, "phases": {"learn": LEARN, "explore": EXPLORE}}
+    explore = {"keep_model": False, "steps": 100}  # "100" stands before "20"
+    a_run(sweep / "s", "autoflip", test=0.5, sparsity={"ratio": 0.5}, explore=explore, **shorter)
+    edit(sweep / "s", client_steps=1200)
+    plain, started = equal_steps.section(table_of(sweep))
+    assert {"autoflip, explore.steps=20", "autoflip, explore.steps=100"} <= set(cells(plain.blocks[0]))
+    assert cells(started.blocks[0])["autoflip"]["gained by the head start, points"] == "+4.0 ± 25.4"
+
+
 def test_names_and_dense_references_tell_a_head_start_apart(sweep):
     table = {row.name: row for row in table_of(sweep)}
     assert set(table) == {

@@ -64,13 +64,18 @@ def counterpart(row: Row, table: Sequence[Row], rule: str, head_start: bool | No
         head_start: of the counterpart; None: as the row's.
 
     Returns:
-        The row nearest in client steps, if that is within one round of learning.
+        The row nearest in client steps, if that is within one round of learning; of several the one most alike.
 
     """
     start = row.head_start if head_start is None else head_start
     alike = [other for other in table if other is not row and _alike(other, row, rule) and other.head_start == start]
     near = [other for other in alike if abs(steps(other) - steps(row)) <= of_round(other)]
-    return min(near, key=lambda other: (abs(steps(other) - steps(row)), other.name), default=None)
+    return min(near, key=lambda other: (abs(steps(other) - steps(row)), _apart(row, other), other.name), default=None)
+
+
+def _apart(row: Row, other: Row) -> int:
+    """Count the settings in which two rows differ."""
+    return len(set(row.settings.items()) ^ set(other.settings.items()))
 
 
 def of_round(row: Row) -> float:
@@ -105,7 +110,7 @@ def _cells(row: Row, table: Sequence[Row], head_start: bool) -> list[str]:
         others.append(counterpart(row, table, row.settings["mask_rule"], head_start=False))
     density = DASH if row.dense else f"{100 * (1 - row.sparsity):g} %"
     return [
-        row.settings["mask_rule"] if _only(row, table) else row.name,
+        row.settings["mask_rule"] if _only(row, table) else _short(row.name),
         density,
         f"{row.lr:g}" + "*" * row.lr_at_edge,
         f"{steps(row):.0f}",
@@ -115,6 +120,16 @@ def _cells(row: Row, table: Sequence[Row], head_start: bool) -> list[str]:
         *(difference(row, other, _ACCURACY) for other in others),
         str(len(row.runs)),
     ]
+
+
+def _short(name: str) -> str:
+    """Leave out what the table's heading says.
+
+    >>> _short("autoflip, explore.keep_model=true, explore.steps=4")
+    'autoflip, explore.steps=4'
+    """
+    said = ("phases=explore", "explore.keep_model=true", "explore.keep_model=false")
+    return ", ".join(part for part in name.split(", ") if part not in said)
 
 
 def _only(row: Row, table: Sequence[Row]) -> bool:
