@@ -34,6 +34,7 @@ _OF_MASKS = ("mask_rule", "sparsity", "mask")
 _OF_PHASES = ("phases", "explore")
 _PREPARED = ("head", "calibrate", "learn")  # phases that all runs may have
 # keys of a group are compared among the runs of one option, for they come with it; others among those of an experiment
+# and a data set
 _OPTIONS = ("mask_rule", "partition", "data", "model", "experiment")
 _OPTION = {name: name for name in _OPTIONS} | {"sparsity": "mask_rule", "mask": "mask_rule"}
 # what a sparse exchange consists of: its label says most of it, so only those that lie on one line are compared
@@ -114,8 +115,8 @@ def _option(key: str, group: Settings) -> str:
     if first in _OF_PHASES:
         rule = f"mask_rule={group['mask_rule']}"
         return rule if key == PHASES else f"{rule}, phases={group.get(PHASES, '')}"
-    chosen = _OPTION.get(first, "experiment")
-    return f"{chosen}={group[chosen]}"
+    chosen = _OPTION.get(first)
+    return f"{chosen}={group[chosen]}" if chosen else f"experiment={group['experiment']}, data={group['data']}"
 
 
 def _name(group: Settings, differing: set[tuple[str, str]]) -> str:
