@@ -9,11 +9,13 @@ from functools import partial
 import pytest
 import torch
 from plain_sparse import train
+from small import Small, small_data, small_net, uneven_parts
 from staged import dealt, masks_by_round, staged, total
 from test_federation import batchnorm_net
 
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.aggregation import FedNova
+from fedsparse.federation.guide import Guide
 from fedsparse.federation.objective import Scaffold
 from fedsparse.federation.patience import Patience
 from fedsparse.federation.phases import Phase
@@ -354,3 +356,12 @@ def test_fednova_counts_the_steps_that_patience_leaves(tmp_path, cohort):
         w * (row - small.row) / a for w, (row, *_), a in zip(weights, ran, far, strict=True)
     )
     torch.testing.assert_close(small.fit(1, tmp_path).row, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_is_summed_up_for_a_rule_that_does_not_listen(monkeypatch, tmp_path):
+    sizes = []
+    monkeypatch.setattr(
+        "fedsparse.federation.rounds.Guide", lambda size, device: sizes.append(size) or Guide(size, device)
+    )
+    Small(small_net(), small_data(), uneven_parts()).fit(2, tmp_path)
+    assert sizes == [0, 0]

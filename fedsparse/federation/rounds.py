@@ -128,8 +128,9 @@ class FederatedRounds(lightning.Callback):
         self.phase, self.own = self.phases.at(self.round)
         self._choose(trainer, module)
         groups, size = module.server.values.shape
-        self.tally = self.aggregation.zero(groups, size, self.buffers.size, module.device, self.exchange.own)
-        self.guide = Guide(size, module.device)
+        heard, learned = size * (self.phase.explores or self._listens()), size * (not self.phase.explores)
+        self.tally = self.aggregation.zero(groups, learned, self.buffers.size, module.device, self.exchange.own)
+        self.guide = Guide(heard, module.device)
         self.chain: Tensor | None = None
         self.reports: list[Report] = []
         self.arrived: list[int] = []
