@@ -23,6 +23,7 @@ from fedsparse.data.images import Inputs, TokenInputs, inputs_for
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation import parallel
+from fedsparse.federation.calibration import Calibration
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.combinations import check_names, check_pruning, check_sizes, check_together
 from fedsparse.federation.exchange import Exchange, OwnMasks
@@ -81,6 +82,7 @@ def build_federation(cfg: DictConfig) -> Federation:
 
     """
     streaming(cfg)
+    Calibration(**cfg.calibration)  # before the phases, which take some of its numbers over
     dataset, parts, tests = build_clients(cfg, instantiate(cfg.data.source))
     net, space = build_net(cfg, dataset)
     check_classes(cfg, net, dataset)

@@ -15,7 +15,7 @@ from small import Small, small_data, small_net, uneven_parts
 from fedsparse import adam, places
 from fedsparse.adam import SparseAdam, adam_update, corrections
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation.exchange import Masked
+from fedsparse.federation.exchange import Exchange
 from fedsparse.masks.bitmaps import pack
 from fedsparse.optim import SparseSGDM
 
@@ -312,7 +312,7 @@ def _small(owner, cohort, options):
     )  # fmt: skip
     if owner == "client":
         small.module.set_mask(rows.any(0), torch.stack([pack(row) for row in rows]))
-        small.rounds.exchange = Masked(rows.any(0), small.space.local, small.module.own_masks)
+        small.rounds.exchange = Exchange(rows.any(0), small.space.local, small.module.own_masks)
     return small
 
 

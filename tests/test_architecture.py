@@ -19,6 +19,9 @@ MAY = {
     "hydra": (
         "config.py",
         "build.py",
+        "nets.py",
+        "shares.py",
+        "fitting.py",
         "train.py",
         "execute.py",
         "prepare.py",
@@ -26,7 +29,16 @@ MAY = {
         "repeat.py",
         "resume.py",
     ),
-    "lightning": ("data/datamodule.py", "federation/", "build.py", "execute.py", "team.py", "bench/federated.py"),
+    "lightning": (
+        "data/datamodule.py",
+        "federation/",
+        "build.py",
+        "cohorts.py",
+        "fitting.py",
+        "execute.py",
+        "team.py",
+        "bench/federated.py",
+    ),
     "wandb": ("federation/artifacts.py", "bench/federated.py"),
 }
 

@@ -262,6 +262,7 @@ def test_a_rule_without_its_methods_says_so(net):
 @pytest.mark.parametrize("path", sorted((CONF / "mask_rule").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_rule_of_the_configuration_instantiates(path):
     config = {"calibration": {"fisher": "batch", "labels": "model"}, "mask_rule": yaml.safe_load(path.read_text())}
+    config["mask_rule"].pop("defaults", None)  # the phases that a rule brings
     if path.stem == "from_file":
         config["mask_rule"]["path"] = "mask.safetensors"
     rule = instantiate(OmegaConf.create(config).mask_rule)

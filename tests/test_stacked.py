@@ -272,13 +272,13 @@ def test_without_time_one_client_is_measured():
 
 
 def test_a_resumed_run_keeps_the_size_that_it_began_with(run_in, monkeypatch):
-    from fedsparse import build, run
+    from fedsparse import cohorts, run
 
-    monkeypatch.setattr(build, "measure", lambda *_: {1: 1.0, 5: 0.2})
+    monkeypatch.setattr(cohorts, "measure", lambda *_: {1: 1.0, 5: 0.2})
     options = ["model=mlp", "federation.cohort=auto"]
     whole, _ = run_in("whole", *options, "federation.rounds=4")
     _, folder = run_in("stopped", *options, "federation.rounds=2")
-    monkeypatch.setattr(build, "measure", lambda *_: {1: 1.0, 5: 2.0})
+    monkeypatch.setattr(cohorts, "measure", lambda *_: {1: 1.0, 5: 2.0})
     resumed = run([f"resume={folder}", "federation.rounds=4"])
     assert resumed["cohort"] == whole["cohort"] == 5
     assert resumed["global_sha256"] == whole["global_sha256"]

@@ -112,8 +112,8 @@ class FederatedRounds(lightning.Callback):
         """Give objective, mask rule and stores what a checkpoint holds for them."""
         if self.loaded is None:
             return
-        assert self.phases is not None
-        self.phases.check(self.loaded.get("phases", []))
+        if self.phases is not None:
+            self.phases.check(self.loaded["phases"])
         if self.choice is not None:
             self.choice.load_state_dict(self.loaded["choice"])
         self.objective.load_state_dict(self.loaded["objective"])
