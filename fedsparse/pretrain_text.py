@@ -3,7 +3,7 @@
 A small BERT learns to fill in masked words (Devlin et al. 2019) of documentation that no client of ``data=stdlib_docs``
 holds: that of some modules of Python's standard library, and of the packages that the environment pins beside it.
 Masked words are told twice, from their own place and from the pooled output, so that the pooler, which the
-classification head is given, learns too. About half an hour of an idle core.
+classification head is given, learns too. About fifty minutes of one core.
 
 Shapes: ``N`` sentences, ``B`` of a batch, ``L`` tokens, ``M`` masked places, ``V`` words, ``D`` hidden size.
 """
