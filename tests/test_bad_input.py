@@ -39,7 +39,7 @@ BAD = [
     ("mask_rule=synflow mask_rule.iterations=0", "mask_rule.iterations must be a whole number of at least 1, not 0"),
     ("mask_rule=movement", "mask_rule=movement .* sparsity=gradual80"),
     ("mask_rule=talos sparsity=gradual80", "Talos chooses once, .*sparsity.schedule and sparsity.renew_every must be"),
-    ("mask_rule=synflow sparsity.renew_every=2", "SynFlow chooses once, .*sparsity.schedule and sparsity.renew_every"),
+    ("mask_rule=talos sparsity.renew_every=2", "Talos chooses once, .*sparsity.schedule and sparsity.renew_every"),
     ("mask_rule=autoflip mask_rule.refine=maybe", "mask_rule.refine must be true or false, not 'maybe'"),
     ("sparsity.scope=layer", "sparsity.scope"),
     ("federation.num_clients=0", "federation.num_clients is 0; it must be a whole number of 1 or more"),

@@ -208,7 +208,23 @@ def test_every_tensor_keeps_its_share_in_every_round_of_thinning(setting, rule):
     assert all(int(marks.sum()) >= math.ceil(0.05 * marks.numel()) for marks in mask.tensors.values())
 
 
-@pytest.mark.parametrize("rule", [Talos(), SynFlow(2)])
+def test_synflow_under_a_schedule_gives_up_in_the_order_of_its_iterations(setting):
+    """Masks of a growing ratio lie within each other, and the last is that of the ratio alone."""
+    alone = Sparsity(0.9, always_train=HEAD)
+    growing = replace(alone, schedule=Gradual(initial=0.2, steps=3))
+    rule, row = SynFlow(5), setting.space.read(setting.net)
+    found = calibrate(setting, Work(rule, growing, Calibration(), HEAD))
+    masks = [rule.mask(setting.space, row, growing.at(t), found.observed).row(setting.space) for t in range(4)]
+    assert torch.equal(found.mask.row(setting.space), masks[0])
+    counted = int((~setting.space.where(HEAD)).sum())
+    kept = [int((mask & ~setting.space.where(HEAD)).sum()) for mask in masks]
+    assert kept == [math.floor((1 - growing.at(t).ratio) * counted + 0.5) for t in range(4)]
+    assert all(bool((later <= earlier).all()) for earlier, later in zip(masks[:-1], masks[1:], strict=True))
+    last = calibrate(setting, Work(SynFlow(5), alone, Calibration(), HEAD)).mask.row(setting.space)
+    assert torch.equal(masks[-1], last)
+
+
+@pytest.mark.parametrize("rule", [Talos()])
 def test_what_chooses_in_its_own_rounds_cannot_be_renewed(rule):
     for sparsity in (Sparsity(0.8, schedule=Gradual()), Sparsity(0.8, renew_every=3)):
         with pytest.raises(ValueError, match=f"{type(rule).__name__} chooses once") as caught:

@@ -21,7 +21,8 @@ class Thinned(MaskRule):
     """Keeps density^((round + 1) / rounds) of the coordinates after each round, scored anew among those still there.
 
     Its state is bool (P,), True where a coordinate is still there; those in ``sparsity.always_train`` stay True. The
-    scores themselves are not kept, so the mask cannot be chosen anew for another sparsity.
+    scores themselves are not kept, so the mask cannot be chosen anew for another sparsity; a rule that keeps the order
+    in which coordinates are given up (``SynFlow``) can.
     """
 
     renewable = False
