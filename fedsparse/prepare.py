@@ -83,6 +83,11 @@ def check_phases(phases: Phases, rule: MaskRule, cfg: DictConfig) -> None:
     if explore is None and cfg.explore.keep_model:
         raise ValueError("explore.keep_model=true needs an exploration, and there is none: set phases=explore")
     renewed = cfg.sparsity.get("schedule") or cfg.sparsity.get("renew_every")
+    if renewed and isinstance(rule, FromFile):
+        raise ValueError(
+            "mask_rule=from_file takes the mask of the file for the whole run: leave sparsity.schedule and "
+            "sparsity.renew_every null"
+        )
     if (renewed or explore is not None) and build.own_masks(cfg):
         raise ValueError("masks that change need mask.owner=global")
     if renewed and cfg.federation.store == "file":

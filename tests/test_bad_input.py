@@ -39,6 +39,7 @@ BAD = [
     ("mask_rule=synflow mask_rule.iterations=0", "mask_rule.iterations must be a whole number of at least 1, not 0"),
     ("mask_rule=movement", "mask_rule=movement .* sparsity=gradual80"),
     ("mask_rule=talos sparsity=gradual80", "Talos chooses once, .*sparsity.schedule and sparsity.renew_every must be"),
+    ("mask_rule=from_file mask_rule.path=x sparsity.renew_every=2", "takes the mask of the file for the whole run"),
     ("mask_rule=talos sparsity.renew_every=2", "Talos chooses once, .*sparsity.schedule and sparsity.renew_every"),
     ("mask_rule=autoflip mask_rule.refine=maybe", "mask_rule.refine must be true or false, not 'maybe'"),
     ("sparsity.scope=layer", "sparsity.scope"),
