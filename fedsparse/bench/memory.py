@@ -32,6 +32,7 @@ def grown(work: Callable[[], T]) -> tuple[T, int | None]:
 
     None where the kernel does not tell (no ``/proc``).
     """
+    give_back()
     try:
         forget_peak()
         before = resident("VmRSS")
@@ -45,6 +46,11 @@ def warm(task: Task) -> None:
     net, (x, y) = task.net().train(), task.batches(0)[0][0]
     F.cross_entropy(net(x), y).backward()
     del net
+    give_back()
+
+
+def give_back() -> None:
+    """Give memory that nobody uses back to the system, so that who takes some next is seen to take it."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
