@@ -87,9 +87,11 @@ def difference(stored: DictConfig, asked: DictConfig) -> str | None:
     >>> difference(OmegaConf.create({"seed": 0, "logger": {}}), OmegaConf.create({"seed": 1, "logger": None}))
     'seed is 0 there and 1 here'
     """
-    there, here = ({k: v for k, v in _flat(cfg) if not _may_differ(k)} for cfg in (stored, asked))
+    there, here = (dict(_flat(cfg)) for cfg in (stored, asked))
+    words = [dict(_flat(cfg, resolve=False)) for cfg in (stored, asked)]
     for key in sorted(there.keys() | here.keys(), key=lambda key: (key.count("."), key)):
-        if there.get(key) != here.get(key):
+        same = words[0].get(key) == words[1].get(key)  # such as ${federation.rounds}: compared under that key
+        if there.get(key) != here.get(key) and not same and not _may_differ(key):
             return f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
     return None
 
@@ -98,8 +100,8 @@ def _may_differ(key: str) -> bool:
     return any(key == name or key.startswith(name + ".") for name in MAY_DIFFER)
 
 
-def _flat(cfg: DictConfig) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a configuration, interpolations resolved; lists and empty groups are values."""
+def _flat(cfg: DictConfig, resolve: bool = True) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a configuration, interpolations resolved or not; lists and empty groups are values."""
 
     def walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
         if not isinstance(node, dict) or not node:
@@ -108,7 +110,7 @@ def _flat(cfg: DictConfig) -> Iterator[tuple[str, Any]]:
         for key, value in node.items():
             yield from walk(value, f"{path}.{key}" if path else str(key))
 
-    yield from walk(OmegaConf.to_container(cfg, resolve=True), "")
+    yield from walk(OmegaConf.to_container(cfg, resolve=resolve), "")
 
 
 @contextmanager
