@@ -134,6 +134,8 @@ def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("forward FLOPs if zeros cost nothing", f"{saved:.1%} of {summary['flops']:,.0f}"))
     if (gap := summary.get("gap/generalisation/top1_mean")) is not None:
         rows.append(("generalisation gap of top-1, out minus in", f"{gap:+.1%}"))
+    if "client_steps" in summary:
+        rows.append(("local steps of all clients, preparation included", f"{summary['client_steps']:,}"))
     up, dense = summary["bytes_up"], summary["bytes_dense"]
     rows.append(("sent up", f"{human_bytes(up)} ({up / dense:.1%} of dense)"))
     rows.append(("all traffic, with first models", human_bytes(summary["bytes_total"])))
