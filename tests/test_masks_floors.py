@@ -105,3 +105,14 @@ def test_shares_that_do_not_fit_together_are_refused_in_one_line(unit):
 def test_a_share_that_cannot_be_meant_is_refused(options, says):
     with pytest.raises(ValueError, match=rf"^sparsity\.min_density.*{says}"):
         Sparsity(0.8, **options)
+
+
+def test_where_the_rest_is_zero_no_tensor_dies():
+    """Two of eight are kept, both of them of the strong tensor; pruned, the weak one has its best one instead."""
+    space = ParamSpace(["weak", "strong"], [torch.Size([4]), torch.Size([4])])
+    scores = torch.tensor([0.1, 0.4, 0.3, 0.2, 9.0, 7.0, 8.0, 6.0])
+    kept = [
+        select(scores, space, Sparsity(0.75, mode=mode), largest=True).nonzero().flatten().tolist()
+        for mode in ("freeze", "prune")
+    ]
+    assert kept == [[4, 6], [1, 4]]

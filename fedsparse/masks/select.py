@@ -99,7 +99,7 @@ def _keep(
         groups = [[parts[name] for name in group] for group in pool]
         n = sum(part.numel() for group in groups for part in group)
         k = count(_density(groups, sparsity) ** power, n)
-        marks, ties = choose(groups, k, largest, sparsity.min_density)
+        marks, ties = choose(groups, k, largest, sparsity.least)
         kept |= dict(zip((name for group in pool for name in group), marks, strict=True))
         tied += ties
     return kept, tied

@@ -11,6 +11,7 @@ from typing import Any
 from fedsparse.masks.gradual import Gradual, check_whole
 
 SCOPES = ("global", "tensor", "shira")
+ONE = 1e-9  # a share that is one coordinate, rounded up
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Sparsity:
         always_train: glob patterns of parameter names that train and are not counted.
         rank: with ``scope=shira``: how many weights for each input and output of a layer.
         min_density: every counted tensor keeps at least this share of its coordinates (with ``unit=output`` of its
-            units), rounded up; what that costs is taken from the lowest-scored elsewhere. 0 asks for nothing.
+            units), rounded up; what that costs is taken from the lowest-scored elsewhere. 0 asks for nothing, and
+            with ``mode=prune`` for one coordinate, so that no tensor dies.
         schedule: how the ratio grows over the rounds (``Gradual``, or a mapping of its options); None: it is constant.
         renew_every: the mask is chosen anew every so many rounds; None: only where the schedule changes.
         heads: the network's attention layers, whose units are heads with ``unit=output``; filled in by the run.
@@ -69,6 +71,16 @@ class Sparsity:
     def density(self) -> float:
         """Fraction of the counted coordinates that trains: 1 - ratio."""
         return 1 - self.ratio
+
+    @property
+    def least(self) -> float:
+        """Share that every tensor keeps: ``min_density``; where the rest is zero, at least one coordinate of each.
+
+        >>> Sparsity(0.8).least, Sparsity(0.8, mode="prune").least, Sparsity(0.8, min_density=0.1).least
+        (0.0, 1e-09, 0.1)
+        """
+        dies = self.mode == "prune" and self.scope == "global"
+        return self.min_density or (ONE if dies else 0.0)
 
     def at(self, round: int) -> Sparsity:
         """Give the sparsity of a round, counted from 0: the ratio that its schedule has come to, and no schedule.
