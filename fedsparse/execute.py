@@ -32,7 +32,17 @@ from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.tracking import hand_on
 from fedsparse.masks import Mask
 from fedsparse.models.flops import pruning_figures
-from fedsparse.prepare import MASK, OVERLAP, mean_client_overlap, prepare, record, save_guidance, sparsity_of
+from fedsparse.prepare import (
+    MASK,
+    OVERLAP,
+    PICTURE,
+    draw,
+    mean_client_overlap,
+    prepare,
+    record,
+    save_guidance,
+    sparsity_of,
+)
 from fedsparse.resume import Job
 from fedsparse.sweep import held
 
@@ -88,6 +98,8 @@ def _lead(job: Job) -> dict[str, Any]:
     _stopped(job, training)
     if job.cfg.explore.get("save") and training.choice.observed is not None:
         save_guidance(job.folder, federation.space.unflatten(training.choice.observed.cpu()))
+    if training.choice.mask is not start.found.mask or not (job.folder / PICTURE).exists():
+        draw(job, training.choice.mask)  # once, however often it was chosen anew
     summary = _summary(job, federation, start.found, training)
     results.write_results(job.folder, federation, summary, job.cfg.pictures)
     return summary | {"folder": str(job.folder)}
@@ -141,9 +153,7 @@ def _train(job: Job, federation: build.Federation, module: ClientModule, start: 
     choice = _choice(job, federation, start.found, leads)
     rounds = fitting.build_rounds(job.cfg, federation, choice, start.ledger, module, job.folder)
     rounds.traffic.drop_from(closed + 1)
-    callbacks = fitting.build_callbacks(
-        job.cfg, rounds, federation, start.found.mask, job.folder, _beside_others() or not leads
-    )
+    callbacks = fitting.build_callbacks(job.cfg, rounds, federation, choice, job.folder, _beside_others() or not leads)
     if callbacks.personal is not None:
         callbacks.personal.table.drop_from(closed + 1)
     loggers = fitting.build_loggers(job.cfg, job.folder, job.group, closed) if leads else []
@@ -154,7 +164,7 @@ def _train(job: Job, federation: build.Federation, module: ClientModule, start: 
 
 def _choice(job: Job, federation: build.Federation, found: Calibrated, leads: bool) -> MaskChoice:
     """Make what chooses masks while clients train; the leading process writes them down."""
-    tell = partial(record, job, picture=False) if leads else _silent
+    tell = partial(record, job) if leads else _silent
     rule, sparsity = instantiate(job.cfg.mask_rule), build.build_sparsity(job.cfg, federation.net)
     return MaskChoice(rule, sparsity, federation.space, job.cfg.seed, found.mask, tell, found.observed)
 

@@ -107,14 +107,24 @@ class Callbacks:
 
 
 def build_callbacks(
-    cfg: DictConfig, rounds: FederatedRounds, federation: Federation, mask: Mask, folder: Path, shared: bool = False
+    cfg: DictConfig,
+    rounds: FederatedRounds,
+    federation: Federation,
+    choice: MaskChoice,
+    folder: Path,
+    shared: bool = False,
 ) -> Callbacks:
     """Build all callbacks; ``shared`` if other runs write to the same terminal at the same time."""
-    config = {**OmegaConf.to_container(cfg, resolve=True), "density": mask.by_layer()}  # type: ignore[dict-item]
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     evaluation = Evaluation(federation.tests, federation.dataset.own)
     progress = RoundProgress(rounds, evaluation, lambda round: len(federation.phased.sample(round)), shared=shared)
     chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
-    others = [progress, Artifacts(folder, config), *chosen, *build_checkpoints(cfg, folder)]
+    others = [
+        progress,
+        Artifacts(folder, config, lambda: choice.mask.by_layer()),
+        *chosen,
+        *build_checkpoints(cfg, folder),
+    ]
     personal = build_personal(cfg, folder / CLIENTS if parallel.process() == 0 else None)
     return Callbacks(rounds, RoundLog(rounds, evaluation, personal), GracefulStop(), others, personal)
 

@@ -40,6 +40,7 @@ from fedsparse.space import ParamSpace
 
 log = logging.getLogger("fedsparse")
 MASK, CLIENT_MASKS, GUIDANCE = "mask.safetensors", "client_masks.safetensors", "guidance.safetensors"
+PICTURE = "mask.png"
 OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed run reports it too
 
 
@@ -58,6 +59,7 @@ def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger
     if phases.explore is not None:
         return found
     mask = record(job, found.mask, found.bitmaps, found.overlap)
+    draw(job, mask)
     if isinstance(rule, FromFile):
         _check_given(job, rule, mask)
     return replace(found, mask=mask)
@@ -105,19 +107,21 @@ def shown(phase: str) -> Iterator[None]:
     log.info("phase %s: %.1f s", phase, time.perf_counter() - began)
 
 
-def record(
-    job: Job, chosen: Mask, bitmaps: Tensor | None = None, overlap: Sequence[float] = (), picture: bool = True
-) -> Mask:
-    """Write a mask, and its picture, into the run folder; returns it with the words that the file has."""
+def record(job: Job, chosen: Mask, bitmaps: Tensor | None = None, overlap: Sequence[float] = ()) -> Mask:
+    """Write a mask into the run folder; returns it with the words that the file has."""
     rule = job.choices.get("mask_rule", chosen.metadata["rule"])
     mask = Mask(chosen.tensors, chosen.metadata | {"rule": rule, OVERLAP: json.dumps(overlap)})
     if mask.density == 0:
         raise ValueError(NOTHING)
     write(job.folder, mask, torch.zeros(0) if bitmaps is None else bitmaps)
-    if job.cfg.pictures and picture:
-        title = f"mask rule {rule}, {mask.density:.1%} of the weights train"
-        mask_figure(mask, title=title).savefig(job.folder / "mask.png", dpi=120)
     return mask
+
+
+def draw(job: Job, mask: Mask) -> None:
+    """Draw a mask into the run folder, if pictures are wanted."""
+    if job.cfg.pictures:
+        title = f"mask rule {mask.metadata['rule']}, {mask.density:.1%} of the weights train"
+        mask_figure(mask, title=title).savefig(job.folder / PICTURE, dpi=120)
 
 
 def build_setting(cfg: DictConfig, federation: build.Federation, ledger: Ledger, module: ClientModule) -> Setting:

@@ -182,3 +182,17 @@ def test_where_samples_lie_and_who_trains_together_changes_nothing(run_in, optio
     models = [load_file(folder / "model.safetensors") for folder in (a, b)]
     for name, value in models[0].items():
         torch.testing.assert_close(models[1][name], value, rtol=0, atol=1e-5)
+
+
+def test_the_picture_and_the_densities_are_of_the_mask_that_was_chosen(run_in, monkeypatch):
+    """Everything trains while clients explore: that is no mask to show."""
+    told = []
+    monkeypatch.setattr("fedsparse.federation.csv.RoundCSV.log_hyperparams", lambda self, params: told.append(params))
+    _, folder = run_in("run", *FAST, "mask_rule=autoflip", "pictures=true", "federation.rounds=1", fast=False)
+    assert (folder / "mask.png").is_file()
+    found = Mask.load(folder / "mask.safetensors").by_layer()
+    assert [set(params["density"].values()) == {1.0} for params in told] == [True, False]
+    assert told[-1]["density"] == found
+    told.clear()
+    run_in("plain", *FAST, "mask_rule=random", "federation.rounds=1", fast=False)
+    assert len(told) == 1  # chosen before the first round, told once

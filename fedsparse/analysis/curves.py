@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,7 +33,8 @@ def curves_figure(rows: Rows, title: str = "") -> Figure:
     """Draw accuracy, loss and bytes over the rounds.
 
     Args:
-        rows: one mapping a round, with ``round`` and any of the columns of metrics.csv.
+        rows: one mapping a round, with ``round`` and any of the columns of metrics.csv; where ``phase`` changes, a
+            dotted line stands.
         title: above the figure.
 
     """
@@ -55,10 +57,23 @@ def _draw(axes: Axes, rows: Rows, columns: Styles, label: str, scale: float = 1.
         if points:
             marker = "o" if len(points) <= 30 else None
             axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=3, label=name)
-    axes.set(xlabel="round", ylabel=label)
+    edges = phase_edges(rows)
+    for edge in edges:
+        axes.axvline(edge, color="0.4", linestyle=":", linewidth=1.2)
+    axes.set(xlabel="round (dotted: the next phase)" if edges else "round", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(rows) == 1:
         axes.set_xlim(rows[0]["round"] - 1, rows[0]["round"] + 1)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+
+
+def phase_edges(rows: Rows) -> list[float]:
+    """Find where a phase ends and the next begins, between two rounds.
+
+    >>> phase_edges([{"round": 1, "phase": 0}, {"round": 2, "phase": 1}, {"round": 3, "phase": 1}])
+    [1.5]
+    """
+    pairs = pairwise(rows)
+    return [(a["round"] + b["round"]) / 2 for a, b in pairs if a.get("phase") != b.get("phase")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,23 @@ class Artifacts(lightning.Callback):
 
     Args:
         folder: the run folder.
-        config: the resolved configuration, and what else is known before training, such as the density by layer.
+        config: the resolved configuration.
+        density: tells the density of each layer of the mask as it is then.
 
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self.folder, self.config = folder, dict(config)
+    def __init__(self, folder: Path, config: Mapping[str, Any], density: Callable[[], Mapping[str, float]]) -> None:
+        self.folder, self.config, self.density = folder, dict(config), density
+        self.told: dict[str, float] = {}
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Log the configuration."""
-        for logger in trainer.loggers:
-            logger.log_hyperparams(self.config)
+        """Log the configuration and the densities."""
+        self._configure(trainer)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log the files that are there, say how an offline run is synced, and close the W&B run."""
+        if dict(self.density()) != self.told:  # the mask was chosen while clients trained
+            self._configure(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._log(logger)
@@ -55,6 +58,11 @@ class Artifacts(lightning.Callback):
 
         if wandb.run is not None:
             wandb.run.finish(exit_code=1)
+
+    def _configure(self, trainer: lightning.Trainer) -> None:
+        self.told = dict(self.density())
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config | {"density": self.told})
 
     def _log(self, logger: WandbLogger) -> None:
         import wandb

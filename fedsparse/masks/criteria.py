@@ -111,7 +111,9 @@ class SynFlow(Thinned):
         """Make the mask of the last iteration, or of a ratio on the way there."""
         if observed is None or observed.dtype == torch.bool:
             return super().mask(space, row, sparsity, observed, generator)
-        return Mask.of(space, select(observed, space, sparsity, largest=True), rule="SynFlow", **sparsity.words)
+        return Mask.of(
+            space, select(observed, space, sparsity, largest=True), rule=type(self).__name__, **sparsity.words
+        )
 
     def observe(
         self,
