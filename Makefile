@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format bench bench-peers grid exchange attack autoflip weights weights-text wheel clean
+.PHONY: help setup train test test-slow fuzz lint format bench bench-peers grid exchange attack autoflip weights weights-text wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test: $(READY) ## the tests
 
 test-slow: $(READY) ## the tests that take longer
 	$(PYTEST) -m "slow and not gpu"
+
+fuzz: $(READY) ## damaged files, messages and configurations: all attempts, where make test makes a tenth of them
+	FEDSPARSE_FUZZ=full $(PYTEST) -m fuzz
 
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
