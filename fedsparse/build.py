@@ -90,7 +90,6 @@ def build_federation(cfg: DictConfig) -> Federation:
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
     inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None)
-    _try_parts(cfg, dataset, parts, space)
     federation = cfg.federation
     count = participants(federation.clients_per_round, federation.num_clients)
     eligible = [client for client, part in enumerate(parts) if len(part)]
@@ -99,6 +98,7 @@ def build_federation(cfg: DictConfig) -> Federation:
     def sample(round: int, purpose: Purpose = Purpose.SAMPLING) -> Sequence[int]:
         return sampler(round, eligible=eligible, count=count, seed=cfg.seed, purpose=purpose)
 
+    _try_parts(cfg, dataset, parts, space, len(sample(0)))
     work = LocalWork(cfg.data.batch_size, federation.local_steps, federation.local_epochs, federation.weight)
     bound = 1 if federation.cohort == AUTO else federation.cohort
     plan = RoundPlan(parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())
@@ -131,7 +131,9 @@ def _work(phase: Phase, work: LocalWork) -> LocalWork:
     return replace(work, steps=steps, epochs=epochs, weight=phase.weight or work.weight)
 
 
-def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], space: ParamSpace) -> None:
+def _try_parts(
+    cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], space: ParamSpace, taking_part: int
+) -> None:
     """Try on one image and one coordinate what is needed later only, so that what does not suit is refused at once."""
     chosen = augment(cfg.data.augment)
     if chosen is not None and dataset.tokens:
@@ -143,8 +145,7 @@ def _try_parts(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], s
     aggregation, objective = instantiate(cfg.aggregation), build_objective(cfg)
     check_together(exchange, aggregation, objective, instantiate(cfg.optimizer.build)([torch.zeros(1)]))
     check_pruning(exchange, cfg.sparsity.mode)
-    count = participants(cfg.federation.clients_per_round, cfg.federation.num_clients)
-    check_sizes(exchange, aggregation, len(parts), min(count, sum(len(part) > 0 for part in parts)))
+    check_sizes(exchange, aggregation, len(parts), taking_part)
     check_names(exchange, space, torch.ones_like(space.local))
     Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Coordinates(one), cfg.server.untouched)
     instantiate(cfg.link)

@@ -419,3 +419,12 @@ def test_a_loss_that_explodes_everywhere_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="round 1: .* every client became NaN"):
         run([*BASE, *options])
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_attackers_are_counted_among_those_who_take_part(run_in):
+    """``sampling=everyone`` takes all eight, whatever federation.clients_per_round says."""
+    krum = ["mask_rule=dense", "federation.num_clients=8", "aggregation=krum", "aggregation.average.attackers=5"]
+    summary, _ = run_in("everyone", *krum, "sampling=everyone", "federation.rounds=1")
+    assert summary["rounds"] == 1
+    with pytest.raises(ValueError, match="of 4 clients in a round it must be 0 to 1"):
+        run_in("half", *krum)
