@@ -28,7 +28,6 @@ from torchvision.transforms import v2
 from fedsparse.data import pixels
 from fedsparse.data.datasets import hold_out
 from fedsparse.data.folder import imagefolder
-from fedsparse.data.unpickle import read_pickle
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
 LOADERS = {
@@ -264,69 +263,6 @@ def test_a_malicious_file_runs_nothing(tmp_path):
     assert not ran.exists()
     pickle.loads((folder / "train").read_bytes())  # noqa: S301
     assert ran.exists()  # the file was malicious indeed
-
-
-@pytest.mark.parametrize("held", [eval, getattr, np.load, np.memmap, pickle.loads, collections.OrderedDict, slice(1)])
-def test_other_names_are_refused(tmp_path, held):
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        (tmp_path / "f").write_bytes(pickle.dumps([held], protocol))
-        with pytest.raises(ValueError, match="it wants to load"):
-            read_pickle(tmp_path / "f")
-
-
-def test_bytes_under_another_encoding_are_refused(tmp_path):
-    (tmp_path / "f").write_bytes(b"c_codecs\nencode\n(Vabc\nVrot13\ntR.")
-    with pytest.raises(ValueError, match="rot13"):
-        read_pickle(tmp_path / "f")
-
-
-PLAIN = {
-    "array": np.arange(12, dtype=np.uint8).reshape(3, 4),
-    "fortran": np.asfortranarray(np.eye(3)),
-    "text": np.array(["ab", "c"]),
-    "scalars": [np.int64(-3), np.float32(0.5), np.bool_(True)],
-    "plain": [1, 2.5, "\xe9", b"\xff\x00", None, True, (1, [2, {"a": 3}])],
-}
-
-
-@pytest.mark.parametrize("key", PLAIN)
-@pytest.mark.parametrize("core", [b"numpy._core", b"numpy.core"])
-def test_plain_data_reads_as_it_was(tmp_path, key, core):
-    for protocol in (0, 1, 2):  # those that name a module by a line, so that numpy 1's name is one replacement
-        content = pickle.dumps(PLAIN[key], protocol).replace(b"numpy._core", core)
-        (tmp_path / "f").write_bytes(content)
-        np.testing.assert_equal(read_pickle(tmp_path / "f"), PLAIN[key])
-
-
-def test_a_pickle_of_python_2(tmp_path):
-    """As Python 2.7 and numpy 1 wrote CIFAR: arrays' bytes and keys as strings without an encoding (opcode U)."""
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
-    dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    state = b"(K\x01K\x01K\x04\x86" + dtype + b"\x89U\x04\x00\x7f\x80\xfftb"
-    (tmp_path / "f").write_bytes(b"\x80\x02}(U\x04data" + array + state + b"U\x06labels](K\x05eU\x01n\x8a\x01\x07u.")
-    held = read_pickle(tmp_path / "f")
-    assert held["data"].tolist() == [[0, 127, 128, 255]]
-    assert held["data"].dtype == np.uint8
-    assert held["labels"] == [5]
-    assert held["n"] == 7
-
-
-@pytest.mark.parametrize(
-    "held",
-    [
-        {"data": np.zeros((3, 3072), np.uint8)},
-        {"data": np.zeros((2, 3072), np.uint8), "labels": [1, 2, 3]},
-        {"data": np.zeros((2, 3072), np.float32), "labels": [1, 2]},
-        {"data": np.zeros((2, 768), np.uint8), "labels": [1, 2]},
-        {"data": np.zeros((2, 3072), np.uint8), "labels": [0.5, 1.0]},
-        {"labels": [1]},
-    ],
-)
-def test_a_pickle_of_something_else_is_refused(tmp_path, held):
-    write_pickle(tmp_path / "batch", held)
-    with pytest.raises(ValueError, match=r"batch is no batch of CIFAR; it needs data, uint8 \(N, 3072\)") as error:
-        pixels.read_batch(tmp_path / "batch")
-    assert one_line(error)
 
 
 def test_damaged_files_are_named(tmp_path):

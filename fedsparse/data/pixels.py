@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.datasets.utils import check_md5, download_and_extract_archive
 
 from fedsparse.data.datasets import Dataset, Split, hold_out
-from fedsparse.data.unpickle import read_pickle
+from fedsparse.data.unpickle import array_of, number_of, read_pickle
 
 # Mean and standard deviation of each channel over the training images, pixels scaled to [0, 1].
 MOMENTS: dict[type, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -150,17 +150,19 @@ def read_batch(path: Path) -> Split:
 
     """
     held = read_pickle(path)
-    held = {_text(key): value for key, value in held.items()} if isinstance(held, dict) else {}
-    labels = np.asarray(held.get("fine_labels", held.get("labels", ())))
-    images = np.asarray(held.get("data", ()))
-    if images.dtype != np.uint8 or images.shape != (len(labels), 3 * 32 * 32) or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path} is no batch of CIFAR; it needs data, uint8 (N, 3072), and N labels")
-    return Split(torch.from_numpy(images.reshape(-1, 3, 32, 32)), torch.from_numpy(labels.astype(np.int64)))
+    held = held if isinstance(held, dict) else {}
+    images, labels = array_of(held.get("data")), _labels(held.get("fine_labels", held.get("labels")))
+    if images is None or images.dtype != np.uint8 or images.shape != (len(labels), 3 * 32 * 32):
+        raise ValueError(f"{path} is no batch of CIFAR; it needs data, uint8 (N, 3072), and N labels from 0 to 99")
+    return Split(torch.from_numpy(images.reshape(-1, 3, 32, 32)), torch.from_numpy(labels))
 
 
-def _text(key: Any) -> Any:
-    """Read a key as Python 2 wrote it: as bytes or as text."""
-    return key.decode("latin1") if isinstance(key, bytes) else key
+def _labels(held: Any) -> np.ndarray:
+    """Take labels, int64 (N,), as a list or as an array; none of what is no class of CIFAR."""
+    array = array_of(held)
+    numbers = held if array is None else array.tolist()
+    whole = [number_of(number) for number in numbers] if isinstance(numbers, list) else []
+    return np.array(whole if all(0 <= number < 100 for number in whole) else [], dtype=np.int64)
 
 
 def stored(packed: Path) -> Path:
