@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import os
 import pickle
-import shutil
 import tarfile
 import threading
 from functools import partial
@@ -19,15 +18,12 @@ import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
-from image_files import CHANGED, idx, write_cifar10, write_cifar100, write_mnist, write_pickle
+from image_files import CHANGED, idx, write_cifar10, write_cifar100, write_folder, write_mnist, write_pickle
 from omegaconf import OmegaConf
-from PIL import Image
 from torchvision import datasets as tvd
-from torchvision.transforms import v2
 
 from fedsparse.data import pixels
 from fedsparse.data.datasets import hold_out
-from fedsparse.data.folder import imagefolder
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
 LOADERS = {
@@ -293,81 +289,3 @@ def test_damaged_idx_files_are_named(tmp_path, content):
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is damaged or no IDX file") as error:
         pixels.mnist(tmp_path)
     assert one_line(error)
-
-
-# ---------------------------------------------------------------------------------------------------- one's own folder
-
-
-def write_folder(root, counts, suffix=".png", seed=0):
-    """Write images of several sizes and modes, so many in each class folder."""
-    rng = np.random.default_rng(seed)
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            shape = (int(rng.integers(9, 30)), int(rng.integers(9, 30)))
-            image = rng.integers(0, 256, shape if i % 3 == 1 else (*shape, 3 + i % 2), dtype=np.uint8)
-            Image.fromarray(image).convert("RGB" if suffix == ".jpg" else None).save(root / name / f"{i:02}{suffix}")
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_images_are_those_of_torchvision(tmp_path, suffix):
-    for part, count in (("train", 6), ("val", 2), ("test", 3)):
-        write_folder(tmp_path / part, {"cat": count, "ant": count}, suffix)
-    dataset = imagefolder(tmp_path, size=12)
-    bicubic = v2.InterpolationMode.BICUBIC
-    steps = v2.Compose([v2.Resize(12, bicubic), v2.CenterCrop(12), v2.PILToTensor()])
-    for part, split in (("train", dataset.train), ("val", dataset.val), ("test", dataset.test)):
-        oracle = tvd.ImageFolder(tmp_path / part, transform=steps)
-        assert torch.equal(split.x, torch.stack([x for x, _ in oracle]))
-        assert split.y.tolist() == oracle.targets
-    assert dataset.train.x.dtype == torch.uint8
-    assert dataset.classes == 2
-
-
-def test_missing_parts_are_held_out(tmp_path):
-    write_folder(tmp_path / "all", {"a": 20, "b": 20})
-    sizes = [len(s.y) for s in (lambda d: (d.train, d.val, d.test))(imagefolder(tmp_path / "all", 8))]
-    assert sizes == [28, 4, 8]
-    shutil.copytree(tmp_path / "all", tmp_path / "two" / "train")
-    write_folder(tmp_path / "two" / "val", {"b": 3}, seed=1)
-    two = imagefolder(tmp_path / "two", 8)
-    assert [len(s.y) for s in (two.train, two.val, two.test)] == [32, 3, 8]
-    assert two.val.y.tolist() == [1, 1, 1]  # though "b" is the first folder there
-    every = imagefolder(tmp_path / "all", 8)
-    oracle = tvd.ImageFolder(tmp_path / "all", transform=v2.Compose([v2.Resize(8, v2.InterpolationMode.BICUBIC)]))
-    pieces = torch.cat([every.train.y, every.val.y, every.test.y])
-    assert sorted(pieces.tolist()) == oracle.targets
-
-
-def test_a_class_may_be_called_train(tmp_path):
-    write_folder(tmp_path, {"bus": 20, "train": 20})
-    assert imagefolder(tmp_path, 8).classes == 2
-
-
-def test_folder_errors_name_the_file_or_the_key(tmp_path):
-    def refused(text, **options):
-        with pytest.raises(ValueError, match=text) as error:
-            imagefolder(tmp_path / "mine", **{"size": 8} | options)
-        assert one_line(error)
-
-    refused(r"data\.root=.*mine is no folder")
-    (tmp_path / "mine").mkdir()
-    refused(r"data\.root: .*mine has no folder in it")
-    write_folder(tmp_path / "mine", {"a": 20, "b": 20})
-    refused(r"data\.size is 0", size=0)
-    refused(r"data\.test_fraction=1.5", test_fraction=1.5)
-    refused(r"data\.val_fraction=0\.01", val_fraction=0.01)
-    (tmp_path / "mine" / "c").mkdir()
-    refused(r"mine/c has no image in it")
-    (tmp_path / "mine" / "c").rmdir()
-    whole = (tmp_path / "mine" / "a" / "03.png").read_bytes()
-    for content in (b"", b"text", whole[: len(whole) // 2]):
-        (tmp_path / "mine" / "a" / "03.png").write_bytes(content)
-        refused(r"a/03\.png cannot be read as an image .*repair or remove it")
-    (tmp_path / "mine" / "a" / "03.png").write_bytes(whole)
-    shutil.move(tmp_path / "mine", tmp_path / "train")
-    shutil.move(tmp_path / "train", tmp_path / "mine" / "train")
-    write_folder(tmp_path / "mine" / "test", {"b": 2, "z": 2})
-    refused(r"mine/test has the class z")
-    with pytest.raises(ValueError, match=r"data\.root=None"):
-        imagefolder(None)

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from fedsparse.data.files import MOST_BYTES, checked_file, reason_of
+
 PYTHONS: Any = pickle._Unpickler  # in Python: its memo is a dict, C's is an array
-MOST_BYTES = 2**28  # of a file; CIFAR-100's 50,000 images take 155 million
 MOST_STEPS = 2_000_000  # of the program; CIFAR-100's takes 0.3 million. Each makes an object of 200 bytes at the most
 LONGEST_KEY = 1000
 WHOLE = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
@@ -158,10 +159,9 @@ def read_pickle(path: Path) -> Any:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES} bytes, and no batch of CIFAR has")
-        return PlainUnpickler(path.read_bytes()).load()
+        return PlainUnpickler(checked_file(path).read_bytes()).load()
     except Exception as error:  # a damaged pickle may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a pickle of plain arrays: {reason}") from error
+        raise ValueError(f"{path} cannot be read as a pickle of plain arrays: {reason_of(error)}") from error
 
 
 def array_of(held: Any) -> np.ndarray | None:
