@@ -81,7 +81,7 @@ def test_folder_errors_name_the_file_or_the_key(tmp_path):
         imagefolder(None)
 
 
-# ------------------------------------------------------------------------------------------ what people mean by a folder
+# ----------------------------------------------------------------------------------------- what people mean by a folder
 
 
 def parts_of(root):

@@ -30,7 +30,7 @@ def read_image(path: str, size: int) -> Tensor:
     first picture counts, and a camera's note of its orientation does not.
 
     Args:
-        path: of a file of at most ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, so that it takes 1 GB at most.
+        path: of a file of at most ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, so that it takes 1.5 GB at most.
         size: of the square.
 
     Returns:
@@ -43,6 +43,7 @@ def read_image(path: str, size: int) -> Tensor:
     place = checked_file(path)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes on damaged metadata, which name no file
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(place, formats=FORMATS) as file:
                 image = tv.resize(rgb(file), [size], InterpolationMode.BICUBIC)
