@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,7 @@ def check(name: str, after: Forward, before: Forward, x: Tensor) -> None:
 
     """
     for some in (x, x[:1]):
-        found, wanted = after(some), before(some)
+        found, wanted = after(some.clone()), before(some.clone())
         if not close(found, wanted):
             off = float((found - wanted).abs().max()) if found.shape == wanted.shape else float("inf")
             raise ValueError(f"the smaller model ({name}) differs by {off:.1e}, more than {TOLERANCE}: nothing written")
@@ -147,7 +146,7 @@ def _figures(net: nn.Module, x: Tensor, folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def _ratio(before: Forward, after: Forward, x: Tensor) -> float:
     """Time both in turn for ``SECONDS``, or 7 pairs: median of the ratios."""
-    works = {"before": partial(before, x), "after": partial(after, x)}
+    works = {name: lambda f=f: f(x.clone()) for name, f in (("before", before), ("after", after))}
     once = sum(taken[0] for taken in interleaved(works, 1).values())
     times = interleaved(works, max(7, min(101, int(SECONDS / once))))
     return statistics.median(b / a for a, b in zip(times["before"], times["after"], strict=True))

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedsparse import results, team
 from fedsparse.config import RunFolderUsed, check, conf_dir, register_resolvers
+from fedsparse.data.files import printable
 from fedsparse.execute import execute, follow
 from fedsparse.federation import parallel
 from fedsparse.federation.reports import EveryUpdateDropped
@@ -145,7 +146,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
     expected = isinstance(error, ValueError | OSError | EveryUpdateDropped | HydraException | OmegaConfBaseException)
-    return text if expected and text else f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)"
+    return printable(text if expected and text else f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)")
 
 
 @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
@@ -173,7 +174,7 @@ def main() -> None:
 def on_command_line(body: Callable[[], Any]) -> None:
     """Carry out what a person typed: errors are one line, and a traceback with HYDRA_FULL_ERROR=1."""
     register_resolvers()
-    warnings.formatwarning = lambda message, *_, **__: f"fedsparse: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"fedsparse: warning: {printable(message)}\n"
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra lets errors through to us
     try:

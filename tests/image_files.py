@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 CHANGED = "ignore:not the published checksum:UserWarning"  # what loading such files warns of
 
@@ -85,3 +86,16 @@ def write_mnist(root, name="MNIST", train=100, test=30, packed=True, seed=0):
                 gzip.compress(content) if packed else content
             )
     return folder
+
+
+def write_folder(root, counts, suffix=".png", seed=0):
+    """Write images of several sizes and modes, so many in each class folder."""
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            shape = (int(rng.integers(9, 30)), int(rng.integers(9, 30)))
+            image = rng.integers(0, 256, shape if i % 3 == 1 else (*shape, 3 + i % 2), dtype=np.uint8)
+            if image.ndim == 3:
+                image[:, :, 3:] = 255  # opaque: what is transparent, torchvision makes black
+            Image.fromarray(image).convert("RGB" if suffix == ".jpg" else None).save(root / name / f"{i:02}{suffix}")

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import os
 import pickle
-import shutil
 import tarfile
 import threading
 from functools import partial
@@ -19,16 +18,12 @@ import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
-from image_files import CHANGED, idx, write_cifar10, write_cifar100, write_mnist, write_pickle
+from image_files import CHANGED, idx, write_cifar10, write_cifar100, write_folder, write_mnist, write_pickle
 from omegaconf import OmegaConf
-from PIL import Image
 from torchvision import datasets as tvd
-from torchvision.transforms import v2
 
 from fedsparse.data import pixels
 from fedsparse.data.datasets import hold_out
-from fedsparse.data.folder import imagefolder
-from fedsparse.data.unpickle import read_pickle
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
 LOADERS = {
@@ -266,69 +261,6 @@ def test_a_malicious_file_runs_nothing(tmp_path):
     assert ran.exists()  # the file was malicious indeed
 
 
-@pytest.mark.parametrize("held", [eval, getattr, np.load, np.memmap, pickle.loads, collections.OrderedDict, slice(1)])
-def test_other_names_are_refused(tmp_path, held):
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        (tmp_path / "f").write_bytes(pickle.dumps([held], protocol))
-        with pytest.raises(ValueError, match="it wants to load"):
-            read_pickle(tmp_path / "f")
-
-
-def test_bytes_under_another_encoding_are_refused(tmp_path):
-    (tmp_path / "f").write_bytes(b"c_codecs\nencode\n(Vabc\nVrot13\ntR.")
-    with pytest.raises(ValueError, match="rot13"):
-        read_pickle(tmp_path / "f")
-
-
-PLAIN = {
-    "array": np.arange(12, dtype=np.uint8).reshape(3, 4),
-    "fortran": np.asfortranarray(np.eye(3)),
-    "text": np.array(["ab", "c"]),
-    "scalars": [np.int64(-3), np.float32(0.5), np.bool_(True)],
-    "plain": [1, 2.5, "\xe9", b"\xff\x00", None, True, (1, [2, {"a": 3}])],
-}
-
-
-@pytest.mark.parametrize("key", PLAIN)
-@pytest.mark.parametrize("core", [b"numpy._core", b"numpy.core"])
-def test_plain_data_reads_as_it_was(tmp_path, key, core):
-    for protocol in (0, 1, 2):  # those that name a module by a line, so that numpy 1's name is one replacement
-        content = pickle.dumps(PLAIN[key], protocol).replace(b"numpy._core", core)
-        (tmp_path / "f").write_bytes(content)
-        np.testing.assert_equal(read_pickle(tmp_path / "f"), PLAIN[key])
-
-
-def test_a_pickle_of_python_2(tmp_path):
-    """As Python 2.7 and numpy 1 wrote CIFAR: arrays' bytes and keys as strings without an encoding (opcode U)."""
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
-    dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    state = b"(K\x01K\x01K\x04\x86" + dtype + b"\x89U\x04\x00\x7f\x80\xfftb"
-    (tmp_path / "f").write_bytes(b"\x80\x02}(U\x04data" + array + state + b"U\x06labels](K\x05eU\x01n\x8a\x01\x07u.")
-    held = read_pickle(tmp_path / "f")
-    assert held["data"].tolist() == [[0, 127, 128, 255]]
-    assert held["data"].dtype == np.uint8
-    assert held["labels"] == [5]
-    assert held["n"] == 7
-
-
-@pytest.mark.parametrize(
-    "held",
-    [
-        {"data": np.zeros((3, 3072), np.uint8)},
-        {"data": np.zeros((2, 3072), np.uint8), "labels": [1, 2, 3]},
-        {"data": np.zeros((2, 3072), np.float32), "labels": [1, 2]},
-        {"data": np.zeros((2, 768), np.uint8), "labels": [1, 2]},
-        {"data": np.zeros((2, 3072), np.uint8), "labels": [0.5, 1.0]},
-        {"labels": [1]},
-    ],
-)
-def test_a_pickle_of_something_else_is_refused(tmp_path, held):
-    write_pickle(tmp_path / "batch", held)
-    with pytest.raises(ValueError, match=r"batch is no batch of CIFAR; it needs data, uint8 \(N, 3072\)") as error:
-        pixels.read_batch(tmp_path / "batch")
-    assert one_line(error)
-
-
 def test_damaged_files_are_named(tmp_path):
     folder = write_cifar10(tmp_path)
     whole = (folder / "test_batch").read_bytes()
@@ -357,81 +289,3 @@ def test_damaged_idx_files_are_named(tmp_path, content):
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is damaged or no IDX file") as error:
         pixels.mnist(tmp_path)
     assert one_line(error)
-
-
-# ---------------------------------------------------------------------------------------------------- one's own folder
-
-
-def write_folder(root, counts, suffix=".png", seed=0):
-    """Write images of several sizes and modes, so many in each class folder."""
-    rng = np.random.default_rng(seed)
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            shape = (int(rng.integers(9, 30)), int(rng.integers(9, 30)))
-            image = rng.integers(0, 256, shape if i % 3 == 1 else (*shape, 3 + i % 2), dtype=np.uint8)
-            Image.fromarray(image).convert("RGB" if suffix == ".jpg" else None).save(root / name / f"{i:02}{suffix}")
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_images_are_those_of_torchvision(tmp_path, suffix):
-    for part, count in (("train", 6), ("val", 2), ("test", 3)):
-        write_folder(tmp_path / part, {"cat": count, "ant": count}, suffix)
-    dataset = imagefolder(tmp_path, size=12)
-    bicubic = v2.InterpolationMode.BICUBIC
-    steps = v2.Compose([v2.Resize(12, bicubic), v2.CenterCrop(12), v2.PILToTensor()])
-    for part, split in (("train", dataset.train), ("val", dataset.val), ("test", dataset.test)):
-        oracle = tvd.ImageFolder(tmp_path / part, transform=steps)
-        assert torch.equal(split.x, torch.stack([x for x, _ in oracle]))
-        assert split.y.tolist() == oracle.targets
-    assert dataset.train.x.dtype == torch.uint8
-    assert dataset.classes == 2
-
-
-def test_missing_parts_are_held_out(tmp_path):
-    write_folder(tmp_path / "all", {"a": 20, "b": 20})
-    sizes = [len(s.y) for s in (lambda d: (d.train, d.val, d.test))(imagefolder(tmp_path / "all", 8))]
-    assert sizes == [28, 4, 8]
-    shutil.copytree(tmp_path / "all", tmp_path / "two" / "train")
-    write_folder(tmp_path / "two" / "val", {"b": 3}, seed=1)
-    two = imagefolder(tmp_path / "two", 8)
-    assert [len(s.y) for s in (two.train, two.val, two.test)] == [32, 3, 8]
-    assert two.val.y.tolist() == [1, 1, 1]  # though "b" is the first folder there
-    every = imagefolder(tmp_path / "all", 8)
-    oracle = tvd.ImageFolder(tmp_path / "all", transform=v2.Compose([v2.Resize(8, v2.InterpolationMode.BICUBIC)]))
-    pieces = torch.cat([every.train.y, every.val.y, every.test.y])
-    assert sorted(pieces.tolist()) == oracle.targets
-
-
-def test_a_class_may_be_called_train(tmp_path):
-    write_folder(tmp_path, {"bus": 20, "train": 20})
-    assert imagefolder(tmp_path, 8).classes == 2
-
-
-def test_folder_errors_name_the_file_or_the_key(tmp_path):
-    def refused(text, **options):
-        with pytest.raises(ValueError, match=text) as error:
-            imagefolder(tmp_path / "mine", **{"size": 8} | options)
-        assert one_line(error)
-
-    refused(r"data\.root=.*mine is no folder")
-    (tmp_path / "mine").mkdir()
-    refused(r"data\.root: .*mine has no folder in it")
-    write_folder(tmp_path / "mine", {"a": 20, "b": 20})
-    refused(r"data\.size is 0", size=0)
-    refused(r"data\.test_fraction=1.5", test_fraction=1.5)
-    refused(r"data\.val_fraction=0\.01", val_fraction=0.01)
-    (tmp_path / "mine" / "c").mkdir()
-    refused(r"mine/c has no image in it")
-    (tmp_path / "mine" / "c").rmdir()
-    whole = (tmp_path / "mine" / "a" / "03.png").read_bytes()
-    for content in (b"", b"text", whole[: len(whole) // 2]):
-        (tmp_path / "mine" / "a" / "03.png").write_bytes(content)
-        refused(r"a/03\.png cannot be read as an image .*repair or remove it")
-    (tmp_path / "mine" / "a" / "03.png").write_bytes(whole)
-    shutil.move(tmp_path / "mine", tmp_path / "train")
-    shutil.move(tmp_path / "train", tmp_path / "mine" / "train")
-    write_folder(tmp_path / "mine" / "test", {"b": 2, "z": 2})
-    refused(r"mine/test has the class z")
-    with pytest.raises(ValueError, match=r"data\.root=None"):
-        imagefolder(None)

@@ -50,6 +50,8 @@ class StreamLoader:
 class SplitLoader:
     """A whole split in fixed batches, unshuffled; what lies on the disk is gathered by so many workers.
 
+    Batches are copies: a network or a loss that writes to its inputs changes nothing but them.
+
     Of several processes each has every n-th batch, and at least one: Lightning leaves out a loop without any.
 
     Attributes:
@@ -77,13 +79,13 @@ class SplitLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (x, y) batches."""
         y = self.split.y.split(self.batch_size)
-        return zip(self._images(), (y[batch] for batch in self.own), strict=True)
+        return zip(self._images(), (y[batch].clone() for batch in self.own), strict=True)
 
     def _images(self) -> Iterable[Tensor]:
         x = self.split.x
         if isinstance(x, Tensor):
             batches = x.split(self.batch_size)
-            return (batches[batch] for batch in self.own)
+            return (batches[batch].clone() for batch in self.own)
         ends = range(self.batch_size, len(x), self.batch_size)
         indices = np.split(np.arange(len(x)), ends)
         return gathered(x, [indices[i] for i in self.own], self.workers if len(self.own) > 1 else 0, self.pin)

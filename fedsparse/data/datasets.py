@@ -5,10 +5,8 @@ Shapes: ``N`` samples, ``C`` channels, ``H`` x ``W`` pixels, ``L`` tokens.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from fedsparse.data.checks import checked_positive
+from fedsparse.data.files import checked_file, reason_of
 from fedsparse.data.samples import Mapped, Samples, as_tensor, read_npy
 
 # Mean and standard deviation of all pixels of scikit-learn's digits (values 0 to 16). Fixed numbers, so that neither
@@ -285,14 +284,14 @@ def npy_files(path: Path) -> dict[str, Path]:
 
     """
     places = {key: path.with_name(f"{path.stem}_{key}.npy") for key in ("x", "y", "users")}
-    found = {key: file for key, file in places.items() if file.is_file()}
-    if found and path.is_file():
+    found = {key: file for key, file in places.items() if file.exists()}
+    if found and path.exists():
         raise ValueError(
             f"{path} and {min(found.values())} are both there; remove one, so that it is clear what counts"
         )
     if found and (lacking := [str(places[key]) for key in ("x", "y") if key not in found]):
         raise ValueError(f"{' and '.join(lacking)} is missing beside {min(found.values()).name}")
-    if not found and not path.is_file():
+    if not found and not path.exists():
         raise ValueError(
             f"{path} is missing; put an npz file there with x (N, C, H, W) and y (N,), or {places['x'].name} and "
             f"{places['y'].name} beside it"
@@ -303,13 +302,13 @@ def npy_files(path: Path) -> dict[str, Path]:
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         # opened here, because np.load leaves a damaged file open
-        with path.open("rb") as file:
+        with checked_file(path).open("rb") as file:
             held = np.load(file, allow_pickle=False)
             if not isinstance(held, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array without a name")
             return {key: held[key] for key in ("x", "y", "users") if key in held}
-    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as an npz file of plain arrays ({error})") from error
+    except Exception as error:  # a damaged archive may raise anything
+        raise ValueError(f"{path} cannot be read as an npz file of plain arrays ({reason_of(error)})") from error
 
 
 def _some(labels: list[int], limit: int = 5) -> str:

@@ -93,7 +93,7 @@ def library_sentences(root: Path, modules: set[str]) -> Iterator[tuple[str, str]
     """Read the sentences of some modules in a folder: (module, sentence); no tests, and no copies of other packages."""
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         module, *inner = path.relative_to(root).with_suffix("").parts
-        if module in modules and not COPIES & set(inner):
+        if module in modules and not COPIES & set(inner) and path.is_file():
             yield from ((module, text) for docstring in docstrings(path) for text in sentences(docstring))
 
 

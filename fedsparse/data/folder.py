@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fedsparse.data.checks import checked_integer
 from fedsparse.data.datasets import PARTS, Dataset, Split, hold_out
+from fedsparse.data.decode import read_image
+from fedsparse.data.files import printable
 from fedsparse.data.samples import stamp
+
+log = logging.getLogger("fedsparse")
 
 # of ImageNet, which most backbones for photographs were pre-trained on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# what people call the folder of a part, in any case: the words of Hugging Face's datasets
+WORDS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+LEFTOVERS = ("__MACOSX", "__pycache__", "@eaDir")  # folders that programs leave behind; others begin with a dot
 
 Files = list[tuple[str, int]]
 
@@ -33,10 +43,12 @@ def imagefolder(
 ) -> Dataset:
     """Load your own images: ``<root>/train/<class>/*``, and ``val`` and ``test`` beside ``train`` where there are any.
 
-    Without a folder ``train``, the class folders lie in ``root`` itself. Images that test, and then those that
-    validate, are held out of the training ones, with the same class mix, unless they have a folder of their own.
-    Labels are the places of the class names in alphabetical order. Each image takes 3 x size x size bytes of memory,
-    unless ``stream`` leaves it on the disk: then it is decoded whenever a client or a validation needs it.
+    The parts may be called as elsewhere (``WORDS``), and a line of the log says what was taken for what. Without a
+    folder ``train``, the class folders lie in ``root`` itself. Images that test, and then those that validate, are held
+    out of the training ones, with the same class mix, unless they have a folder of their own. Labels are the places of
+    the class names in alphabetical order; hidden files and folders are left out. Each image takes 3 x size x size bytes
+    of memory, unless ``stream`` leaves it on the disk: then it is decoded whenever a client or a validation needs it.
+    How an image becomes pixels, ``fedsparse.data.decode.read_image`` says.
 
     Args:
         root: the folder.
@@ -47,39 +59,70 @@ def imagefolder(
         stream: whether to leave the images on the disk.
 
     Raises:
-        ValueError: the folder is missing or lacks classes or images, or a file is no image; names it. With ``stream``
-            an image is found damaged when it is first needed.
+        ValueError: the folder is missing or lacks classes or images, it can be read in two ways, or a file is no image;
+            names it. With ``stream`` an image is found damaged when it is first needed.
 
     """
     size = checked_integer("data.size", size, 1)
     if root is None or not Path(root).is_dir():
         raise ValueError(f"data.root={root} is no folder; set data.root to a folder with a folder of images a class")
-    found = find_files(Path(root))
-    for part, fraction in (("test", test_fraction), ("val", val_fraction)):
-        if part not in found:
-            labels = np.array([label for _, label in found["train"]])
-            indices = hold_out(labels, fraction, split_seed, f"data.{part}_fraction")
-            found["train"], found[part] = ([found["train"][i] for i in chosen] for chosen in indices)
+    folders = find_parts(Path(root))
+    names = [path.name for path in subfolders(folders["train"])]
+    found = {part: labelled(folder, names, every=part == "train") for part, folder in folders.items()}
+    cut = {part: fraction for part, fraction in (("test", test_fraction), ("val", val_fraction)) if part not in found}
+    for part, fraction in cut.items():
+        labels = np.array([label for _, label in found["train"]])
+        indices = hold_out(labels, fraction, split_seed, f"data.{part}_fraction")
+        found["train"], found[part] = ([found["train"][i] for i in chosen] for chosen in indices)
+    _say(folders, found, names)
     train, val, test = (read_images(found[part], size, stream=stream) for part in PARTS)
-    return Dataset(train, val, test, 1 + int(train.y.max()), str(root), MEAN, STD)
+    return Dataset(train, val, test, len(names), str(root), MEAN, STD)
 
 
-def find_files(root: Path) -> dict[str, Files]:
-    """Find the images of every part that has a folder, as (path, label); without ``train``, all of ``root`` trains.
+def find_parts(root: Path) -> dict[str, Path]:
+    """Find the folder of class folders of every part that has one; without ``train``, all of ``root`` trains.
 
     Raises:
-        ValueError: there is no class, a class has no image, or one is not among those to train.
+        ValueError: there is no class, or it is not clear what is a part and what a class.
 
     """
-    whole = not has_folders(root / "train")  # a folder "train" of images alone is a class: of locomotives, say
-    folders = {"train": root} if whole else {part: root / part for part in PARTS if has_folders(root / part)}
-    names = sorted(path.name for path in folders["train"].iterdir() if path.is_dir())
-    return {part: labelled(folder, names, every=part == "train") for part, folder in folders.items()}
+    parts = [(part, folder) for folder in subfolders(root) if subfolders(folder) and (part := part_of(folder))]
+    found = dict(reversed(parts))
+    for part, folder in parts:
+        if folder != found[part]:
+            names = f"{printable(found[part].name)} and {printable(folder.name)}"
+            raise ValueError(f"data.root: {root} has both {names}; leave one of them, so that it is clear what counts")
+    if not found:
+        if not subfolders(root):
+            raise ValueError(f"data.root: {root} has no folder in it; it needs one for each class, with images")
+        return {"train": root}
+    if "train" not in found:
+        raise ValueError(f"data.root: {root} has {printable(parts[0][1].name)} but no train; call the third part so")
+    for folder in subfolders(root):
+        if folder not in found.values() and next(images_in(folder), None):
+            raise ValueError(
+                f"data.root: {root} has {printable(folder.name)} with images beside {printable(found['train'].name)}; "
+                "it needs parts alone (train, val, test, each with class folders), or classes alone"
+            )
+    return {part: _unwrapped(part, folder) for part, folder in found.items()}
 
 
-def has_folders(folder: Path) -> bool:
-    """Whether this is a folder with folders in it."""
-    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+def part_of(folder: Path) -> str | None:
+    """Tell by its name which part of a data set a folder holds, if any."""
+    return next((part for part, words in WORDS.items() if folder.name.lower() in words), None)
+
+
+def _unwrapped(part: str, folder: Path) -> Path:
+    """Go into ``train/train``, as archives often are unpacked."""
+    inner = subfolders(folder)
+    alone = len(inner) == 1 and part_of(inner[0]) == part and subfolders(inner[0])
+    return _unwrapped(part, inner[0]) if alone else folder
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """List the folders in a folder by name; hidden ones and what programs leave behind are left out."""
+    held = sorted(path for path in folder.iterdir() if path.is_dir())
+    return [path for path in held if not path.name.startswith(".") and path.name not in LEFTOVERS]
 
 
 def labelled(folder: Path, names: Sequence[str], *, every: bool) -> Files:
@@ -94,16 +137,41 @@ def labelled(folder: Path, names: Sequence[str], *, every: bool) -> Files:
         ValueError: names the class that is empty or not known.
 
     """
-    if not has_folders(folder):
-        raise ValueError(f"data.root: {folder} has no folder in it; it needs one for each class, with images")
-    found = ImageFolder(folder, allow_empty=True)
-    if strange := set(found.classes) - set(names):
-        raise ValueError(f"data.root: {folder} has the class {min(strange)}, which has no folder among those to train")
-    if every and (empty := set(range(len(names))) - set(found.targets)):
-        raise ValueError(f"data.root: {folder / names[min(empty)]} has no image in it; add some, or remove the folder")
-    # numbered anew: where a class is missing, torchvision's numbers are others
-    places = [names.index(name) for name in found.classes]
-    return [(path, places[number]) for path, number in found.samples]
+    files: Files = []
+    for place in subfolders(folder):
+        if place.name not in names:
+            where = f"{printable(folder)} has the class {printable(place.name)}"
+            raise ValueError(f"data.root: {where}, which has no folder among those to train")
+        found = sorted(images_in(place))
+        if every and not found:
+            raise ValueError(f"data.root: {printable(place)} has no image in it; add some, or remove the folder")
+        label = names.index(place.name)
+        files += [(os.path.join(*file), label) for file in found]
+    return files
+
+
+def images_in(folder: Path) -> Iterator[tuple[str, str]]:
+    """Find the images of a class at any depth, as (folder, name); sorted, they are in torchvision's order.
+
+    Raises:
+        ValueError: a link leads back to a folder, whose images would count twice.
+
+    """
+    seen = set[tuple[int, int]]()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        known = os.stat(place)
+        if (known.st_dev, known.st_ino) in seen:
+            raise ValueError(f"data.root: {printable(place)} is a link to a folder whose images count already")
+        seen.add((known.st_dev, known.st_ino))
+        inner[:] = [name for name in inner if not name.startswith(".") and name not in LEFTOVERS]
+        yield from ((place, n) for n in names if n.lower().endswith(IMG_EXTENSIONS) and not n.startswith("."))
+
+
+def _say(folders: Mapping[str, Path], found: Mapping[str, Files], names: Sequence[str]) -> None:
+    """Log what was taken for what."""
+    taken = [f"{part} {len(found[part])} from {printable(folders.get(part, 'those to train'))}" for part in PARTS]
+    listed = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
+    log.info("images: %s; %d classes: %s", ", ".join(taken), len(names), listed)
 
 
 def read_images(files: Files, size: int, *, stream: bool = False) -> Split:
@@ -144,22 +212,3 @@ class ImageFiles:
     def stamp(self) -> bytes:
         """Give names, sizes and times of change; which class a file is of, the labels tell."""
         return stamp(self.paths)
-
-
-def read_image(path: str, size: int) -> Tensor:
-    """Decode one image to RGB, resize its shorter side, bicubic, and cut the square in its middle out.
-
-    Returns:
-        uint8 (3, size, size).
-
-    Raises:
-        ValueError: the file is no image, or a damaged one.
-
-    """
-    try:
-        with Image.open(path) as file:
-            image = tv.resize(file.convert("RGB"), [size], InterpolationMode.BICUBIC)
-    except Exception as error:  # decoders raise anything on damaged files
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read as an image ({reason}); repair or remove it") from error
-    return tv.pil_to_tensor(tv.center_crop(image, [size, size]))

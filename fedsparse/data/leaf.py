@@ -85,11 +85,15 @@ def pixels(x: Any, y: Any, where: str) -> User:
     """
     try:
         images, labels = np.array(x, dtype=np.float64), np.array(y)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         images, labels = np.zeros(0), np.zeros(0)
     if images.shape != (len(x), 784) or not ((images >= 0) & (images <= 1)).all():
         raise ValueError(f"{where}: x is not lists of 784 numbers from 0 to 1, as LEAF writes them")
-    if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < FEMNIST_CLASSES:
+    if (
+        labels.shape != (len(x),)
+        or labels.dtype.kind not in "iu"
+        or not 0 <= labels.min() <= labels.max() < FEMNIST_CLASSES
+    ):
         raise ValueError(f"{where}: y is not whole numbers from 0 to {FEMNIST_CLASSES - 1}")
     return np.rint(images * 255).astype(np.uint8).reshape(-1, 1, 28, 28), labels.astype(np.int64)
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from fedsparse.data.files import checked_file, printable, reason_of
+
+LONGEST_NAME = 200  # of a user: each of its samples has the name beside it
 User = tuple[np.ndarray, np.ndarray]  # samples and labels
 Decode = Callable[[Any, Any, str], User]
 
@@ -38,7 +41,10 @@ def read_part(root: str | Path | None, name: str, part: str, decode: Decode) -> 
     for path in files:
         for user, samples in _read(path, how, decode).items():
             if user in places:
-                raise ValueError(f"{path}: user {user} is in {places[user].name} too; remove one of the files")
+                other = printable(places[user].name)
+                raise ValueError(
+                    f"{printable(path)}: user {printable(user)} is in {other} too; remove one of the files"
+                )
             held[user], places[user] = samples, path
     if not held:
         raise ValueError(f"{folder} holds no sample; {how}")
@@ -48,14 +54,15 @@ def read_part(root: str | Path | None, name: str, part: str, decode: Decode) -> 
 def _read(path: Path, how: str, decode: Decode) -> dict[str, User]:
     """Read one file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read as JSON ({reason}); to make it again, {how}") from error
+        content = json.loads(checked_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"{printable(path)} cannot be read as JSON ({reason_of(error)}); to make it again, {how}"
+        ) from error
     users, counts, data = _fields(content, path, how)
     found = {}
     for user, count in zip(users, counts, strict=True):
-        where = f"{path}: user {user}"
+        where = printable(f"{path}: user {user}")
         x, y = _samples(data.get(user), where)
         if not len(x) == len(y) == count:
             raise ValueError(f"{where} has {len(x)} x and {len(y)} y and num_samples says {count}; {how}")
@@ -69,10 +76,12 @@ def _fields(content: Any, path: Path, how: str) -> tuple[list[str], list[Any], d
     kinds = {"users": list, "num_samples": list, "user_data": dict}
     for key, kind in kinds.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            raise ValueError(f"{path} has no {kind.__name__} {key}, so it is no file of LEAF; {how}")
+            raise ValueError(f"{printable(path)} has no {kind.__name__} {key}, so it is no file of LEAF; {how}")
     users, counts, data = (content[key] for key in kinds)
-    if len(users) != len(counts) or not all(isinstance(user, str) for user in users) or len(set(users)) < len(users):
-        raise ValueError(f"{path}: users are not {len(counts)} different names, one for each of num_samples; {how}")
+    named = all(isinstance(user, str) and len(user) <= LONGEST_NAME for user in users)
+    if len(users) != len(counts) or not named or len(set(users)) < len(users):
+        wanted = f"{len(counts)} different names of at most {LONGEST_NAME} characters, one for each of num_samples"
+        raise ValueError(f"{printable(path)}: users are not {wanted}; {how}")
     return users, counts, data
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fedsparse.data import checks, dealing
+from fedsparse.data import checks, dealing, even
 from fedsparse.data.checks import Floats, Ints
 
 # What the random numbers are for. Part of what a seed means: never changed, and apart from ``fedsparse.keys.Purpose``.
@@ -48,7 +48,9 @@ def classes_per_client(labels: npt.ArrayLike, num_clients: int, nc: int, seed: i
     """Give every client exactly ``nc`` distinct classes; the shards of one class differ by at most one sample.
 
     Every class is held by floor or ceil of K * nc / C clients (the shards of McMahan et al. 2017, without their ragged
-    edges). When K * nc < C, some classes have no holder and their samples stay unused; a warning says how many.
+    edges). What is left of a class goes to those of its holders who hold least, so that clients differ by at most one
+    wherever that is possible. When K * nc < C, some classes have no holder and their samples stay unused; a warning
+    says how many.
 
     Args:
         labels: class of each sample (n,).
@@ -351,9 +353,16 @@ def _deal_shards(labels: Ints, chosen: Ints, nc: int, rng: np.random.Generator) 
     sizes = np.bincount(labels)
     holders = np.bincount(chosen, minlength=sizes.size)
     slots, order = dealing.grouped(chosen, rng), dealing.grouped(labels, rng)
+    more = even.holders_of_one_more(slots // nc, holders, sizes)
     first, among = np.repeat(dealing.starts_of(holders), sizes), np.repeat(holders, sizes)
     held = among > 0
-    slot = first[held] + dealing.ranks(sizes)[held] % among[held]
+    rank = dealing.ranks(sizes)[held]
+    slot = first[held] + rank % among[held]
+    left = rank >= np.repeat(sizes - sizes % np.maximum(holders, 1), sizes)[held]
+    # who was to have one of these samples anyway, keeps it
+    chosen, before = np.flatnonzero(more), slot[left]
+    before[~np.isin(before, chosen)] = chosen[~np.isin(chosen, before)]
+    slot[left] = before
     owner = np.full(labels.size, dealing.NOBODY)
     owner[order[held]] = slots[slot] // nc
     return owner

@@ -7,6 +7,7 @@ is done here: CIFAR's files are pickles, which torchvision would execute. Pixels
 from __future__ import annotations
 
 import gzip
+import math
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.datasets.utils import check_md5, download_and_extract_archive
 
 from fedsparse.data.datasets import Dataset, Split, hold_out
-from fedsparse.data.unpickle import read_pickle
+from fedsparse.data.files import MOST_BYTES, checked_file, reason_of
+from fedsparse.data.unpickle import array_of, number_of, read_pickle
 
 # Mean and standard deviation of each channel over the training images, pixels scaled to [0, 1].
 MOMENTS: dict[type, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -77,7 +79,7 @@ def _cifar(published: Any, root: Path, val_fraction: float, seed: int) -> Datase
     """Load CIFAR: one pickled dict a file."""
     folder, parts = root / published.base_folder, (published.train_list, published.test_list)
     sums = {folder / name: md5 for part in parts for name, md5 in part}
-    if not all(path.is_file() for path in sums):
+    if not all(path.exists() for path in sums):
         address = published.url.removesuffix(published.filename)
         fetch({published.filename: published.tgz_md5}, [address], root)
     warn_of_changes(sums)
@@ -88,10 +90,10 @@ def _cifar(published: Any, root: Path, val_fraction: float, seed: int) -> Datase
 def _mnist(published: Any, root: Path, val_fraction: float, seed: int) -> Dataset:
     """Load MNIST: four files, images and labels to train, images and labels to test."""
     folder = root / published.__name__ / "raw"
-    missing = {name: md5 for name, md5 in published.resources if not stored(folder / name).is_file()}
+    missing = {name: md5 for name, md5 in published.resources if not stored(folder / name).exists()}
     fetch(missing, published.mirrors, folder)
     # the published checksums are those of the packed files
-    warn_of_changes({folder / name: md5 for name, md5 in published.resources if (folder / name).is_file()})
+    warn_of_changes({folder / name: md5 for name, md5 in published.resources if (folder / name).exists()})
     paths = [stored(folder / name) for name, _ in published.resources]
     return _dataset(published, read_pair(*paths[:2]), read_pair(*paths[2:]), val_fraction, seed)
 
@@ -138,7 +140,7 @@ def _tried(name: str, md5: str, addresses: Sequence[str], folder: Path) -> str:
 
 def warn_of_changes(sums: Mapping[Path, str]) -> None:
     """Warn, in one line, of files (path: published MD5) that are not those that were published."""
-    if changed := [str(path) for path, md5 in sums.items() if not check_md5(path, md5)]:
+    if changed := [str(path) for path, md5 in sums.items() if not check_md5(checked_file(path), md5)]:
         warnings.warn(f"not the published checksum: {', '.join(changed)}; used all the same", stacklevel=2)
 
 
@@ -150,22 +152,24 @@ def read_batch(path: Path) -> Split:
 
     """
     held = read_pickle(path)
-    held = {_text(key): value for key, value in held.items()} if isinstance(held, dict) else {}
-    labels = np.asarray(held.get("fine_labels", held.get("labels", ())))
-    images = np.asarray(held.get("data", ()))
-    if images.dtype != np.uint8 or images.shape != (len(labels), 3 * 32 * 32) or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path} is no batch of CIFAR; it needs data, uint8 (N, 3072), and N labels")
-    return Split(torch.from_numpy(images.reshape(-1, 3, 32, 32)), torch.from_numpy(labels.astype(np.int64)))
+    held = held if isinstance(held, dict) else {}
+    images, labels = array_of(held.get("data")), _labels(held.get("fine_labels", held.get("labels")))
+    if images is None or images.dtype != np.uint8 or images.shape != (len(labels), 3 * 32 * 32):
+        raise ValueError(f"{path} is no batch of CIFAR; it needs data, uint8 (N, 3072), and N labels from 0 to 99")
+    return Split(torch.from_numpy(images.reshape(-1, 3, 32, 32)), torch.from_numpy(labels))
 
 
-def _text(key: Any) -> Any:
-    """Read a key as Python 2 wrote it: as bytes or as text."""
-    return key.decode("latin1") if isinstance(key, bytes) else key
+def _labels(held: Any) -> np.ndarray:
+    """Take labels, int64 (N,), as a list or as an array; none of what is no class of CIFAR."""
+    array = array_of(held)
+    numbers = held if array is None else array.tolist()
+    whole = [number_of(number) for number in numbers] if isinstance(numbers, list) else []
+    return np.array(whole if all(0 <= number < 100 for number in whole) else [], dtype=np.int64)
 
 
 def stored(packed: Path) -> Path:
     """Choose a packed file, or the same unpacked where only that is there."""
-    return packed if packed.is_file() else packed.with_suffix("")
+    return packed if packed.exists() else packed.with_suffix("")
 
 
 def read_pair(images: Path, labels: Path) -> Split:
@@ -189,11 +193,18 @@ def read_idx(path: Path, ndim: int) -> Tensor:
 
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            held = file.read()
-        if held[:4] != bytes([0, 0, 8, ndim]):
-            raise ValueError(f"it does not begin as {ndim}-dimensional bytes do")
-        shape = np.frombuffer(held, ">i4", ndim, offset=4)
-        return torch.from_numpy(np.frombuffer(held, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy())
+        with gzip.open(checked_file(path)) if path.suffix == ".gz" else checked_file(path).open("rb") as file:
+            if file.read(4) != bytes([0, 0, 8, ndim]):
+                raise ValueError(f"it does not begin as {ndim}-dimensional bytes do")
+            shape = np.frombuffer(file.read(4 * ndim), ">i4").tolist()
+            size = math.prod(shape)
+            if len(shape) < ndim or min(shape) < 0 or size > MOST_BYTES:
+                raise ValueError(f"it promises {' x '.join(map(str, shape))} bytes")
+            held = bytearray(file.read(size))
+            # no more is unpacked than was promised: a small file may hold any number of zeros
+            if len(held) < size or file.read(1):
+                raise ValueError(f"it holds {'fewer' if len(held) < size else 'more'} bytes than it promises")
+        return torch.frombuffer(held, dtype=torch.uint8).view(shape) if held else torch.empty(shape, dtype=torch.uint8)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or no IDX file ({error}); delete it, to download it again") from error
+        where = f"{path} is damaged or no IDX file"
+        raise ValueError(f"{where} ({reason_of(error)}); delete it, to download it again") from error

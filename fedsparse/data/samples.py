@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsparse.data.files import checked_file, reason_of
+
 
 class Samples(Protocol):
     """What a split's ``x`` may be instead of a tensor: as much of a tensor as gathering needs."""
@@ -93,11 +95,11 @@ def read_npy(path: Path, *, mapped: bool) -> np.ndarray:
     """
     try:
         if mapped:
-            return np.lib.format.open_memmap(path, mode="r")
-        with path.open("rb") as file:
+            return np.lib.format.open_memmap(checked_file(path), mode="r")
+        with checked_file(path).open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as an npy file of a plain array ({error})") from error
+    except (ValueError, OSError, EOFError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as an npy file of a plain array ({reason_of(error)})") from error
 
 
 def as_tensor(x: np.ndarray) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from fedsparse.data.datasets import Dataset, Split, hold_out, stratified
 from fedsparse.data.docs import TOPICS, held_by_clients
+from fedsparse.data.files import check_folder, checked_file, reason_of
 from fedsparse.data.tokens import fingerprint, load_tokenizer, quiet_transformers, tokens
 
 HUB = "fancyzhx/ag_news"
@@ -87,7 +88,7 @@ def ag_news(
 
     """
     made = load_tokenizer(checkpoint or tokenizer)
-    found = read_csvs(Path(root)) if root is not None and (Path(root) / "train.csv").is_file() else read_saved(root)
+    found = read_csvs(Path(root)) if root is not None and (Path(root) / "train.csv").exists() else read_saved(root)
     lengths = [len(texts) for texts, _ in found.values()]
     x = tokens([text for texts, _ in found.values() for text in texts], made, max_length)
     labels = np.concatenate([y for _, y in found.values()])
@@ -109,13 +110,13 @@ def read_csvs(root: Path) -> dict[str, Labelled]:
 
 
 def _read_csv(path: Path) -> Labelled:
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} is missing; data.root needs train.csv and test.csv, or what save_to_disk wrote")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with checked_file(path).open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as CSV of UTF-8 ({error})") from error
+        raise ValueError(f"{path} cannot be read as CSV of UTF-8 ({reason_of(error)})") from error
     for number, row in enumerate(rows, 1):
         if len(row) != 3 or row[0] not in ("1", "2", "3", "4"):
             raise ValueError(f"{path}: row {number} is not class 1 to 4, title and description, but {str(row)[:60]}")
@@ -136,6 +137,8 @@ def read_saved(root: str | Path | None) -> dict[str, Labelled]:
     wanted = "a folder with train.csv and test.csv (class 1 to 4, title, description), or one that save_to_disk wrote"
     if root is not None and not Path(root).is_dir():
         raise ValueError(f"data.root={root} is no folder; set data.root to {wanted}")
+    if root is not None:
+        check_folder(root)
     try:
         with quiet_transformers():
             held = datasets.load_dataset(HUB) if root is None else datasets.load_from_disk(str(root))

@@ -245,7 +245,7 @@ class ClientModule(lightning.LightningModule):
         """
         scale = self.theta.new_full((self.cohort,), self.loss_scale)
         while True:
-            losses = self.rows.backward(x, y, count, scale)
+            losses = self.rows.backward(x.clone(), y.clone(), count, scale)  # which a network may write to
             gradients = self._gradients()
             done = torch.stack([g.isfinite().all(1) for g in gradients]).all(0) | (scale <= SMALLEST_SCALE)
             if bool(done.all()):

@@ -28,7 +28,7 @@ def add_squares(
     """Add the squared gradients of single samples, tensor by tensor.
 
     A model that ``vmap`` cannot run (data-dependent control flow) takes one sample at a time, and a chunk that does not
-    fit into a GPU's memory is halved, both to the same result.
+    fit into a GPU's memory is halved, both to the same result: each try has a copy, as a model may write to its inputs.
 
     Args:
         into: float64 (P,), added to in place.
@@ -46,7 +46,8 @@ def add_squares(
     while start < len(x):
         differentiate = stacked_gradients if size > 1 else gradients
         try:
-            found = differentiate(net, params, x[start : start + size], y[start : start + size], loss)
+            batch = (part[start : start + size].clone() for part in (x, y))
+            found = differentiate(net, params, *batch, loss)
         except RuntimeError as error:
             if size == 1:
                 raise

@@ -173,5 +173,5 @@ def _labels(net: nn.Module, x: Tensor, y: Tensor, labels: str, generator: torch.
     if generator is None:
         raise ValueError("labels are to be drawn from the model (calibration.labels=model, TaLoS): hand in a generator")
     with torch.no_grad():
-        chances = net(x).double().softmax(-1).to(generator.device)
+        chances = net(x.clone()).double().softmax(-1).to(generator.device)
     return chances.multinomial(1, generator=generator).squeeze(1).to(y.device)

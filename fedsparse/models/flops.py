@@ -67,6 +67,6 @@ def _counted(net: nn.Module, x: Tensor) -> dict[str, int]:
     """Count by module: names as in ``named_modules``, "" for the whole."""
     counter = FlopCounterMode(display=False)
     with evaluating(net), counter:
-        net(x)
+        net(x.clone())
     totals = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     return totals | {"": counter.get_total_flops()}

@@ -133,4 +133,4 @@ def _graph(net: nn.Module, x: Tensor) -> Any:
         raise ValueError(MISSING) from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # parameters outside layers, such as a class token: groups with them stay
-        return DependencyGraph().build_dependency(net, example_inputs=[x[:2]])
+        return DependencyGraph().build_dependency(net, example_inputs=[x[:2].clone()])

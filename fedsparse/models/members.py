@@ -89,7 +89,7 @@ def zero_inputs(net: nn.Module, x: Tensor) -> dict[nn.Module, Tensor]:
 
     hooks = [m.register_forward_pre_hook(look) for m in net.modules() if is_layer(m)]
     try:
-        net(x)
+        net(x.clone())
     finally:
         for hook in hooks:
             hook.remove()

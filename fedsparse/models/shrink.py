@@ -80,7 +80,7 @@ class Trial:
     def __init__(self, net: nn.Module, x: Tensor) -> None:
         self.net, self.x = net, x
         with torch.no_grad():
-            self.target = net(x)
+            self.target = net(x.clone())
 
     def keeps(self, change: Callable[[], object], modules: Sequence[nn.Module]) -> bool:
         """Change some modules in place; False if that was taken back."""
@@ -88,7 +88,7 @@ class Trial:
         change()
         try:
             with torch.no_grad():
-                good = close(self.net(self.x), self.target)
+                good = close(self.net(self.x.clone()), self.target)
         except (
             RuntimeError,
             ValueError,

@@ -187,7 +187,7 @@ def stacks(net: nn.Module, names: Collection[str], x: Tensor) -> bool:
         rows = {name: _two_apart(value) for name, value in net.named_parameters() if name in names}
         with torch.autocast(x.device.type, enabled=False):
             found = Stacked(net, rows)(torch.cat([x, x])).chunk(2)
-            single = [functional_call(net, {name: row[k] for name, row in rows.items()}, (x,)) for k in (0, 1)]
+            single = [functional_call(net, {name: row[k] for name, row in rows.items()}, (x.clone(),)) for k in (0, 1)]
         return all(_close(a, b) for a, b in zip(found, single, strict=True))
     except (ValueError, RuntimeError, TypeError, IndexError):
         return False  # what cannot be stacked so runs under vmap

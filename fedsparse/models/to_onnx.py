@@ -49,7 +49,9 @@ def write_onnx(net: nn.Module, x: Tensor, path: Path) -> None:
     options: dict[str, Any] = {"input_names": ["input"], "output_names": ["logits"], "verbose": False}
     try:
         with evaluating(whole), _quiet():
-            torch.onnx.export(whole, (x,), str(path), dynamo=True, dynamic_shapes=free, external_data=False, **options)
+            torch.onnx.export(
+                whole, (x.clone(),), str(path), dynamo=True, dynamic_shapes=free, external_data=False, **options
+            )
     except Exception as error:  # the exporter raises whatever the network's own code leads to
         said = str(error).partition("\n")[0]
         raise ValueError(f"torch cannot export this network to ONNX ({type(error).__name__}: {said})") from error

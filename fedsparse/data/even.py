@@ -1,0 +1,96 @@
+"""Who gets what is left of a class when it is dealt to its holders: those who hold least, so that clients are even.
+
+A holder is a client and one of its classes; the holders of a class stand side by side, class after class. Each has an
+equal share of its class, and of what is left some have one more.
+
+Shapes: ``H`` holders, ``C`` classes, ``K`` clients.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsparse.data import dealing
+from fedsparse.data.checks import Ints
+
+Marks = npt.NDArray[np.bool_]
+_WORK = 100_000_000  # holders looked at to find chains; of a million clients only few are sought
+
+
+def holders_of_one_more(clients: Ints, holders: Ints, sizes: Ints) -> Marks:
+    """Choose the holders who get one of the samples that are left of their class: as few moves as make clients even.
+
+    At first these are the first holders of each class, in the order given. Then each class is dealt again to those who
+    hold least; and a client with too many hands one on through others to a client with too few. So the clients' sizes
+    differ by at most one wherever that is possible, and where they did at first nothing moves.
+
+    Args:
+        clients: who each holder is (H,).
+        holders: of each class (C,), at least one where it has samples.
+        sizes: samples of each class (C,).
+
+    Returns:
+        bool (H,).
+
+    >>> holders_of_one_more(np.array([0, 1, 0, 1]), np.array([2, 2]), np.array([3, 3])).tolist()
+    [True, False, False, True]
+
+    """
+    whole, left = np.divmod(sizes, np.maximum(holders, 1))
+    classes = np.repeat(np.arange(holders.size), holders)
+    got = dealing.ranks(holders) < left[classes]
+    total = np.bincount(clients, weights=whole[classes] + got).astype(np.int64)
+    ends = np.cumsum(holders)
+    runs = [slice(end - n, end) for end, n, over in zip(ends.tolist(), holders.tolist(), left.tolist()) if over]  # noqa: B905
+    while sum(_deal_again(clients[run], got[run], total) for run in runs):
+        pass
+    for _ in range(_WORK // max(1, clients.size)):
+        if np.ptp(total) < 2 or not (_hand_on(clients, got, total, runs)):
+            break
+    return got
+
+
+def _deal_again(clients: Ints, got: Marks, total: Ints) -> bool:
+    """Give what is left of one class to those who hold least, if equal to those who have it; whether that moved any."""
+    total[clients[got]] -= 1
+    now = np.zeros_like(got)
+    now[np.lexsort((~got, total[clients]))[: np.count_nonzero(got)]] = True
+    total[clients[now]] += 1
+    moved = bool((now != got).any())
+    got[:] = now
+    return moved
+
+
+def _hand_on(clients: Ints, got: Marks, total: Ints, runs: list[slice]) -> bool:
+    """Find a shortest chain from a largest client to one smaller by two, or to a smallest, and hand samples on."""
+    low, high = total.min(), total.max()
+    for rich, poor in ((total == high, total <= high - 2), (total >= low + 2, total == low)):
+        giver = np.full((2, total.size), -1)  # holders who give and who take, where a chain reaches a client
+        reached, open_ = rich.copy(), list(runs)
+        while True:
+            before = reached.copy()
+            for run in list(open_):
+                who, has = clients[run], got[run]
+                sources, takers = np.flatnonzero(has & before[who]), np.flatnonzero(~has & ~reached[who])
+                if sources.size:
+                    open_.remove(run)
+                    giver[:, who[takers]] = run.start + np.stack([np.full(takers.size, sources[0]), takers])
+                    reached[who[takers]] = True
+            found = np.flatnonzero(reached & poor)
+            if found.size:
+                _move(clients, got, total, giver, int(found[0]))
+                return True
+            if (reached == before).all():
+                break
+    return False
+
+
+def _move(clients: Ints, got: Marks, total: Ints, giver: Ints, client: int) -> None:
+    """Hand one sample on along a chain, from its end to its beginning."""
+    total[client] += 1
+    while giver[0, client] >= 0:
+        gives, takes = giver[:, client]
+        got[gives], got[takes] = False, True
+        client = int(clients[gives])
+    total[client] -= 1
