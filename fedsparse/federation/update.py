@@ -6,7 +6,8 @@ only: nothing else can change. Nothing here knows of the simulator.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Update:
         round: the round.
         steps: K sums of step weights (``objective.step_weight``); empty where nothing asks for them.
         dtype: of the values on the wire; None for the rows' own.
+        refused: rows that do not count, which have weight 0, and why.
 
     """
 
@@ -42,6 +44,7 @@ class Update:
     round: int = 0
     steps: tuple[float, ...] = ()
     dtype: torch.dtype | None = None
+    refused: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def start(self) -> Tensor:
