@@ -70,7 +70,7 @@ def test_a_weight_that_cannot_be_is_refused_and_named(weight):
     received = replace(an_update(), weight=(10.0, weight, 30.0))
     found = admit(received, an_update())
     assert found.weight == (10.0, 0.0, 30.0)
-    assert found.refused == {1: f"it claims the weight {weight:g}, where 20 is the most that it can have"}
+    assert found.refused == {1: f"a weight of {weight:g}, where at most 20 can be"}
     assert torch.equal(found.rows[[0, 2]], received.rows[[0, 2]])
 
 
@@ -108,14 +108,14 @@ def forged(payload, k, **says):
 @pytest.mark.parametrize(
     ("says", "why"),
     [
-        ({"weight": 1e308}, "it claims the weight 1e+308, where 20 is the most that it can have"),
-        ({"weight": 0.0}, "it claims the weight 0, where 20 is the most that it can have"),
+        ({"weight": 1e308}, "a weight of 1e+308, where at most 20 can be"),
+        ({"weight": 0.0}, "a weight of 0, where at most 20 can be"),
         ({"loss": NAN}, NOT_FINITE),
         ({"loss": -INF}, NOT_FINITE),
-        ({"buffers": torch.zeros(3)}, "it sends 3 buffer values, where the model has 2"),
-        ({"buffers": torch.zeros(0)}, "it sends 0 buffer values, where the model has 2"),
+        ({"buffers": torch.zeros(3)}, "3 buffer values, where the model has 2"),
+        ({"buffers": torch.zeros(0)}, "0 buffer values, where the model has 2"),
         ({"buffers": torch.tensor([1.0, NAN])}, NOT_FINITE),
-        ({"buffers": torch.zeros(3), "weight": 1e9}, "it sends 3 buffer values, where the model has 2"),
+        ({"buffers": torch.zeros(3), "weight": 1e9}, "3 buffer values, where the model has 2"),
     ],
 )
 def test_a_message_is_judged_by_what_both_sides_know(says, why):
@@ -132,7 +132,7 @@ def test_undeclared_buffers_of_a_model_without_any():
     travels = exchange()
     payload = travels.encode(an_update(buffers=0, dtype=torch.float16))
     found = travels.decode(forged(payload, 2, weight=30.0, buffers=torch.ones(1)))
-    assert found.refused == {2: "it sends 1 buffer values, where the model has 0"}
+    assert found.refused == {2: "1 buffer values, where the model has 0"}
     assert found.buffers.shape == (K, 0)
 
 
@@ -197,7 +197,7 @@ def test_a_client_whose_claims_cannot_be_true_is_as_if_silent_and_named(tmp_path
         return build(filters=[*filters, *more], cohort=cohort)
 
     _, lines = as_if_silent(tmp_path, caplog, make, partial(Claims, says, VICTIMS))
-    why = NOT_FINITE if "loss" in says else f"it claims the weight {says['weight']:g}, where "
+    why = NOT_FINITE if "loss" in says else f"a weight of {says['weight']:g}, where "
     assert len(lines) >= 2
     assert all(re.match(r"round [12]: (client|clients) [012, ]+ (is|are) left out: ", line) for line in lines)
     assert all(why in line for line in lines)
@@ -242,7 +242,7 @@ def test_if_all_are_dropped_after_they_were_sent_the_server_does_not_step(tmp_pa
 
 def test_if_all_claim_too_much_the_line_says_so(tmp_path):
     small = build(filters=[partial(Claims, {"weight": 1e9}, range(7))])
-    with pytest.raises(EveryUpdateDropped, match="round 1: no update counts, .* client .: it claims the weight 1e"):
+    with pytest.raises(EveryUpdateDropped, match="round 1: no update counts, .* client .: a weight of 1e"):
         small.fit(1, tmp_path)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsparse.federation.store import Kept
 from fedsparse.federation.update import Update
 
-NOT_FINITE = "its loss or update is NaN or infinite"
+NOT_FINITE = "NaN or infinity in loss or update"
 
 
 def counted(update: Update) -> list[int]:
@@ -67,7 +67,7 @@ def admit(received: Update, known: Update) -> Update:
 
 
 def _claims(weight: float, known: float) -> str:
-    return f"it claims the weight {weight:g}, where {known:g} is the most that it can have"
+    return f"a weight of {weight:g}, where at most {known:g} can be"
 
 
 def refuse(update: Update, why: Mapping[int, str]) -> Update:

@@ -208,7 +208,7 @@ class Exchange:
             loss=tuple(message.loss for message in said),
         )
         model = f"buffer values, where the model has {len(none)}"
-        return refuse(received, {k: f"it sends {count} {model}" for k, count in other.items()})
+        return refuse(received, {k: f"{count} {model}" for k, count in other.items()})
 
     def _read(self, message: bytes, update: Update, k: int) -> tuple[Tensor, Tensor, Message]:
         """Read one client's message: change (n,), sent bool (n,), and all that it says."""

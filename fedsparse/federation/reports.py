@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedsparse.federation.admission import NOT_FINITE
@@ -64,9 +64,12 @@ def named(dropped: Sequence[Dropped]) -> list[str]:
     >>> named([Dropped(0, 4, "it is late"), Dropped(0, 7, "it is late")])
     ['clients 4, 7 are left out: it is late']
     """
-    lines = []
-    for why in dict.fromkeys(drop.why for drop in dropped):
-        clients = sorted(drop.client for drop in dropped if drop.why == why)
-        who = f"client {clients[0]} is" if len(clients) == 1 else f"clients {', '.join(map(str, clients))} are"
-        lines.append(f"{who} left out: {why}")
-    return lines
+    reasons = dict.fromkeys(drop.why for drop in dropped)
+    return [left_out((drop.client for drop in dropped if drop.why == why), why) for why in reasons]
+
+
+def left_out(clients: Iterable[int], why: str) -> str:
+    """Say who was left out of what, and why."""
+    listed = sorted(clients)
+    who = f"client {listed[0]} is" if len(listed) == 1 else f"clients {', '.join(map(str, listed))} are"
+    return f"{who} left out: {why}"
