@@ -52,9 +52,10 @@ class EveryUpdateDropped(Diverged):
         refused = next((drop for drop in dropped if drop.why != NOT_FINITE), None)
         if refused is not None:
             return cls(f"round {round + 1}: no update counts, so the run stops; client {refused.client}: {refused.why}")
+        head = "; of a probed head, a smaller calibration.head_lr" if round == 0 else ""
         return cls(
             f"round {round + 1}: the loss or update of every client became NaN or infinite, so the run stops; "
-            f"try a smaller {key}, or optimizer.clip_norm=1.0"
+            f"try a smaller {key}, or optimizer.clip_norm=1.0{head}"
         )
 
 
