@@ -80,6 +80,7 @@ def refuse(update: Update, why: Mapping[int, str]) -> Update:
         update,
         rows=torch.where(keep, update.rows, 0.0),
         buffers=torch.where(keep, update.buffers, 0.0),
+        values=None if update.values is None else torch.where(keep, update.values, update.start),
         weight=tuple(w if g else 0.0 for w, g in zip(update.weight, good, strict=True)),
         loss=tuple(v if g else 0.0 for v, g in zip(update.loss, good, strict=True)),
         refused={**why, **update.refused},

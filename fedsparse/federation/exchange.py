@@ -169,7 +169,8 @@ class Exchange:
         """Write one client's message."""
         index = self._known(update.clients[k])
         change, anchor = _at(update.rows[k], index), _at(update.start[k], index)
-        theta = anchor + change
+        own = None if self.filters else update.values  # filters may have changed the change
+        theta = anchor + change if own is None else _at(own[k], index)
         marks = self._marks(theta, anchor, index, update, k)
         values = change if self.payload == "change" else theta
         if self.rule is not None and self.rule.shared:

@@ -191,6 +191,7 @@ class FederatedRounds(lightning.Callback):
             self._weights(module, cohort),
             module.mean_loss,
             anchor=self.begin,
+            values=rows,
             round=cohort.round,
             steps=module.step_weights(module.taken) if self.weighs_steps else (),
         )

@@ -27,6 +27,7 @@ class Update:
         loss: K mean training losses.
         sent: bool (K, n), which coordinates each client sent, where that differs between them; None: all alike.
         anchor: (K, n) values that the clients started from, which both sides know; None where nothing asks for them.
+        values: (K, n) values that training ended with: start plus change is rounded once more. None where nobody said.
         round: the round.
         steps: K sums of step weights (``objective.step_weight``); empty where nothing asks for them.
         dtype: of the values on the wire; None for the rows' own.
@@ -41,6 +42,7 @@ class Update:
     loss: tuple[float, ...]
     sent: Tensor | None = None
     anchor: Tensor | None = None
+    values: Tensor | None = None
     round: int = 0
     steps: tuple[float, ...] = ()
     dtype: torch.dtype | None = None
