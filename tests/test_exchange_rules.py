@@ -237,10 +237,11 @@ def test_random_coordinates_are_all_as_likely():
 
 
 def trained(seed, n=60):
-    """Float32 values on a coarse grid, whose differences tie often, and some that end far from where they began."""
+    """Float32 values that end near zero, far from where they began: start plus change is another value then."""
     g = torch.Generator().manual_seed(seed)
     start = torch.randint(-9, 10, (3, n), generator=g).float() / 10
-    values = start + torch.randint(-9, 10, (3, n), generator=g).float() / 30
+    values = torch.randn(3, n, generator=g) / 1e3
+    values[:, ::4] *= 1e3
     numbers = {"weight": (1.0,) * 3, "loss": (0.0,) * 3, "anchor": start, "values": values}
     return start, values, Update((0, 1, 2), values - start, torch.zeros(3, 0), **numbers)
 
@@ -253,6 +254,7 @@ def travelling(rule, n=60, **options):
 def test_compat_sends_what_fl4health_would_of_float32(seed):
     """Its exchanger keeps what scores at least the k-th largest |theta - start|, ties included, and sends theta."""
     start, values, update = trained(seed)
+    assert not torch.equal(start + update.rows, values)
     travels = travelling(TopK(fraction=0.3, compat="original"), payload="value", compat="original")
     payload = travels.encode(update)
     for k, message in enumerate(payload.written):
