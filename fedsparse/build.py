@@ -105,6 +105,8 @@ def build_federation(cfg: DictConfig) -> Federation:
     phases = Phases.of(OmegaConf.to_container(cfg.phases, resolve=True))  # type: ignore[arg-type]
     plans = [(phase.rounds, _plan_of(cfg, phase, plan, eligible), phases.before(phase)) for phase in phases.rounds]
     phased = PhasedPlan(plans, plan)
+    learn = [own for phase, (_, own, _) in zip(phases.rounds, plans, strict=True) if not phase.explores]
+    _try_parts(cfg, dataset, parts, space, min(len(own.sample(0)) for own in learn))
     return Federation(dataset, parts, tests, net, space, count, plan, phased, phases, sample, inputs)
 
 
@@ -142,10 +144,10 @@ def _try_parts(
         chosen(dataset.train.x[torch.tensor([0])], torch.zeros(1, chosen.numbers, dtype=torch.float64))
     one = torch.ones(1, dtype=torch.bool)
     exchange = build_exchange(cfg, one, ~one, lambda clients: one.expand(len(clients), 1))
-    aggregation, objective = instantiate(cfg.aggregation), build_objective(cfg)
+    aggregation, objective = instantiate(cfg.aggregation), build_objective(cfg, parts)
     check_together(exchange, aggregation, objective, instantiate(cfg.optimizer.build)([torch.zeros(1)]))
     check_pruning(exchange, cfg.sparsity.mode)
-    check_sizes(exchange, aggregation, len(parts), taking_part)
+    check_sizes(exchange, aggregation, [len(part) > 0 for part in parts], taking_part)
     check_names(exchange, space, torch.ones_like(space.local))
     Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Coordinates(one), cfg.server.untouched)
     instantiate(cfg.link)
@@ -191,7 +193,7 @@ def build_module(
         clip_norm=cfg.optimizer.clip_norm,
         inputs=federation.inputs,
         compile=cfg.federation.get("compile", False),
-        objective=build_objective(cfg),
+        objective=build_objective(cfg, federation.parts),
         untouched=cfg.server.untouched,
     )
 
@@ -202,9 +204,11 @@ def build_sparsity(cfg: DictConfig, net: nn.Module) -> Sparsity:
     return replace(built, heads=tuple(attentions(net))) if built.unit == "output" else built
 
 
-def build_objective(cfg: DictConfig) -> Objective:
-    """Build what clients minimise beside their loss."""
-    built: Objective = instantiate(cfg.objective)
+def build_objective(cfg: DictConfig, parts: Sequence[np.ndarray]) -> Objective:
+    """Build what clients minimise beside their loss; one that asks for the number of clients is told who holds data."""
+    asks = "num_clients" in cfg.objective and cfg.objective.num_clients is None
+    counted = {"num_clients": sum(len(part) > 0 for part in parts)} if asks else {}
+    built: Objective = instantiate(cfg.objective, **counted)
     return built
 
 

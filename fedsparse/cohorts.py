@@ -50,6 +50,7 @@ def _fastest(cfg: DictConfig, federation: Federation, module: ClientModule) -> i
         tried.set_mask(torch.as_tensor(module.mask))
         tried.configure_optimizers()
         tried.rows.bind()
+        tried.start(tried.server.broadcast((0,) * cohort), clients=range(cohort))
         return tried
 
     with fabric.autocast():

@@ -27,7 +27,7 @@ from fedsparse.federation.choice import MaskChoice, zero
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.csv import read_rows
 from fedsparse.federation.ledger import Ledger
-from fedsparse.federation.reports import EveryUpdateDropped
+from fedsparse.federation.reports import Diverged
 from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.tracking import hand_on
 from fedsparse.masks import Mask
@@ -124,7 +124,7 @@ def follow() -> None:
             module.set_mask(start.found.mask.row(federation.space), start.found.bitmaps)
             cohorts.set_cohort(federation, module, start.cohort)
             _train(job, federation, module, start)
-    except EveryUpdateDropped:
+    except Diverged:
         return  # the leading process says so
 
 

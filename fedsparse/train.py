@@ -23,7 +23,7 @@ from fedsparse.config import RunFolderUsed, check, conf_dir, register_resolvers
 from fedsparse.data.files import printable
 from fedsparse.execute import execute, follow
 from fedsparse.federation import parallel
-from fedsparse.federation.reports import EveryUpdateDropped
+from fedsparse.federation.reports import Diverged
 from fedsparse.resume import Job, as_found, facts, finished, open_log, read_job, store
 from fedsparse.sweep import CellFailed, shown
 
@@ -145,7 +145,7 @@ def one_line(error: BaseException) -> str:
         text = f"there is no key {text.split()[3].strip('.')}; --cfg job lists all keys with their values"
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    expected = isinstance(error, ValueError | OSError | EveryUpdateDropped | HydraException | OmegaConfBaseException)
+    expected = isinstance(error, ValueError | OSError | Diverged | HydraException | OmegaConfBaseException)
     return printable(text if expected and text else f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)")
 
 

@@ -136,3 +136,17 @@ def test_biases_norms_and_the_head_are_excluded_by_a_list_of_patterns():
 def test_bad_options_are_refused_by_name(options, says):
     with pytest.raises(ValueError, match=says):
         AutoFLIP(**options)
+
+
+def test_the_original_with_robust_agrees_with_torchs_own_median_and_quantiles():
+    """200 masks, of tensors of even and of odd size."""
+    space = ParamSpace(["a", "b", "c"], [torch.Size([6]), torch.Size([5, 2]), torch.Size([7])])
+    rule = AutoFLIP("robust", compat="original")
+    for seed in range(200):
+        found = torch.rand(space.size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) ** 2
+        scores = []
+        for part in found.split(space.sizes):
+            scores.append((part - part.median()) / (part.quantile(0.75) - part.quantile(0.25)))
+        wanted = torch.cat(scores) > torch.cat(scores).quantile(0.5)
+        mask = rule.mask(space, torch.zeros(space.size), Sparsity(0.5, always_train=[]), observed=found)
+        assert torch.equal(mask.row(space), wanted), seed

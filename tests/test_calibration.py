@@ -17,6 +17,7 @@ from fedsparse.federation.cache import Cache, fingerprint, source_of
 from fedsparse.federation.calibration import Calibration, Work, calibrate, calibrate_clients, observe
 from fedsparse.federation.head import Head, prepare_head, probe
 from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.reports import Diverged
 from fedsparse.federation.setting import Setting
 from fedsparse.federation.wire import HEADER
 from fedsparse.masks import Sparsity
@@ -275,3 +276,86 @@ def test_what_has_no_source_is_never_found_again():
     made = type("Made", (), {"__module__": "nowhere"})()
     assert source_of(made) != source_of(made)
     assert source_of(Random()) == source_of(Random())
+
+
+# --- one client whose numbers overflow
+
+
+def spoilt(setting, client, value=float("inf")):
+    """The client's data is such that its loss, and all that is measured on it, is not finite."""
+    setting.dataset.train.x[setting.parts[client]] = value
+    return setting
+
+
+def lines(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "fedsparse"]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_client_whose_head_gradient_is_not_finite_is_left_out_and_named(setting, caplog, value):
+    plain = copy.deepcopy(setting.net)
+    sgd = torch.optim.SGD(plain[3].parameters(), lr=0.3)
+    for round in (0, 1):
+        (client,) = (c for c in SAMPLED[round] if c != 3)
+        index = torch.from_numpy(setting.parts[client])
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(
+            plain(setting.dataset.train.x[index]), setting.dataset.train.y[index]
+        ).backward()
+        sgd.step()
+    probe(spoilt(setting, 3, value), HEAD, steps=2, lr=0.3)
+    torch.testing.assert_close(setting.space.read(setting.net), setting.space.read(plain), rtol=0, atol=1e-12)
+    assert lines(caplog) == ["head: client 3 is left out: NaN or infinity in loss or gradient"]
+
+
+def test_if_every_head_gradient_is_lost_the_line_names_the_heads_own_keys(setting):
+    for client in (3, 5):
+        spoilt(setting, client, float("nan"))
+    before = setting.space.read(setting.net)
+    with pytest.raises(Diverged, match="head step 1: .* every client .* smaller calibration.head_lr, or head.init=cl"):
+        probe(setting, HEAD, steps=2, lr=0.3)
+    assert torch.equal(setting.space.read(setting.net), before)
+
+
+def test_a_head_that_overflows_in_its_last_step_is_not_handed_on(setting):
+    with pytest.raises(Diverged, match="^the head became NaN or infinite, .* smaller calibration.head_lr"):
+        probe(setting, HEAD, steps=1, lr=1e309)
+
+
+def test_a_client_whose_features_are_not_finite_is_left_out_of_the_closed_form_and_named(setting, caplog):
+    rest = replace(
+        setting,
+        parts=[part for client, part in enumerate(setting.parts) if client != 3],
+        net=copy.deepcopy(setting.net),
+    )
+    for given in (rest, spoilt(setting, 3, float("nan"))):
+        prepare_head(given, Head("closed_form", ridge=2.5), HEAD, 0, 0.1)
+    got, wanted = (given.space.read(given.net) for given in (setting, rest))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+    assert lines(caplog) == ["head: client 3 is left out: NaN or infinity in the features"]
+    for client in range(7):
+        spoilt(setting, client, float("nan"))
+    with pytest.raises(Diverged, match="the features of every client are NaN"):
+        prepare_head(setting, Head("closed_form"), HEAD, 0, 0.1)
+
+
+def test_a_client_whose_scores_are_not_finite_is_left_out_and_named(setting, caplog):
+    index = [torch.from_numpy(setting.parts[client]) for client in (5, 6)]
+    x, y = (torch.cat([part[i] for i in index]) for part in (setting.dataset.train.x, setting.dataset.train.y))
+    expected = plain_fisher(setting, x, y)
+    got = observe(spoilt(setting, 3, float("nan")), work(Fisher(largest=False), rounds=2))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert lines(caplog) == ["calibration: client 3 is left out: NaN or infinity in what is observed"] * 2
+    for client in (5, 6):
+        spoilt(setting, client, float("nan"))
+    with pytest.raises(Diverged, match="calibration: what is observed is NaN or infinite everywhere"):
+        observe(setting, work(Fisher(largest=False), rounds=1))
+
+
+def test_a_client_whose_own_scores_are_not_finite_trains_nothing_and_is_named(setting, caplog):
+    clean = calibrate_clients(setting, work(Fisher(largest=False)))
+    found = calibrate_clients(spoilt(setting, 3, float("nan")), work(Fisher(largest=False)))
+    assert not found.bitmaps[3].any()
+    others = [client for client in range(7) if client != 3]
+    assert torch.equal(found.bitmaps[others], clean.bitmaps[others])
+    assert lines(caplog) == ["calibration: client 3 is left out: NaN or infinity in what is observed"]

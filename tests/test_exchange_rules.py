@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from fedsparse.federation.exchange import select
+from fedsparse.federation.exchange import Exchange, select
+from fedsparse.federation.filters import SignFlip
 from fedsparse.federation.fractions import check_fraction, fraction_of
 from fedsparse.federation.rules import Layers, Layout, Pattern, RandomK, Sender, Threshold, TopK
 from fedsparse.federation.selection import SCORES, at_least, kept
+from fedsparse.federation.update import Update
+from fedsparse.federation.wire import read
 
 # theta:      3  -1   0    2   -4    0.5
 # anchor:     1  -1   2   -2   -4.5  0
@@ -227,3 +231,80 @@ def test_random_coordinates_are_all_as_likely():
     marks = [rule.mark(torch.zeros(n), torch.zeros(n), layout, Sender(c, r)) for r in range(rounds) for c in range(5)]
     often = torch.stack(marks).double().mean(0)
     assert float((often - 0.25).abs().max()) < 5 * math.sqrt(0.25 * 0.75 / (5 * rounds))
+
+
+# --- what is ranked and sent is what the client holds, not its start plus its change, rounded once more
+
+
+def trained(seed, n=60):
+    """Float32 values that end near zero, far from where they began: start plus change is another value then."""
+    g = torch.Generator().manual_seed(seed)
+    start = torch.randint(-9, 10, (3, n), generator=g).float() / 10
+    values = torch.randn(3, n, generator=g) / 1e3
+    values[:, ::4] *= 1e3
+    numbers = {"weight": (1.0,) * 3, "loss": (0.0,) * 3, "anchor": start, "values": values}
+    return start, values, Update((0, 1, 2), values - start, torch.zeros(3, 0), **numbers)
+
+
+def travelling(rule, n=60, **options):
+    return Exchange(torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool), rule=rule, **options)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_compat_sends_what_fl4health_would_of_float32(seed):
+    """Its exchanger keeps what scores at least the k-th largest |theta - start|, ties included, and sends theta."""
+    start, values, update = trained(seed)
+    assert not torch.equal(start + update.rows, values)
+    travels = travelling(TopK(fraction=0.3, compat="original"), payload="value", compat="original")
+    payload = travels.encode(update)
+    for k, message in enumerate(payload.written):
+        said = read(message, 60)
+        drift = (values[k] - start[k]).abs()
+        least = drift.topk(math.ceil(0.3 * 60)).values[-1]
+        wanted = (drift >= least) & (values[k] != 0)
+        assert torch.equal(said.sent, wanted)
+        assert torch.equal(said.values, torch.where(wanted, values[k], 0.0))
+
+
+SCORE_OF = {
+    "largest_final": lambda now, start: abs(now),
+    "smallest_final": lambda now, start: -abs(now),
+    "largest_change": lambda now, start: abs(now - start),
+    "smallest_change": lambda now, start: -abs(now - start),
+    "largest_increase": lambda now, start: abs(now) - abs(start),
+    "smallest_increase": lambda now, start: abs(start) - abs(now),
+}
+
+
+@pytest.mark.parametrize("by", list(SCORE_OF))
+@pytest.mark.parametrize("payload", ["change", "value"])
+def test_every_score_is_of_the_clients_own_values(by, payload):
+    for seed in range(20):
+        start, values, update = trained(seed)
+        found = travelling(TopK(by, 0.3), payload=payload)
+        found = found.decode(found.encode(update))
+        for k in range(3):
+            scores = [np.float32(SCORE_OF[by](a, b)) for a, b in zip(values[k].numpy(), start[k].numpy(), strict=True)]
+            first = sorted(range(60), key=lambda i, s=scores: (-s[i], i))[:18]
+            assert sorted(first) == found.sent[k].nonzero().flatten().tolist()
+        assert torch.equal(found.rows, torch.where(found.sent, update.rows, 0.0))
+
+
+def test_values_that_are_sent_arrive_to_the_bit_as_the_change_that_they_are():
+    for seed in range(20):
+        _, _, update = trained(seed)
+        travels = travelling(None, payload="value")
+        assert torch.equal(travels.decode(travels.encode(update)).rows, update.rows)
+
+
+def test_a_filter_that_changes_the_change_changes_what_is_ranked_and_sent():
+    start, _, update = trained(0)
+    flip = SignFlip(3, 2.0)
+    for payload in ("change", "value"):
+        travels = travelling(TopK("largest_final", 0.3), payload=payload, filters={"attack": flip})
+        found = travels.decode(travels.encode(update))
+        theta = start - 2.0 * update.rows
+        for k in range(3):
+            assert torch.equal(found.sent[k], select("largest_final", theta[k], start[k], 0.3))
+        wanted = -2.0 * update.rows if payload == "change" else theta - start
+        assert torch.equal(found.rows, torch.where(found.sent, wanted, 0.0))

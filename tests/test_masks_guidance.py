@@ -232,3 +232,15 @@ def test_22_million_scores_of_one_tensor():
     robust = normalise(scores, space, "robust")
     assert float(robust.median()) == pytest.approx(0, abs=1e-6)
     assert normalise(scores, space, "minmax").aminmax() == (0, 1)
+
+
+def test_the_originals_robust_takes_the_lower_median():
+    space = ParamSpace(["even", "odd"], [torch.Size([4]), torch.Size([3])])
+    scores = torch.tensor([1.0, 2.0, 4.0, 9.0, 5.0, 1.0, 3.0])
+    # even: median 2 (3 between), quartiles 1.75 and 5.25; odd: 3, 2 and 4
+    wanted = [(s - 2) / 3.5 for s in (1, 2, 4, 9)] + [1.0, -1.0, 0.0]
+    assert normalise(scores, space, "robust", "original").tolist() == pytest.approx(wanted)
+    plain = [(s - 3) / 3.5 for s in (1, 2, 4, 9)] + [1, -1, 0]
+    assert normalise(scores, space, "robust").tolist() == pytest.approx(plain)
+    for how in ("minmax", "rank", "none"):
+        assert torch.equal(normalise(scores, space, how, "original"), normalise(scores, space, how))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from fedsparse.federation.robust import (
     trimmed_mean,
     weighted_mean,
 )
+from fedsparse.federation.update import Update
 
 JUNK = 1e6  # stands where a client sent nothing: no rule may look at it
 NAN, INF = math.nan, math.inf
@@ -499,3 +502,191 @@ def test_defaults_are_the_documented_ones():
 def test_aggregation_offers_them_too():
     names = ["weighted_mean", "coordinate_mean", "trimmed_mean", "median", "krum", "multi_krum", "geometric_median"]
     assert all(getattr(aggregation, name) is getattr(robust, name) for name in names)
+
+
+# --- attackers of any size, and lost rows
+
+ROBUST = ["trimmed by 0.3", "median", "krum of 3", "multi-krum of 2, 3 kept", "geometric median"]
+
+
+def attacked(power, seed=0, honest=7, liars=2, size=5):
+    """Honest rows near 1 and, last, liars at ten to a power, of either sign."""
+    rng = np.random.default_rng(seed)
+    far = rng.choice([-1.0, 1.0], (liars, size)) * 10.0**power
+    values = np.concatenate([1 + rng.normal(size=(honest, size)) / 10, far])
+    return torch.tensor(values), torch.ones(honest + liars, size, dtype=torch.bool), torch.ones(honest + liars).double()
+
+
+@pytest.mark.parametrize("name", ROBUST)
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
+def test_attackers_of_any_size_move_no_robust_mean_out_of_the_honest(name, scale):
+    """The bound is a geometric median's, of a share a: 2 (1 - a) / (1 - 2 a) times how far honest rows lie apart."""
+    for power in range(1, 301):
+        values, sent, weight = attacked(power, seed=power)
+        honest = values[:7]
+        values = (values * scale).clamp(-1e308, 1e308)
+        mean, _ = RULES[name][0](values, sent, weight)
+        away = float((mean / scale - honest.mean(0)).norm())
+        most = float((honest - honest.mean(0)).norm(dim=1).max())
+        share = 2 / 9
+        assert away <= 2 * (1 - share) / (1 - 2 * share) * most, (power, away, most)
+
+
+@pytest.mark.parametrize("power", [3, 6, 12, 15, 30, 100, 300])
+def test_a_geometric_median_beside_far_attackers_is_that_with_unit_pulls(power):
+    """An attacker so far away pulls by its weight in its direction, whatever its distance: scipy on that sum."""
+    values, sent, weight = attacked(power, seed=power)
+    honest, pull = values[:7].numpy(), (values[7:].sign() / math.sqrt(5)).numpy().sum(0)
+
+    def total(z):
+        away = z - honest
+        norm = np.linalg.norm(away, axis=1)
+        return norm.sum() - pull @ z, (away / norm[:, None]).sum(0) - pull
+
+    wanted = minimize(total, honest.mean(0), jac=True, method="BFGS", options={"gtol": 1e-12}).x
+    mean, _ = geometric_median(values, sent, weight)
+    assert mean.numpy() == pytest.approx(wanted, abs=1e-6 if power > 3 else 1e-2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_geometric_median_minimises_the_weighted_sum_of_distances_beside_any_attacker(seed):
+    rng = np.random.default_rng(seed)
+    clients, size = int(rng.integers(3, 12)), int(rng.integers(1, 6))
+    values, weight = rng.normal(size=(clients, size)), rng.integers(1, 5, clients).astype(float)
+    values[-1] *= 10.0 ** rng.uniform(0, 9)
+    weight[-1] = 1.0
+    given = torch.tensor(values), torch.ones(clients, size, dtype=torch.bool), torch.tensor(weight)
+    mean = geometric_median(*given)[0].numpy()
+
+    def total(z):
+        return np.linalg.norm(values - z, axis=1) @ weight
+
+    near = minimize(total, mean, method="Nelder-Mead", options={"xatol": 1e-10}).fun
+    assert all(total(mean) <= least * (1 + 1e-9) for least in (near, *map(total, values)))
+
+
+@pytest.mark.parametrize("unit", [2.0**-60, 2.0**-20, 2.0**90])
+@pytest.mark.parametrize("name", list(RULES))
+def test_the_unit_of_the_updates_does_not_matter_to_the_bit(name, unit):
+    values, sent, weight = ragged(11, dropped=0)
+    one, other = RULES[name][0](values, sent, weight), RULES[name][0](values * unit, sent, weight)
+    assert same((one[0] * unit, one[1]), other)
+
+
+@every_rule
+@pytest.mark.parametrize("junk", [NAN, INF, -INF])
+def test_a_row_that_is_not_finite_is_left_out(name, junk):
+    values, sent, weight = ragged(12, clients=10, dropped=0, density=1.0)
+    values[4, 2] = junk
+    weight[4] = 1e9
+    keep = [k for k in range(10) if k != 4]
+    rule = RULES[name][0]
+    wanted = {"krum": krum, "krum of 3": krum, "multi-krum": multi_krum, "multi-krum of 2, 3 kept": multi_krum}.get(
+        name
+    )
+    left = {"krum": {"attackers": 0}, "krum of 3": {"attackers": 2}, "multi-krum": {"attackers": 0}}
+    left["multi-krum of 2, 3 kept"] = {"attackers": 1, "keep": 3}
+    others = values[keep], sent[keep], weight[keep]
+    assert same(rule(values, sent, weight), rule(*others) if wanted is None else wanted(*others, **left[name]))
+
+
+@pytest.mark.parametrize("rule", [krum, multi_krum])
+@pytest.mark.parametrize("lost", range(9))
+def test_krum_goes_on_however_many_rows_are_lost(rule, lost):
+    """Eight clients of whom five may attack: each that is lost is one that has been found."""
+    values = torch.tensor([[float(k**2)] for k in range(8)], dtype=torch.float64)
+    values[8 - lost :] = NAN
+    mean, touched = rule(values, torch.ones(8, 1, dtype=torch.bool), torch.ones(8).double(), attackers=5)
+    n, unknown = 8 - lost, max(0, 5 - lost)
+    kept = 1 if rule is krum else n - unknown
+    assert touched.tolist() == [n > 0]
+    wanted = [k**2 for k in (plain_order(n, unknown) if n else [])][:kept]
+    assert float(mean[0]) == pytest.approx(np.mean(wanted) if wanted else 0.0)
+
+
+def plain_order(n, attackers):
+    """Krum's order of 0, 1, 4, 9 ...; one neighbour is the least that is compared."""
+    scores = []
+    for i in range(n):
+        far = sorted((i**2 - j**2) ** 2 for j in range(n) if j != i)
+        scores.append(sum(far[: max(1, n - attackers - 2)]))
+    return sorted(range(n), key=lambda i: (scores[i], i))
+
+
+@every_rule
+def test_nothing_but_lost_rows(name):
+    given = case([[NAN, INF]] * 8)
+    agree(RULES[name][0](*given), (np.zeros(2), [False, False]), 0.0)
+
+
+def test_two_rows_of_krum_are_compared_by_the_coordinates_that_are_named():
+    rows = [[0.0, 9.0], [0.1, -9.0], [0.2, 9.0], [5.0, 9.0], [7.0, 9.0]]
+    by_hand(krum(*case(rows), by=1), [0.1, -9.0], [True, True])
+    by_hand(krum(*case(rows)), [0.2, 9.0], [True, True])
+    by_hand(multi_krum(*case(rows), attackers=2, keep=2, by=1), [0.05, 0.0], [True, True])
+
+
+# --- in a round: those who were left out, and buffers
+
+
+def closed(average, update, groups=1, processes=None):
+    rule = aggregation.Robust(average)
+    tally = rule.zero(groups, update.rows.shape[1], update.buffers.shape[1], torch.device("cpu"))
+    rule.add(tally, update, [0] * len(update.clients))
+    return rule.finish(rule.merge(tally))
+
+
+def sent_by(rows, buffers=None, refused=()):
+    rows = torch.tensor(rows)
+    clients, out = len(rows), dict.fromkeys(refused, "")
+    extra = torch.zeros(clients, 0) if buffers is None else torch.tensor(buffers)
+    numbers = tuple(0.0 if k in out else 1.0 + k for k in range(clients))
+    return Update(tuple(range(clients)), rows, extra, numbers, numbers, refused=out)
+
+
+def test_krum_in_a_round_that_loses_a_client():
+    """Eight clients of whom five may attack: before, seven were too few, and the run ended."""
+    rows = [[1.0], [1.1], [1.3], [9.0], [-9.0], [0.0], [5.0], [0.0]]
+    change = closed(partial(krum, attackers=5), sent_by(rows, refused=[7]))
+    assert change.rows[0].tolist() == pytest.approx([1.0])  # two neighbours... of seven, four may attack: one counts
+    with pytest.raises(ValueError, match="5 attackers need 8 clients"):
+        closed(partial(krum, attackers=5), sent_by(rows[:7]))  # nobody was lost: there never were eight
+
+
+def test_padding_is_nobody_who_was_lost():
+    update = sent_by([[1.0], [1.1], [1.3], [0.0]], refused=[3])
+    with pytest.raises(ValueError, match="1 attackers need 4 clients"):
+        closed(partial(krum, attackers=1), replace(update, clients=(0, 1, 2, -1)))
+    assert closed(partial(krum, attackers=1), update).rows[0].tolist() == pytest.approx([1.0])
+
+
+BUFFERS = [[1.0, 5.0], [2.0, 6.0], [3.0, 7.0], [4.0, 8.0], [1e12, -1e12]]
+
+
+@pytest.mark.parametrize("name", [*ROBUST[:2], "geometric median"])
+def test_buffers_take_the_same_robust_mean(name):
+    rows = [[0.1], [0.2], [0.3], [0.4], [0.5]]
+    rule = RULES[name][0]
+    change = closed(rule, sent_by(rows, BUFFERS))
+    weight = torch.arange(1.0, 6.0, dtype=torch.float64)
+    one = torch.ones(5, 2, dtype=torch.bool)
+    wanted = rule(torch.tensor(BUFFERS), one, weight)[0]
+    assert torch.equal(change.buffers[0], wanted)
+    assert change.rows[0].shape == (1,)
+    assert float(change.rows[0]) == float(rule(torch.tensor(rows), one[:, :1], weight)[0])
+    assert bool((wanted.abs() < 10).all())
+
+
+def test_krum_takes_the_buffers_of_the_rows_that_it_picks():
+    rows = [[0.0], [0.1], [0.2], [5.0], [-7.0]]
+    buffers = [[10.0], [-1e9], [30.0], [40.0], [50.0]]  # of which Krum is told nothing
+    assert closed(krum, sent_by(rows, buffers)).buffers.tolist() == [[-1e9]]
+    change = closed(partial(multi_krum, attackers=2, keep=2), sent_by(rows, buffers))
+    weight, picked = torch.tensor([1.0, 2.0]), torch.tensor([10.0, -1e9])
+    assert float(change.buffers) == pytest.approx(float((weight * picked).sum() / 3))
+
+
+def test_a_lost_clients_buffers_do_not_matter():
+    rows, buffers = [[0.1], [0.2], [0.3], [9.0]], [[1.0], [2.0], [3.0], [NAN]]
+    change = closed(median, sent_by(rows, buffers, refused=[3]))
+    assert (float(change.rows), float(change.buffers)) == pytest.approx((0.2, 2.0))

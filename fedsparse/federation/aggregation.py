@@ -6,8 +6,10 @@ need all rows of a round at once: their memory grows with the clients, and proce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -156,6 +158,8 @@ class CoordinateMean:
             if weight > 0:
                 add_scaled(tally.rows[g], update.rows[k], self._scale(update, k))
                 _add_numbers(tally, update, k, g)
+                if update.buffers.numel():
+                    tally.buffers[g].add_(update.buffers[k], alpha=weight)
                 if tally.senders is not None and update.sent is not None:
                     tally.senders[g].add_(update.sent[k], alpha=weight)
 
@@ -208,17 +212,40 @@ class FedNova(CoordinateMean):
         return change
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a robust average holds of a client until a round closes.
+
+    Attributes:
+        client: its id.
+        group: of the global row.
+        weight: in the average.
+        row: (n + Q,), what it changed in coordinates and buffers; NaN of a client that was left out.
+        sent: bool (n + Q,).
+
+    """
+
+    client: int
+    group: int
+    weight: float
+    row: Tensor
+    sent: Tensor
+
+
 class RowTally(Tally):
     """Sums of what every aggregation averages, and all rows of a round."""
 
     def __init__(self, groups: int, buffers: int, size: int, device: torch.device) -> None:
-        super().__init__(groups, 0, buffers, device)
-        self.size, self.device = size, device
-        self.kept: list[tuple[int, int, float, Tensor, Tensor]] = []  # client, group, weight, row, sent
+        super().__init__(groups, 0, 0, device)
+        self.size, self.extra, self.device = size, buffers, device
+        self.kept: list[Kept] = []
 
 
 class Robust:
-    """A robust average of the rows of each group, by one of the functions of ``robust``.
+    """A robust average of the rows of each group, and of their buffers, by one of the functions of ``robust``.
+
+    Those that pick whole rows compare coordinates alone, and take the buffers of the rows that they pick. An update
+    that was left out is handed on as a row of NaN: of the attackers that a function reckons with, one has been found.
 
     Args:
         average: values (K, n), sent bool (K, n), weight (K,) -> mean (n,), touched bool (n,).
@@ -229,25 +256,31 @@ class Robust:
 
     def __init__(self, average: AverageRows) -> None:
         self.average = average
+        self.picks = (average.func if isinstance(average, partial) else average) in (krum, multi_krum)
 
     def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> RowTally:
         """Start a round without rows."""
         return RowTally(groups, buffers, size, device)
 
     def add(self, tally: RowTally, update: Update, group: Sequence[int]) -> None:
-        """Keep the rows of those who count."""
+        """Keep the rows of those who count, and note who was left out."""
         for k, (client, weight, g) in enumerate(zip(update.clients, update.weight, group, strict=True)):
-            if weight > 0:
-                row = update.rows[k].cpu().clone()
-                sent = torch.ones(row.shape, dtype=torch.bool) if update.sent is None else update.sent[k].cpu()
-                tally.kept.append((client, g, weight, row, sent))
-                _add_numbers(tally, update, k, g)
+            if weight > 0 or (client >= 0 and k in update.refused):
+                row = torch.cat([update.rows[k], update.buffers[k]]).cpu()
+                sent = torch.ones(row.shape, dtype=torch.bool)
+                if update.sent is not None:
+                    sent[: tally.size] = update.sent[k].cpu()
+                if weight > 0:
+                    _add_numbers(tally, update, k, g)
+                    tally.kept.append(Kept(client, g, weight, row, sent))
+                else:
+                    tally.kept.append(Kept(client, g, 1.0, torch.full_like(row, math.nan), torch.ones_like(sent)))
 
     def merge(self, tally: RowTally) -> RowTally:
         """Gather the rows of all processes, in the order of their clients."""
         if parallel.joined():
             tally.all_reduce()
-        tally.kept = sorted((row for rows in parallel.gather(tally.kept) for row in rows), key=lambda row: row[0])
+        tally.kept = sorted((row for rows in parallel.gather(tally.kept) for row in rows), key=lambda row: row.client)
         return tally
 
     def finish(self, tally: RowTally) -> Change | None:
@@ -255,23 +288,32 @@ class Robust:
         if sum(tally.weight) == 0:
             return None
         averaged = [self._group(tally, g) for g in range(len(tally.weight))]
-        rows, touched = (torch.stack(parts).to(tally.device) for parts in zip(*averaged, strict=True))
-        return tally.change(rows, None if bool(touched.all()) else touched)
+        every, touched = (torch.stack(parts).to(tally.device) for parts in zip(*averaged, strict=True))
+        rows, buffers = every.split([tally.size, tally.extra], 1)
+        touched = touched[:, : tally.size]
+        return replace(tally.change(rows, None if bool(touched.all()) else touched), buffers=buffers)
 
     def _group(self, tally: RowTally, group: int) -> Averaged:
-        kept = [row for row in tally.kept if row[1] == group]
+        """Average coordinates and buffers of one group: (n + Q,)."""
+        kept, sizes = [row for row in tally.kept if row.group == group], [tally.size, tally.extra]
         if not kept:
-            return torch.zeros(tally.size, dtype=torch.float64), torch.zeros(tally.size, dtype=torch.bool)
-        weight = torch.tensor([row[2] for row in kept], dtype=torch.float64)
-        return self.average(torch.stack([row[3] for row in kept]), torch.stack([row[4] for row in kept]), weight)
+            return torch.zeros(sum(sizes), dtype=torch.float64), torch.zeros(sum(sizes), dtype=torch.bool)
+        weight = torch.tensor([row.weight for row in kept], dtype=torch.float64)
+        values, sent = torch.stack([row.row for row in kept]), torch.stack([row.sent for row in kept])
+        if not tally.extra:
+            return self.average(values, sent, weight)
+        if self.picks:
+            return self.average(values, sent, weight, by=tally.size)  # type: ignore[call-arg]
+        parts = zip(values.split(sizes, 1), sent.split(sizes, 1), strict=True)
+        means = [self.average(value, told, weight) for value, told in parts]
+        rows, touched = (torch.cat(part) for part in zip(*means, strict=True))
+        return rows, touched
 
 
 def _add_numbers(tally: Tally, update: Update, k: int, group: int) -> None:
-    """Add what every aggregation averages by weight: loss, buffers, steps."""
+    """Add what every aggregation averages by weight: loss and steps."""
     weight = update.weight[k]
     tally.weight[group] += weight
     tally.loss += weight * update.loss[k]
     if update.steps:
         tally.steps[group] += weight * update.steps[k]
-    if update.buffers.numel():
-        tally.buffers[group].add_(update.buffers[k], alpha=weight)

@@ -7,6 +7,7 @@ Shapes: ``P`` coordinates of the space, ``N`` clients, ``B`` = ceil(P / 8) bytes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 
 from fedsparse.data.datasets import Split
+from fedsparse.federation.reports import Diverged, left_out
 from fedsparse.federation.setting import Setting
 from fedsparse.federation.wire import bitmap_size, known_size
 from fedsparse.keys import Purpose, generator, torch_generator
 from fedsparse.masks import Mask, MaskRule, Sparsity
 from fedsparse.masks.bitmaps import pack
 from fedsparse.space import Patterns
+
+log = logging.getLogger("fedsparse")
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,19 @@ def calibrate_clients(setting: Setting, work: Work) -> Calibrated:
     space, clients = setting.space, setting.eligible
     bitmaps = torch.zeros(len(setting.parts), -(-space.size // 8), dtype=torch.uint8)
     union = torch.zeros(space.size, dtype=torch.bool)
+    lost = {}
     for client in clients:
-        row = _mask(setting, work, observe(setting, work, client), (client,)).row(space)
+        try:
+            observed = observe(setting, work, client)
+        except Diverged as error:  # it trains nothing
+            lost[client] = error
+            continue
+        row = _mask(setting, work, observed, (client,)).row(space)
         bitmaps[client], union = pack(row), union | row
+    if len(lost) == len(clients):
+        raise lost[clients[0]]
+    if lost:
+        log.warning("calibration: %s", left_out(lost, "NaN or infinity in what is observed"))
     length = bitmap_size(space.size).total
     setting.ledger.first_model(clients, setting.model_length)
     setting.ledger.setup(len(clients), up=length, down=length)
@@ -187,12 +201,24 @@ def _observe_alone(setting: Setting, work: Work, total: Tensor) -> None:
 
 
 def _observe(setting: Setting, work: Work, round: int, sources: Sequence[Source], total: Tensor) -> None:
-    """Add what the rule observes on the batches of all sources to a sum in float64 (P,)."""
+    """Add what the rule observes on the batches of all sources to a sum in float64 (P,), where that is finite."""
+    before, lost = torch.empty_like(total), set[int]()
     for source in sources:
+        before.copy_(total)
         order = generator(setting.seed, Purpose.CALIBRATION, round, source.owner).permutation(source.part)
         labels = torch_generator(setting.seed, Purpose.CALIBRATION, round, source.owner)
         for x, y in setting.batches(source.split, order, work.calibration.batches):
             work.rule.observe(setting.net, setting.space, x, y, loss=setting.losses, generator=labels, into=total)
+        if not bool(total.isfinite().all()):
+            total.copy_(before)
+            lost.add(source.owner)
+    if len(lost) == len(sources):
+        raise Diverged(
+            "calibration: what is observed is NaN or infinite everywhere, so the run stops; try a smaller "
+            "calibration.head_lr, and look at the data's range"
+        )
+    if lost:
+        log.warning("calibration: %s", left_out(lost, "NaN or infinity in what is observed"))
 
 
 def _own(setting: Setting, client: int) -> Source:

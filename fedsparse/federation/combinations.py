@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -54,8 +55,14 @@ def check_pruning(exchange: Exchange, mode: str) -> None:
         raise ValueError("exchange=full would send what is pruned, as zeros: set exchange=masked")
 
 
-def check_sizes(exchange: Exchange, aggregation: Aggregation, clients: int, taking_part: int) -> None:
-    """Refuse what does not fit the number of clients, or of those that take part in a round.
+def check_sizes(exchange: Exchange, aggregation: Aggregation, holds: Sequence[bool], taking_part: int) -> None:
+    """Refuse what does not fit the clients, or the number of those that take part in a round.
+
+    Args:
+        exchange: what is sent.
+        aggregation: how it is averaged.
+        holds: of each client, whether it holds data.
+        taking_part: clients of a round, the fewest there are.
 
     Raises:
         ValueError: one line that says what would fit.
@@ -63,10 +70,10 @@ def check_sizes(exchange: Exchange, aggregation: Aggregation, clients: int, taki
     """
     fraction = getattr(exchange.rule, "fraction", None)
     if fraction is not None:
-        check_fraction(fraction, clients)
+        check_fraction(fraction, len(holds))
     for chosen in exchange.filters:
         if isinstance(chosen, SignFlip):
-            _check_attackers(chosen, clients)
+            _check_attackers(chosen, holds)
     if isinstance(aggregation, Robust):
         _check_average(aggregation.average, taking_part)
 
@@ -88,10 +95,17 @@ def check_names(exchange: Exchange, space: ParamSpace, trained: Tensor) -> None:
         exchange.rule.check([name for name, part in parts.items() if bool(part.any())])
 
 
-def _check_attackers(attack: SignFlip, clients: int) -> None:
-    """Refuse attackers that are not among the clients."""
-    if max(attack.clients, default=0) >= clients:
-        raise ValueError(f"exchange.attackers are clients 0 to {max(attack.clients)}; there are {clients} clients")
+def _check_attackers(attack: SignFlip, holds: Sequence[bool]) -> None:
+    """Refuse attackers that are not among the clients, or never take part."""
+    if max(attack.clients, default=0) >= len(holds):
+        raise ValueError(f"exchange.attackers are clients 0 to {max(attack.clients)}; there are {len(holds)} clients")
+    idle = sorted(client for client in attack.clients if not holds[client])
+    if idle:
+        able = [client for client, holder in enumerate(holds) if holder][: len(attack.clients)]
+        raise ValueError(
+            f"exchange.attackers: {', '.join(map(str, idle))} of these clients hold no data and never take part; the "
+            f"first that do are exchange.attackers={able}"
+        )
 
 
 def _check_average(average: AverageRows, taking_part: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedsparse.federation.admission import admit, finite, refuse
 from fedsparse.federation.rules import Layout, Rule, Sender
 from fedsparse.federation.selection import select
 from fedsparse.federation.store import ClientStore
@@ -121,12 +122,21 @@ class Exchange:
             send = partial(chosen, send=send, exchange=self)
         return send(update)
 
-    def decode(self, payload: Payload) -> Update:
-        """Read what the clients changed; what was not sent is zero."""
-        update = payload.update
-        if payload.written:
-            update = self._received(payload)
-        return _absent_is_zero(update, self.layout) if self.compat else update
+    def decode(self, payload: Payload, known: Update | None = None) -> Update:
+        """Read what the clients changed; what was not sent is zero, and who cannot be believed does not count.
+
+        Args:
+            payload: what they send.
+            known: what the receiver knows of them without being told, by which their claims are judged; None: what the
+                payload says beside its messages.
+
+        Raises:
+            PayloadError: a message is broken.
+
+        """
+        update = self._received(payload) if payload.written else payload.update
+        update = _absent_is_zero(update, self.layout) if self.compat else update
+        return admit(update, payload.update if known is None else known)
 
     def messages(self, payload: Payload) -> list[bytes]:
         """Write each client's message, where ``encode`` had no need to."""
@@ -135,6 +145,8 @@ class Exchange:
         return [self._message(payload.update, k) for k in range(len(payload.update.clients))]
 
     def _send(self, update: Update) -> Payload:
+        if self.filters:  # which may have made of finite values others, that have no order and no 8-bit steps
+            update = finite(update)
         if self.rule is None and update.dtype in (None, update.rows.dtype) and self.payload == "change":
             return self._in_place(update)
         written = tuple(self._message(update, k) for k in range(len(update.clients)))
@@ -157,7 +169,8 @@ class Exchange:
         """Write one client's message."""
         index = self._known(update.clients[k])
         change, anchor = _at(update.rows[k], index), _at(update.start[k], index)
-        theta = anchor + change
+        own = None if self.filters else update.values  # filters may have changed the change
+        theta = anchor + change if own is None else _at(own[k], index)
         marks = self._marks(theta, anchor, index, update, k)
         values = change if self.payload == "change" else theta
         if self.rule is not None and self.rule.shared:
@@ -185,14 +198,18 @@ class Exchange:
         update = payload.update
         parts = [self._read(message, update, k) for k, message in enumerate(payload.written)]
         sent = torch.stack([part for _, part, _ in parts])
-        return replace(
+        said, none = [message for _, _, message in parts], update.buffers.new_zeros(update.buffers.shape[1])
+        other = {k: len(m.buffers) for k, m in enumerate(said) if len(m.buffers) != len(none)}
+        received = replace(
             update,
             rows=torch.stack([row for row, _, _ in parts]),
             sent=sent if self.own else None,
-            buffers=torch.stack([message.buffers for _, _, message in parts]).to(update.buffers),
-            weight=tuple(message.weight for _, _, message in parts),
-            loss=tuple(message.loss for _, _, message in parts),
+            buffers=torch.stack([none if k in other else m.buffers.to(none) for k, m in enumerate(said)]),
+            weight=tuple(message.weight for message in said),
+            loss=tuple(message.loss for message in said),
         )
+        model = f"buffer values, where the model has {len(none)}"
+        return refuse(received, {k: f"{count} {model}" for k, count in other.items()})
 
     def _read(self, message: bytes, update: Update, k: int) -> tuple[Tensor, Tensor, Message]:
         """Read one client's message: change (n,), sent bool (n,), and all that it says."""

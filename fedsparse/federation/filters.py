@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsparse.federation.admission import counted
 from fedsparse.federation.exchange import Exchange, Send
 from fedsparse.federation.store import ClientStore, MemoryStore, read
 from fedsparse.federation.update import Payload, Update
@@ -48,14 +49,15 @@ class Feedback:
         carried = read(self.stores[RESIDUAL], update.clients, torch.zeros_like(update.rows))
         wanted = update.rows + self.decay * carried
         payload = send(replace(update, rows=wanted))
-        left = wanted - exchange.decode(payload).rows
-        self._keep(update, torch.where(exchange.travels.to(left.device), left, 0.0))
+        arrived = exchange.decode(payload)
+        left = wanted - arrived.rows
+        self._keep(arrived, torch.where(exchange.travels.to(left.device), left, 0.0))
         return payload
 
-    def _keep(self, update: Update, left: Tensor) -> None:
+    def _keep(self, arrived: Update, left: Tensor) -> None:
         """Keep the rows of those whose update counts: a dropped one leaves what was carried as it is."""
-        rows = [k for k, weight in enumerate(update.weight) if weight > 0]
-        self.kept = {RESIDUAL: (tuple(update.clients[k] for k in rows), left[rows].cpu())}
+        rows = counted(arrived)
+        self.kept = {RESIDUAL: (tuple(arrived.clients[k] for k in rows), left[rows].cpu())}
 
 
 class Precision:

@@ -28,10 +28,13 @@ class Guide:
         self.weight = self.loss = 0.0
 
     def add(self, told: Tensor, weight: Sequence[float], loss: Sequence[float]) -> None:
-        """Add what K clients tell, (K, n), in client order; one of weight 0 tells nothing."""
+        """Add what K clients tell, (K, n), in client order; one of weight 0 tells nothing.
+
+        What was too large for the dtype counts as its largest number, so that one client stays one.
+        """
         for row, own, value in zip(told, weight, loss, strict=True):
             if own > 0:
-                add_scaled(self.vector[:-2], row, own)
+                add_scaled(self.vector[:-2], torch.nan_to_num(row), own)
                 self.weight, self.loss = self.weight + own, self.loss + own * value
 
     def finish(self) -> tuple[Tensor, float] | None:
@@ -43,8 +46,3 @@ class Guide:
         if not self.weight:
             return None
         return self.vector[:-2] / self.weight, self.loss / self.weight
-
-
-def squares(rows: Tensor) -> Tensor:
-    """Square every value; what is too large for the dtype becomes its largest number, so that one client stays one."""
-    return rows.square().clamp_(max=torch.finfo(rows.dtype).max)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from fedsparse.federation.bound import BoundRow
 from fedsparse.federation.stacked import StackedRows
-from fedsparse.federation.store import ClientStore, MemoryStore, read
+from fedsparse.federation.store import ClientStore, Kept, MemoryStore, read
 from fedsparse.places import Coordinates, Move
 
 Rows = BoundRow | StackedRows
-Kept = dict[str, tuple[tuple[int, ...], Tensor]]
 VARIATES = "variates"
 
 

@@ -89,6 +89,11 @@ class Phase:
         return "federation.clients_per_round" if self.clients is None else self._key("clients")
 
     @property
+    def lr_key(self) -> str:
+        """Name the option that sets the clients' learning rate."""
+        return "optimizer.lr" if self.lr is None else self._key("lr")
+
+    @property
     def explores(self) -> bool:
         """Whether clients explore rather than learn."""
         return self.kind == "explore"

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from fedsparse.data.rounds import Cohort
-from fedsparse.federation.update import Update
+from fedsparse.federation.admission import NOT_FINITE
+from fedsparse.federation.store import Kept
 from fedsparse.federation.wire import Size
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """An update that was not finite and was left out."""
+    """An update that was left out, and why."""
 
     round: int
     client: int
+    why: str = NOT_FINITE
 
 
 @dataclass(frozen=True)
@@ -37,38 +35,42 @@ class Report:
     clients: tuple[int, ...]
     up: tuple[Size, ...]
     dropped: tuple[Dropped, ...]
-    kept: dict[str, tuple[tuple[int, ...], Tensor]]
+    kept: Kept
     steps: int = 0
 
 
-class EveryUpdateDropped(RuntimeError):
-    """No client of a round sent a finite update: there is nothing to go on with."""
+class Diverged(RuntimeError):
+    """There is nothing finite to go on with; says what to try."""
 
-    def __init__(self, round: int) -> None:
-        super().__init__(
+
+class EveryUpdateDropped(Diverged):
+    """No update of a round counts."""
+
+    @classmethod
+    def of(cls, round: int, dropped: Sequence[Dropped], key: str) -> EveryUpdateDropped:
+        """Say which round, and what to try; ``key`` is the clients' learning rate in it, as it is typed."""
+        refused = next((drop for drop in dropped if drop.why != NOT_FINITE), None)
+        if refused is not None:
+            return cls(f"round {round + 1}: no update counts, so the run stops; client {refused.client}: {refused.why}")
+        head = "; of a probed head, a smaller calibration.head_lr" if round == 0 else ""
+        return cls(
             f"round {round + 1}: the loss or update of every client became NaN or infinite, so the run stops; "
-            "try a smaller optimizer.lr, or optimizer.clip_norm=1.0"
+            f"try a smaller {key}, or optimizer.clip_norm=1.0{head}"
         )
 
 
-def counted(update: Update) -> list[int]:
-    """Rows whose update counts: neither padding nor dropped."""
-    return [k for k, weight in enumerate(update.weight) if weight > 0]
+def named(dropped: Sequence[Dropped]) -> list[str]:
+    """Say who was left out, a line for each reason.
+
+    >>> named([Dropped(0, 4, "it is late"), Dropped(0, 7, "it is late")])
+    ['clients 4, 7 are left out: it is late']
+    """
+    reasons = dict.fromkeys(drop.why for drop in dropped)
+    return [left_out((drop.client for drop in dropped if drop.why == why), why) for why in reasons]
 
 
-def finite(cohort: Cohort, update: Update, round: int) -> tuple[Update, tuple[Dropped, ...]]:
-    """Drop updates that are not finite: by selection, so that NaN never reaches a tally; and say whose."""
-    sums = update.rows.sum(1) + update.buffers.sum(1) if update.buffers.shape[1] else update.rows.sum(1)
-    good = [math.isfinite(a) and math.isfinite(b) for a, b in zip(sums.tolist(), update.loss, strict=True)]
-    if all(good):
-        return update, ()
-    dropped = tuple(Dropped(round, client) for row, client in cohort.members if not good[row])
-    keep = torch.tensor(good, device=update.rows.device).unsqueeze(1)
-    left = replace(
-        update,
-        rows=torch.where(keep, update.rows, 0.0),
-        buffers=torch.where(keep, update.buffers, 0.0),
-        weight=tuple(w if g else 0.0 for w, g in zip(update.weight, good, strict=True)),
-        loss=tuple(v if g else 0.0 for v, g in zip(update.loss, good, strict=True)),
-    )
-    return left, dropped
+def left_out(clients: Iterable[int], why: str) -> str:
+    """Say who was left out of what, and why."""
+    listed = sorted(clients)
+    who = f"client {listed[0]} is" if len(listed) == 1 else f"clients {', '.join(map(str, listed))} are"
+    return f"{who} left out: {why}"

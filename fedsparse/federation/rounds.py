@@ -6,6 +6,7 @@ not touched: it stays in the network and in the rows of clients and server as it
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,19 +18,19 @@ from torch import Tensor
 
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation import parallel
+from fedsparse.federation.admission import counted, finite, finite_rows, of_those
 from fedsparse.federation.aggregation import Aggregation, FedNova
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.choice import MaskChoice, length_of
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.downlink import Downlink
 from fedsparse.federation.exchange import Exchange
-from fedsparse.federation.guide import Guide, squares
+from fedsparse.federation.guide import Guide
 from fedsparse.federation.ledger import Ledger
-from fedsparse.federation.objective import Kept
 from fedsparse.federation.phases import Phase, Phases
-from fedsparse.federation.reports import Dropped, EveryUpdateDropped, Report, counted, finite
+from fedsparse.federation.reports import Diverged, Dropped, EveryUpdateDropped, Report, named
 from fedsparse.federation.schedule import Schedule, constant
-from fedsparse.federation.store import ClientStore, MemoryStore, read
+from fedsparse.federation.store import ClientStore, Kept, MemoryStore, read
 from fedsparse.federation.topology import Topology
 from fedsparse.federation.traffic import Traffic
 from fedsparse.federation.update import Payload, Update
@@ -37,6 +38,7 @@ from fedsparse.federation.wire import HEADER, Size, known_size
 from fedsparse.keys import Purpose, number
 from fedsparse.places import Coordinates, Move
 
+log = logging.getLogger("fedsparse")
 LOCAL, BUFFERS = "clients", "client_buffers"  # names of stores; those of filters and objectives come to them
 NOTHING = Size(0, 0, 0)
 
@@ -173,10 +175,11 @@ class FederatedRounds(lightning.Callback):
     def _take(self, module: ClientModule, cohort: Cohort) -> None:
         """Take a cohort's update in."""
         rows = module.trained.of(module.theta.detach())
-        update, dropped = finite(cohort, self._update(module, cohort, rows), self.round)
+        update = finite(self._update(module, cohort, rows))
         take = self._explored if self.phase.explores else self._learned
-        sizes, kept = take(update, rows)
-        clients = tuple(client for _, client in cohort.members)
+        arrived, sizes, kept = take(update, rows)
+        refused, clients = arrived.refused, tuple(client for _, client in cohort.members)
+        dropped = tuple(Dropped(self.round, client, refused[k]) for k, client in cohort.members if k in refused)
         self._tell(Report(clients, sizes[: len(clients)], dropped, kept, module.steps))
 
     def _update(self, module: ClientModule, cohort: Cohort, rows: Tensor) -> Update:
@@ -188,6 +191,7 @@ class FederatedRounds(lightning.Callback):
             self._weights(module, cohort),
             module.mean_loss,
             anchor=self.begin,
+            values=rows,
             round=cohort.round,
             steps=module.step_weights(module.taken) if self.weighs_steps else (),
         )
@@ -198,26 +202,27 @@ class FederatedRounds(lightning.Callback):
             return cohort.weight
         return tuple(float(sum(counts)) for counts in zip(*module.taken, strict=True))
 
-    def _learned(self, update: Update, rows: Tensor) -> tuple[tuple[Size, ...], Kept]:
-        """Send what was learned, add it up, and let the mask rule hear it: bytes, and what clients keep."""
+    def _learned(self, update: Update, rows: Tensor) -> tuple[Update, tuple[Size, ...], Kept]:
+        """Send what was learned, add it up, and let the mask rule hear it: what arrived, bytes, what clients keep."""
         payload = self.exchange.encode(update)
-        received = self.exchange.decode(payload)
+        received = self.exchange.decode(payload, update)
         self.aggregation.add(self.tally, received, self.group)
         if self._listens() and (told := self.choice.rule.hear(received.rows, self.begin)) is not None:  # type: ignore[union-attr]
             self.guide.add(told, received.weight, received.loss)
-        kept = self._kept(update, rows) | self.exchange.kept() | self._variates(update, self.lr)
-        return self._sizes(payload), kept
+        kept = self._kept(update.clients, rows) | self.exchange.kept()
+        kept |= self.objective.finish(update.rows, update.clients, self.lr, update.steps)
+        return received, self._sizes(payload), of_those(kept, received)
 
-    def _explored(self, update: Update, rows: Tensor) -> tuple[tuple[Size, ...], Kept]:
+    def _explored(self, update: Update, rows: Tensor) -> tuple[Update, tuple[Size, ...], Kept]:
         """Send the squared deviations; with ``keep_model`` the next client goes on from here, and is sent the model."""
-        self.guide.add(squares(update.rows), update.weight, update.loss)
+        self.guide.add(update.rows.square(), update.weight, update.loss)
         if self.phase.updates_model and counted(update):
             self.chain = rows[:1].clone()
             self.buffers.hand_on()
         n, dtype = self.exchange.size, update.rows.dtype
         guide, model = known_size(n, 0, dtype), known_size(n, self.buffers.size, dtype)
         size = guide * self._guides() + model * self.phase.updates_model
-        return (size,) * len(update.clients), {}
+        return update, (size,) * len(update.clients), {}
 
     def _guides(self) -> bool:
         """Whether the mask rule is told what clients explored."""
@@ -234,21 +239,11 @@ class FederatedRounds(lightning.Callback):
         more = known_size(self.exchange.size, 0, payload.update.rows.dtype) * self.objective.messages
         return tuple(size + more for size in payload.sizes)
 
-    def _kept(self, update: Update, rows: Tensor) -> Kept:
-        """Local coordinates and buffers that those keep whose update counts."""
-        those = counted(update)
-        clients = tuple(update.clients[k] for k in those)
-        local = {LOCAL: (clients, rows[:, self.local][those].cpu())} if self.keeps_local else {}
+    def _kept(self, clients: tuple[int, ...], rows: Tensor) -> Kept:
+        """Local coordinates and buffers, which clients keep for themselves."""
+        local = {LOCAL: (clients, rows[:, self.local])} if self.keeps_local else {}
         buffers = self.buffers.kept()
-        return local if buffers is None else local | {BUFFERS: (clients, buffers[those])}
-
-    def _variates(self, update: Update, lr: float) -> Kept:
-        """What the objective lets those keep whose update counts."""
-        if not self.objective.stores:
-            return {}
-        kept = self.objective.finish(update.rows, update.clients, lr, update.steps)
-        those = counted(update)
-        return {name: (tuple(ids[k] for k in those), rows[those].cpu()) for name, (ids, rows) in kept.items()}
+        return local if buffers is None else local | {BUFFERS: (clients, buffers)}
 
     def _tell(self, report: Report) -> None:
         """Note what a cohort leaves; of several processes all do at the round's end, when they hear of it."""
@@ -294,8 +289,12 @@ class FederatedRounds(lightning.Callback):
                 self._note(report)
         self.objective.close()
         closed = self._close_exploration(module) if self.phase.explores else self._close_learning(module)
+        dropped = [drop for drop in self.dropped if drop.round == self.round]
         if closed is None:
-            raise EveryUpdateDropped(self.round)
+            raise EveryUpdateDropped.of(self.round, dropped, self.phase.lr_key)
+        if parallel.process() == 0:
+            for line in named(dropped):
+                log.warning("round %d: %s", self.round + 1, line)
         self.loss = closed
         module.space.write(module.net, module.server.rows[0])
         self._settle(module)
@@ -307,6 +306,11 @@ class FederatedRounds(lightning.Callback):
         if change is None:
             return None
         module.server.step(change)
+        if not all(finite_rows(module.server.values)):
+            raise Diverged(
+                f"round {self.round + 1}: the server's step made the model NaN or infinite, so the run stops; try a "
+                "smaller server.lr"
+            )
         self.buffers.close(change.buffers)
         told = self.guide.finish() if self._listens() else None
         if told is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("memory", "file")
+Kept = dict[str, tuple[tuple[int, ...], Tensor]]  # by the store's name: client ids, and a row each
 _FIRST = 16  # rows of a new file; it doubles when they are used up
 
 

@@ -6,7 +6,8 @@ only: nothing else can change. Nothing here knows of the simulator.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,9 +27,11 @@ class Update:
         loss: K mean training losses.
         sent: bool (K, n), which coordinates each client sent, where that differs between them; None: all alike.
         anchor: (K, n) values that the clients started from, which both sides know; None where nothing asks for them.
+        values: (K, n) values that training ended with: start plus change is rounded once more. None where nobody said.
         round: the round.
         steps: K sums of step weights (``objective.step_weight``); empty where nothing asks for them.
         dtype: of the values on the wire; None for the rows' own.
+        refused: rows that do not count, which have weight 0, and why.
 
     """
 
@@ -39,9 +42,11 @@ class Update:
     loss: tuple[float, ...]
     sent: Tensor | None = None
     anchor: Tensor | None = None
+    values: Tensor | None = None
     round: int = 0
     steps: tuple[float, ...] = ()
     dtype: torch.dtype | None = None
+    refused: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def start(self) -> Tensor:

@@ -35,7 +35,8 @@ class AutoFLIP(MaskRule):
         normalise: ``minmax`` (the original's default), ``robust``, ``rank`` or ``none``; see ``guidance.normalise``.
         compat: None keeps exactly k; ``original`` keeps what lies strictly above the linearly interpolated quantile
             ``sparsity.ratio`` of all scores, those of ``always_train`` included: fewer than k where scores tie. The
-            original prunes every tensor, biases and the output layer too: that is ``sparsity.always_train=[]``.
+            original prunes every tensor, biases and the output layer too: that is ``sparsity.always_train=[]``. Its
+            median is the lower of two.
         refine: add the agreement, where a training round has been heard.
 
     Raises:
@@ -93,7 +94,7 @@ class AutoFLIP(MaskRule):
         """
         if observed is None:
             raise ValueError("mask_rule=autoflip chooses by what clients found: it needs a phase that explores")
-        scores = normalise(observed, space, self.normalise)
+        scores = normalise(observed, space, self.normalise, self.compat)
         if self.refine and memory is not None:
             scores += memory.abs()
         chosen = _strict(scores, space, sparsity) if self.compat else select(scores, space, sparsity, largest=True)

@@ -69,7 +69,7 @@ def _shares(theta: Tensor, anchor: Tensor, weight: Tensor | None) -> list[float]
     return [float(share) for share in weights / weights.sum()]
 
 
-def normalise(scores: Tensor, space: ParamSpace, how: str) -> Tensor:
+def normalise(scores: Tensor, space: ParamSpace, how: str, compat: str | None = None) -> Tensor:
     """Make scores comparable between tensors: each tensor on its own, in float64.
 
     ``minmax``: (s - min) / (max - min), in [0, 1]; ``robust``: (s - median) / (q75 - q25) with linearly interpolated
@@ -84,6 +84,7 @@ def normalise(scores: Tensor, space: ParamSpace, how: str) -> Tensor:
         scores: (P,).
         space: names and shapes of the coordinates.
         how: ``minmax``, ``robust``, ``rank`` or ``none``.
+        compat: ``original`` takes the lower of two middle scores for ``robust``'s median, as ``torch.median`` does.
 
     Returns:
         (P,), a new tensor in the dtype of ``scores``.
@@ -101,10 +102,11 @@ def normalise(scores: Tensor, space: ParamSpace, how: str) -> Tensor:
         raise ValueError(f"this space needs scores of shape ({space.size},), not {tuple(scores.shape)}")
     check(scores)
     result = scores.detach().clone()
-    if how != "none":
+    method = _robust_lower if (how, compat) == ("robust", "original") else HOW.get(how)
+    if method is not None:
         for part in space.unflatten(result).values():
             if part.numel():
-                HOW[how](part.view(-1))
+                method(part.view(-1))
     return result
 
 
@@ -129,6 +131,11 @@ def _robust(part: Tensor) -> None:
     _bound(part)
     low, middle, high = (quantile([part], q) for q in (0.25, 0.5, 0.75))
     _scale(part, middle, low, high)
+
+
+def _robust_lower(part: Tensor) -> None:
+    _bound(part)
+    _scale(part, float(part.median()), quantile([part], 0.25), quantile([part], 0.75))
 
 
 def _rank(part: Tensor) -> None:
