@@ -211,7 +211,8 @@ def _pruned(job: Job, federation: build.Federation) -> dict[str, float]:
     """What pruning leaves of the model, where the run prunes."""
     if job.cfg.sparsity.mode != "prune":
         return {}
-    x = federation.dataset.train.x[torch.tensor([0])].to(build.build_device(job.cfg))
+    net = federation.space.tensors(federation.net)[0]  # Lightning has moved it back to the CPU
+    x = federation.dataset.train.x[torch.tensor([0])].to(net.device)
     return pruning_figures(federation.net, federation.inputs(x))
 
 

@@ -49,7 +49,7 @@ class Feedback:
         wanted = update.rows + self.decay * carried
         payload = send(replace(update, rows=wanted))
         left = wanted - exchange.decode(payload).rows
-        self._keep(update, torch.where(exchange.travels.to(left.device), left, 0.0))
+        self._keep(update, torch.where(exchange.travels, left, 0.0))
         return payload
 
     def _keep(self, update: Update, left: Tensor) -> None:
