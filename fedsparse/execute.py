@@ -284,6 +284,7 @@ def quiet() -> None:
         "Checkpoint directory",
         "`isinstance\\(treespec",
         "smaller than the logging",
+        "GPU available but not used",  # Lightning's advice to take an Apple GPU too
         "sync_dist=True",  # all processes hold the same figures
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import lightning
 import pytest
 import torch
 from pretend import DEVICE, TAG, Mixed, Pretended, pretended
@@ -180,3 +181,26 @@ def same_models(one, two, exact):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6)
+
+
+@pytest.fixture
+def on_an_apple(monkeypatch):
+    """Let Lightning find an Apple GPU, and no other."""
+    for kind in (lightning.fabric.accelerators.MPSAccelerator, lightning.pytorch.accelerators.MPSAccelerator):
+        monkeypatch.setattr(kind, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(lightning.fabric.utilities.device_parser, "_get_all_available_mps_gpus", lambda: [0], False)
+    monkeypatch.setattr(lightning.fabric.accelerators.mps, "_get_all_available_mps_gpus", lambda: [0])
+    assert lightning.Fabric(accelerator="auto", devices=1).device.type == "mps"
+
+
+def test_auto_takes_the_cpu_of_an_apple_and_says_so(on_an_apple, run_in):
+    with pytest.warns(UserWarning, match="an Apple GPU has no float64.*auto trains on the CPU") as said:
+        summary, _ = run_in("auto", "trainer.accelerator=auto", "mask_rule=random", "federation.cohort=auto")
+    assert summary["rounds"] == 3
+    assert len({str(w.message) for w in said}) == 1
+
+
+@pytest.mark.parametrize("asked", ["mps", "gpu"])
+def test_an_apple_gpu_that_is_asked_for_is_refused_in_one_line(on_an_apple, run_in, asked):
+    with pytest.raises(ValueError, match=f"^trainer.accelerator={asked}: an Apple GPU has no float64.*=cpu$"):
+        run_in("asked", f"trainer.accelerator={asked}")
