@@ -9,7 +9,6 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from hydra.utils import instantiate
@@ -152,11 +151,6 @@ def _try_parts(
     Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Coordinates(one), cfg.server.untouched)
     instantiate(cfg.link)
     build_personal(cfg)
-
-
-def build_device(cfg: DictConfig) -> torch.device:
-    """Find the device that the Trainer will train on."""
-    return lightning.Fabric(accelerator=cfg.trainer.accelerator, devices=1).device
 
 
 def own_masks(cfg: DictConfig) -> bool:

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from fedsparse.build import AUTO, Federation, build_module
+from fedsparse.devices import accelerator
 from fedsparse.federation.autotune import choose, measure
 from fedsparse.federation.client import HALF, ClientModule, can_stack
 
@@ -42,7 +43,7 @@ def _fastest(cfg: DictConfig, federation: Federation, module: ClientModule) -> i
     if federation.dataset.tokens or not can_stack(federation.net) or len(torch.as_tensor(module.bitmaps)):
         return 1
     precision = None if cfg.trainer.precision == HALF else cfg.trainer.precision
-    fabric = lightning.Fabric(accelerator=cfg.trainer.accelerator, devices=1, precision=precision)
+    fabric = lightning.Fabric(accelerator=accelerator(cfg), devices=1, precision=precision)
     split, size = federation.dataset.train, cfg.data.batch_size
 
     def trial(cohort: int) -> ClientModule:

@@ -211,7 +211,8 @@ def _pruned(job: Job, federation: build.Federation) -> dict[str, float]:
     """What pruning leaves of the model, where the run prunes."""
     if job.cfg.sparsity.mode != "prune":
         return {}
-    x = federation.dataset.train.x[torch.tensor([0])].to(build.build_device(job.cfg))
+    net = federation.space.tensors(federation.net)[0]  # Lightning has moved it back to the CPU
+    x = federation.dataset.train.x[torch.tensor([0])].to(net.device)
     return pruning_figures(federation.net, federation.inputs(x))
 
 
@@ -283,6 +284,7 @@ def quiet() -> None:
         "Checkpoint directory",
         "`isinstance\\(treespec",
         "smaller than the logging",
+        "GPU available but not used",  # Lightning's advice to take an Apple GPU too
         "sync_dist=True",  # all processes hold the same figures
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")

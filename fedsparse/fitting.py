@@ -13,9 +13,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fedsparse.build import Federation, build_device, build_exchange, build_personal, streaming
+from fedsparse.build import Federation, build_exchange, build_personal, streaming
 from fedsparse.data.augment import augment
 from fedsparse.data.datamodule import FederatedDataModule
+from fedsparse.devices import accelerator, build_device
 from fedsparse.federation import parallel
 from fedsparse.federation.artifacts import Artifacts
 from fedsparse.federation.buffers import Buffers
@@ -154,6 +155,7 @@ def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any], rou
     return instantiate(cfg.trainer)(
         **half,
         **several,
+        accelerator=accelerator(cfg),
         max_epochs=rounds,
         check_val_every_n_epoch=cfg.federation.eval_every,
         callbacks=callbacks.listed(),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedsparse import build, results
 from fedsparse.analysis.mask_plot import mask_figure
+from fedsparse.devices import build_device
 from fedsparse.federation.cache import Cache, source_of
 from fedsparse.federation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients, observe
 from fedsparse.federation.choice import NOTHING
@@ -126,7 +127,7 @@ def draw(job: Job, mask: Mask) -> None:
 
 def build_setting(cfg: DictConfig, federation: build.Federation, ledger: Ledger, module: ClientModule) -> Setting:
     """Gather what head and mask are prepared on, and move the network to its device."""
-    device = build.build_device(cfg)
+    device = build_device(cfg)
     return Setting(
         net=federation.net.to(device),
         space=federation.space,

@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from torch import distributed
 
+from fedsparse.devices import accelerator
 from fedsparse.federation import parallel
 
 MEETING = "FEDSPARSE_MEETING"  # file where the processes of one machine meet
@@ -56,7 +57,7 @@ def _asked(cfg: DictConfig) -> int:
     options = {key: cfg.trainer.get(key, 1) for key in ("accelerator", "devices", "num_nodes")}
     try:
         silent: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-        return lightning.Trainer(**options, **silent).world_size
+        return lightning.Trainer(**options | {"accelerator": accelerator(cfg)}, **silent).world_size
     except (TypeError, MisconfigurationException) as error:
         said = ", ".join(f"trainer.{key}={value}" for key, value in options.items())
         raise ValueError(f"{said} cannot be had here ({error})") from error

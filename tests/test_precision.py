@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from plain import plain_fedavg, replay
 from small import Small, small_data, small_net, uneven_parts
 
@@ -60,6 +61,23 @@ def test_half_precision_ends_near_the_full_one(tmp_path, precision, off):
     got = small.fit(3, tmp_path, **options(precision)).row
     difference = (got - small.space.read(expected)).abs().max()
     assert 0 < difference < off
+
+
+class OuterAutocast(MixedPrecision):
+    """One autocast around all local steps of a cohort, as Lightning's was up to 2.5.4 with its cache of weights."""
+
+    def __init__(self, cached):
+        super().__init__("bf16-mixed", "cpu")
+        self.cached = cached
+
+    def autocast_context_manager(self):
+        return torch.autocast("cpu", torch.bfloat16, cache_enabled=self.cached)
+
+
+@pytest.mark.parametrize("cohort", [1, 3])
+def test_every_local_step_sees_the_weights_as_they_are_now_whatever_autocast_keeps(tmp_path, cohort):
+    cached, fresh = (a_small(cohort).fit(3, tmp_path, plugins=[OuterAutocast(kept)]) for kept in (True, False))
+    assert torch.equal(cached.row, fresh.row)
 
 
 def test_a_loss_that_overflows_at_the_usual_scale_is_scaled_less_and_not_skipped(tmp_path):

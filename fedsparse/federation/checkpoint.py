@@ -38,8 +38,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(part, target)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Load without unpickling objects."""
-        return torch.load(path, map_location=map_location, weights_only=True)
+        """Load without unpickling objects, and to the CPU: a GPU's checkpoint goes on without one too."""
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class RoundCheckpoint(ModelCheckpoint):

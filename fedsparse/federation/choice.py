@@ -54,13 +54,15 @@ class MaskChoice:
     def explore(self, found: Tensor) -> None:
         """Take in the mean squared deviation of a round of exploration, (P,); of several rounds the mean counts."""
         self.explored += 1
-        before = torch.zeros_like(found) if self.observed is None or self.explored == 1 else self.observed
+        fresh = self.observed is None or self.explored == 1
+        before = torch.zeros_like(found) if fresh else self.observed.to(found.device)  # type: ignore[union-attr]
         self.observed = before + (found - before) / self.explored
 
     def hear(self, told: Tensor, trained: Coordinates) -> None:
         """Take in what clients told in a learning round of the coordinates that trained, (n,)."""
         heard = trained.spread(told, self.rule.unheard(told))
-        self.memory = self.rule.remember(self.memory, heard)
+        memory = None if self.memory is None else self.memory.to(heard.device)  # of a checkpoint, on the CPU
+        self.memory = self.rule.remember(memory, heard)
 
     def renews(self, round: int) -> bool:
         """Whether a mask is chosen anew before this learning round."""

@@ -234,6 +234,7 @@ class ClientModule(lightning.LightningModule):
         self.objective.correct(self.rows)
         self._clip()
         self._step_where(count)
+        torch.clear_autocast_cache()  # one autocast around all steps may keep copies of weights that have moved now
         self.rows.clear()
         return losses
 

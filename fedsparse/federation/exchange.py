@@ -85,7 +85,7 @@ class Exchange:
         self.follow(trained)
 
     def follow(self, trained: Tensor) -> None:
-        """Let these coordinates train from now on, bool (P,)."""
+        """Let these coordinates train from now on, bool (P,); updates lie on its device."""
         local = self.local.to(trained.device)
         self.trained, self.travels = trained, ~local[trained]
         self.still = self._still(int((~trained & ~local).sum()))
@@ -162,7 +162,7 @@ class Exchange:
             sizes = tuple(known_size(count, extra, update.rows.dtype) for count in held.sum(1).tolist())
         if held is None and self.all:
             return Payload(update, sizes)
-        rows = torch.where(self.travels.to(update.rows.device) if held is None else held, update.rows, 0.0)
+        rows = torch.where(self.travels if held is None else held, update.rows, 0.0)
         return Payload(replace(update, rows=rows, sent=held), sizes)
 
     def _message(self, update: Update, k: int) -> bytes:
@@ -240,7 +240,7 @@ class Exchange:
             return None
         held = self.masks(clients)
         assert held is not None  # there are own masks: they are why this exchange was given them
-        return held[:, self.trained.to(held.device)] & self.travels.to(held.device)
+        return held[:, self.trained] & self.travels
 
     def _known(self, client: int) -> Tensor | None:
         """Positions that a client may send, among the n; None for all."""

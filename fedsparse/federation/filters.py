@@ -51,7 +51,7 @@ class Feedback:
         payload = send(replace(update, rows=wanted))
         arrived = exchange.decode(payload)
         left = wanted - arrived.rows
-        self._keep(arrived, torch.where(exchange.travels.to(left.device), left, 0.0))
+        self._keep(arrived, torch.where(exchange.travels, left, 0.0))
         return payload
 
     def _keep(self, arrived: Update, left: Tensor) -> None:

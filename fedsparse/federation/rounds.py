@@ -92,6 +92,7 @@ class FederatedRounds(lightning.Callback):
         self.phases = self.phases or Phases([Phase("learn", rounds=int(trainer.max_epochs or 1))])
         self.round = trainer.current_epoch - 1
         self._see_trained(module)
+        self.exchange.follow(torch.as_tensor(module.mask))  # on the device that the updates will lie on
         self.change: Tensor | None = None
         self.base_lr = [group["initial_lr"] for group in _with_initial_lr(module.local)]
         self.dense = HEADER.size + module.server.rows[0].nbytes
