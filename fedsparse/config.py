@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from fedsparse.budget import rounds_for_steps
 from fedsparse.sweep import already_used, cell_name, used
 
-PACKAGES = ("fedsparse", "torch", "torchvision", "torchmetrics", "lightning", "timm", "transformers", "peft")
 COUNTS = (
     "federation.num_clients",
     "federation.rounds",
@@ -180,26 +179,6 @@ def _check_count(key: str, value: Any, other: str = "") -> None:
 def _check_positive(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{key} is {value!r}; it must be a finite number above 0")
-
-
-def refuse_foreign_targets(node: Any) -> None:
-    """Refuse a stored configuration that would call code outside the known packages.
-
-    Args:
-        node: a resolved container of dicts and lists.
-
-    Raises:
-        ValueError: names the first ``_target_`` outside them.
-
-    """
-    if isinstance(node, dict):
-        target = str(node.get("_target_", "fedsparse"))
-        if target.split(".")[0] not in PACKAGES:
-            raise ValueError(f"the stored config names _target_: {target}, which is not of {', '.join(PACKAGES)}")
-        node = list(node.values())
-    if isinstance(node, list):
-        for value in node:
-            refuse_foreign_targets(value)
 
 
 register_resolvers()  # here, because the workers of a sweep import this file and call no main()

@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedsparse import nets
+from fedsparse import nets, trust
 from fedsparse.analysis.export_table import print_export
-from fedsparse.config import refuse_foreign_targets
 from fedsparse.execute import quiet
 from fedsparse.finished import WEIGHTS, Finished, inputs, read_run
 from fedsparse.models.flops import pruning_figures
@@ -39,15 +38,16 @@ Forward = Callable[[Tensor], Tensor]
 FORMATS = ("safetensors", "onnx")
 CONFIG, ONNX, FIGURES = "config.json", "model.onnx", "figures.json"
 SECONDS = 4.0  # of timing, for each runner
-KEYS = "give run=<run folder> and, if not all are wanted, format=safetensors or format=onnx"
+KEYS = "give run=<run folder> and, if wanted, format=safetensors or format=onnx, and trust=[<package>]"
 
 
-def export(folder: Path, formats: Sequence[str] = FORMATS) -> dict[str, Any]:
+def export(folder: Path, formats: Sequence[str] = FORMATS, trusted: Sequence[str] = ()) -> dict[str, Any]:
     """Make a run's model smaller, check it, measure it and write it.
 
     Args:
         folder: a finished run.
         formats: of ``FORMATS``.
+        trusted: names of packages whose code the run may name.
 
     Returns:
         What ``figures.json`` holds: ``before`` and ``after`` (``pruning_figures``, ``num_parameters``, ``bytes`` by
@@ -59,38 +59,41 @@ def export(folder: Path, formats: Sequence[str] = FORMATS) -> dict[str, Any]:
     """
     if not formats or set(formats) - set(FORMATS):
         raise ValueError(f"format={','.join(formats)} is unknown; give one or both of {', '.join(FORMATS)}")
-    run = read_run(folder)
+    run = read_run(folder, trusted)
     small, cuts = shrink(run.net, inputs(run, seed=0))
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
         full, new = Path(scratch) / "full", Path(scratch) / "export"
         for path, net in ((full, run.net), (new, small)):
             path.mkdir()
             write(path, net, run, formats)
-        figures = measure(run, small, cuts, full, new)
+        figures = measure(run, small, cuts, full, new, trusted)
         write_atomically(new / FIGURES, json.dumps(figures, indent=2) + "\n")
         shutil.rmtree(folder / "export", ignore_errors=True)
         os.replace(new, folder / "export")
     return figures
 
 
-def load(folder: str | os.PathLike[str]) -> nn.Module:
+def load(folder: str | os.PathLike[str], trusted: Sequence[str] = ()) -> nn.Module:
     """Make the smaller network of an ``export`` folder, in eval mode.
 
+    Args:
+        folder: what ``export`` wrote.
+        trusted: names of packages whose code it may name.
+
     Raises:
-        ValueError: files are missing, damaged, or do not fit each other.
+        ValueError: files are missing, damaged, do not fit each other, or name code of another package.
 
     """
     path = Path(folder)
     try:
         stored, tensors = json.loads((path / CONFIG).read_text(encoding="utf-8")), load_file(path / WEIGHTS)
         arguments, sizes = stored["net"], stored["modules"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         text = f"{path} holds no exported model ({type(error).__name__}: {error})"
         raise ValueError(
             f"{text}; python -m fedsparse.export run=<run folder> writes {CONFIG} and {WEIGHTS}"
         ) from error
-    refuse_foreign_targets(arguments)
-    return rebuild(nets.make_net(arguments), sizes, tensors).eval()
+    return rebuild(nets.make_net(trust.admitted(arguments, trusted)), sizes, tensors).eval()
 
 
 def write(folder: Path, net: nn.Module, run: Finished, formats: Sequence[str]) -> None:
@@ -103,12 +106,14 @@ def write(folder: Path, net: nn.Module, run: Finished, formats: Sequence[str]) -
         write_onnx(net, inputs(run, seed=0), folder / ONNX)
 
 
-def measure(run: Finished, small: nn.Module, cuts: Sequence[Cut], full: Path, new: Path) -> dict[str, Any]:
+def measure(
+    run: Finished, small: nn.Module, cuts: Sequence[Cut], full: Path, new: Path, trusted: Sequence[str] = ()
+) -> dict[str, Any]:
     """Check what was written against the pruned model, and compare both."""
     x = inputs(run, seed=1)
     runners: dict[str, tuple[Forward, Forward]] = {"torch": (run.net, small)}
     if (new / WEIGHTS).exists():
-        runners["torch"] = (run.net, load(new))
+        runners["torch"] = (run.net, load(new, trusted))
     if (new / ONNX).exists():
         before, after = (onnx_forward(path / ONNX, torch.get_num_threads()) for path in (full, new))
         runners["onnx"] = (before, after)
@@ -152,13 +157,14 @@ def _ratio(before: Forward, after: Forward, x: Tensor) -> float:
     return statistics.median(b / a for a, b in zip(times["before"], times["after"], strict=True))
 
 
-def _read(arguments: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
-    """Read what was typed."""
+def _read(typed: Sequence[str]) -> tuple[Path, tuple[str, ...], tuple[str, ...]]:
+    """Read what was typed: the folder, the formats, the names that are trusted."""
+    trusted, arguments = trust.split(typed)
     given = dict(argument.partition("=")[::2] for argument in arguments)
     unknown = [argument for argument in arguments if argument.partition("=")[0] not in ("run", "format")]
     if unknown or not given.get("run"):
         raise ValueError(f"{' '.join(unknown) or 'run= is missing'}: {KEYS}")
-    return Path(given["run"]), tuple(given.get("format", ",".join(FORMATS)).split(","))
+    return Path(given["run"]), tuple(given.get("format", ",".join(FORMATS)).split(",")), trusted
 
 
 def main() -> None:
@@ -168,9 +174,9 @@ def main() -> None:
         if {"-h", "--help"} & set(sys.argv):
             print(__doc__)
             return
-        folder, formats = _read(sys.argv[1:])
+        folder, formats, trusted = _read(sys.argv[1:])
         quiet()
-        print_export(folder / "export", export(folder, formats))
+        print_export(folder / "export", export(folder, formats, trusted))
 
     on_command_line(body)
 

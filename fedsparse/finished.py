@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,12 @@ class Finished:
     unit: str
 
 
-def read_run(folder: Path) -> Finished:
+def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
     """Read a finished run and build its model.
+
+    Args:
+        folder: the run folder.
+        trusted: names of packages whose code it may name.
 
     Raises:
         ValueError: there is no such folder, the run is not finished, or its files are damaged.
@@ -50,7 +55,7 @@ def read_run(folder: Path) -> Finished:
         raise ValueError(f"there is no run folder {folder}; run= takes the folder that a run printed")
     if not all((folder / name).is_file() for name in ("summary.json", WEIGHTS, ".hydra/config.yaml")):
         raise ValueError(f"{folder} holds no finished run; python -m fedsparse.train resume={folder} finishes one")
-    cfg = read_job(folder, []).cfg
+    cfg = read_job(folder, trusted=trusted).cfg
     _without_weights(cfg.model.net)
     federation = build.build_federation(cfg)
     try:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
-from fedsparse import build, results
+from fedsparse import build, results, trust
 from fedsparse.analysis.mask_plot import mask_figure
 from fedsparse.devices import build_device
 from fedsparse.federation.cache import Cache, source_of
@@ -235,16 +234,10 @@ def _check_given(job: Job, rule: FromFile, mask: Mask) -> None:
         ValueError: names the file's ratio and the one that was typed.
 
     """
-    typed = [o for o in _overrides(job.folder) if o.startswith("sparsity")]
+    typed = [o for o in trust.overrides(job.folder) if o.startswith("sparsity")]
     ratio = mask.metadata.get("ratio")
     if typed and ratio is not None and float(ratio) != job.cfg.sparsity.get("ratio"):
         raise ValueError(
             f"mask_rule=from_file sets the sparsity: {rule.path} has sparsity.ratio={ratio}; "
             f"leave out {' '.join(typed)}"
         )
-
-
-def _overrides(folder: Path) -> list[str]:
-    """Read what was typed, as Hydra stored it."""
-    path = folder / ".hydra" / "overrides.yaml"
-    return [str(o) for o in yaml.safe_load(path.read_text(encoding="utf-8")) or []] if path.is_file() else []

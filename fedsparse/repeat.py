@@ -12,16 +12,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from joblib import Parallel, delayed
 from omegaconf import DictConfig
 
-from fedsparse import train
+from fedsparse import train, trust
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.table import once, rows
-from fedsparse.resume import Job, facts
-from fedsparse.sweep import MAY_DIFFER, cell_name
+from fedsparse.resume import Job, facts, refuse_stored_overrides
+from fedsparse.sweep import MAY_DIFFER, CellFailed, cell_name, shown
 
 CHECKED = "~hydra.callbacks.fresh_run_folder"  # a used folder is not refused: the cell itself looks whose it is
 BESIDE = "hydra/launcher=joblib"  # names what happens: cells side by side keep their progress off the terminal
@@ -55,8 +54,7 @@ def _value(key: str, overrides: Sequence[str]) -> str | None:
 
 def overrides_of(run: Run) -> list[str]:
     """Read what was typed for a run, as it was stored."""
-    text = (run.folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
-    return [str(override) for override in yaml.safe_load(text) or []]
+    return trust.overrides(run.folder)
 
 
 def execute_cell(cfg: DictConfig) -> dict[str, object]:
@@ -67,12 +65,16 @@ def execute_cell(cfg: DictConfig) -> dict[str, object]:
     return train.run_cell(Job(cfg, folder, choices, group=folder.parent.name), hydra_cfg)
 
 
-def run(overrides: Sequence[str], folder: Path, beside: bool = False) -> bool:
+def run(overrides: Sequence[str], folder: Path, beside: bool = False, trusted: Sequence[str] = ()) -> bool:
     """Compose and carry out one cell, maybe beside others; False if it failed, which it has said."""
     options = [CHECKED, f"hydra.run.dir={folder.absolute()}", *([BESIDE] if beside else [])]
     try:
+        refuse_stored_overrides(overrides, trusted)
         train.compose_and_run(execute_cell, [*overrides, *options])
-    except ValueError:
+    except CellFailed:
+        return False
+    except Exception as error:
+        print(f"fedsparse: {shown(folder)}: {train.one_line(error)}", file=sys.stderr, flush=True)
         return False
     return True
 
@@ -86,14 +88,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--into", type=Path, metavar="DIR", help="for their folders: seeds that chose a rate stay apart"
     )
+    parser.add_argument(
+        "--trust", nargs="+", default=[], metavar="NAME", help="packages whose code the stored runs may name"
+    )
     options = parser.parse_args(arguments)
     try:
+        trusted = trust.checked(options.trust)
         listed = list(cells(options.folder, options.seeds, options.into))
     except ValueError as error:
         sys.exit(f"fedsparse: {error}")
     print(f"{len(listed)} cells in {options.into or options.folder}", flush=True)
     beside = options.jobs > 1
-    done = Parallel(n_jobs=options.jobs)(delayed(run)(*cell, beside) for cell in listed)
+    done = Parallel(n_jobs=options.jobs)(delayed(run)(*cell, beside, trusted) for cell in listed)
     if not all(done):
         sys.exit(f"fedsparse: {done.count(False)} cells failed, see above; the same command skips what is finished")
 

@@ -76,10 +76,11 @@ def write(parts: Sequence[Section], folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report, and write it."""
     options = _parser().parse_args(arguments)
+    failed = 0
     if options.scale:
-        from fedsparse import scale  # here: it builds models, which a report without it never does
+        from fedsparse import scale, trust  # here: it builds models, which a report without it never does
 
-        scale.measure(options.folders)
+        failed = scale.measure(options.folders, trust.checked(options.trust))
     try:
         parts = sections(options.folders, options.target)
     except ValueError as error:
@@ -89,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(markdown(_TITLE, parts, pictures=False), end="")
     if options.out:
         write(parts, options.out)
+    if failed:
+        sys.exit(f"fedsparse: {failed} folders were not scaled, see above")
 
 
 def _pixels() -> str:
@@ -101,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md, report.html and PNGs here")
     parser.add_argument("--target", type=_fraction, default=0.95, help="fraction of the best dense accuracy (0.95)")
     parser.add_argument("--scale", action="store_true", help="evaluate scaled task vectors; builds data and models")
+    parser.add_argument(
+        "--trust", nargs="+", default=[], metavar="NAME", help="with --scale: packages whose code runs may name"
+    )
     parser.add_argument("--pixels", action="store_true", help="add a logistic regression on the pixels of the digits")
     return parser
 

@@ -11,14 +11,17 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from fedsparse import results
-from fedsparse.config import conf_dir, refuse_foreign_targets
+from fedsparse import results, trust
+from fedsparse.analysis.files import yaml_of
+from fedsparse.config import conf_dir
 from fedsparse.federation.phases import Phases
 from fedsparse.sweep import already_used, difference, used
 
-ALLOWED = "on resume only federation.rounds, trainer.* and logger may be given"
+ALLOWED = "on resume only federation.rounds, trainer.*, logger, calibration.cache and trust may be given"
+CACHE = "calibration.cache"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Job:
         choices: option chosen of each config group.
         group: name shared by the runs of a sweep, or None.
         resumed: whether the folder holds a run to go on with.
+        begun: rounds that this run was begun with.
 
     """
 
@@ -39,13 +43,28 @@ class Job:
     choices: dict[str, str]
     group: str | None = None
     resumed: bool = False
+    begun: int = 0
 
 
 def facts(hydra_cfg: Any) -> tuple[dict[str, str], str | None]:
     """Read the chosen options and the sweep's name from Hydra's own configuration."""
-    choices = {str(k): str(v) for k, v in hydra_cfg.runtime.choices.items() if not str(k).startswith("hydra/")}
-    sweep = "MULTIRUN" in str(hydra_cfg.mode)
-    return choices, Path(str(hydra_cfg.sweep.dir)).name if sweep else None
+    chosen = hydra_cfg["runtime"]["choices"].items()
+    choices = {str(key): str(value) for key, value in chosen if not str(key).startswith("hydra/")}
+    sweep = "MULTIRUN" in str(hydra_cfg["mode"])
+    return choices, Path(str(hydra_cfg["sweep"]["dir"])).name if sweep else None
+
+
+def stored_facts(folder: Path) -> tuple[dict[str, str], str | None]:
+    """Read the same of a stored run, as plain data: nothing is resolved.
+
+    Raises:
+        ValueError: the file is damaged.
+
+    """
+    try:
+        return facts(yaml_of(folder / ".hydra" / "hydra.yaml")["hydra"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: .hydra/hydra.yaml cannot be read ({type(error).__name__}: {error})") from error
 
 
 def store(job: Job, hydra_cfg: Any) -> None:
@@ -72,19 +91,28 @@ def as_found(job: Job) -> Job:
     stored = job.folder / ".hydra" / "config.yaml"
     if not stored.is_file():
         raise ValueError(already_used(job.folder))
-    cfg = OmegaConf.load(stored)
-    assert isinstance(cfg, DictConfig)
-    different = difference(cfg, job.cfg)
+    trust.refuse_links(job.folder)
+    # what is carried out is what was typed; what is stored is only compared, so that it may ask for what that asks for
+    raw, typed = trust.read(stored), trust.RESOLVER.findall(OmegaConf.to_yaml(job.cfg))
+    begun = _rounds(trust.resolved(raw, typed))
+    with trust.resolvers(typed):
+        different = difference(OmegaConf.create(raw), job.cfg)
     if different is not None:
         raise ValueError(f"another run is stored here: {different}; choose another hydra.sweep.dir")
-    return replace(job, resumed=True)
+    return replace(job, resumed=True, begun=begun)
 
 
-def read_job(folder: Path, overrides: Sequence[str]) -> Job:
+def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str] = ()) -> Job:
     """Read the stored run of a folder, which may have been moved, and apply what may be overridden.
 
+    Args:
+        folder: the run folder.
+        overrides: what was typed beside it.
+        trusted: names of packages whose code the stored configuration may name.
+
     Raises:
-        ValueError: no run is stored there, an override is not allowed, or a ``_target_`` is of another package.
+        ValueError: no run is stored there, an override is not allowed, or the configuration names what neither
+            ``conf/`` nor a trusted package has.
 
     """
     stored = folder / ".hydra" / "config.yaml"
@@ -92,34 +120,50 @@ def read_job(folder: Path, overrides: Sequence[str]) -> Job:
         raise ValueError(
             f"{folder} holds no run to resume: {stored} is missing; give the run folder that a run printed"
         )
-    cfg = OmegaConf.load(stored)
-    assert isinstance(cfg, DictConfig)
+    trust.refuse_links(folder)
+    raw = trust.read(stored)
+    begun = _rounds(trust.resolved(raw, trusted))
+    for override in [f"{CACHE}=null", *overrides]:  # a folder that is written to: only where it was typed
+        _apply(raw, override)
+    cfg = trust.admitted(raw, trusted, typed=[override.partition("=")[0] for override in overrides])
     OmegaConf.set_struct(cfg, True)
+    return Job(cfg, folder, *stored_facts(folder), resumed=True, begun=begun)
+
+
+def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = ()) -> None:
+    """Refuse stored overrides that compose what a stored configuration may not name, or that are Hydra's own.
+
+    Raises:
+        ValueError: names what stands there.
+
+    """
     for override in overrides:
-        _apply(cfg, override)
-    refuse_foreign_targets(OmegaConf.to_container(cfg, resolve=True))
-    choices, group = facts(OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra)
-    return Job(cfg, folder, choices, group, resumed=True)
+        if "hydra" in override.partition("=")[0].lower():  # of its launcher, callbacks, folders, search path
+            raise ValueError(f"the stored override {override!r} is of Hydra itself, which no run stores")
+    trust.admitted(_compose(overrides), trusted)
 
 
-def _apply(cfg: DictConfig, override: str) -> None:
-    """Apply one override, or refuse it."""
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Apply one override to a configuration as it was written, or refuse it."""
     key, found, value = override.partition("=")
     if key == "logger" and found:
-        with open_dict(cfg):
-            cfg.logger = _compose_logger(value)
-    elif found and (key == "federation.rounds" or key.startswith("trainer.")):
-        with open_dict(cfg):
-            OmegaConf.update(cfg, key, OmegaConf.create(f"v: {value}").v, force_add=True)
+        raw["logger"] = _compose([f"logger={value}"])["logger"]
+    elif found and (key in ("federation.rounds", CACHE) or key.startswith("trainer.")):
+        *groups, last = key.split(".")
+        for group in groups:
+            raw = raw.setdefault(group, {})
+            if not isinstance(raw, dict):
+                raise ValueError(f"{override}: the stored {group} is no group of keys")
+        raw[last] = OmegaConf.to_container(OmegaConf.create(f"v: {value}"))["v"]  # type: ignore[call-overload, index]
     else:
         raise ValueError(f"{override}: {ALLOWED}; the rest comes from the stored run")
 
 
-def _compose_logger(option: str) -> Any:
-    if GlobalHydra.instance().is_initialized():
-        GlobalHydra.instance().clear()
+def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose a configuration, of which nothing is built or resolved."""
+    GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("train", overrides=[f"logger={option}"]).logger
+        return OmegaConf.to_container(compose("train", overrides=list(overrides)))  # type: ignore[return-value]
 
 
 def finished(job: Job) -> dict[str, Any] | None:
@@ -131,15 +175,22 @@ def finished(job: Job) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    begun = _rounds(OmegaConf.load(job.folder / ".hydra" / "config.yaml"))
-    return summary if _rounds(job.cfg) <= max(summary["rounds"], begun) else None
+    return summary if _rounds(job.cfg) <= max(summary["rounds"], job.begun) else None
 
 
-def _rounds(cfg: Any) -> int:
-    """All rounds of a run, those of an exploration too; runs of before there were phases have theirs alone."""
-    if "phases" not in cfg:
-        return int(cfg.federation.rounds)
-    return Phases.of(OmegaConf.to_container(cfg.phases, resolve=True)).total  # type: ignore[arg-type]
+def _rounds(cfg: DictConfig) -> int:
+    """All rounds of a run, those of an exploration too; runs of before there were phases have theirs alone.
+
+    Raises:
+        ValueError: it does not say how many.
+
+    """
+    try:
+        if "phases" not in cfg:
+            return int(cfg.federation.rounds)
+        return Phases.of(OmegaConf.to_container(cfg.phases, resolve=True)).total  # type: ignore[arg-type]
+    except (OmegaConfBaseException, AttributeError, TypeError) as error:
+        raise ValueError(f"the stored configuration does not say its rounds: {trust.one_line_of(error)}") from error
 
 
 def open_log(folder: Path) -> logging.Handler:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fedsparse import build
@@ -25,33 +24,47 @@ from fedsparse.models.modes import evaluating
 from fedsparse.prepare import build_setting, start_head
 from fedsparse.results import write_atomically
 from fedsparse.resume import read_job
+from fedsparse.train import one_line
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(16))  # 0 to 1.5
 FILE = "scale.json"
 
 
-def measure(folders: Iterable[Path]) -> None:
-    """Write ``scale.json`` into every finished run folder below some folders that has none yet."""
+def measure(folders: Iterable[Path], trusted: Sequence[str] = ()) -> int:
+    """Write ``scale.json`` into every finished run folder below some folders that has none yet.
+
+    Args:
+        folders: run folders, or folders that hold some at any depth.
+        trusted: names of packages whose code their configurations may name.
+
+    Returns:
+        How many folders could not be scaled, each after a line that says why.
+
+    """
+    failed = 0
     for folder in sorted({path.parent for top in folders for path in Path(top).rglob("summary.json")}):
         if not (folder / FILE).exists():
             try:
-                write_atomically(folder / FILE, json.dumps(scaled(folder), indent=2) + "\n")
-            except (ValueError, OSError, SafetensorError) as error:  # a damaged folder; the report lists it
-                print(f"fedsparse: {folder} was not scaled: {error}", file=sys.stderr)
+                write_atomically(folder / FILE, json.dumps(scaled(folder, trusted), indent=2) + "\n")
+            except Exception as error:  # a folder that is damaged, or asks for what it may not; the others go on
+                print(f"fedsparse: {folder} was not scaled: {one_line(error)}", file=sys.stderr)
+                failed += 1
+    return failed
 
 
-def scaled(folder: Path) -> dict[str, Any]:
+def scaled(folder: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate a run's scaled task vectors.
 
     Args:
         folder: a finished run.
+        trusted: names of packages whose code its configuration may name.
 
     Returns:
         ``alpha`` (the one with the best validation accuracy, the nearest to 1 of equals), ``val/acc`` and ``test/acc``
         there, ``test/acc_at_1``, and all ``alphas`` with their ``val``.
 
     """
-    setting, start, end = _start_and_end(folder)
+    setting, start, end = _start_and_end(folder, trusted)
     space, net, data = setting.space, setting.net, setting.dataset
 
     def at(alpha: float, split: Split) -> float:
@@ -74,18 +87,18 @@ def best_alpha(alphas: Sequence[float], val: Sequence[float]) -> float:
     return max(zip(alphas, val, strict=True), key=lambda pair: (pair[1], -abs(pair[0] - 1)))[0]
 
 
-def at_start(folder: Path) -> Setting:
+def at_start(folder: Path, trusted: Sequence[str] = ()) -> Setting:
     """Build a run's data and its model as it was before the first round, from the stored configuration."""
-    cfg = read_job(folder, []).cfg
+    cfg = read_job(folder, trusted=trusted).cfg
     federation = build.build_federation(cfg)
     setting = build_setting(cfg, federation, Ledger(), build.build_module(cfg, federation))
     start_head(cfg, setting, cfg.calibration.head_steps)
     return setting
 
 
-def _start_and_end(folder: Path) -> tuple[Setting, torch.Tensor, torch.Tensor]:
+def _start_and_end(folder: Path, trusted: Sequence[str]) -> tuple[Setting, torch.Tensor, torch.Tensor]:
     """Build the run's model as it was before its first round, and read it after its last: rows (P,)."""
-    setting = at_start(folder)
+    setting = at_start(folder, trusted)
     start = setting.space.read(setting.net)
     setting.net.load_state_dict(load_file(folder / "model.safetensors"))
     return setting, start, setting.space.read(setting.net)

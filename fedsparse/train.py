@@ -18,7 +18,7 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsparse import results, team
+from fedsparse import results, team, trust
 from fedsparse.config import RunFolderUsed, check, conf_dir, register_resolvers
 from fedsparse.data.files import printable
 from fedsparse.execute import execute, follow
@@ -64,9 +64,10 @@ def compose_and_run(task: Callable[[DictConfig], dict[str, Any]], overrides: Seq
     return job.return_value
 
 
-def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
     """Go on with a stopped run after its last closed round; a finished one is only reported."""
-    job = read_job(folder, overrides)
+    trusted, overrides = trust.split(arguments)
+    job = read_job(folder, overrides, trusted)
     done = finished(job)
     if done is not None:
         print(f"{folder} is finished after {done['rounds']} rounds; federation.rounds=<more> goes on")

@@ -29,6 +29,7 @@ MAY = {
         "calibrate.py",
         "repeat.py",
         "resume.py",
+        "trust.py",
     ),
     "lightning": (
         "data/datamodule.py",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain data only, read in C where that was built
+# a stored YAML file holds at most this much, whoever wrote it; a configuration has 8 kB, 700 events and 6 levels
+BYTES, EVENTS, DEPTH = 2**20, 20_000, 50
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
@@ -27,21 +29,62 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
 
 
 def yaml_of(path: Path) -> Mapping[str, Any]:
+    """Read a YAML file of keys with plain data.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+
+    """
+    tree = plain_yaml(path)
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{path.name} is damaged: it holds no keys")
+    return tree
+
+
+def plain_yaml(path: Path) -> Any:
     """Read a YAML file of plain data.
 
     Raises:
         ValueError: no such file, or a damaged one.
 
     """
+    text = yaml_text(path)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
-    except FileNotFoundError:
-        raise ValueError(f"no {path.parent.name}/{path.name}") from None
+        return yaml.load(text, Loader=_LOADER)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):  # a number of 5,000 digits, a list as a key
+        raise ValueError(f"{path.name} is damaged: it is not YAML") from None
+
+
+def yaml_text(path: Path) -> str:
+    """Read the text of a YAML file that can be loaded in little memory.
+
+    Raises:
+        ValueError: no such file, or one that is no YAML, is too large or too deep, or repeats itself by aliases.
+
+    """
+    if not path.is_file():
+        raise ValueError(f"no {path.parent.name}/{path.name}")
+    with path.open("rb") as file:
+        held = file.read(BYTES + 1)
+    if len(held) > BYTES:
+        raise ValueError(f"{path.name} is damaged: it has more than {BYTES:,} bytes")
+    try:
+        text = held.decode("utf-8")
+        _check_events(yaml.parse(text, Loader=_LOADER), path.name)
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ValueError(f"{path.name} is damaged: it is not YAML") from None
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"{path.name} is damaged: it holds no keys")
-    return tree
+    return text
+
+
+def _check_events(events: Iterable[yaml.Event], name: str) -> None:
+    """Refuse what grows when it is loaded: nested levels, aliases, very many values."""
+    depth = 0
+    for count, event in enumerate(events, 1):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"{name} is damaged: it repeats itself by an alias, which no run writes")
+        if depth > DEPTH or count > EVENTS:
+            raise ValueError(f"{name} is damaged: it has more than {DEPTH} levels, or {EVENTS:,} values")
 
 
 def json_of(path: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def load_tokenizer(source: str | None) -> Any:
     place = str(PACKAGED) if source == TINY else source
     try:
         with quiet_transformers():
-            return transformers.AutoTokenizer.from_pretrained(place)
+            return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the tokenizer of {source} cannot be had ({type(error).__name__}); put vocab.txt (or tokenizer.json), "

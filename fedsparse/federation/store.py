@@ -16,6 +16,7 @@ from torch import Tensor
 
 KINDS = ("memory", "file")
 Kept = dict[str, tuple[tuple[int, ...], Tensor]]  # by the store's name: client ids, and a row each
+DTYPES = ("float16", "float32", "float64")
 _FIRST = 16  # rows of a new file; it doubles when they are used up
 
 
@@ -149,6 +150,8 @@ class FileStore:
 
         """
         self.slots, self.shape, self.dtype = dict(state["slots"]), tuple(state["shape"]), state["dtype"]
+        if self.dtype not in DTYPES:  # of objects the file would hold addresses
+            raise ValueError(f"what the clients keep in {self.path} is of type {self.dtype!r}, not of {DTYPES}")
         self.pinned.extend([state["before"], list(self.slots.values())])
         if self.slots and not self.path.is_file():
             raise ValueError(f"{self.path} is missing: it holds what the clients keep between rounds")

@@ -87,7 +87,7 @@ def bert(
 def _config(place: str, checkpoint: str | None, num_classes: int, dropout: float | None) -> Any:
     """Read the configuration, and set what is asked for."""
     try:
-        config = need_transformers().AutoConfig.from_pretrained(place)
+        config = need_transformers().AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _unavailable(place, checkpoint, error) from error
     if config.model_type != "bert":

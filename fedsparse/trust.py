@@ -1,0 +1,349 @@
+"""What a stored configuration may do: name what ``conf/`` names, and what is of a package that its reader trusts.
+
+A run folder may come from anybody, and Hydra calls whatever a ``_target_`` names, with whatever stands beside it. So
+every command that reads a stored configuration reads it here: it is resolved once and for all, with resolvers that
+reach neither files nor the environment, and each part of it is looked up in the YAML files of ``conf/``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
+
+from fedsparse.analysis.files import BYTES, plain_yaml, yaml_of, yaml_text
+from fedsparse.config import conf_dir
+
+NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
+REFERENCE = re.compile(r"\$\{\s*(?:oc\.select\s*:\s*)?(\.*)([\w.\[\]-]+)\s*([:,}])")
+LEADS_OUT = re.compile(r"^[/\\~]|^\w:|(^|[/\\])\.\.([/\\]|$)|\$")  # a root, a way up, a variable
+LEAF = 32  # characters that a value counts for beside its own
+WIDEST = 2**64
+
+Place = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What the YAML files of ``conf/`` name.
+
+    Attributes:
+        arguments: of each ``_target_`` the keys that stand beside it, in any option of its group.
+        resolvers: what stands as ``${name:arguments}``.
+
+    """
+
+    arguments: Mapping[str, frozenset[str]]
+    resolvers: frozenset[str]
+
+
+@cache
+def shipped() -> Shipped:
+    """Collect what ``conf/`` names, but for Hydra's own part."""
+    keys: dict[Place, set[str]] = defaultdict(set)
+    targets: dict[Place, set[str]] = defaultdict(set)
+    resolvers: set[str] = set()
+    for path in sorted(conf_dir().rglob("*.yaml")):
+        group = path.relative_to(conf_dir()).parts[0]
+        top = () if group in ("train.yaml", "experiment") else (group,)
+        for place, node in nodes(yaml_of(path), top):
+            if place[:1] == ("hydra",):
+                continue
+            if isinstance(node, str):
+                resolvers.update(RESOLVER.findall(node))
+            if isinstance(node, Mapping):
+                keys[place].update(map(str, node))
+                targets[place].update([node["_target_"]] if "_target_" in node else [])
+    named = {target for here in targets.values() for target in here}
+    beside = {target: [keys[place] for place in targets if target in targets[place]] for target in named}
+    return Shipped({target: frozenset().union(*beside[target]) for target in named}, frozenset(resolvers))
+
+
+def nodes(node: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Walk through nested mappings and lists: every node with the keys that lead to it."""
+    yield place, node
+    inner = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in inner:
+        yield from nodes(value, (*place, str(key)))
+
+
+def split(arguments: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Take ``trust=[mypackage]`` out of what was typed: the names, and the rest.
+
+    >>> split(["trust=[mypackage,other.nets]", "federation.rounds=3"])
+    (('mypackage', 'other.nets'), ['federation.rounds=3'])
+    """
+    given = [argument.removeprefix("trust=") for argument in arguments if argument.startswith("trust=")]
+    names = [name.strip() for text in given for name in text.strip("[]").split(",") if name.strip()]
+    return checked(names), [argument for argument in arguments if not argument.startswith("trust=")]
+
+
+def checked(names: Sequence[str]) -> tuple[str, ...]:
+    """Check that names may be those of packages, or of what is in them.
+
+    Raises:
+        ValueError: one cannot.
+
+    """
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"trust={name} is no name; it takes packages whose code you know, as in trust=[mypackage]")
+    return tuple(names)
+
+
+def covers(trusted: Sequence[str], name: str) -> bool:
+    """Whether a dotted name is one of those trusted, or lies below one.
+
+    >>> covers(["my"], "mypackage.Net"), covers(["mypackage"], "mypackage.nets.Net")
+    (False, True)
+    """
+    return any(name == one or name.startswith(f"{one}.") for one in trusted)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a stored configuration as plain data, interpolations as they were written.
+
+    Raises:
+        ValueError: the file is missing, too large, or damaged.
+
+    """
+    try:
+        held = OmegaConf.to_container(OmegaConf.create(yaml_text(path)))
+    except Exception as error:  # what is no configuration raises whatever it leads to
+        raise ValueError(f"{path} cannot be read: {one_line_of(error)}") from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} cannot be read: it holds no keys")
+    return held  # type: ignore[return-value]
+
+
+def overrides(folder: Path) -> list[str]:
+    """Read what was typed for a run; nothing where nothing is stored.
+
+    Raises:
+        ValueError: the file is no list of overrides.
+
+    """
+    path = folder / ".hydra" / "overrides.yaml"
+    if not path.is_file():
+        return []
+    listed = plain_yaml(path) or []
+    if not isinstance(listed, list) or not all(isinstance(override, str) for override in listed):
+        raise ValueError(f"{path} is damaged: it is no list of key=value")
+    return listed
+
+
+def admitted(stored: Mapping[str, Any], trusted: Sequence[str] = (), typed: Sequence[str] = ()) -> DictConfig:
+    """Resolve a stored configuration, and refuse what it may not name: the one gate to what Hydra builds of it.
+
+    Args:
+        stored: as it was read.
+        trusted: names whose code, and arguments, the reader trusts.
+        typed: keys that the reader set, with all that is below them.
+
+    Returns:
+        The configuration without any interpolation: what was looked at is what is built.
+
+    Raises:
+        ValueError: names the key, what stands there, and what would let it pass.
+
+    """
+    cfg = resolved(stored, trusted)
+    for place, node in nodes(OmegaConf.to_container(cfg)):
+        key = ".".join(place)
+        if covers(typed, key):
+            continue
+        if isinstance(node, Mapping) and "_target_" in node:
+            _check_part(key, node, trusted, typed)
+        if place[:1] == ("logger",) and isinstance(node, str) and LEADS_OUT.search(node):
+            raise ValueError(f"{key}: {_shown(node)} leads out of the run folder, where a logger's files belong")
+    return cfg
+
+
+def resolved(stored: Mapping[str, Any], trusted: Sequence[str] = ()) -> DictConfig:
+    """Resolve a stored configuration for good, by its own keys and the resolvers that ``conf/`` uses.
+
+    Raises:
+        ValueError: it asks for another resolver, refers to what is not there, or grows beyond what may be stored.
+
+    """
+    try:
+        _check_growth(stored)
+        with resolvers(trusted):
+            plain = OmegaConf.to_container(OmegaConf.create(dict(stored)), resolve=True)
+        for place, value in nodes(plain):
+            _check_value(".".join(place), value)
+    except Exception as error:  # interpolations raise whatever they lead to
+        raise ValueError(f"the stored configuration cannot be used: {one_line_of(error)}") from error
+    return OmegaConf.create(plain)  # type: ignore[return-value]
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a run folder in which a file to be written lies elsewhere: a run writes two levels deep.
+
+    Raises:
+        ValueError: names a link that leads out of the folder, or what is neither file nor folder.
+
+    """
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} is a link out of the run folder; put there what it stands for")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is neither file nor folder; remove it")
+
+
+def _check_part(key: str, node: Mapping[str, Any], trusted: Sequence[str], typed: Sequence[str]) -> None:
+    """Look up a node that Hydra would call.
+
+    Raises:
+        ValueError: its target, or an argument of a shipped target, is none of ``conf/``.
+
+    """
+    target = node["_target_"]
+    if not isinstance(target, str) or not NAME.fullmatch(target):
+        raise ValueError(f"{key}._target_ is {_shown(target)}, which is no dotted name")
+    if covers(trusted, target):
+        return _check_home(key, target, trusted)
+    if target not in shipped().arguments:
+        package = target.rpartition(".")[0] or target
+        raise ValueError(f"{key}._target_: {_shown(target)} {_ask(_shown(package))}")
+    known = shipped().arguments[target]
+    other = [str(name) for name in node if name not in known and not covers(typed, f"{key}.{name}")]
+    if other:
+        raise ValueError(f"{key}.{_shown(other[0])}, an argument of {target}, {_ask(target)}")
+    return None
+
+
+def _check_home(key: str, target: str, trusted: Sequence[str]) -> None:
+    """Refuse what a trusted package only imported: ``mypackage.os.system`` is not of mypackage.
+
+    Raises:
+        ValueError: it is of another package, which is named, or cannot be imported.
+
+    """
+    try:
+        found = get_object(target)
+    except Exception as error:  # importing runs a package's own code
+        raise ValueError(f"{key}._target_: {target} cannot be imported here: {one_line_of(error)}") from error
+    home = str(getattr(found, "__module__", None) or type(found).__module__)
+    own = home.split(".")[0] == target.split(".")[0]
+    if not own and not covers(trusted, home) and target not in shipped().arguments:
+        raise ValueError(f"{key}._target_: {target} is of {home}, which {_ask(home)}")
+
+
+@contextmanager
+def resolvers(trusted: Sequence[str]) -> Iterator[None]:
+    """Let OmegaConf know the resolvers that ``conf/`` uses and those trusted, and refuse the others by name."""
+    admitted = {name for name in BaseContainer._resolvers if name in shipped().resolvers or covers(trusted, name)}
+
+    def refusal(name: str) -> Callable[..., Any]:
+        def refuse(*_: Any) -> None:
+            raise ValueError(f"the resolver ${{{name}:}} {_ask(name)}")
+
+        return refuse
+
+    before = BaseContainer._resolvers
+    BaseContainer._resolvers = {name: call if name in admitted else refusal(name) for name, call in before.items()}
+    try:
+        yield
+    finally:
+        BaseContainer._resolvers = before
+
+
+def _check_growth(tree: Any) -> None:
+    """Refuse interpolations that multiply what they refer to: thirty lines that double each other fill the memory.
+
+    Raises:
+        ValueError: a reference that cannot be followed, one to itself, or more than a stored file may hold.
+
+    """
+    sizes: dict[Place, int] = {}
+
+    def size(place: Place) -> int:
+        """Count what a place holds when it is resolved, at most; while it is being counted it has no end."""
+        if place not in sizes:
+            sizes[place] = BYTES + 1
+            at, node = _at(tree, place)
+            inner = node if isinstance(node, Mapping) else range(len(node)) if isinstance(node, list) else ()
+            below = [(*at, str(key)) for key in inner]
+            sizes[place] = LEAF + sum(map(size, [*below, *_references(at, node)]))
+            sizes[place] += len(node) if isinstance(node, str) else 0
+        return sizes[place]
+
+    if size(()) > BYTES:
+        raise ValueError(f"its interpolations refer to themselves, or grow beyond {BYTES} characters")
+
+
+def _at(tree: Any, place: Place) -> tuple[Place, Any]:
+    """Find a place, or the interpolation on the way to it: what is below that is no larger than the whole."""
+    for depth, key in enumerate(place):
+        if isinstance(tree, Mapping):
+            tree = next((value for name, value in tree.items() if str(name) == key), None)
+        elif isinstance(tree, list):
+            tree = tree[int(key)] if key.isdecimal() and int(key) < len(tree) else None
+        else:
+            return place[:depth], tree
+    return place, tree
+
+
+def _references(place: Place, text: Any) -> Iterator[Place]:
+    """List the places that a value refers to.
+
+    Raises:
+        ValueError: a reference is computed by another.
+
+    """
+    for start in re.finditer(r"\$\{", text if isinstance(text, str) else ""):
+        found = REFERENCE.match(text, start.start())
+        if found is None:
+            raise ValueError(f"{'.'.join(place)}: {_shown(text)} is no plain reference to another key")
+        dots, key, end = found.groups()
+        if end != ":":
+            above = place[: max(0, len(place) - len(dots))] if dots else ()
+            yield (*above, *re.findall(r"[^.\[\]]+", key))
+
+
+def _check_value(key: str, value: Any) -> None:
+    """Refuse what would be resolved a second time, and numbers that no part takes.
+
+    Raises:
+        ValueError: names the key.
+
+    """
+    if isinstance(value, str) and "${" in value:
+        raise ValueError(f"{key} still is an interpolation when it is resolved: {_shown(value)}")
+    if isinstance(value, int) and abs(value) >= WIDEST:
+        raise ValueError(f"{key} is a number of more than 64 bits")
+
+
+def _ask(name: str) -> str:
+    """Say why something is refused, and what lets it pass."""
+    name = _shown(name)
+    return (
+        "is named by no file of conf/ and is not of a package that you trust; if you know its code, add "
+        f"trust=[{name}] (report, repeat: --trust {name})"
+    )
+
+
+def _shown(value: Any, longest: int = 100) -> str:
+    """Write what a stranger wrote: in one short line, without control characters."""
+    text = str(value)
+    text = text if len(text) <= longest else f"{text[:longest]}..."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def one_line_of(error: BaseException) -> str:
+    """Say in a line what another library raised."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    key = getattr(error, "full_key", None)
+    said = text.partition("raised while resolving interpolation: ")[2] or text
+    return _shown(f"{key}: {said}" if key else said, 300)

@@ -1,0 +1,547 @@
+"""A run folder that somebody sends: nothing that its files name is called, read or written, unless its reader trusts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from fedsparse import export, repeat, report, run, trust
+from fedsparse.federation.store import FileStore
+from fedsparse.resume import read_job
+
+SHORT = ["model=mlp", "logger=csv", "pictures=false", "federation.rounds=1", "federation.local_steps=1"]
+SHORT += ["calibration.head_steps=1", "mask_rule=random"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sent") / "run"
+    run([*SHORT, f"hydra.run.dir={folder}"])
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path, monkeypatch):
+    """A finished run, as if somebody had sent it."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(finished, tmp_path / "sent" / "run")
+
+
+@pytest.fixture
+def canary(tmp_path):
+    return tmp_path / "canary"
+
+
+def change(folder, **values):
+    """Set dotted keys, ``__`` for the dot, of a stored configuration, and in what was typed for it."""
+    path = folder / ".hydra" / "config.yaml"
+    cfg = OmegaConf.load(path)
+    typed = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+    for key, value in values.items():
+        name = key.replace("__", ".")
+        OmegaConf.update(cfg, name, value, force_add=True)
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        typed += [f"++{name}{'.' if inner else ''}{inner}={written(part)}" for inner, part in entries]
+    OmegaConf.save(cfg, path)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(typed))
+
+
+def written(value):
+    """A value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{written(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    return f"'{value}'" if isinstance(value, str) else str(value).lower()
+
+
+class Touch:
+    """Pickles to a program that writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def shell(tmp_path, canary):
+    return {"_target_": "torch.utils.collect_env.run", "command": f"id > {canary}"}
+
+
+def unpickled(tmp_path, canary):
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Touch(canary)))
+    return {"_target_": "torch.load", "f": str(tmp_path / "evil.pt"), "weights_only": False}
+
+
+def hub(tmp_path, canary):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "hubconf.py").write_text(f"def entry():\n    open({str(canary)!r}, 'w')\n")
+    return {"_target_": "torch.hub.load", "repo_or_dir": str(tmp_path / "hub"), "model": "entry", "source": "local"}
+
+
+def overwrite(tmp_path, canary):
+    path = {"_target_": "fedsparse.results.Path", "_args_": [str(canary)]}
+    return {"_target_": "fedsparse.results.write_atomically", "path": path, "text": "x"}
+
+
+def beside_a_shipped_target(tmp_path, canary):
+    return {"_target_": "fedsparse.data.datasets.digits", "_args_": [shell(tmp_path, canary)]}
+
+
+def by_a_reference(tmp_path, canary):
+    return {"_target_": "${name_of_it}", "command": f"id > {canary}"}
+
+
+def of_the_library(tmp_path, canary):
+    return {"_target_": "hydra.utils.instantiate", "config": shell(tmp_path, canary)}
+
+
+PLANTED = [
+    shell, unpickled, hub, overwrite, beside_a_shipped_target, by_a_reference, of_the_library,
+]  # fmt: skip
+NAMED = (
+    r"(collect_env\.run|torch\.load|hub\.load|fedsparse\.results\.\w+|hydra\.utils\.instantiate|data\.source\._args_)"
+)
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """Type a command -> its exit code and its lines of errors."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(export, "SECONDS", 0.01)
+    monkeypatch.setitem(os.environ, "HYDRA_FULL_ERROR", "0")
+
+    def go(command, folder, *names):
+        main, arguments = COMMANDS[command](folder, names)
+        monkeypatch.setattr(sys, "argv", ["fedsparse", *arguments])
+        capsys.readouterr()
+        code, last = 0, ""
+        try:
+            main()
+        except SystemExit as stopped:
+            code, last = (1, stopped.code) if isinstance(stopped.code, str) else (stopped.code or 0, "")
+        return code, [*capsys.readouterr().err.splitlines(), *last.splitlines()]
+
+    return go
+
+
+def trusting(names):
+    return [f"trust=[{','.join(names)}]"] if names else []
+
+
+def resuming(folder, names):
+    from fedsparse import train
+
+    return train.main, [f"resume={folder}", "federation.rounds=2", *trusting(names)]
+
+
+def exporting(folder, names):
+    return export.main, [f"run={folder}", "format=safetensors", *trusting(names)]
+
+
+def scaling(folder, names):
+    return report.main, [str(folder.parent), "--scale", *(["--trust", *names] if names else [])]
+
+
+def repeating(folder, names):
+    return repeat.main, [str(folder.parent), "--seeds", "1", *(["--trust", *names] if names else [])]
+
+
+COMMANDS = {"resume": resuming, "export": exporting, "report": scaling, "repeat": repeating}
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_sent_folder_names_is_not_run(folder, typed, tmp_path, canary, plant, command):
+    change(folder, name_of_it="torch.utils.collect_env.run", data__source=plant(tmp_path, canary))
+    code, lines = typed(command, folder)
+    assert code != 0
+    assert not canary.exists()
+    assert len([line for line in lines if re.search(NAMED, line)]) == 1, lines
+    assert len(lines) == (1 if command in ("resume", "export") else 2)  # and how many folders were left out
+
+
+def test_one_refused_folder_leaves_the_others_to_the_report(folder, finished, typed, tmp_path, canary):
+    shutil.copytree(finished, folder.parent / "good")
+    change(folder, data__source=shell(tmp_path, canary))
+    code, lines = typed("report", folder)
+    assert code == 1
+    assert len(lines) == 2
+    assert (folder.parent / "good" / "scale.json").is_file()
+    assert not (folder / "scale.json").exists()
+
+
+OWN = """
+from torch import nn
+
+from fedsparse.federation.client import ClientModule
+from fedsparse.masks.rules import Random
+from os import system
+
+CALLS = []
+
+
+class Client(ClientModule):
+    def losses(self, forward, x, y):
+        CALLS.append("losses")
+        return super().losses(forward, x, y)
+
+
+class Rule(Random):
+    pass
+
+
+def net(in_features, num_classes):
+    CALLS.append("net")
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_features, 8), nn.ReLU(), nn.Linear(8, num_classes))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A package of one's own, and a run with its client, mask rule and net."""
+    (tmp_path / "code" / "mypackage").mkdir(parents=True)
+    (tmp_path / "code" / "mypackage" / "__init__.py").write_text("import os\n")
+    (tmp_path / "code" / "mypackage" / "parts.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "mine" / "run"
+    parts = ["client._target_=mypackage.parts.Client", "mask_rule._target_=mypackage.parts.Rule", "model.head=3.*"]
+    net = "model.net={_target_:mypackage.parts.net,in_features:null,num_classes:null}"
+    run([*SHORT, *parts, "~model.net", f"+{net}", f"hydra.run.dir={folder}"])
+    yield folder
+    for name in [name for name in sys.modules if name.split(".")[0] == "mypackage"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_code_of_ones_own_goes_on_where_it_is_trusted(own, typed, command):
+    pytest.importorskip("torch_pruning")
+    code, lines = typed(command, own)
+    assert code != 0
+    assert any("mypackage.parts" in line and "trust=[mypackage" in line for line in lines)
+    code, lines = typed(command, own, "my")
+    assert code != 0
+    code, lines = typed(command, own, "mypackage")
+    assert (code, lines) == (0, []) or (code == 0 and command == "resume"), lines
+    made = {"resume": "summary.json", "export": "export/model.safetensors", "report": "scale.json"}
+    if command == "repeat":
+        assert len(list(own.parent.glob("*/summary.json"))) == 2
+    else:
+        assert (own / made[command]).is_file()
+    if command == "export":
+        with pytest.raises(ValueError, match=r"trust=\[mypackage.parts\]"):
+            export.load(own / "export")
+        assert export.load(own / "export", ["mypackage"])(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_a_resume_by_name_from_python(own):
+    assert run([f"resume={own}", "federation.rounds=2", "trust=mypackage"])["rounds"] == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("mypackage.os.system", "is of posix, which"),
+        ("mypackage.parts.system", "is of posix, which"),
+        ("mypackage.parts.nn.Linear", "is of torch.nn.modules.linear, which"),
+        ("mypackage.parts.CALLS.append", "is of builtins, which"),
+        ("mypackage.parts.Client.load_from_checkpoint", "is of lightning.pytorch.core.module, which"),
+        ("mypackage.parts.Other", "cannot be imported here"),
+        ("mypackage_of_another.f", "is named by no file"),
+        ("mypackage", "cannot be imported here"),
+        (["mypackage.parts.net"], "no dotted name"),
+        ("mypackage.parts.net ", "no dotted name"),
+        (None, "no dotted name"),
+    ],
+)
+def test_trust_in_a_package_is_not_trust_in_what_it_imports(own, target, said):
+    with pytest.raises(ValueError, match=said):
+        trust.admitted({"a": [{"_target_": target}]}, ["mypackage"])
+
+
+@pytest.mark.parametrize(
+    ("names", "target", "admits"),
+    [
+        (["my"], "mypackage.f", False),
+        (["mypackage"], "mypackage.sub.f", True),
+        (["mypackage.sub"], "mypackage.sub.f", True),
+        (["mypackage.sub.f"], "mypackage.sub.f", True),
+        (["mypackage.sub"], "mypackage.submarine.f", False),
+        (["mypackage.sub.f"], "mypackage.sub", False),
+        ([], "mypackage.f", False),
+    ],
+)
+def test_a_name_admits_itself_and_what_lies_below(names, target, admits):
+    assert trust.covers(names, target) is admits
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a b", "[a,b;c]", ".os", "os.", "*", "[../x]", "${oc.env:X}"])
+def test_what_is_no_name_of_a_package_admits_nothing(text):
+    if text in ("", "[]"):
+        assert trust.split([f"trust={text}", "x=1"]) == ((), ["x=1"])
+    else:
+        with pytest.raises(ValueError, match="takes packages"):
+            trust.split([f"trust={text}"])
+
+
+SECRET = "5ecret-of-mine"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:GATE_SECRET}",
+        "${ oc.env : GATE_SECRET }",
+        "x ${oc.env:GATE_SECRET} y",
+        "${oc.${env}:GATE_SECRET}",
+        "${oc.env:${its_name}}",
+        "${${whole}}",
+        "\\${oc.env:GATE_SECRET}",
+        "${oc.select:nothing,${oc.env:GATE_SECRET}}",
+        "${oc.select:${env}}",
+        "${oc.decode:'${oc.env:GATE_SECRET}'}",
+        "${oc.create:{a:'${oc.env:GATE_SECRET}'}}",
+        "${oc.deprecated:its_name}",
+        "${oc.dict.values:model}",
+        "${hydra:runtime.cwd}",
+        "${now:%Y}",
+        "${cell:[a],[b]}",
+        "${timm_head:${oc.env:GATE_SECRET}}",
+        ["${oc.env:GATE_SECRET}"],
+        {"deep": [{"er": "${oc.env:GATE_SECRET}"}]},
+    ],
+    ids=str,
+)
+def test_what_is_stored_does_not_reach_the_environment(folder, monkeypatch, value):
+    monkeypatch.setenv("GATE_SECRET", SECRET)
+    change(folder, env="env", its_name="GATE_SECRET", whole="oc.env:GATE_SECRET", model__name=value)
+    before = dict(trust.BaseContainer._resolvers)
+    with pytest.raises(ValueError, match="the stored configuration cannot be used") as refused:
+        read_job(folder)
+    assert SECRET not in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert before == trust.BaseContainer._resolvers
+
+
+def test_a_resolver_that_one_typed_oneself_is_trusted_by_its_name(folder, monkeypatch):
+    monkeypatch.setenv("GATE_SECRET", SECRET)
+    change(folder, model__name="${oc.env:GATE_SECRET}")
+    with pytest.raises(ValueError, match=r"model.name: the resolver .* trust=\[oc.env\]"):
+        read_job(folder)
+    assert read_job(folder, trusted=["oc.env"]).cfg.model.name == SECRET
+
+
+def test_what_hydra_stored_of_itself_is_plain_data(folder, monkeypatch):
+    monkeypatch.setenv("GATE_SECRET", SECRET)
+    path = folder / ".hydra" / "hydra.yaml"
+    stored = yaml.safe_load(path.read_text())
+    stored["hydra"]["runtime"]["choices"]["model"] = "${oc.env:GATE_SECRET}"
+    stored["hydra"]["callbacks"] = {"evil": {"_target_": "os.system", "command": "id"}}
+    path.write_text(yaml.safe_dump(stored))
+    assert read_job(folder).choices["model"] == "${oc.env:GATE_SECRET}"
+    path.write_text("hydra: {runtime: [1]}")
+    with pytest.raises(ValueError, match=r"hydra\.yaml cannot be read"):
+        read_job(folder)
+
+
+def doubling(levels, one):
+    lines = [f"a{k}: {one.replace('_', f'a{k + 1}')}" for k in range(levels)]
+    return "\n".join([*lines, f"a{levels}: xxxxxxxx"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\n".join(["a0: &a0 [x, x]", *(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]" for k in range(1, 40))]), "alias"),
+        (doubling(40, "${_}${_}"), "grow"),
+        (doubling(40, "['${_}', '${_}']"), "grow"),
+        (doubling(40, "{x: '${_}', y: '${oc.select:_,1}'}"), "grow"),
+        ("a: ${b}\nb: ${a}", "refer to themselves"),
+        ("a: {b: '${a}'}", "refer to themselves"),
+        ("a: {b: '${..a}'}", "refer to themselves"),
+        ("a: " + "[" * 400_000, "more than 50 levels"),
+        ("- " * 400_000, "more than 50 levels"),
+        ("a: [" + "0, " * 40_000 + "0]", "20,000 values"),
+        ("a: " + "x" * 2**20, "more than 1,048,576 bytes"),
+        ("a: " + "9" * 5_000, "digits|not YAML"),
+        ("a: 0x" + "f" * 5_000, "more than 64 bits"),
+        ("a: 1\na: 2", "duplicate key"),
+        ("a: !!python/object/apply:os.system ['id > canary']", "could not determine a constructor|not YAML"),
+        ("a: \x07\x00", "not YAML"),
+        ("- 1", "no keys"),
+        ("", "rounds"),
+        ("{[1]: 2}", "unhashable|cannot be read"),
+        ("a: '${'", "no plain reference|cannot be read|mismatched"),
+    ],
+)
+def test_a_configuration_that_would_grow_or_is_none_is_one_line(folder, text, said):
+    (folder / ".hydra" / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said) as refused:
+        read_job(folder)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 600
+    assert not Path("canary").exists()
+
+
+def test_references_of_ones_own_stay_references(folder):
+    change(folder, model__name="${seed}-${model.head}", model__near="${.name}", model__up="${..seed}")
+    cfg = read_job(folder).cfg
+    assert (cfg.model.name, cfg.model.near, cfg.model.up) == ("0-head.*", "0-head.*", 0)
+    assert read_job(folder, ["federation.rounds=7"]).cfg.phases.learn.rounds == 7
+
+
+def test_arguments_that_conf_does_not_name_are_asked_about(folder, tmp_path):
+    change(folder, trainer__default_root_dir=str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match=r"trainer.default_root_dir, an argument of lightning.Trainer.*trust="):
+        read_job(folder)
+    assert read_job(folder, trusted=["lightning.Trainer"]).cfg.trainer.default_root_dir == str(tmp_path / "elsewhere")
+    assert read_job(folder, ["trainer.default_root_dir=here"]).cfg.trainer.default_root_dir == "here"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"evaluation": {"_target_": "fedsparse.federation.personal.Personal", "path": "out.csv"}},
+        {"model__net": {"_target_": "fedsparse.models.pretrained.timm_model", "checkpoint_path": "evil.pth"}},
+        {"model__net": {"_target_": "fedsparse.models.pretrained.timm_model", "pretrained_cfg": {"file": "evil.pth"}}},
+        {"logger": {"a": {"_target_": "fedsparse.federation.artifacts.wandb_logger", "settings": {"base_url": "x"}}}},
+        {"logger": {"a": {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "sub_dir": "../../x"}}},
+        {"trainer__plugins": [{"_target_": "lightning.pytorch.plugins.io.TorchCheckpointIO"}]},
+        {"callbacks": {"a": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "/x"}}},
+        {"server__optimizer": {"_target_": "torch.optim.SGD", "_args_": [1]}},
+    ],
+    ids=lambda part: str(part)[:60],
+)
+def test_parts_that_write_or_load_elsewhere_are_refused(folder, part):
+    change(folder, **part)
+    with pytest.raises(ValueError, match=r"is named by no file of conf/"):
+        read_job(folder)
+
+
+@pytest.mark.parametrize("name", ["/elsewhere", "../elsewhere", "a/../../b", "~/x", "$HOME", "C:\\x", "..\\x"])
+def test_a_loggers_files_stay_in_the_run_folder(folder, name):
+    change(folder, logger={"tensorboard": {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "name": name}})
+    with pytest.raises(ValueError, match=r"logger.tensorboard.name: .* leads out of the run folder"):
+        read_job(folder)
+    assert read_job(folder, ["logger=tensorboard"]).cfg.logger.tensorboard.name == "tensorboard"
+
+
+def test_a_stored_cache_is_not_written_to(folder, tmp_path):
+    change(folder, calibration__cache=str(tmp_path / "elsewhere"))
+    assert read_job(folder).cfg.calibration.cache is None
+    assert read_job(folder, ["calibration.cache=mine"]).cfg.calibration.cache == "mine"
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    (folder / "checkpoints" / "last.previous.ckpt").unlink(missing_ok=True)
+    run([f"resume={folder}", "federation.rounds=2"])
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "metrics.csv.part", ".lock", "run.log", "checkpoints/last.ckpt.part"])
+def test_a_planted_link_is_refused_before_anything_is_written(folder, tmp_path, name):
+    (tmp_path / "mine.txt").write_text("mine")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(ValueError, match=r"is a link out of the run folder"):
+        run([f"resume={folder}", "federation.rounds=2"])
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_links_within_the_folder_and_a_folder_by_a_link_may_stay(folder, tmp_path):
+    (folder / "wandb").mkdir()
+    (folder / "wandb" / "latest-run").symlink_to("run-1", target_is_directory=True)
+    (tmp_path / "link").symlink_to(folder)
+    assert run([f"resume={tmp_path / 'link'}", "federation.rounds=2"])["rounds"] == 2
+    os.mkfifo(folder / "metrics.csv.part")
+    with pytest.raises(ValueError, match="neither file nor folder"):
+        read_job(folder)
+
+
+def test_rows_of_a_file_are_numbers(tmp_path):
+    (tmp_path / "own.bin").write_bytes(b"A" * 512)
+    store = FileStore(tmp_path / "own.bin")
+    state = {"slots": {0: 0}, "shape": (16, 2), "dtype": "O", "before": []}
+    with pytest.raises(ValueError, match="of type 'O'"):
+        store.load_state_dict(state)  # a row of it would be read at the address 0x4141414141414141
+    store.load_state_dict(state | {"dtype": "float32"})
+    assert np.isfinite(store.get(0, torch.zeros(2)).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "hydra.launcher._target_=os.system",
+        "+hydra.callbacks.evil._target_=os.system",
+        "hydra/launcher=joblib",
+        "hydra.searchpath=[file:///tmp]",
+        "~hydra.callbacks",
+        "+callbacks@hydra.callbacks=early_stopping",
+        "hydra.run.dir=/elsewhere",
+        "--config-dir=/elsewhere",
+        "nonsense",
+        "seed=1,2",
+    ],
+)
+def test_stored_overrides_of_hydra_itself_are_refused(folder, typed, override):
+    path = folder / ".hydra" / "overrides.yaml"
+    path.write_text(yaml.safe_dump([*yaml.safe_load(path.read_text()), override]))
+    code, lines = typed("repeat", folder)
+    assert code != 0
+    assert len(lines) == 2, lines
+    assert [path.name for path in folder.parent.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("text", ["a: 1", "- [seed=1]", "- 1", "- &a x\n- *a", "[" * 1000, "\x00"])
+def test_overrides_that_are_none_are_one_line(folder, typed, text):
+    (folder / ".hydra" / "overrides.yaml").write_text(text)
+    code, lines = typed("repeat", folder)
+    assert code != 0
+    assert len(lines) == 1
+    assert "overrides.yaml is damaged" in lines[0]
+
+
+def test_a_cell_of_a_sweep_is_compared_without_its_secrets(folder, monkeypatch):
+    """A cell may ask for what was typed for it now, as it did when it began."""
+    monkeypatch.setenv("GATE_SECRET", "1.5")
+    sweep = [
+        f"hydra.sweep.dir={folder.parent / 'grid'}",
+        "hydra.sweep.subdir=cell",
+        "optimizer.clip_norm=${oc.env:GATE_SECRET}",
+    ]
+    # fedsparse.run knows no sweeps: a cell is carried out as fedsparse.repeat does
+    typed = [*SHORT, "seed=1", *sweep[2:]]
+    cell = folder.parent / "grid" / "cell"
+    assert repeat.run(typed, cell, trusted=["oc.env"])
+    assert repeat.run([*typed, "federation.rounds=2"], cell, trusted=["oc.env"])
+    assert json.loads((cell / "summary.json").read_text())["rounds"] == 2
+    change(cell, model__name="${oc.env:PATH}")
+    assert not repeat.run([*SHORT, "seed=1", "optimizer.clip_norm=1.5"], cell)
+
+
+def test_a_sent_tokenizer_brings_no_code(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from fedsparse.data.tokens import load_tokenizer
+
+    module = "def f():\n    pass\nopen('canary', 'w')\n"
+    (tmp_path / "evil.py").write_text(module)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}))
+    words = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.T", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="cannot be had"):
+        load_tokenizer(str(tmp_path))
+    assert not Path("canary").exists()
