@@ -21,9 +21,10 @@ from fedsparse import train
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.table import once, rows
 from fedsparse.resume import Job, facts
+from fedsparse.signals import command
 from fedsparse.sweep import MAY_DIFFER, cell_name
 
-CHECKED = "~hydra.callbacks.fresh_run_folder"  # a used folder is not refused: the cell itself looks whose it is
+CHECKED = "+hydra.callbacks.fresh_run_folder.refuse=false"  # the cell itself looks whose a used folder is
 BESIDE = "hydra/launcher=joblib"  # names what happens: cells side by side keep their progress off the terminal
 
 
@@ -77,6 +78,7 @@ def run(overrides: Sequence[str], folder: Path, beside: bool = False) -> bool:
     return True
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from fedsparse import results
+from fedsparse import files
 from fedsparse.config import conf_dir, refuse_foreign_targets
 from fedsparse.federation.phases import Phases
 from fedsparse.sweep import already_used, difference, used
@@ -53,11 +53,11 @@ def store(job: Job, hydra_cfg: Any) -> None:
     own = OmegaConf.to_container(hydra_cfg, enum_to_str=True)
     assert isinstance(own, dict)
     own["sweep"]["dir"] = str(hydra_cfg.sweep.dir)  # a ${now:} in it would name another sweep on resume
-    files = {"hydra.yaml": OmegaConf.create({"hydra": own}), "config.yaml": job.cfg}
+    stored = {"hydra.yaml": OmegaConf.create({"hydra": own}), "config.yaml": job.cfg}
     folder = job.folder / ".hydra"
     folder.mkdir(exist_ok=True)
-    for name, node in {**files, "overrides.yaml": hydra_cfg.overrides.task}.items():
-        results.write_atomically(folder / name, OmegaConf.to_yaml(node))
+    for name, node in {**stored, "overrides.yaml": hydra_cfg.overrides.task}.items():
+        files.write(folder / name, OmegaConf.to_yaml(node))
 
 
 def as_found(job: Job) -> Job:
@@ -125,14 +125,16 @@ def _compose_logger(option: str) -> Any:
 def finished(job: Job) -> dict[str, Any] | None:
     """Summary of a folder whose run is finished with as many rounds as asked for, or None.
 
-    A run that stopped early by itself, with fewer rounds than were asked for when it began, is finished too.
+    A run that stopped early by itself, with fewer rounds than were asked for when it was carried out, is finished too.
     """
     path = job.folder / "summary.json"
     if not path.is_file():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    begun = _rounds(OmegaConf.load(job.folder / ".hydra" / "config.yaml"))
-    return summary if _rounds(job.cfg) <= max(summary["rounds"], begun) else None
+    asked = summary.get("rounds_asked")  # a summary of before this was noted: what the run began with
+    if asked is None:
+        asked = _rounds(OmegaConf.load(job.folder / ".hydra" / "config.yaml"))
+    return summary if _rounds(job.cfg) <= max(summary["rounds"], asked) else None
 
 
 def _rounds(cfg: Any) -> int:
@@ -144,7 +146,7 @@ def _rounds(cfg: Any) -> int:
 
 def open_log(folder: Path) -> logging.Handler:
     """Go on writing to run.log, as Hydra does in a fresh run."""
-    handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    handler = files.LogFile(folder / "run.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)

@@ -15,16 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from fedsparse import build
+from fedsparse import build, files
 from fedsparse.data.datasets import Split
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.setting import Setting
 from fedsparse.models.modes import evaluating
 from fedsparse.prepare import build_setting, start_head
-from fedsparse.results import write_atomically
 from fedsparse.resume import read_job
+from fedsparse.weights import load_weights
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(16))  # 0 to 1.5
 FILE = "scale.json"
@@ -35,7 +34,7 @@ def measure(folders: Iterable[Path]) -> None:
     for folder in sorted({path.parent for top in folders for path in Path(top).rglob("summary.json")}):
         if not (folder / FILE).exists():
             try:
-                write_atomically(folder / FILE, json.dumps(scaled(folder), indent=2) + "\n")
+                files.write(folder / FILE, json.dumps(scaled(folder), indent=2) + "\n")
             except (ValueError, OSError, SafetensorError) as error:  # a damaged folder; the report lists it
                 print(f"fedsparse: {folder} was not scaled: {error}", file=sys.stderr)
 
@@ -87,7 +86,7 @@ def _start_and_end(folder: Path) -> tuple[Setting, torch.Tensor, torch.Tensor]:
     """Build the run's model as it was before its first round, and read it after its last: rows (P,)."""
     setting = at_start(folder)
     start = setting.space.read(setting.net)
-    setting.net.load_state_dict(load_file(folder / "model.safetensors"))
+    setting.net.load_state_dict(load_weights(folder / "model.safetensors"))
     return setting, start, setting.space.read(setting.net)
 
 
