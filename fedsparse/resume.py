@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,10 +145,12 @@ def _rounds(cfg: Any) -> int:
     return Phases.of(OmegaConf.to_container(cfg.phases, resolve=True)).total  # type: ignore[arg-type]
 
 
-def open_log(folder: Path) -> logging.Handler:
-    """Go on writing to run.log, as Hydra does in a fresh run."""
-    handler = files.LogFile(folder / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
+def open_log(folder: Path) -> None:
+    """Go on writing to run.log, and show warnings, as Hydra does in a fresh run."""
+    handler: logging.Handler = files.LogFile(folder / "run.log", encoding="utf-8")
+    console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.WARNING)
+    for one in (handler, console):
+        one.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger().addHandler(one)
     logging.getLogger().setLevel(logging.INFO)
-    return handler
