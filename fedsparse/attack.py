@@ -14,6 +14,7 @@ from pathlib import Path
 from fedsparse.analysis.files import finite
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.statistics import Interval, paired
+from fedsparse.signals import command
 
 Cell = tuple[str, bool]  # rule, whether there are attackers
 PLAIN = "WeightedMean"  # averages whatever comes: it claims no robustness
@@ -62,6 +63,7 @@ def _line(name: str, found: Mapping[Cell, Mapping[int, float]], apart: Interval)
     return f"| {name} | {without.percent()} | {under.percent()} | {apart.percent('+')} | {verdict} |"
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of the runs below some folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

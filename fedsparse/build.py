@@ -39,6 +39,7 @@ from fedsparse.nets import build_net, check_classes, check_kind
 from fedsparse.places import Coordinates
 from fedsparse.shares import build_clients
 from fedsparse.space import ParamSpace
+from fedsparse.weights import distinct
 
 log = logging.getLogger("fedsparse")
 AUTO = "auto"  # federation.cohort, to be measured
@@ -68,7 +69,7 @@ class Federation:
     @property
     def model_length(self) -> int:
         """Bytes of the first model: a message of every parameter and float buffer, trained or not."""
-        tensors = [tensor for tensor in self.net.state_dict().values() if tensor.is_floating_point()]
+        tensors = [tensor for tensor in distinct(self.net.state_dict()) if tensor.is_floating_point()]
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
         return known_size(sum(tensor.numel() for tensor in tensors), 0, dtype).total
 

@@ -16,13 +16,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fedsparse import build, train
+from fedsparse import build, files, train
 from fedsparse.config import check, conf_dir
 from fedsparse.execute import quiet
 from fedsparse.federation.calibration import Calibrated
 from fedsparse.federation.ledger import Ledger
 from fedsparse.prepare import mean_client_overlap, prepare, sparsity_of
-from fedsparse.results import write_atomically
 from fedsparse.resume import Job, facts, store
 from fedsparse.sweep import CALIBRATION, already_used, held, used
 
@@ -39,8 +38,8 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
     job = Job(cfg, Path(hydra_cfg.runtime.output_dir), *facts(hydra_cfg))
     if used(job.folder):
         raise ValueError(already_used(job.folder))
-    store(job, hydra_cfg)
     with held(job.folder):
+        store(job, hydra_cfg)
         return execute(job)
 
 
@@ -54,7 +53,7 @@ def execute(job: Job) -> dict[str, Any]:
         )
     found = prepare(job, federation, build.build_module(job.cfg, federation), ledger)
     facts = figures(job, federation, found) | ledger.figures() | {"seconds": time.perf_counter() - began}
-    write_atomically(job.folder / CALIBRATION, json.dumps(facts, indent=2) + "\n")
+    files.write(job.folder / CALIBRATION, json.dumps(facts, indent=2) + "\n")
     print(f"{facts['trainable_fraction']:.1%} of the weights train; the mask lies in {job.folder}")
     return facts | {"folder": str(job.folder)}
 

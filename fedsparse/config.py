@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from fedsparse.budget import rounds_for_steps
+from fedsparse.limits import check_trainer
 from fedsparse.sweep import already_used, cell_name, used
 
+BEFORE_A_RUN = {".hydra", ".lock", "run.log", "partition.png"}
 COUNTS = (
     "federation.num_clients",
     "federation.rounds",
@@ -38,11 +43,38 @@ class RunFolderUsed(SystemExit):
 
 
 class FreshRunFolder(Callback):
-    """Refuses a used folder for a single run, before anything is written; tells how far a sweep is."""
+    """Refuses a used folder for a single run, before anything is written; tells how far a sweep is.
+
+    A run that failed before it began leaves no folder behind.
+
+    Args:
+        refuse: whether a used folder is refused.
+
+    """
+
+    def __init__(self, refuse: bool = True) -> None:
+        self.refuse = refuse
+        self.made: list[Path] = []
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the folder of a single run."""
-        refuse_used(Path(config.hydra.run.dir))
+        folder = Path(config.hydra.run.dir).absolute()
+        if self.refuse:
+            refuse_used(folder)
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Remove the folder of a run that failed before it began, with the folders above that were made for it."""
+        if job_return.status != JobStatus.FAILED or getattr(job_return._return_value, "keep", False):
+            return
+        folder = Path(config.hydra.runtime.output_dir)
+        theirs = bool(self.made) and folder not in self.made
+        if theirs or not {path.name for path in folder.iterdir()} <= BEFORE_A_RUN:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        for above in self.made[1:]:
+            with suppress(OSError):  # another run is there
+                above.rmdir()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Let keys that are swept make cells of their own, whatever they are, and count the cells."""
@@ -139,6 +171,7 @@ def check(cfg: DictConfig) -> None:
 
     """
     _check_keys(cfg)
+    check_trainer(cfg.trainer)
     for key in COUNTS:
         _check_count(key, OmegaConf.select(cfg, key))
     for key in OPTIONAL_COUNTS:

@@ -28,6 +28,7 @@ from fedsparse.federation.setting import Setting
 from fedsparse.masks.scores import fisher_per_sample
 from fedsparse.prepare import GUIDANCE
 from fedsparse.scale import at_start
+from fedsparse.signals import command
 
 Figures = Mapping[str, float]
 Group = tuple[str, str, str]  # model, partition, optimizer
@@ -145,6 +146,7 @@ def _cell(name: str, values: Sequence[float]) -> str:
     return Interval.of(defined).percent() if name == "unmoved" else Interval.of(defined).text(digits=2)
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of the runs below some folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +20,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fedsparse import build, cohorts, fitting, results, team
+from fedsparse import build, cohorts, fitting, results, signals, team
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation import parallel
 from fedsparse.federation.calibration import Calibrated
-from fedsparse.federation.checkpoint import choose_checkpoint, read_checkpoint
+from fedsparse.federation.checkpoint import LAST, choose_checkpoint, read_checkpoint
 from fedsparse.federation.choice import MaskChoice, zero
 from fedsparse.federation.client import ClientModule
 from fedsparse.federation.csv import read_rows
@@ -44,10 +46,13 @@ from fedsparse.prepare import (
     sparsity_of,
 )
 from fedsparse.resume import Job
-from fedsparse.sweep import held
+from fedsparse.trial import check_trainable
 
 log = logging.getLogger("fedsparse")
-TERMINATED = 143  # 128 + SIGTERM
+
+
+class Unfinished(ValueError):
+    """A limit ended a run before its last round; it can go on."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,24 @@ class Training:
 
 
 def execute(job: Job) -> dict[str, Any]:
-    """Carry out a run, alone in its folder, with as many processes as it asks for; returns its summary."""
+    """Carry out a run with as many processes as it asks for; returns its summary.
+
+    Raises:
+        Unfinished: a limit ended it; one line says how to go on.
+        Stopped: a signal did, and a line has said how to go on.
+
+    """
     quiet()
-    with held(job.folder), team.team(team.size_of(job.cfg)):
-        log.info("process %d", os.getpid())
-        return _lead(job)
+    try:
+        with signals.heeded(), team.team(team.size_of(job.cfg)):
+            log.info("process %d", os.getpid())
+            return _lead(job)
+    except (KeyboardInterrupt, signals.Stopped) as error:
+        stop = error if isinstance(error, signals.Stopped) else signals.Stopped(signal.SIGINT)
+        if not stop.said:
+            saved = (job.folder / "checkpoints" / LAST).exists()
+            _say(stop.number, "what was saved before stays" if saved else "no round is saved yet", job)
+        raise signals.Stopped(stop.number, said=True) from None
 
 
 def _lead(job: Job) -> dict[str, Any]:
@@ -102,6 +120,7 @@ def _lead(job: Job) -> dict[str, Any]:
         draw(job, training.choice.mask)  # once, however often it was chosen anew
     summary = _summary(job, federation, start.found, training)
     results.write_results(job.folder, federation, summary, job.cfg.pictures)
+    training.callbacks.artifacts.close(training.trainer.loggers)
     return summary | {"folder": str(job.folder)}
 
 
@@ -131,6 +150,8 @@ def follow() -> None:
 def _start(job: Job, federation: build.Federation, module: ClientModule) -> Start:
     """Prepare a run's first round, or find what a resumed one goes on from."""
     ledger, checkpoint = Ledger(), _checkpoint(job, federation)
+    if checkpoint is None:
+        check_trainable(job.cfg, federation)
     found = prepare(job, federation, module, ledger) if checkpoint is None else _stored(job, federation, checkpoint)
     module.set_mask(found.mask.row(federation.space), found.bitmaps)
     if checkpoint is None and job.cfg.sparsity.mode == "prune":
@@ -174,14 +195,30 @@ def _silent(mask: Mask) -> Mask:
 
 
 def _stopped(job: Job, training: Training) -> None:
-    """End the process if a signal asked for it: the round is closed and saved."""
-    received = training.callbacks.stop.received
+    """End the run if a signal or a limit asked for it: the round is closed and saved.
+
+    Raises:
+        Stopped: a signal did.
+        Unfinished: ``trainer.max_time`` did, before the last round.
+
+    """
+    received, closed = training.callbacks.stop.received, training.trainer.current_epoch
     if received:
-        said = ", ".join(number.name for number in received)
-        closed = training.trainer.current_epoch
-        log.warning("%s: round %d is closed and saved; go on with resume=%s", said, closed, job.folder)
+        training.callbacks.artifacts.close(training.trainer.loggers)
+        _say(received[0], f"round {closed} is closed and saved", job)
         hand_on(received)
-        raise SystemExit(TERMINATED)
+        raise signals.Stopped(received[0], said=True)
+    if training.callbacks.stop.overtime and closed < training.rounds.phases.total:  # type: ignore[union-attr]
+        training.callbacks.artifacts.close(training.trainer.loggers)
+        limit = f"trainer.max_time={job.cfg.trainer.max_time}"
+        raise Unfinished(f"{limit}: round {closed} is closed and saved; go on with resume={job.folder}")
+
+
+def _say(number: signal.Signals, state: str, job: Job) -> None:
+    """Say in one line, on the terminal and in run.log, what a signal has ended and how to go on."""
+    line = f"{number.name}: {state}; go on with resume={job.folder}"
+    log.info(line)
+    print(f"fedsparse: {line}", file=sys.stderr, flush=True)
 
 
 def _summary(job: Job, federation: build.Federation, found: Calibrated, training: Training) -> dict[str, Any]:

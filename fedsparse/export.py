@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedsparse import nets, trust
+from fedsparse import files, nets, trust
 from fedsparse.analysis.export_table import print_export
 from fedsparse.execute import quiet
 from fedsparse.finished import WEIGHTS, Finished, inputs, read_run
@@ -30,9 +29,9 @@ from fedsparse.models.flops import pruning_figures
 from fedsparse.models.shrink import TOLERANCE, Cut, close, shrink
 from fedsparse.models.structure import rebuild, structure
 from fedsparse.models.to_onnx import onnx_forward, write_onnx
-from fedsparse.results import save_model, write_atomically
 from fedsparse.savings import interleaved
 from fedsparse.train import on_command_line
+from fedsparse.weights import load_weights, save_weights
 
 Forward = Callable[[Tensor], Tensor]
 FORMATS = ("safetensors", "onnx")
@@ -67,7 +66,7 @@ def export(folder: Path, formats: Sequence[str] = FORMATS, trusted: Sequence[str
             path.mkdir()
             write(path, net, run, formats)
         figures = measure(run, small, cuts, full, new, trusted)
-        write_atomically(new / FIGURES, json.dumps(figures, indent=2) + "\n")
+        files.write(new / FIGURES, json.dumps(figures, indent=2) + "\n")
         shutil.rmtree(folder / "export", ignore_errors=True)
         os.replace(new, folder / "export")
     return figures
@@ -86,7 +85,7 @@ def load(folder: str | os.PathLike[str], trusted: Sequence[str] = ()) -> nn.Modu
     """
     path = Path(folder)
     try:
-        stored, tensors = json.loads((path / CONFIG).read_text(encoding="utf-8")), load_file(path / WEIGHTS)
+        stored, tensors = json.loads((path / CONFIG).read_text(encoding="utf-8")), load_weights(path / WEIGHTS)
         arguments, sizes = stored["net"], stored["modules"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         text = f"{path} holds no exported model ({type(error).__name__}: {error})"
@@ -99,9 +98,9 @@ def load(folder: str | os.PathLike[str], trusted: Sequence[str] = ()) -> nn.Modu
 def write(folder: Path, net: nn.Module, run: Finished, formats: Sequence[str]) -> None:
     """Write a network in the formats asked for."""
     if "safetensors" in formats:
-        save_model(net, folder / WEIGHTS)
+        save_weights(net, folder / WEIGHTS)
         stored = {"net": run.arguments, "modules": structure(run.net, net), "input": list(run.real.shape[1:])}
-        write_atomically(folder / CONFIG, json.dumps(stored, indent=2) + "\n")
+        files.write(folder / CONFIG, json.dumps(stored, indent=2) + "\n")
     if "onnx" in formats:
         write_onnx(net, inputs(run, seed=0), folder / ONNX)
 

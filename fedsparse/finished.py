@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedsparse import build, nets
 from fedsparse.resume import read_job
+from fedsparse.weights import load_weights
 
 WEIGHTS = "model.safetensors"
 SAMPLES = 8  # random inputs, and as many of the test split
@@ -59,7 +59,7 @@ def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
     _without_weights(cfg.model.net)
     federation = build.build_federation(cfg)
     try:
-        federation.net.load_state_dict(load_file(folder / WEIGHTS))
+        federation.net.load_state_dict(load_weights(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or of another model ({type(error).__name__})") from error
     split = federation.dataset.test

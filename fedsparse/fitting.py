@@ -13,12 +13,13 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from fedsparse import files
 from fedsparse.build import Federation, build_exchange, build_personal, streaming
 from fedsparse.data.augment import augment
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.devices import accelerator, build_device
 from fedsparse.federation import parallel
-from fedsparse.federation.artifacts import Artifacts
+from fedsparse.federation.artifacts import Artifacts, begun
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.federation.choice import MaskChoice, length_of
@@ -35,6 +36,7 @@ from fedsparse.federation.rounds import BUFFERS, LOCAL, FederatedRounds
 from fedsparse.federation.store import ClientStore, make_store
 from fedsparse.federation.tracking import GracefulStop, RoundLog
 from fedsparse.federation.traffic import Traffic
+from fedsparse.limits import seconds_of
 from fedsparse.masks import Mask
 
 TRAFFIC = "traffic.csv"
@@ -98,13 +100,15 @@ class Callbacks:
     rounds: FederatedRounds
     log: RoundLog
     stop: GracefulStop
+    artifacts: Artifacts
     others: list[lightning.Callback]
     personal: Personal | None = None
 
     def listed(self) -> list[lightning.Callback]:
         """In the order that Lightning is to call them: the protocol first, checkpoints last."""
         before, after = ([], []) if self.personal is None else ([self.personal.before], [self.personal])
-        return [*before, self.rounds, *after, self.log.evaluation, self.log, self.stop, *self.others]
+        watching = [self.log.evaluation, self.log, self.stop, self.artifacts]
+        return [*before, self.rounds, *after, *watching, *self.others]
 
 
 def build_callbacks(
@@ -120,18 +124,15 @@ def build_callbacks(
     evaluation = Evaluation(federation.tests, federation.dataset.own)
     progress = RoundProgress(rounds, evaluation, lambda round: len(federation.phased.sample(round)), shared=shared)
     chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
-    others = [
-        progress,
-        Artifacts(folder, config, lambda: choice.mask.by_layer()),
-        *chosen,
-        *build_checkpoints(cfg, folder),
-    ]
+    artifacts = Artifacts(folder, config, lambda: choice.mask.by_layer())
+    others = [progress, *chosen, *build_checkpoints(cfg, folder)]
+    stop = GracefulStop(seconds_of(OmegaConf.to_container(cfg.trainer, resolve=True).get("max_time")))  # type: ignore[union-attr]
     personal = build_personal(cfg, folder / CLIENTS if parallel.process() == 0 else None)
-    return Callbacks(rounds, RoundLog(rounds, evaluation, personal), GracefulStop(), others, personal)
+    return Callbacks(rounds, RoundLog(rounds, evaluation, personal), stop, artifacts, others, personal)
 
 
 def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) -> list[Any]:
-    """Build metrics.csv, and the loggers of the group ``logger``.
+    """Build metrics.csv, and the loggers of the group ``logger``, without those that cannot be begun.
 
     Args:
         cfg: the configuration.
@@ -144,7 +145,8 @@ def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) 
     table.drop_from(round + 1)
     chosen = cfg.logger or {}
     options = {"wandb": {"group": group, "id": _run_id(folder), "resume": "allow"}} if "wandb" in chosen else {}
-    return [table, *(instantiate(chosen[name])(save_dir=str(folder), **options.get(name, {})) for name in chosen)]
+    built = [instantiate(chosen[name])(save_dir=str(folder), **options.get(name, {})) for name in chosen]
+    return [table, *(logger for logger in built if begun(logger))]
 
 
 def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:
@@ -157,6 +159,7 @@ def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any], rou
         **several,
         accelerator=accelerator(cfg),
         max_epochs=rounds,
+        max_time=None,
         check_val_every_n_epoch=cfg.federation.eval_every,
         callbacks=callbacks.listed(),
         logger=loggers,
@@ -182,5 +185,5 @@ def _run_id(folder: Path) -> str:
     """Name of the run for Weights & Biases: made once, kept in the folder, so that a resume goes on in the same run."""
     path = folder / ".run_id"
     if not path.exists():
-        path.write_text(secrets.token_hex(4))
+        files.write(path, secrets.token_hex(4))
     return path.read_text().strip()

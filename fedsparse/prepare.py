@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
-from fedsparse import build, results, trust
+from fedsparse import build, files, results, trust
 from fedsparse.analysis.mask_plot import mask_figure
 from fedsparse.devices import build_device
 from fedsparse.federation.cache import Cache, source_of
@@ -33,7 +33,6 @@ from fedsparse.federation.setting import Setting
 from fedsparse.keys import Purpose
 from fedsparse.masks import Mask, MaskRule, overlaps
 from fedsparse.masks.bitmaps import masks_of
-from fedsparse.masks.mask import write_whole
 from fedsparse.masks.rules import FromFile
 from fedsparse.resume import Job
 from fedsparse.space import ParamSpace
@@ -58,10 +57,10 @@ def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger
         found = choose_mask(job.cfg, setting, rule, phases)
     if phases.explore is not None:
         return found
+    if isinstance(rule, FromFile):
+        _check_given(job, rule, found.mask)
     mask = record(job, found.mask, found.bitmaps, found.overlap)
     draw(job, mask)
-    if isinstance(rule, FromFile):
-        _check_given(job, rule, mask)
     return replace(found, mask=mask)
 
 
@@ -121,7 +120,7 @@ def draw(job: Job, mask: Mask) -> None:
     """Draw a mask into the run folder, if pictures are wanted."""
     if job.cfg.pictures:
         title = f"mask rule {mask.metadata['rule']}, {mask.density:.1%} of the weights train"
-        mask_figure(mask, title=title).savefig(job.folder / PICTURE, dpi=120)
+        results.picture(job.folder / PICTURE, lambda: mask_figure(mask, title=title))
 
 
 def build_setting(cfg: DictConfig, federation: build.Federation, ledger: Ledger, module: ClientModule) -> Setting:
@@ -192,14 +191,14 @@ def write(folder: Path, mask: Mask, bitmaps: torch.Tensor) -> None:
     """Write the masks, and the density of each layer into the log."""
     mask.save(folder / MASK)
     if len(bitmaps):
-        write_whole(folder / CLIENT_MASKS, save({"bitmaps": bitmaps}, dict(mask.metadata)))
+        files.write(folder / CLIENT_MASKS, save({"bitmaps": bitmaps}, dict(mask.metadata)))
     for layer, density in mask.by_layer().items():
         log.info("density %-30s %.4f", layer, density)
 
 
 def save_guidance(folder: Path, found: Mapping[str, Tensor]) -> None:
     """Write what exploring clients found, by tensor, beside the masks: ``explore.save=true`` asks for it."""
-    write_whole(folder / GUIDANCE, save({name: part.contiguous() for name, part in found.items()}))
+    files.write(folder / GUIDANCE, save({name: part.contiguous() for name, part in found.items()}))
 
 
 def sparsity_of(mask: Mask, always: torch.Tensor, space: ParamSpace) -> float:

@@ -33,7 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsparse.data.datasets import Split, digits, scale_pixels
+from fedsparse.files import write
 from fedsparse.models.vision import HEAD, vit_digits
+from fedsparse.signals import command
 
 # No digits, and no I, O, i, l or o, which fonts draw like 1 and 0. Small letters only where their shape is their own.
 CLASSES = "ABCDEFGHJKLMNPQRSTUVWXYZabdefghjnqrt"
@@ -202,6 +204,7 @@ def pretrain(epochs: int, glyphs: int, seed: int) -> tuple[VisionTransformer, fl
     return net.eval(), accuracy(net, make_glyphs(HELD_OUT, np.random.default_rng((seed, 1))))
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the backbone and print how good it is."""
     parser = argparse.ArgumentParser(description="Make the packaged backbone of vit_digits again.")
@@ -215,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = f"python -m fedsparse.pretrain --epochs {options.epochs} --glyphs {options.glyphs} --seed {options.seed}"
     notes = {"command": command, "seed": options.seed, "epochs": options.epochs, "glyph_accuracy": f"{right:.4f}"}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_bytes(save(backbone(net), {key: str(value) for key, value in notes.items()}))
+    write(options.out, save(backbone(net), {key: str(value) for key, value in notes.items()}))
     data = digits()
     probed = linear_probe(net, data.train, data.val)
     print(f"held-out glyphs: {right:.1%}; linear probe on digits, validation: {probed:.1%}")

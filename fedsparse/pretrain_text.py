@@ -21,9 +21,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsparse import files
 from fedsparse.data.docs import held_by_clients, held_out, library_sentences
 from fedsparse.data.tokens import PACKAGED, fingerprint, load_tokenizer, need_transformers, tokens
 from fedsparse.pretrain import rate_share
+from fedsparse.signals import command
 
 BATCH = 64
 IGNORED = -100  # of cross_entropy
@@ -161,18 +163,19 @@ def step(net: MaskedWords, x: Tensor, optimizer: torch.optim.Optimizer, generato
 def write_tokenizer(words: Sequence[str], folder: Path) -> None:
     """Write the two files that transformers builds a tokenizer from."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    files.write(folder / "vocab.txt", "\n".join(words) + "\n")
     config = '{"tokenizer_class": "BertTokenizer", "do_lower_case": true, "model_max_length": 128}\n'
-    (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    files.write(folder / "tokenizer_config.json", config)
 
 
 def write_model(bert: Any, folder: Path, notes: dict[str, str]) -> None:
     """Write configuration and weights, these as float16, as transformers reads them."""
     halves = {f"bert.{name}": tensor.half().contiguous() for name, tensor in bert.state_dict().items()}
-    (folder / "model.safetensors").write_bytes(save(halves, {"format": "pt", **notes}))
-    (folder / "config.json").write_text(bert.config.to_json_string(use_diff=True), encoding="utf-8")
+    files.write(folder / "model.safetensors", save(halves, {"format": "pt", **notes}))
+    files.write(folder / "config.json", bert.config.to_json_string(use_diff=True))
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make vocabulary and model, and write them as a folder that transformers loads."""
     parser = argparse.ArgumentParser(description="Make the packaged weights of bert_tiny again.")

@@ -20,9 +20,10 @@ from fedsparse import train, trust
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.table import once, rows
 from fedsparse.resume import Job, facts, refuse_stored_overrides
+from fedsparse.signals import command
 from fedsparse.sweep import MAY_DIFFER, CellFailed, cell_name, shown
 
-CHECKED = "~hydra.callbacks.fresh_run_folder"  # a used folder is not refused: the cell itself looks whose it is
+CHECKED = "+hydra.callbacks.fresh_run_folder.refuse=false"  # the cell itself looks whose a used folder is
 BESIDE = "hydra/launcher=joblib"  # names what happens: cells side by side keep their progress off the terminal
 
 
@@ -79,6 +80,7 @@ def run(overrides: Sequence[str], folder: Path, beside: bool = False, trusted: S
     return True
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedsparse import files
 from fedsparse.analysis import convergence, equal_steps, exchange_table, overlap, pareto, tables
 from fedsparse.analysis.folders import read_runs
 from fedsparse.analysis.page import Picture, Section, markdown, page, png
 from fedsparse.analysis.table import once, rows
+from fedsparse.signals import command
 
 _TITLE = "fedsparse report"
 
@@ -68,11 +70,12 @@ def write(parts: Sequence[Section], folder: Path) -> None:
     pictures = [block for part in parts for block in part.blocks if isinstance(block, Picture)]
     drawn = {picture.name: png(picture.draw()) for picture in pictures}
     for name, data in drawn.items():
-        (folder / f"{name}.png").write_bytes(data)
-    (folder / "report.md").write_text(markdown(_TITLE, parts), encoding="utf-8")
-    (folder / "report.html").write_text(page(_TITLE, parts, drawn), encoding="utf-8")
+        files.write(folder / f"{name}.png", data)
+    files.write(folder / "report.md", markdown(_TITLE, parts))
+    files.write(folder / "report.html", page(_TITLE, parts, drawn))
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report, and write it."""
     options = _parser().parse_args(arguments)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedsparse import files
 from fedsparse.analysis.curves import curves_figure
 from fedsparse.analysis.partition_plot import partition_figure
 from fedsparse.build import Federation
@@ -21,7 +22,9 @@ from fedsparse.federation.csv import read_rows
 from fedsparse.federation.progress import human_bytes
 from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.masks import Mask
+from fedsparse.weights import save_weights
 
+log = logging.getLogger("fedsparse")
 BYTES = ("bytes_up", "bytes_down", "bytes_dense", "bytes_setup_up", "bytes_setup_down", "bytes_total")
 
 
@@ -30,24 +33,19 @@ def sha256(row: Tensor) -> str:
     return hashlib.sha256(row.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file beside its target and rename it, so that a kill or a full disk leaves the old one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def save_model(net: nn.Module, path: Path) -> None:
-    """Save a network under its own names as safetensors, without shared memory."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}))
-    os.replace(part, path)
+def picture(path: Path, draw: Callable[[], Figure]) -> None:
+    """Draw a picture; what goes wrong is said in one line, and no reason to lose a run."""
+    try:
+        figure = draw()
+        files.write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    except Exception as error:
+        log.warning("%s is left out (%s: %s)", path.name, type(error).__name__, " ".join(str(error).split()))
 
 
 def save_partition(federation: Federation, title: str, path: Path) -> None:
     """Draw clients x classes."""
     labels = federation.dataset.train.y.cpu().numpy()
-    partition_figure(labels, federation.parts, federation.dataset.classes, title).savefig(path, dpi=120)
+    picture(path, lambda: partition_figure(labels, federation.parts, federation.dataset.classes, title))
 
 
 def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
@@ -81,6 +79,7 @@ def summarise(
         **figures,
         "test/acc_best": best_row(rows[federation.phases.explored :]).get("test/acc"),
         "rounds": len(rows),
+        "rounds_asked": federation.phases.total,
         "num_parameters": parameters,
         "trainable_fraction": int(mask.row(space).sum()) / parameters,
         **rounds.ledger.figures(),
@@ -94,11 +93,11 @@ def summarise(
 
 def write_results(folder: Path, federation: Federation, summary: Mapping[str, Any], pictures: bool = True) -> None:
     """Write model, curves and, last of all, the summary that marks a run as finished."""
-    save_model(federation.net, folder / "model.safetensors")
+    save_weights(federation.net, folder / "model.safetensors")
     if pictures:
         title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}"
-        curves_figure(read_rows(folder / "metrics.csv"), title).savefig(folder / "curves.png", dpi=120)
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        picture(folder / "curves.png", lambda: curves_figure(read_rows(folder / "metrics.csv"), title))
+    files.write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def print_table(folder: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:

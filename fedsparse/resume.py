@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsparse import results, trust
+from fedsparse import files, trust
 from fedsparse.analysis.files import yaml_of
 from fedsparse.config import conf_dir
 from fedsparse.federation.phases import Phases
@@ -72,11 +73,11 @@ def store(job: Job, hydra_cfg: Any) -> None:
     own = OmegaConf.to_container(hydra_cfg, enum_to_str=True)
     assert isinstance(own, dict)
     own["sweep"]["dir"] = str(hydra_cfg.sweep.dir)  # a ${now:} in it would name another sweep on resume
-    files = {"hydra.yaml": OmegaConf.create({"hydra": own}), "config.yaml": job.cfg}
+    stored = {"hydra.yaml": OmegaConf.create({"hydra": own}), "config.yaml": job.cfg}
     folder = job.folder / ".hydra"
     folder.mkdir(exist_ok=True)
-    for name, node in {**files, "overrides.yaml": hydra_cfg.overrides.task}.items():
-        results.write_atomically(folder / name, OmegaConf.to_yaml(node))
+    for name, node in {**stored, "overrides.yaml": hydra_cfg.overrides.task}.items():
+        files.write(folder / name, OmegaConf.to_yaml(node))
 
 
 def as_found(job: Job) -> Job:
@@ -169,13 +170,14 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
 def finished(job: Job) -> dict[str, Any] | None:
     """Summary of a folder whose run is finished with as many rounds as asked for, or None.
 
-    A run that stopped early by itself, with fewer rounds than were asked for when it began, is finished too.
+    A run that stopped early by itself, with fewer rounds than were asked for when it was carried out, is finished too.
     """
     path = job.folder / "summary.json"
     if not path.is_file():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    return summary if _rounds(job.cfg) <= max(summary["rounds"], job.begun) else None
+    asked = summary.get("rounds_asked", job.begun)  # a summary of before it was noted: what the run began with
+    return summary if _rounds(job.cfg) <= max(summary["rounds"], asked) else None
 
 
 def _rounds(cfg: DictConfig) -> int:
@@ -193,10 +195,12 @@ def _rounds(cfg: DictConfig) -> int:
         raise ValueError(f"the stored configuration does not say its rounds: {trust.one_line_of(error)}") from error
 
 
-def open_log(folder: Path) -> logging.Handler:
-    """Go on writing to run.log, as Hydra does in a fresh run."""
-    handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
+def open_log(folder: Path) -> None:
+    """Go on writing to run.log, and show warnings, as Hydra does in a fresh run."""
+    handler: logging.Handler = files.LogFile(folder / "run.log", encoding="utf-8")
+    console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.WARNING)
+    for one in (handler, console):
+        one.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger().addHandler(one)
     logging.getLogger().setLevel(logging.INFO)
-    return handler

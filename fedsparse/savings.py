@@ -22,12 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from fedsparse import files
 from fedsparse.bench.memory import forget_peak, resident
 from fedsparse.bench.problems import vit_small
 from fedsparse.federation.client import ClientModule
 from fedsparse.masks import Sparsity
 from fedsparse.masks.select import select
 from fedsparse.optim import SparseSGDM
+from fedsparse.signals import command
 from fedsparse.space import ParamSpace
 
 MASKS = {
@@ -175,6 +177,7 @@ def print_savings(savings: Sequence[Saving]) -> None:
     console.print(table, width=max(110, console.width))
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -187,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     savings = measure(options.pairs, options.samples)
     print_savings(savings)
     if options.json:
-        options.json.write_text(json.dumps([asdict(s) for s in savings], indent=2) + "\n", encoding="utf-8")
+        files.write(options.json, json.dumps([asdict(s) for s in savings], indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
-from fedsparse import build
+from fedsparse import build, files
 from fedsparse.data.datasets import Split
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.setting import Setting
 from fedsparse.models.modes import evaluating
 from fedsparse.prepare import build_setting, start_head
-from fedsparse.results import write_atomically
 from fedsparse.resume import read_job
 from fedsparse.train import one_line
+from fedsparse.weights import load_weights
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(16))  # 0 to 1.5
 FILE = "scale.json"
@@ -45,7 +44,7 @@ def measure(folders: Iterable[Path], trusted: Sequence[str] = ()) -> int:
     for folder in sorted({path.parent for top in folders for path in Path(top).rglob("summary.json")}):
         if not (folder / FILE).exists():
             try:
-                write_atomically(folder / FILE, json.dumps(scaled(folder, trusted), indent=2) + "\n")
+                files.write(folder / FILE, json.dumps(scaled(folder, trusted), indent=2) + "\n")
             except Exception as error:  # a folder that is damaged, or asks for what it may not; the others go on
                 print(f"fedsparse: {folder} was not scaled: {one_line(error)}", file=sys.stderr)
                 failed += 1
@@ -100,7 +99,7 @@ def _start_and_end(folder: Path, trusted: Sequence[str]) -> tuple[Setting, torch
     """Build the run's model as it was before its first round, and read it after its last: rows (P,)."""
     setting = at_start(folder, trusted)
     start = setting.space.read(setting.net)
-    setting.net.load_state_dict(load_file(folder / "model.safetensors"))
+    setting.net.load_state_dict(load_weights(folder / "model.safetensors"))
     return setting, start, setting.space.read(setting.net)
 
 

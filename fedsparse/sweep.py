@@ -19,6 +19,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from fedsparse import files
+
 LONGEST = 120  # characters of a folder's name: file systems end at 255, and paths hold more than one
 CALIBRATION = "calibration.json"  # what fedsparse.calibrate leaves
 TRACES = ("summary.json", "metrics.csv", "checkpoints", CALIBRATION)
@@ -39,7 +41,23 @@ MAY_DIFFER = (
 
 
 class CellFailed(ValueError):
-    """A cell of a sweep failed, and has said why."""
+    """A cell of a sweep failed, and has said why.
+
+    Args:
+        why: a line.
+        keep: whether its folder must stay: more stands in its run.log, or another process is at work there.
+
+    """
+
+    def __init__(self, why: str, keep: bool = False) -> None:
+        super().__init__(why)
+        self.keep = keep
+
+
+class FolderHeld(ValueError):
+    """Another process is at work in a run folder."""
+
+    keep = True
 
 
 def cell_name(overrides: Sequence[str], leave_out: Sequence[str] = ()) -> str:
@@ -117,16 +135,23 @@ def _flat(cfg: DictConfig, resolve: bool = True) -> Iterator[tuple[str, Any]]:
 def held(folder: Path) -> Iterator[None]:
     """Keep other processes off a run folder; the system lets go of it when the process ends, however it ends.
 
+    What killed writers left there goes.
+
     Raises:
-        ValueError: another process is at work in it.
+        FolderHeld: another process is at work in it.
+        ValueError: it holds links.
 
     """
+    files.refuse_links(folder)
+    files.own(folder / ".lock")
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{folder} is being run by another process; wait for it, or choose another folder") from None
+        raise FolderHeld(f"{folder} is being run by another process; wait for it, or choose another folder") from None
     try:
+        for place in files.WRITTEN_WHOLE:
+            files.clear(folder / place)
         yield
     finally:
         lock.release()

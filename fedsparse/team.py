@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from fedsparse.devices import accelerator
 from fedsparse.federation import parallel
 
 MEETING = "FEDSPARSE_MEETING"  # file where the processes of one machine meet
+LOOPBACK = ("lo", "lo0")  # names of the interface on Linux and on macOS
 GRACE = 20.0  # seconds that a following process has to end by itself
 
 Followers = list["subprocess.Popen[bytes]"]
@@ -78,7 +80,7 @@ def team(size: int) -> Iterator[None]:
         yield
         return
     threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder, parallel.variables(_variables(0, size)):
+    with tempfile.TemporaryDirectory() as folder, parallel.variables(_variables(0, size) | _on_this_machine()):
         meeting = Path(folder) / "meeting"
         followers = [_start(rank, size, meeting) for rank in range(1, size)]
         try:
@@ -144,6 +146,15 @@ def _variables(rank: int, size: int) -> dict[str, str]:
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GROUP_RANK": "0"}
 
 
+def _on_this_machine() -> dict[str, str]:
+    """Let gloo and NCCL listen on the loopback interface alone: what processes exchange are pickles.
+
+    Left to themselves both listen on the network, gloo where the host's name resolves to it.
+    """
+    found = [name for _, name in socket.if_nameindex() if name in LOOPBACK] if hasattr(socket, "if_nameindex") else []
+    return {key: found[0] for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if found}
+
+
 def _threads(size: int) -> int:
     """Threads of each of several processes on this machine."""
     given = os.environ.get("OMP_NUM_THREADS")
@@ -152,7 +163,7 @@ def _threads(size: int) -> int:
 
 def _start(rank: int, size: int, meeting: Path) -> subprocess.Popen[bytes]:
     """Start a process that follows; in a session of its own, so that Ctrl-C reaches the leading one alone."""
-    own = _variables(rank, size) | {MEETING: str(meeting), "OMP_NUM_THREADS": str(_threads(size))}
+    own = _variables(rank, size) | _on_this_machine() | {MEETING: str(meeting), "OMP_NUM_THREADS": str(_threads(size))}
     command = [sys.executable, "-m", "fedsparse.train"]
     return subprocess.Popen(command, env=os.environ | own, stdin=subprocess.DEVNULL, start_new_session=True)
 

@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 
 from fedsparse.data.datasets import stratified
 from fedsparse.data.docs import held_by_clients
+from fedsparse.signals import command
 from fedsparse.train import on_command_line, run
 
 RUN = (
@@ -70,6 +71,7 @@ def baselines(overrides: Sequence[str] = ()) -> dict[str, float]:
     return figures | {name: summary["test/acc"] for name, summary in runs.items()}
 
 
+@command()
 def main() -> None:
     """Print the table."""
 

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsparse import results, team, trust
+from fedsparse import results, signals, team, trust
 from fedsparse.config import RunFolderUsed, check, conf_dir, register_resolvers
 from fedsparse.data.files import printable
 from fedsparse.execute import execute, follow
 from fedsparse.federation import parallel
 from fedsparse.federation.reports import Diverged
 from fedsparse.resume import Job, as_found, facts, finished, open_log, read_job, store
-from fedsparse.sweep import CellFailed, shown
+from fedsparse.sweep import CellFailed, held, shown
 
 log = logging.getLogger("fedsparse")
 
@@ -54,7 +55,7 @@ def compose_and_run(task: Callable[[DictConfig], dict[str, Any]], overrides: Seq
     """Let Hydra compose a configuration, make the run folder and call the task; returns what that returns."""
     register_resolvers()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"):
+    with logging_kept(), initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"):
         try:
             engine = GlobalHydra.instance().hydra
             assert engine is not None
@@ -72,15 +73,26 @@ def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
     if done is not None:
         print(f"{folder} is finished after {done['rounds']} rounds; federation.rounds=<more> goes on")
         return done | {"folder": str(folder)}
-    handler = open_log(folder)
-    try:
+    with logging_kept(), held(folder):
+        open_log(folder)
         check(job.cfg)
         summary = execute(job)
         results.print_table(folder, summary)
         return summary
+
+
+@contextmanager
+def logging_kept() -> Iterator[None]:
+    """Put the log's handlers back after a run: of several runs in one process each writes to its own run.log."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    try:
+        yield
     finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+        for handler in set(root.handlers) - set(before):
+            handler.close()
+        root.handlers[:] = before
+        root.setLevel(level)
 
 
 def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
@@ -93,8 +105,9 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
 def _single(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     """Carry out a run in a fresh folder, and show what came out."""
     check(job.cfg)
-    store(job, hydra_cfg)
-    summary = execute(job)
+    with held(job.folder):
+        store(job, hydra_cfg)
+        summary = execute(job)
     results.print_table(job.folder, summary)
     return summary
 
@@ -112,7 +125,8 @@ def run_cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
         print(f"fedsparse: {shown(job.folder)}: {one_line(error)}", file=sys.stderr, flush=True)
         if not isinstance(error, ValueError):
             log.info("the cell failed", exc_info=True)
-        raise CellFailed("a cell failed, see above; the same command skips what is finished") from None
+        keep = getattr(error, "keep", not isinstance(error, ValueError))
+        raise CellFailed("a cell failed, see above; the same command skips what is finished", keep) from None
 
 
 def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
@@ -121,9 +135,10 @@ def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
         print(f"{shown(job.folder)} is finished after {done['rounds']} rounds", flush=True)
         return done | {"folder": str(job.folder)}
     check(job.cfg)
-    if not job.resumed:
-        store(job, hydra_cfg)
-    summary = execute(job)
+    with held(job.folder):
+        if not job.resumed:
+            store(job, hydra_cfg)
+        summary = execute(job)
     figures = f"test accuracy {summary['test/acc']:.1%} after round {summary['rounds']}, {summary['seconds']:.1f} s"
     print(f"{shown(job.folder)}: {figures}", flush=True)
     return summary
@@ -178,13 +193,15 @@ def on_command_line(body: Callable[[], Any]) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"fedsparse: warning: {printable(message)}\n"
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra lets errors through to us
-    try:
-        body()
-    except Exception as error:
-        if full:
-            raise
-        print(f"fedsparse: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+    logging.raiseExceptions = False  # a run.log on a full disk is no traceback
+    with signals.command():
+        try:
+            body()
+        except Exception as error:
+            if full:
+                raise
+            print(f"fedsparse: {one_line(error)}", file=sys.stderr)
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run folder that somebody sends: nothing that its files name is called, read or written, unless its reader trusts it."""
+"""A run folder that somebody sends: nothing that its files name is called, unless its reader trusts it."""
 
 from __future__ import annotations
 

@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from fedsparse import files
 from fedsparse.bench import processes, tables
 from fedsparse.bench.machine import facts, load
 from fedsparse.bench.peers import PEERS
 from fedsparse.bench.problems import CLIENTS, PROBLEMS, STEPS, Problem
 from fedsparse.bench.rows import Row
-from fedsparse.results import write_atomically
+from fedsparse.signals import command
 
 HINT = "Peers are not installed here: `make bench-peers` makes their environments, and then they are measured too."
 
@@ -55,9 +56,10 @@ class Figures:
     def _save(self) -> None:
         if self.path:
             held = {"machine": {**self.machine, "load_end": load()}, "rows": [asdict(row) for row in self.rows]}
-            write_atomically(self.path, json.dumps(held, indent=2) + "\n")
+            files.write(self.path, json.dumps(held, indent=2) + "\n")
 
 
+@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write JSON if asked to; or print the tables of a JSON file."""
     options = _parse(arguments)

@@ -105,6 +105,10 @@ class LocalWork:
         """Count the local steps of a client that holds so many samples."""
         return self.steps if self.steps is not None else (self.epochs or 0) * math.ceil(held / self.batch_size)
 
+    def least(self, held: int) -> int:
+        """Count the samples of the smallest local step of a client that holds so many."""
+        return self.batch_size if self.steps is not None else held % self.batch_size or self.batch_size
+
     def weigh(self, held: int, processed: int) -> float:
         """Weight of a client that holds and processed so many samples."""
         return float({"held": held, "processed": processed, "equal": 1}[self.weight])

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset as MapStyle
 from fedsparse.data.phased import Plan
 from fedsparse.data.rounds import Cohort
 from fedsparse.data.samples import Samples
+from fedsparse.signals import CLUSTER, TERMINAL
 
-# what a cluster sends, to every process of a run or to one, before it takes a machine away
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+SIGNALS = CLUSTER  # what workers heed of their parent alone
 
 
 class Gather(MapStyle[Tensor | ValueError]):
@@ -71,10 +71,11 @@ def gathered(x: Tensor | Samples, indices: Iterable[np.ndarray], workers: int, p
 def heed_the_parent_alone(worker: int) -> None:
     """Let a worker outlive the signals that ask the run to close its round, for which it is still needed.
 
-    What sends them may send them to every process of the run. DataLoader itself ends its workers by SIGTERM.
+    What sends them may send them to every process of the run, and a terminal always does. DataLoader itself ends its
+    workers by SIGTERM.
     """
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [*SIGNALS, *TERMINAL])
         threading.Thread(target=_wait_for_the_parent, daemon=True).start()
 
 

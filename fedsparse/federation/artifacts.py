@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 FILES = {"mask": "mask.safetensors", "model": "checkpoints/best.ckpt", "partition": "partition.png"}
+CALLS = ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_checkpoint", "finalize")
+GIVEN_UP: weakref.WeakSet[Logger] = weakref.WeakSet()  # loggers that have failed
+log = logging.getLogger("fedsparse")
 
 
 def wandb_logger(offline: bool, **options: Any) -> WandbLogger:
@@ -24,6 +30,49 @@ def wandb_logger(offline: bool, **options: Any) -> WandbLogger:
 
     wandb.setup(wandb.Settings(silent=True, mode="offline" if offline else "online"))
     return WandbLogger(offline=offline, **options)
+
+
+def begun(logger: Logger) -> bool:
+    """Begin what a logger writes to, and let each later failure be a warning, the last that the logger is asked.
+
+    What it wanted to write is no reason to lose the run's own results.
+
+    Returns:
+        Whether it could be begun.
+
+    """
+    try:
+        getattr(logger, "experiment", None)
+    except Exception as error:
+        _give_up(logger, error)
+        return False
+    for name in CALLS:
+        setattr(logger, name, _Forgiving(logger, getattr(logger, name)))
+    return True
+
+
+class _Forgiving:
+    """A logger's method that never raises; after a failure of any of them none is called."""
+
+    def __init__(self, logger: Logger, method: Callable[..., Any]) -> None:
+        self.logger, self.method = logger, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if self.logger in GIVEN_UP:
+            return
+        try:
+            self.method(*args, **kwargs)
+        except Exception as error:
+            _give_up(self.logger, error)
+
+
+def _give_up(logger: Logger, error: Exception) -> None:
+    """Leave a logger out from now on."""
+    GIVEN_UP.add(logger)
+    said = " ".join(str(error).split())
+    log.warning(
+        "%s is left out from here on, the run goes on (%s: %s)", type(logger).__name__, type(error).__name__, said
+    )
 
 
 class Artifacts(lightning.Callback):
@@ -42,26 +91,29 @@ class Artifacts(lightning.Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log the configuration and the densities."""
-        self._configure(trainer)
+        self._configure(trainer.loggers)
 
-    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Log the files that are there, say how an offline run is synced, and close the W&B run."""
+    def close(self, loggers: Sequence[Logger]) -> None:
+        """Log the files that are there, say how an offline run is synced, and close the W&B run.
+
+        The run's own results are written before: what happens here can cost none of them.
+        """
         if dict(self.density()) != self.told:  # the mask was chosen while clients trained
-            self._configure(trainer)
-        for logger in trainer.loggers:
+            self._configure(loggers)
+        for logger in loggers:
             if isinstance(logger, WandbLogger):
-                self._log(logger)
+                _Forgiving(logger, self._log)(logger)
+                _end_failed()
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: Any) -> None:
         """Close a W&B run that failed, so that the next run of a sweep does not go on in it."""
-        import wandb
-
-        if wandb.run is not None:
-            wandb.run.finish(exit_code=1)
-
-    def _configure(self, trainer: lightning.Trainer) -> None:
-        self.told = dict(self.density())
         for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                _end_failed()
+
+    def _configure(self, loggers: Sequence[Logger]) -> None:
+        self.told = dict(self.density())
+        for logger in loggers:
             logger.log_hyperparams(self.config | {"density": self.told})
 
     def _log(self, logger: WandbLogger) -> None:
@@ -76,3 +128,12 @@ class Artifacts(lightning.Callback):
         if run.offline:
             print(f"W&B is offline; to sync this run: wandb sync {run.settings.sync_dir}")
         run.finish()
+
+
+def _end_failed() -> None:
+    """End the W&B run that is not ended, if there is one."""
+    import wandb
+
+    if wandb.run is not None:
+        with suppress(Exception):
+            wandb.run.finish(exit_code=1)

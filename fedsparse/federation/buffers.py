@@ -5,7 +5,7 @@ Ignoring them lets one client's statistics leak into the next. Q is the number o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Buffers:
         """Take the network's buffers as the global ones; called when training starts or goes on."""
         self.net, self.every = net, ParamSpace.of_buffers(net)
         self.start = self.every.read(net)
-        self.integers = {n: b.clone() for n, b in net.named_buffers() if _counts(n, b)}
+        self.integers = integers(net)
         self.space = self.every if self.policy == "average" else ParamSpace((), ())
         self.row = self.space.read(net).to(next(net.parameters()).device)
 
@@ -58,7 +58,7 @@ class Buffers:
         kept = self.store.get(clients[0], self.start) if self.policy == "local" else self.start
         self.every.write(self.net, kept)
         if self.policy == "frozen":
-            _freeze(self.net)
+            freeze(self.net)
 
     def take(self, clients: int) -> Tensor:
         """Change (K, Q) of the buffers that travel, for so many clients."""
@@ -83,9 +83,7 @@ class Buffers:
             ValueError: an integer buffer other than a batch counter changed: it cannot be averaged.
 
         """
-        changed = [n for n, b in self.net.named_buffers() if n in self.integers and not b.equal(self.integers[n])]
-        if changed:
-            raise ValueError(f"the integer buffers {', '.join(changed)} change in training and cannot be averaged")
+        check_integers(self.net, self.integers)
         if self.space.size:
             self.row = self.start = self.row + change[0].to(self.row.dtype)
         self.stay()
@@ -95,12 +93,26 @@ class Buffers:
         self.every.write(self.net, self.start)
 
 
-def _counts(name: str, buffer: Tensor) -> bool:
-    """Whether a buffer is an integer one that must not change; BatchNorm's batch counter may, and stays local."""
-    return not buffer.is_floating_point() and not name.endswith("num_batches_tracked")
+def integers(net: nn.Module) -> dict[str, Tensor]:
+    """Copy the integer buffers, which must not change; BatchNorm's batch counter may, and stays local."""
+    named = [(n, b) for n, b in net.named_buffers() if not n.endswith("num_batches_tracked")]
+    return {name: buffer.clone() for name, buffer in named if not buffer.is_floating_point()}
 
 
-def _freeze(net: nn.Module) -> None:
+def check_integers(net: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Compare the integer buffers with those of before.
+
+    Raises:
+        ValueError: one has changed: it cannot be averaged.
+
+    """
+    changed = [name for name, buffer in net.named_buffers() if name in before and not buffer.equal(before[name])]
+    if changed:
+        raise ValueError(f"the integer buffers {', '.join(changed)} change in training and cannot be averaged")
+
+
+def freeze(net: nn.Module) -> None:
+    """Let BatchNorm compute with its statistics as they are."""
     for module in net.modules():
         if isinstance(module, _BatchNorm):
             module.eval()

@@ -22,13 +22,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 import fedsparse
+from fedsparse import files
 from fedsparse.federation.calibration import Calibrated
 from fedsparse.federation.setting import Setting
 from fedsparse.masks import Mask
-from fedsparse.masks.mask import write_whole
 from fedsparse.space import Patterns, matches
 
 BITMAPS, MASK = "bitmaps", "mask/"
+HOUR = 3600.0  # a file that nobody has written to for so long is of a job that was killed
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def _store(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, Any]) 
     """Write a file that appears whole: two jobs of a sweep may prepare the same thing at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(whole, {"json": json.dumps(words)}))
+    files.clear(path.parent, age=HOUR)
+    files.write(path, save(whole, {"json": json.dumps(words)}))
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], Any] | None:

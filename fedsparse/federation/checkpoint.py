@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from fedsparse import files
 from fedsparse.space import ParamSpace
 
 LAST, PREVIOUS = "last.ckpt", "last.previous.ckpt"
@@ -28,14 +29,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint; the file under ``path`` is whole at every moment."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + ".part")
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.name == LAST and target.exists():
-            os.replace(target, target.with_name(PREVIOUS))
-        os.replace(part, target)
+        keep = target.with_name(PREVIOUS) if target.name == LAST else None
+        files.write(target, lambda file: torch.save(checkpoint, file), keep)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Load without unpickling objects, and to the CPU: a GPU's checkpoint goes on without one too."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from fedsparse import files
 
 KEY = "round"
 
@@ -39,8 +40,7 @@ def read_rows(path: str | Path) -> list[dict[str, float]]:
 class RoundCSV(Logger):
     """Lightning logger of one CSV file. Columns stand in the order of their first appearance, after ``round``.
 
-    A new last row of known columns is appended in one write, which a kill cannot tear; every other change writes the
-    whole file beside its target and renames it, so that a kill leaves the old or the new one.
+    A new last row of known columns is appended, whole or not at all; every other change writes the whole file anew.
     An existing file is read and continued. In a run of several processes the first one writes.
 
     Args:
@@ -128,16 +128,13 @@ class RoundCSV(Logger):
         return ",".join([repr(row[name]) if name in row else "" for name in self._columns]) + "\n"
 
     def _append(self, step: int) -> None:
-        with self.path.open("ab", buffering=0) as file:
-            file.write(self._lines[step].encode())
+        files.append(self.path, self._lines[step].encode())
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(self._columns)
-            file.write("".join([self._lines[step] for step in sorted(self._lines)]))
-        os.replace(part, self.path)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(self._columns)
+        files.write(self.path, text.getvalue() + "".join([self._lines[step] for step in sorted(self._lines)]))
         self._whole = True
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
+
+from fedsparse import files
 
 
 class RoundLines:
@@ -18,22 +21,28 @@ class RoundLines:
 
     def __init__(self, columns: str, path: Path | None = None) -> None:
         self.columns, self.path = columns, path
+        self._whole = False  # whether the file is what was written here, so that lines may be appended
 
     def append(self, lines: Iterable[str]) -> None:
-        """Append the lines of a closed round in one write, which a kill cannot tear."""
+        """Append the lines of a closed round, all or none."""
         if self.path is None:
             return
-        head = "" if self.path.is_file() else self.columns + "\n"
-        with self.path.open("ab", buffering=0) as file:
-            file.write((head + "".join(lines)).encode())
+        if not self._whole:
+            self._keep(math.inf)
+        files.append(self.path, "".join(lines).encode())
 
     def drop_from(self, round: int) -> None:
-        """Forget this round and those after it, and a line that a kill has torn."""
-        if self.path is None or not self.path.is_file():
-            return
-        whole = self.path.read_text(encoding="utf-8")
-        head, *lines = whole[: whole.rfind("\n") + 1].splitlines(keepends=True) or [self.columns + "\n"]
-        kept = [line for line in lines if int(line.split(",", 1)[0]) < round]
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(head + "".join(kept), encoding="utf-8")
-        os.replace(part, self.path)
+        """Forget this round and those after it, and what follows a damaged line."""
+        if self.path is not None and self.path.is_file():
+            self._keep(round)
+
+    def _keep(self, rounds: float) -> None:
+        """Write the file anew with the lines of the rounds before this one."""
+        assert self.path is not None
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)[1:]
+        kept = takewhile(lambda line: line.split(",", 1)[0].isdecimal(), lines)
+        files.write(
+            self.path, "".join([self.columns + "\n", *(line for line in kept if int(line.split(",", 1)[0]) < rounds)])
+        )
+        self._whole = True

@@ -5,6 +5,7 @@ Shapes: K clients of the cohort, n values of a row.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from fedsparse import files
 
 KINDS = ("memory", "file")
 Kept = dict[str, tuple[tuple[int, ...], Tensor]]  # by the store's name: client ids, and a row each
@@ -109,7 +112,7 @@ class FileStore:
             if client >= 0:
                 slot = self.slots.get(client)
                 self.slots[client] = self._new(row) if slot is None or slot in self.held else slot
-                self.rows[self.slots[client]] = row.numpy()
+                self._put(self.slots[client], row.numpy())
 
     def _new(self, row: Tensor) -> int:
         """Take a free slot; the file grows if there is none."""
@@ -120,11 +123,20 @@ class FileStore:
             self._open()
         return self.free.pop()
 
+    def _put(self, slot: int, row: np.ndarray) -> None:
+        """Write a row through the file: written through the map, a full disk would end the process by a signal."""
+        data = np.ascontiguousarray(row, dtype=self.dtype)
+        files.put(self.file, slot * data.nbytes, data.data)
+
+    def _length(self) -> int:
+        """Bytes of a row."""
+        return self.shape[1] * np.dtype(self.dtype).itemsize
+
     def _open(self) -> None:
-        """Map the file, at its length of now; what was never written takes no room on the disk."""
-        with self.path.open("ab") as file:
-            file.truncate(int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize)
-        self.rows = np.memmap(self.path, dtype=self.dtype, mode="r+", shape=self.shape)
+        """Open the file, at its length of now, and map it; what was never written takes no room on the disk."""
+        files.own(self.path)
+        self.file = files.change(self.path, self.shape[0] * self._length())
+        self.rows = np.memmap(self.path, dtype=self.dtype, mode="r", shape=self.shape)
 
     def convert(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do nothing if no row is kept yet; the file's rows have one length.
@@ -139,14 +151,14 @@ class FileStore:
     def state_dict(self) -> dict[str, Any]:
         """Where each client's row lies, and what the checkpoint before may refer to."""
         if self.slots:
-            self.rows.flush()
+            os.fsync(self.file.fileno())
         return {"slots": dict(self.slots), "shape": self.shape, "dtype": self.dtype, "before": list(self.pinned[-1])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Find the rows of a checkpoint again.
 
         Raises:
-            ValueError: the file is not there.
+            ValueError: the file is not there, or cut off.
 
         """
         self.slots, self.shape, self.dtype = dict(state["slots"]), tuple(state["shape"]), state["dtype"]
@@ -155,6 +167,8 @@ class FileStore:
         self.pinned.extend([state["before"], list(self.slots.values())])
         if self.slots and not self.path.is_file():
             raise ValueError(f"{self.path} is missing: it holds what the clients keep between rounds")
+        if self.slots and self.path.stat().st_size < (max(self.slots.values()) + 1) * self._length():
+            raise ValueError(f"{self.path} is cut off: rows that the clients keep between rounds are not in it")
         if self.slots:
             self._open()
         self._release()

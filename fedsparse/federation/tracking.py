@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import lightning
 
-from fedsparse.data.stream import SIGNALS
 from fedsparse.federation import parallel
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.personal import Personal
 from fedsparse.federation.rounds import FederatedRounds
+from fedsparse.signals import CLUSTER, TERMINAL, Stopped, stopped
+
+SIGNALS = CLUSTER  # what is handed on to the handler that stood before
 
 
 class RoundLog(lightning.Callback):
@@ -73,36 +79,53 @@ class RoundLog(lightning.Callback):
 
 
 class GracefulStop(lightning.Callback):
-    """On SIGTERM, SIGUSR1 or SIGUSR2 the round closes, is saved, and training stops.
+    """On SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or Ctrl-C the round closes, is saved, and training stops.
 
-    A cluster sends them before it takes a machine away: SLURM what ``--signal`` names, submitit SIGUSR2.
+    A cluster sends the first three before it takes a machine away: SLURM what ``--signal`` names, submitit SIGUSR2. A
+    second Ctrl-C ends at once. What is ignored, as under nohup, stays so.
+
+    Args:
+        limit: seconds after which training stops in the same way; None: no limit.
 
     Attributes:
         received: the signals, for the caller to hand on.
+        overtime: whether the limit is reached.
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit = math.inf if limit is None else limit
         self.received: list[signal.Signals] = []
+        self.overtime = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Take the signals over; Lightning, which would stop in the middle of a round, puts older handlers back."""
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
+        self.began = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in [*CLUSTER, *TERMINAL]:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            if number in self.received:
+                raise Stopped(number)
+            with suppress(OSError):  # not print, which may have been interrupted
+                os.write(2, b"fedsparse: SIGINT: the round closes and is saved; once more ends at once\n")
         self.received.append(signal.Signals(number))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Stop after this round, all processes of a run if one of them is asked to."""
-        self.received = [number for numbers in parallel.gather(self.received) for number in numbers]
-        if self.received:
+        found = parallel.gather((self.received, time.monotonic() - self.began >= self.limit))
+        self.received = [number for numbers, _ in found for number in numbers]
+        self.overtime = any(over for _, over in found)
+        if self.received or self.overtime:
             trainer.should_stop = True
 
 
 def hand_on(received: Sequence[signal.Signals]) -> None:
     """Call the handlers that stand for some signals; submitit's queues the job again and exits."""
-    for number in received:
+    for number in [number for number in received if number in SIGNALS]:
         handler = signal.getsignal(number)
-        if callable(handler):
+        if callable(handler) and handler is not stopped:
             handler(number, None)

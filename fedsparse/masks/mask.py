@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fedsparse import files
 from fedsparse.masks.shira import export
 from fedsparse.space import ParamSpace
 
@@ -113,7 +114,7 @@ class Mask:
 
         """
         metadata = self.metadata | {_ORDER: json.dumps(list(self.tensors))}
-        write_whole(Path(path), safetensors.torch.save(self.tensors, metadata))
+        files.write(Path(path), safetensors.torch.save(self.tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Mask:
@@ -176,16 +177,3 @@ def _ordered(tensors: dict[str, Tensor], order: str) -> dict[str, Tensor]:
         return tensors
     known = isinstance(names, list) and names and sorted(map(str, names)) == sorted(tensors)
     return {name: tensors[name] for name in names} if known else tensors
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write beside the target, flush to the disk, then rename: a kill leaves the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

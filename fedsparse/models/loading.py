@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedsparse.space import Patterns, matches
+from fedsparse.weights import load_weights
 
 TORCH = (".pth", ".pt", ".bin")
 # where training scripts keep the weights inside their checkpoints; of DINO's two nets the teacher is the published one
@@ -93,7 +93,7 @@ def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> st
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return load_weights(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or is no safetensors file ({error})") from error
 

@@ -1,0 +1,212 @@
+"""The one way to write a file: whole, in a new file beside its target, never through a link; lines are appended whole.
+
+A run folder may come from someone else, and may be killed or run out of disk at any moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Content = bytes | str | Callable[[Any], object]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRITTEN_WHOLE = (".", ".hydra", "checkpoints")  # folders in a run folder
+LEFT_BEHIND = ("*.part", ".*.tmp")  # by a writer that was killed; the second of earlier versions
+
+
+class Disk(io.RawIOBase):
+    """A file that is written to the last byte, or says why not; the first error is kept, whoever swallows it.
+
+    ``torch.save`` makes a RuntimeError of whatever goes wrong, without the file or the reason.
+    """
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self.path = path
+        self.descriptor = os.open(path, _flags(flags), 0o666)
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        """Say that it can be written."""
+        return True
+
+    def fileno(self) -> int:
+        """Descriptor of the file."""
+        return self.descriptor
+
+    def close(self) -> None:
+        """Close the file, once."""
+        if not self.closed:
+            super().close()
+            os.close(self.descriptor)
+
+    def write(self, data: Any) -> int:
+        """Write all bytes: the system may take fewer than it is given, as when a disk fills."""
+        if self.closed:  # what is left of a failed writer must not reach another file of the same number
+            raise ValueError("the file is closed")
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += os.write(self.descriptor, view[done:])
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        return done
+
+
+def write(path: Path, content: Content, keep: Path | None = None) -> None:
+    """Write a file beside its target, flush it to the disk and rename it: a kill or a full disk leaves the old one.
+
+    Args:
+        path: the file. A link there is replaced, not followed.
+        content: text (UTF-8), bytes, or what writes to a binary file.
+        keep: where the file of before goes; None: nowhere.
+
+    Raises:
+        OSError: it cannot be written; names the file, and what to do if the disk is full.
+
+    """
+    part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
+    with _named(path):
+        disk = Disk(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            with disk:
+                _fill(disk, content)
+                os.fsync(disk.descriptor)
+            if keep is not None and path.exists():
+                os.replace(path, keep)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def _fill(disk: Disk, content: Content) -> None:
+    if not callable(content):
+        disk.write(content.encode() if isinstance(content, str) else content)
+        return
+    try:
+        content(disk)
+    except Exception as error:
+        raise disk.error or error from None
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append to a file: all of it, or nothing if that cannot be done.
+
+    Raises:
+        OSError: names the file, and what to do if the disk is full.
+
+    """
+    with _named(path):
+        disk = Disk(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        with disk:
+            end = os.fstat(disk.descriptor).st_size
+            try:
+                disk.write(data)
+            except BaseException:
+                os.ftruncate(disk.descriptor, end)
+                raise
+
+
+def change(path: Path, size: int) -> Disk:
+    """Open a file to be written in place, and give it this size; what is new of it reads as zeros."""
+    with _named(path):
+        disk = Disk(path, os.O_RDWR | os.O_CREAT)
+        os.ftruncate(disk.descriptor, size)
+    return disk
+
+
+def put(disk: Disk, place: int, data: Any) -> None:
+    """Write bytes at a place of a file.
+
+    Raises:
+        OSError: names the file, and what to do if the disk is full.
+
+    """
+    with _named(disk.path):
+        os.lseek(disk.descriptor, place, os.SEEK_SET)
+        disk.write(data)
+
+
+def own(path: Path) -> None:
+    """Let a file that will be changed in place be nobody else's: of a hard link a copy takes its place.
+
+    Raises:
+        OSError: it is a symbolic link, or no plain file.
+
+    """
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file():
+        raise OSError(errno.EINVAL, "is a link or no plain file, and would be written to; take it away", str(path))
+    if path.stat().st_nlink > 1:
+        with path.open("rb") as file:
+            write(path, lambda copy: shutil.copyfileobj(file, copy))
+
+
+class LogFile(logging.FileHandler):
+    """A log that goes on in its file, but through no link."""
+
+    def _open(self) -> io.TextIOWrapper:
+        path = Path(self.baseFilename)
+        if path.is_symlink():
+            path.unlink()
+        own(path)
+        return super()._open()
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a run folder whose links would have a run write elsewhere; W&B's own links lie in its folder.
+
+    Links in place of the files that are written whole do no harm, and are replaced.
+
+    Raises:
+        ValueError: names the first link.
+
+    """
+    for place, folders, names in os.walk(folder):
+        inner = Path(place).relative_to(folder).as_posix() not in WRITTEN_WHOLE
+        links = [Path(place) / name for name in [*folders, *(names if inner else [])]]
+        if found := [link for link in links if link.is_symlink()]:
+            raise ValueError(f"{found[0]} is a link, and the run would write through it; put its content there")
+        folders[:] = [name for name in folders if name != "wandb"]
+
+
+def clear(folder: Path, age: float = 0.0) -> None:
+    """Remove what killed writers left in a folder.
+
+    Args:
+        folder: which nobody else writes to now, or
+        age: seconds since a file was last written; others may be at work on younger ones.
+
+    """
+    for path in [path for pattern in LEFT_BEHIND for path in folder.glob(pattern)]:
+        if path.is_symlink() or (path.is_file() and path.stat().st_mtime <= time.time() - age):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an error name the file that was asked for, and say what to do about a full disk."""
+    try:
+        yield
+    except OSError as error:
+        said = error.strerror or str(error)
+        if error.errno in FULL:
+            said += ": free some space, then start again or go on with resume=<run folder>; what was saved before stays"
+        raise OSError(error.errno, said, str(path)) from error
+
+
+def _flags(flags: int) -> int:
+    """Add what the system has: no link is followed, and no byte is changed."""
+    return flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
