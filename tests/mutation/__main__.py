@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _at(everything, args.at) if args.at else sample(everything, args.number, args.seed)
     run = Run(root, settings, files, jobs=args.jobs, cap=args.cap)
     try:
-        verdicts = run.judge(chosen, args.tests)
+        verdicts = run.judge(chosen, args.tests, recorded=not args.at)
     finally:
         run.close()
     return _report(verdicts, explained, run.unsound, settings["goal"])
@@ -41,8 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--cap", type=float, default=60.0, help="seconds of tests for each mutant")
     parser.add_argument("--root", default=".", help="the project's root")
-    parser.add_argument("--at", action="append", metavar="FILE[:LINE,LINE]", help="every mutant of these lines instead")
-    parser.add_argument("--tests", nargs="+", metavar="FILE", help="only these files of tests, all of their tests")
+    at = "every mutant of these lines instead, by all tests of the files of --tests"
+    parser.add_argument("--at", action="append", metavar="FILE[:LINE,LINE]", help=at)
+    parser.add_argument("--tests", nargs="+", metavar="FILE", default=[], help="only these files of tests")
     return parser
 
 

@@ -106,17 +106,22 @@ class Run:
         for worker in self.workers:
             worker.close()
 
-    def judge(self, chosen: Sequence[Mutant], tests: Sequence[str] | None = None) -> list[Verdict]:
-        """Judge every mutant; by all tests of some files if they are named, else by those that run the line."""
+    def judge(self, chosen: Sequence[Mutant], tests: Sequence[str] = (), recorded: bool = True) -> list[Verdict]:
+        """Judge every mutant.
+
+        Args:
+            chosen: the mutants.
+            tests: only these files of tests; all if there are none.
+            recorded: whether to run the tests that run the changed line, as recorded; else all tests of these files.
+
+        """
         store = self.at / f"verdicts-{self.tree}-{self.cap:g}.jsonl"
-        known = {} if tests else _read_verdicts(store)
+        known = _read_verdicts(store)
         todo = [mutant for mutant in chosen if mutant.key not in known]
         if todo:
             self._start()
-            if tests:
-                self.recordings = dict.fromkeys(tests)
-            else:
-                self.recordings = self._record()
+            files = list(tests) or [name for name in self.project if self._is_tests(name)]
+            self.recordings = self._record(files) if recorded else dict.fromkeys(files)
         print(f"{len(chosen)} mutants, {len(todo)} to judge", file=sys.stderr, flush=True)
 
         def one(mutant: Mutant) -> Verdict:
@@ -124,7 +129,7 @@ class Run:
             with self.lock:
                 words = f"{next(self.counter)}/{len(todo)} {verdict.word}: {mutant.key}  {verdict.by}"
                 print(words.rstrip(), file=sys.stderr, flush=True)
-                if not tests:
+                if verdict.noticed or not tests:  # by fewer tests nothing is known of a survivor
                     with store.open("a", encoding="utf-8") as file:
                         file.write(json.dumps([mutant.key, verdict.word, verdict.by]) + "\n")
             return verdict
@@ -143,6 +148,7 @@ class Run:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                lock.close()
                 continue
             folder = self.at / f"copy-{number}"
             copy_project(self.root, self.project, folder)
@@ -157,9 +163,8 @@ class Run:
         finally:
             self.idle.put(worker)
 
-    def _record(self) -> dict[str, Recording]:
-        """Recordings of all files of tests; those that are stored are read."""
-        files = [name for name in self.project if self._is_tests(name)]
+    def _record(self, files: Sequence[str]) -> dict[str, Recording]:
+        """Recordings of files of tests; those that are stored are read."""
 
         def one(file: str) -> tuple[str, Recording]:
             path = self.at / f"recorded-{self.base}" / f"{file.replace('/', '.')}-{digest(self.root, [file])}.json"
@@ -202,7 +207,7 @@ class Run:
     def _judge(self, worker: Worker, mutant: Mutant) -> Verdict:
         tests, seconds, whole = self._tests(mutant)
         source = mutant.apply((self.root / mutant.file).read_text(encoding="utf-8"))
-        limits = {test: 30 + 10 * used for test, used in seconds.items()}
+        limits = {test: self.settings.get("patience", 30) + 10 * used for test, used in seconds.items()}
         while True:
             chosen = [[file, [t for t in ids if t not in self.unsound] if ids else None] for file, ids in tests]
             chosen = [pair for pair in chosen if pair[1] != []]
@@ -292,8 +297,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process, and remove what its tests wrote."""
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()
         self.scratch.cleanup()
         self.lock.close()
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from mutation.record import SITE, Recorder
 
 MEMORY = 8 * 2**30  # address space that a mutant may take beyond what the process begins with
