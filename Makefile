@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow fuzz lint format bench bench-peers grid exchange attack autoflip weights weights-text wheel clean
+.PHONY: help setup train test test-slow fuzz mutate lint format bench bench-peers grid exchange attack autoflip weights weights-text wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,12 @@ test-slow: $(READY) ## the tests that take longer
 fuzz: $(READY) ## damaged files, messages and configurations: all attempts, where make test makes a tenth of them
 	FEDSPARSE_FUZZ=full $(PYTEST) -m fuzz
 
+SEED ?= 0
+N ?= 300
+JOBS ?= 2
+mutate: $(READY) ## random one-token mutants of the core: how many the tests notice; N=100, SEED=1, JOBS=1, ARGS='--at FILE:LINES --tests FILES'
+	PYTHONPATH=tests $(BIN)/python -m mutation --number $(N) --seed $(SEED) --jobs $(JOBS) $(ARGS)
+
 lint: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,7 +62,6 @@ bench-peers: $(addprefix .peers/,$(addsuffix /.ready,pfl flwr fedlab)) ## enviro
 	.peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location --no-deps -r $<
 	@touch $@
 
-JOBS ?= 2
 SWEEP = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.train -m hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) logger=csv
 FIVE := random,least_sensitive,most_sensitive,lowest_magnitude,highest_magnitude
 MODEL ?= mlp

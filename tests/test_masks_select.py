@@ -196,6 +196,15 @@ def test_a_bias_whose_weight_always_trains_stands_alone():
     assert found.tolist() == [True] * 6 + [False, True]
 
 
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_a_scalar_weight_and_its_bias_are_one_output_unit(scope):
+    """Two coordinates, which a budget of floor(0.5 * 2 + 0.5) = 1 does not hold, whatever their scores."""
+    space = ParamSpace(["gain.weight", "gain.bias"], [torch.Size([]), torch.Size([1])])
+    sparsity = Sparsity(0.5, scope=scope, unit="output")
+    assert select(torch.tensor([9.0, 1.0]), space, sparsity, largest=True).tolist() == [False, False]
+    assert select(torch.tensor([9.0, 1.0]), space, Sparsity(0.2, unit="output"), largest=True).tolist() == [True, True]
+
+
 def test_nothing_counted_trains_everything():
     for unit in ("coordinate", "output"):
         found = select(torch.zeros(38), SPACE, Sparsity(0.9, unit=unit, always_train="*"), largest=True)

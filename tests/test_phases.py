@@ -365,3 +365,12 @@ def test_nothing_is_summed_up_for_a_rule_that_does_not_listen(monkeypatch, tmp_p
     )
     Small(small_net(), small_data(), uneven_parts()).fit(2, tmp_path)
     assert sizes == [0, 0]
+
+
+def test_a_checkpoint_names_the_rounds_that_are_closed(tmp_path):
+    small = staged([explore(rounds=2), LEARN], sparsity=SPARSE)
+    small.fit(3, tmp_path)
+    assert small.rounds.state_dict()["phases"] == [["explore", 2], ["learn", 1]]
+    alone = Small(small_net(), small_data(), uneven_parts())
+    alone.fit(1, tmp_path)
+    assert alone.rounds.state_dict()["phases"] == [["learn", 1]]

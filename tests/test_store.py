@@ -69,6 +69,26 @@ def test_the_file_holds_at_most_three_rows_a_client(tmp_path):
     assert store.path.stat().st_size <= 32 * WIDTH * 4  # 30 rows, and room for a power of two
 
 
+def test_a_file_grows_only_when_its_rows_are_used_up_and_keeps_each(tmp_path):
+    """Room for 16 at first, then for twice as many; no client's row is another's."""
+    store, length = FileStore(tmp_path / "clients.bin"), WIDTH * 4
+    for clients, room in ((1, 16), (16, 16), (17, 32), (32, 32), (33, 64)):
+        for client in range(len(store.slots), clients):
+            store.write([client], row(100 * client)[None])
+        assert store.path.stat().st_size == room * length
+        assert [store.get(client, NONE).tolist() for client in range(clients)] == [
+            row(100 * client).tolist() for client in range(clients)
+        ]
+
+
+def test_clients_are_read_in_order_beside_those_that_keep_nothing():
+    store, default = MemoryStore(), torch.zeros(3, WIDTH)
+    store.write([4], row(7)[None])
+    default[2] = 5.0
+    assert read(store, [1, 4, 2], default).tolist() == [[0.0] * WIDTH, row(7).tolist(), [5.0] * WIDTH]
+    assert read(store, [], default[:0]).shape == (0, WIDTH)
+
+
 def test_nothing_is_allocated_before_the_first_write(tmp_path):
     store = make_store("file", tmp_path / "clients.bin")
     assert read(store, [3, 4], torch.zeros(2, WIDTH)).tolist() == [[0.0] * WIDTH] * 2

@@ -288,3 +288,10 @@ def test_lengths_of_preparation_are_those_of_messages():
     assert wire.length(*tensors) == len(payload) == 40 + 4 * 24
     assert wire.known_size(24, 0, torch.float32).total == len(payload)
     assert wire.bitmap_size(17).total == 40 + 3
+
+
+def test_bytes_of_several_messages_by_hand():
+    one, other = wire.Size(1, 20, 300), wire.Size(4, 50, 600)
+    assert one + other == wire.Size(5, 70, 900)
+    assert one * 3 == wire.Size(3, 60, 900)
+    assert one.total == 321

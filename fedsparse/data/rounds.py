@@ -80,8 +80,9 @@ class LocalWork:
         """Refuse what cannot be meant."""
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either federation.local_steps or federation.local_epochs, and set the other to null")
-        for key, value in (("data.batch_size", self.batch_size), ("federation.local_steps", self.steps or 1)):
-            if value < 1:
+        numbers = {"data.batch_size": self.batch_size, "federation.local_steps": self.steps}
+        for key, value in {**numbers, "federation.local_epochs": self.epochs}.items():
+            if value is not None and value < 1:
                 raise ValueError(f"{key} is {value}; it must be 1 or more")
         if self.weight not in ("held", "processed", "equal"):
             raise ValueError(f"federation.weight is {self.weight!r}; it must be held, processed or equal")
