@@ -20,6 +20,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
+from fedsparse import earlier
 from fedsparse.analysis.files import BYTES, plain_yaml, yaml_of, yaml_text
 from fedsparse.config import conf_dir
 
@@ -111,7 +112,7 @@ def covers(trusted: Sequence[str], name: str) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a stored configuration as plain data, interpolations as they were written.
+    """Read a stored configuration as plain data, interpolations as they were written, in today's names and keys.
 
     Raises:
         ValueError: the file is missing, too large, or damaged.
@@ -123,7 +124,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {one_line_of(error)}") from error
     if not isinstance(held, dict):
         raise ValueError(f"{path} cannot be read: it holds no keys")
-    return held  # type: ignore[return-value]
+    return earlier.renewed(held)
 
 
 def overrides(folder: Path) -> list[str]:

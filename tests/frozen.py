@@ -29,6 +29,7 @@ MEAN = ("aggregation=coordinate_mean",)
 CARRIED = (*MEAN, "aggregation.denominator=participants", "exchange.feedback=0.9")
 TOPK = (*DENSE, "exchange=topk", "exchange.fraction=0.1")
 EVERYONE = ("sampling=everyone",)
+NC2 = ("partition=noniid_nc2", "partition.even=false")
 UNEVEN = ("partition=dirichlet", "federation.local_epochs=1", "federation.local_steps=null")
 AUTOFLIP = ("mask_rule=autoflip", "phases=explore", "explore.steps=5")
 GRADUAL = ("mask_rule=most_sensitive", "sparsity=gradual80")
@@ -90,8 +91,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "movement": ("mask_rule=movement", "sparsity=gradual80", "federation.rounds=6"),
     "renewed": ("mask_rule=random", "sparsity.renew_every=1"),
     "fine-tuned": ("mask_rule=random", "phases=fine_tune"),
-    "personal head": ("mask_rule=random", "evaluation=per_client", "partition=noniid_nc2"),
-    "two classes": ("mask_rule=random", "partition=noniid_nc2", "federation.weight=processed"),
+    "personal head": ("mask_rule=random", "evaluation=per_client", *NC2),
+    "two classes": ("mask_rule=random", *NC2, "federation.weight=processed"),
     "dirichlet": ("mask_rule=random", "partition=dirichlet01", "federation.weight=equal", *UNEVEN[1:]),
     "jittered": ("mask_rule=random", "data.augment=crop_flip"),
     "two processes": (*TOPK, *CARRIED, "trainer.devices=2", "federation.cohort=1"),

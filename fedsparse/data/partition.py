@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fedsparse.data import checks, dealing, even
+from fedsparse.data import checks, dealing
 from fedsparse.data.checks import Floats, Ints
+from fedsparse.data.even import holders_of_one_more
 
 # What the random numbers are for. Part of what a seed means: never changed, and apart from ``fedsparse.keys.Purpose``.
 _IID, _CLASSES, _DIRICHLET, _DIRICHLET_CLIENT, _QUANTITY, _RATIOS, _TESTS, _MIXES, _DRAWS = range(101, 110)
@@ -44,7 +45,7 @@ def iid(labels: npt.ArrayLike, num_clients: int, seed: int) -> list[Ints]:
     return dealing.parts_of(rng.permutation(np.arange(n) % clients), clients)
 
 
-def classes_per_client(labels: npt.ArrayLike, num_clients: int, nc: int, seed: int) -> list[Ints]:
+def classes_per_client(labels: npt.ArrayLike, num_clients: int, nc: int, seed: int, even: bool = True) -> list[Ints]:
     """Give every client exactly ``nc`` distinct classes; the shards of one class differ by at most one sample.
 
     Every class is held by floor or ceil of K * nc / C clients (the shards of McMahan et al. 2017, without their ragged
@@ -57,12 +58,14 @@ def classes_per_client(labels: npt.ArrayLike, num_clients: int, nc: int, seed: i
         num_clients: number of clients K.
         nc: classes of each client, at most C.
         seed: seed of the partition.
+        even: whether what is left of a class goes to those who hold least; False leaves it with the first holders that
+            are drawn, as runs did that were begun before there was a choice.
 
     Returns:
         K arrays of sorted sample indices.
 
     Raises:
-        ValueError: ``nc`` is not an integer from 1 to C, or a class has fewer samples than holders.
+        ValueError: ``nc`` is no integer from 1 to C, a class has fewer samples than holders, or ``even`` is no bool.
 
     >>> labels = np.array([0, 0, 0, 1, 1, 1])
     >>> [np.unique(labels[part]).size for part in classes_per_client(labels, num_clients=4, nc=1, seed=0)]
@@ -77,7 +80,9 @@ def classes_per_client(labels: npt.ArrayLike, num_clients: int, nc: int, seed: i
     chosen = dealing.deal_classes(clients, names.size, nc, rng).reshape(-1)
     sizes, holders = np.bincount(coded), np.bincount(chosen, minlength=names.size)
     _check_holders(names, sizes, holders)
-    return dealing.parts_of(_deal_shards(coded, chosen, nc, rng), clients)
+    if not isinstance(even, bool):
+        raise ValueError(f"partition.even is {even!r}; it must be true or false")
+    return dealing.parts_of(_deal_shards(coded, chosen, nc, rng, even), clients)
 
 
 def dirichlet(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, min_size: int = 1) -> list[Ints]:
@@ -348,21 +353,21 @@ def _spread(size: int, clients: int, alpha: Floats, rng: np.random.Generator) ->
     return np.repeat(np.arange(clients), dealing.rounded_shares(shares, size, rng))
 
 
-def _deal_shards(labels: Ints, chosen: Ints, nc: int, rng: np.random.Generator) -> Ints:
+def _deal_shards(labels: Ints, chosen: Ints, nc: int, rng: np.random.Generator, even: bool) -> Ints:
     """Deal the samples of each class in turn to its holders; ``chosen`` lists nc classes a client: owners (n,)."""
     sizes = np.bincount(labels)
     holders = np.bincount(chosen, minlength=sizes.size)
     slots, order = dealing.grouped(chosen, rng), dealing.grouped(labels, rng)
-    more = even.holders_of_one_more(slots // nc, holders, sizes)
     first, among = np.repeat(dealing.starts_of(holders), sizes), np.repeat(holders, sizes)
     held = among > 0
     rank = dealing.ranks(sizes)[held]
     slot = first[held] + rank % among[held]
-    left = rank >= np.repeat(sizes - sizes % np.maximum(holders, 1), sizes)[held]
-    # who was to have one of these samples anyway, keeps it
-    chosen, before = np.flatnonzero(more), slot[left]
-    before[~np.isin(before, chosen)] = chosen[~np.isin(chosen, before)]
-    slot[left] = before
+    if even:
+        left = rank >= np.repeat(sizes - sizes % np.maximum(holders, 1), sizes)[held]
+        # who was to have one of these samples anyway, keeps it
+        wanted, before = np.flatnonzero(holders_of_one_more(slots // nc, holders, sizes)), slot[left]
+        before[~np.isin(before, wanted)] = wanted[~np.isin(wanted, before)]
+        slot[left] = before
     owner = np.full(labels.size, dealing.NOBODY)
     owner[order[held]] = slots[slot] // nc
     return owner

@@ -1,0 +1,30 @@
+"""What a configuration that an earlier version stored means today: names that moved, keys that came since.
+
+It is applied before anything is checked or built, so that an old run folder goes on to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TARGETS: Mapping[str, str] = {}  # by the name of then, that of now
+# by target, the keys that came since, with the value that does what was done then
+KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_client": {"even": False}}
+
+
+def renewed(node: Any) -> Any:
+    """Write a stored configuration, of nested mappings and lists, in today's names and keys.
+
+    >>> renewed({"_target_": "fedsparse.data.partition.classes_per_client", "nc": 2})["even"]
+    False
+    """
+    if isinstance(node, list):
+        return [renewed(value) for value in node]
+    if not isinstance(node, Mapping):
+        return node
+    found = {key: renewed(value) for key, value in node.items()}
+    if isinstance(target := found.get("_target_"), str):
+        found["_target_"] = TARGETS.get(target, target)
+        found = {**KEYS.get(found["_target_"], {}), **found}
+    return found
