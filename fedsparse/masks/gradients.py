@@ -46,8 +46,8 @@ def add_squares(
     while start < len(x):
         differentiate = stacked_gradients if size > 1 else gradients
         try:
-            batch = (part[start : start + size].clone() for part in (x, y))
-            found = differentiate(net, params, *batch, loss)
+            here = slice(start, start + size)
+            found = differentiate(net, params, x[here].clone(), y[here].clone(), loss)
         except RuntimeError as error:
             if size == 1:
                 raise
