@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from fedsparse import build
 from fedsparse.data.datasets import Split
+from fedsparse.data.files import printable
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.setting import Setting
 from fedsparse.models.modes import evaluating
@@ -37,7 +38,7 @@ def measure(folders: Iterable[Path]) -> None:
             try:
                 write_atomically(folder / FILE, json.dumps(scaled(folder), indent=2) + "\n")
             except (ValueError, OSError, SafetensorError) as error:  # a damaged folder; the report lists it
-                print(f"fedsparse: {folder} was not scaled: {error}", file=sys.stderr)
+                print(printable(f"fedsparse: {folder} was not scaled: {error}"), file=sys.stderr)
 
 
 def scaled(folder: Path) -> dict[str, Any]:
