@@ -14,6 +14,7 @@ from pathlib import Path
 from fedsparse.analysis.files import finite
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.statistics import Interval, paired
+from fedsparse.data.files import printable
 from fedsparse.signals import command
 
 Cell = tuple[str, bool]  # rule, whether there are attackers
@@ -72,11 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs, problems = read_runs(parser.parse_args(arguments).folders)
         text = table(cells(runs))
     except ValueError as error:
-        sys.exit(f"fedsparse: {error}")
+        sys.exit(printable(f"fedsparse: {error}"))
     print(text)
     print(f"\nTest accuracy over {len({run.seed for run in runs})} seeds, mean ± 95 % interval (Student's t).")
     for problem in problems:
-        print(f"left out: {problem.name}: {problem.reason}")
+        print(printable(f"left out: {problem.name}: {problem.reason}"))
 
 
 if __name__ == "__main__":

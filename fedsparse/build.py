@@ -35,7 +35,7 @@ from fedsparse.federation.wire import known_size
 from fedsparse.keys import Purpose
 from fedsparse.masks import Sparsity
 from fedsparse.models.heads import attentions
-from fedsparse.nets import build_net, check_classes, check_kind
+from fedsparse.nets import build_net, check_classes, check_fit, check_kind
 from fedsparse.places import Coordinates
 from fedsparse.shares import build_clients
 from fedsparse.space import ParamSpace
@@ -83,13 +83,14 @@ def build_federation(cfg: DictConfig) -> Federation:
     """
     streaming(cfg)
     Calibration(**cfg.calibration)  # before the phases, which take some of its numbers over
-    dataset, parts, tests = build_clients(cfg, instantiate(cfg.data.source))
+    dataset, parts, tests = build_clients(cfg, build_dataset(cfg))
     net, space = build_net(cfg, dataset)
     check_classes(cfg, net, dataset)
     check_kind(cfg, net, dataset)
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
     inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None)
+    check_fit(cfg, net, dataset, inputs)
     federation = cfg.federation
     count = participants(federation.clients_per_round, federation.num_clients)
     eligible = [client for client, part in enumerate(parts) if len(part)]
@@ -108,6 +109,22 @@ def build_federation(cfg: DictConfig) -> Federation:
     learn = [own for phase, (_, own, _) in zip(phases.rounds, plans, strict=True) if not phase.explores]
     _try_parts(cfg, dataset, parts, space, min(len(own.sample(0)) for own in learn))
     return Federation(dataset, parts, tests, net, space, count, plan, phased, phases, sample, inputs)
+
+
+def build_dataset(cfg: DictConfig) -> Dataset:
+    """Load the data.
+
+    Raises:
+        ValueError: the function that loads it returns something else.
+
+    """
+    dataset = instantiate(cfg.data.source)
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"data.source._target_={cfg.data.source._target_} returns a {type(dataset).__name__}; it has to return "
+            "fedsparse.data.datasets.Dataset(train, val, test, classes, name), each part a Split(x, y) of tensors"
+        )
+    return dataset
 
 
 def _plan_of(cfg: DictConfig, phase: Phase, plan: RoundPlan, eligible: Sequence[int]) -> RoundPlan:

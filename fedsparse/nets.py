@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from fedsparse.data.datasets import Dataset
+from fedsparse.data.files import reason_of
+from fedsparse.models.modes import evaluating
 from fedsparse.models.trainable import trainable_filter
 from fedsparse.space import ParamSpace, Patterns, matches
 
@@ -93,3 +96,31 @@ def check_kind(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:
         raise ValueError(f"data.max_length={dataset.train.x.shape[1]}: the model takes at most {longest} tokens")
     if cfg.federation.cohort not in (1, "auto"):
         raise ValueError("a model of texts cannot be stacked over clients; set federation.cohort=1")
+
+
+def check_fit(cfg: DictConfig, net: nn.Module, dataset: Dataset, inputs: Callable[[Tensor], Tensor]) -> None:
+    """Refuse data that the model cannot take, tried on one sample of zeros before anything else is prepared.
+
+    Raises:
+        ValueError: one line that names the model, the shape, and the keys.
+
+    """
+    first = next(net.parameters())
+    x = torch.zeros(1, *dataset.train.x.shape[1:], dtype=dataset.train.x.dtype)
+    if x.is_floating_point() and x.dtype != first.dtype:
+        if cfg.trainer.precision != "64-true":
+            raise ValueError(
+                f"the data is {x.dtype} and the model {first.dtype}; data.source has to give {first.dtype}"
+            )
+        x = x.to(first.dtype)
+    try:
+        with evaluating(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            net(inputs(x).to(first.device))
+    except Exception as error:  # the network's own code raises whatever it leads to
+        shape = " x ".join(map(str, dataset.train.x.shape[1:]))
+        ways = "model=conv takes any, model=timm resizes them" if not dataset.tokens else "set data.max_length"
+        where = "data.size, " if "size" in cfg.data else ""
+        raise ValueError(
+            f"model.name={cfg.model.name} does not take data of {shape} ({reason_of(error)}); "
+            f"choose {where}other data or another model: {ways}"
+        ) from error

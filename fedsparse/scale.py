@@ -17,6 +17,7 @@ import torch
 
 from fedsparse import build, files
 from fedsparse.data.datasets import Split
+from fedsparse.data.files import printable
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.setting import Setting
 from fedsparse.models.modes import evaluating
@@ -46,7 +47,7 @@ def measure(folders: Iterable[Path], trusted: Sequence[str] = ()) -> int:
             try:
                 files.write(folder / FILE, json.dumps(scaled(folder, trusted), indent=2) + "\n")
             except Exception as error:  # a folder that is damaged, or asks for what it may not; the others go on
-                print(f"fedsparse: {folder} was not scaled: {one_line(error)}", file=sys.stderr)
+                print(printable(f"fedsparse: {folder} was not scaled: {one_line(error)}"), file=sys.stderr)
                 failed += 1
     return failed
 

@@ -77,7 +77,7 @@ def test_folder_errors_name_the_file_or_the_key(tmp_path):
     shutil.move(tmp_path / "train", tmp_path / "mine" / "train")
     write_folder(tmp_path / "mine" / "test", {"b": 2, "z": 2})
     refused(r"mine/test has the class z")
-    with pytest.raises(ValueError, match=r"data\.root=None"):
+    with pytest.raises(ValueError, match=r"data\.root=null"):
         imagefolder(None)
 
 

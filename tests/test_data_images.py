@@ -30,7 +30,7 @@ def floats_of(*shape):
 
 def dataset_of(x, **constants):
     split = Split(x, torch.zeros(len(x), dtype=torch.int64))
-    return Dataset(split, split, split, classes=1, name="toy", **constants)
+    return Dataset(split, split, split, classes=2, name="toy", **constants)
 
 
 def one_line(error):

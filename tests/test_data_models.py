@@ -141,7 +141,7 @@ def test_arrays_take_gray_images_and_users(tmp_path):
 
 
 def test_arrays_name_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.root=None is no folder"):
+    with pytest.raises(ValueError, match=r"data\.root=null is no folder"):
         arrays(None)
     with pytest.raises(ValueError, match=r"nowhere is no folder; set data\.root"):
         arrays(tmp_path / "nowhere")

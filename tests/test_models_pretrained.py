@@ -135,7 +135,7 @@ def test_a_run_folders_model_is_a_checkpoint(tmp_path):
     [
         (lambda s: s.pop("norm.bias"), r"missing norm\.bias"),
         (lambda s: s.update(extra=torch.zeros(1)), "unexpected extra"),
-        (lambda s: s.update(pos_embed=torch.zeros(1, 197, 24)), r"another shape pos_embed \(1x197x24, not 1x5x24\)"),
+        (lambda s: s.update(pos_embed=torch.zeros(1, 5, 25)), r"another shape pos_embed \(1x5x25, not 1x5x24\)"),
         (lambda s: s["norm.bias"].fill_(float("nan")), r"not finite norm\.bias"),
         (lambda s: s.clear(), r"missing cls_token, pos_embed, .* and \d+ more"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from fedsparse.data.checks import checked_positive
-from fedsparse.data.files import checked_file, reason_of
+from fedsparse.data.files import checked_file, checked_root, reason_of
 from fedsparse.data.samples import Mapped, Samples, as_tensor, read_npy
 
 # Mean and standard deviation of all pixels of scikit-learn's digits (values 0 to 16). Fixed numbers, so that neither
@@ -24,6 +25,7 @@ DIGITS_MEAN = 4.8842
 DIGITS_STD = 6.0168
 
 PARTS = ("train", "val", "test")
+MOST_CLASSES = 1_000_000  # a head has an output for each
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ class Dataset:
         vocabulary: of texts as characters, how many there are; 0: tokens are of the model's own tokenizer.
 
     Raises:
-        ValueError: a split is empty, its x, y and users differ in length, a label is out of range, a pixel is NaN or
-            infinite, or the splits' images differ in shape or type.
+        ValueError: there are less than two classes or more than ``MOST_CLASSES``, a split is empty or not of such
+            tensors, its x, y and users differ in length, a label is out of range, a pixel is NaN or infinite, or the
+            splits' images differ in shape or type.
 
     """
 
@@ -98,9 +101,37 @@ class Dataset:
 
     def __post_init__(self) -> None:
         for part in PARTS:
+            check_tensors(getattr(self, part), f"the {part} split of {self.name}")
             check_split(getattr(self, part), self.classes, f"the {part} split of {self.name}")
         check_shapes({part: tuple(getattr(self, part).x.shape[1:]) for part in PARTS}, self.name)
         check_types({part: getattr(self, part).x.dtype for part in PARTS}, self.name)
+        if not 2 <= self.classes <= MOST_CLASSES:
+            wanted = f"it needs 2 to {MOST_CLASSES}, with labels numbered from 0 on"
+            raise ValueError(f"{self.name} has {self.classes} {'class' if self.classes == 1 else 'classes'}; {wanted}")
+
+
+def check_tensors(split: Any, where: str) -> None:
+    """Refuse a split of anything but images or tokens with labels; ``where`` names it in the message.
+
+    Raises:
+        ValueError: says in one line what it is and what would be right.
+
+    """
+    if not isinstance(split, Split):
+        raise ValueError(f"{where} is a {type(split).__name__}; it needs to be fedsparse.data.datasets.Split(x, y)")
+    x, y = split.x, split.y
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.ndim != 1:
+        raise ValueError(f"{where}: y is {_kind(y)}; it needs to be a tensor of labels, int64 (N,)")
+    if not isinstance(x, Tensor | Mapped) and not callable(getattr(x, "stamp", None)):
+        raise ValueError(f"{where}: x is {_kind(x)}; it needs to be a tensor, or what fedsparse.data.samples describes")
+    images = len(x.shape) == 4 and (x.dtype.is_floating_point or x.dtype == torch.uint8) and 0 not in x.shape[1:]
+    if not images and not (len(x.shape) == 2 and x.dtype in (torch.int32, torch.int64)):
+        raise ValueError(f"{where}: x is {_kind(x)}; it needs images (N, C, H, W) of uint8 or floats, or tokens (N, L)")
+
+
+def _kind(held: Any) -> str:
+    shape = f" {tuple(held.shape)}" if hasattr(held, "shape") else ""
+    return f"{getattr(held, 'dtype', type(held).__name__)}{shape}"
 
 
 def check_split(split: Split, classes: int, where: str) -> None:
@@ -247,13 +278,10 @@ def arrays(root: str | Path | None, stream: bool = False) -> Dataset:
         ValueError: the folder, a file or an array is missing or of a wrong kind; says what to put where.
 
     """
-    if root is None or not Path(root).is_dir():
-        raise ValueError(
-            f"data.root={root} is no folder; set data.root to a folder with train.npz, val.npz and test.npz"
-        )
-    train, val, test = (load_split(Path(root) / f"{part}.npz", stream=stream) for part in PARTS)
+    place = checked_root(root, "a folder with train.npz, val.npz and test.npz")
+    train, val, test = (load_split(place / f"{part}.npz", stream=stream) for part in PARTS)
     classes = 1 + max(int(split.y.max()) if len(split.y) else 0 for split in (train, val, test))
-    return Dataset(train, val, test, classes=max(classes, 1), name=str(root))
+    return Dataset(train, val, test, classes=classes, name=str(root))
 
 
 def load_split(path: Path, *, stream: bool = False) -> Split:
@@ -272,6 +300,8 @@ def load_split(path: Path, *, stream: bool = False) -> Split:
         raise ValueError(f"{path}: x is {x.dtype} {x.shape}; it needs to be numbers of shape (N, C, H, W) or (N, H, W)")
     if y.ndim != 1 or y.dtype.kind not in "iu":
         raise ValueError(f"{path}: y is {y.dtype} {y.shape}; it needs to be whole numbers of shape (N,)")
+    if (y >= MOST_CLASSES).any():
+        raise ValueError(f"{path}: y goes up to {y.max()}; it needs the numbers of the classes, from 0 on")
     images = Mapped(files["x"]) if isinstance(x, np.memmap) else as_tensor(x if x.ndim == 4 else x[:, None])
     return Split(images, torch.from_numpy(y.astype(np.int64)), held.get("users"))
 

@@ -37,6 +37,22 @@ def checked_file(path: str | Path) -> Path:
     raise ValueError(f"{printable(place)} {kind}; put the file itself there")
 
 
+def checked_root(root: object, wanted: str) -> Path:
+    """Return ``data.root`` as a path.
+
+    Args:
+        root: what was given.
+        wanted: says which folder it is to be.
+
+    Raises:
+        ValueError: it is no folder.
+
+    """
+    if not isinstance(root, str | Path) or not Path(root).is_dir():
+        raise ValueError(f"data.root={'null' if root is None else root} is no folder; set data.root to {wanted}")
+    return Path(root)
+
+
 def check_folder(folder: str | Path) -> None:
     """Refuse a folder that holds anything but folders and regular files, for those who read it as a whole.
 

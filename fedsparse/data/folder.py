@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from fedsparse.data.checks import checked_integer
 from fedsparse.data.datasets import PARTS, Dataset, Split, hold_out
 from fedsparse.data.decode import read_image
-from fedsparse.data.files import printable
+from fedsparse.data.files import checked_root, printable
 from fedsparse.data.samples import stamp
 
 log = logging.getLogger("fedsparse")
@@ -64,9 +64,7 @@ def imagefolder(
 
     """
     size = checked_integer("data.size", size, 1)
-    if root is None or not Path(root).is_dir():
-        raise ValueError(f"data.root={root} is no folder; set data.root to a folder with a folder of images a class")
-    folders = find_parts(Path(root))
+    folders = find_parts(checked_root(root, "a folder with a folder of images a class"))
     names = [path.name for path in subfolders(folders["train"])]
     found = {part: labelled(folder, names, every=part == "train") for part, folder in folders.items()}
     cut = {part: fraction for part, fraction in (("test", test_fraction), ("val", val_fraction)) if part not in found}

@@ -30,9 +30,8 @@ def read_part(root: str | Path | None, name: str, part: str, decode: Decode) -> 
 
     """
     how = f"run ./preprocess.sh -s niid --sf 0.05 -k 0 -t sample in LEAF's data/{name}, and set data.root to its data"
-    folder = Path(root or "") / part
-    if root is None or not folder.is_dir():
-        raise ValueError(f"data.root={root} has no folder {part}; {how}")
+    if not isinstance(root, str | Path) or not (folder := Path(root) / part).is_dir():
+        raise ValueError(f"data.root={'null' if root is None else root} has no folder {part}; {how}")
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ValueError(f"{folder} has no .json file; {how}")

@@ -46,7 +46,7 @@ def cifar10(root: str | Path = "data", val_fraction: float = 0.1, split_seed: in
         ValueError: files are missing and cannot be downloaded, or are damaged; says what to put where.
 
     """
-    return _cifar(CIFAR10, Path(root), val_fraction, split_seed)
+    return _cifar(CIFAR10, root, val_fraction, split_seed)
 
 
 def cifar100(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
@@ -54,7 +54,7 @@ def cifar100(root: str | Path = "data", val_fraction: float = 0.1, split_seed: i
 
     Its folder in ``root`` is ``cifar-100-python``; arguments and errors are those of ``cifar10``.
     """
-    return _cifar(CIFAR100, Path(root), val_fraction, split_seed)
+    return _cifar(CIFAR100, root, val_fraction, split_seed)
 
 
 def mnist(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
@@ -63,7 +63,7 @@ def mnist(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int 
     Its folder in ``root`` is ``MNIST/raw``, of files packed (``.gz``) or not; arguments and errors are those of
     ``cifar10``.
     """
-    return _mnist(MNIST, Path(root), val_fraction, split_seed)
+    return _mnist(MNIST, root, val_fraction, split_seed)
 
 
 def fashion_mnist(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
@@ -72,24 +72,24 @@ def fashion_mnist(root: str | Path = "data", val_fraction: float = 0.1, split_se
     Its folder in ``root`` is ``FashionMNIST/raw``, of files packed (``.gz``) or not; arguments and errors are those of
     ``cifar10``.
     """
-    return _mnist(FashionMNIST, Path(root), val_fraction, split_seed)
+    return _mnist(FashionMNIST, root, val_fraction, split_seed)
 
 
-def _cifar(published: Any, root: Path, val_fraction: float, seed: int) -> Dataset:
+def _cifar(published: Any, root: str | Path, val_fraction: float, seed: int) -> Dataset:
     """Load CIFAR: one pickled dict a file."""
-    folder, parts = root / published.base_folder, (published.train_list, published.test_list)
+    folder, parts = place_of(root) / published.base_folder, (published.train_list, published.test_list)
     sums = {folder / name: md5 for part in parts for name, md5 in part}
     if not all(path.exists() for path in sums):
         address = published.url.removesuffix(published.filename)
-        fetch({published.filename: published.tgz_md5}, [address], root)
+        fetch({published.filename: published.tgz_md5}, [address], folder.parent)
     warn_of_changes(sums)
     train, test = ([read_batch(folder / name) for name, _ in part] for part in parts)
     return _dataset(published, _joined(train), _joined(test), val_fraction, seed)
 
 
-def _mnist(published: Any, root: Path, val_fraction: float, seed: int) -> Dataset:
+def _mnist(published: Any, root: str | Path, val_fraction: float, seed: int) -> Dataset:
     """Load MNIST: four files, images and labels to train, images and labels to test."""
-    folder = root / published.__name__ / "raw"
+    folder = place_of(root) / published.__name__ / "raw"
     missing = {name: md5 for name, md5 in published.resources if not stored(folder / name).exists()}
     fetch(missing, published.mirrors, folder)
     # the published checksums are those of the packed files
@@ -105,6 +105,20 @@ def _dataset(published: type, labelled: Split, test: Split, val_fraction: float,
     train, val = (Split(labelled.held[part], labelled.y[part]) for part in indices)
     classes = 1 + int(torch.cat([labelled.y, test.y]).max())
     return Dataset(train, val, test, classes, published.__name__, mean, std)
+
+
+def place_of(root: object) -> Path:
+    """Take ``data.root``, a folder that need not be there yet.
+
+    Raises:
+        ValueError: it is no path.
+
+    """
+    if not isinstance(root, str | Path):
+        raise ValueError(
+            f"data.root is {'null' if root is None else root}; give the folder that holds or gets the files"
+        )
+    return Path(root)
 
 
 def _joined(batches: Sequence[Split]) -> Split:

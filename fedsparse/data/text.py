@@ -15,7 +15,7 @@ import torch
 
 from fedsparse.data.datasets import Dataset, Split, hold_out, stratified
 from fedsparse.data.docs import TOPICS, held_by_clients
-from fedsparse.data.files import check_folder, checked_file, reason_of
+from fedsparse.data.files import check_folder, checked_file, checked_root, reason_of
 from fedsparse.data.tokens import fingerprint, load_tokenizer, quiet_transformers, tokens
 
 HUB = "fancyzhx/ag_news"
@@ -135,10 +135,8 @@ def read_saved(root: str | Path | None) -> dict[str, Labelled]:
     except ImportError as error:
         raise ValueError("data=ag_news without CSV files needs datasets: pip install 'fedsparse[text]'") from error
     wanted = "a folder with train.csv and test.csv (class 1 to 4, title, description), or one that save_to_disk wrote"
-    if root is not None and not Path(root).is_dir():
-        raise ValueError(f"data.root={root} is no folder; set data.root to {wanted}")
     if root is not None:
-        check_folder(root)
+        check_folder(checked_root(root, wanted))
     try:
         with quiet_transformers():
             held = datasets.load_dataset(HUB) if root is None else datasets.load_from_disk(str(root))

@@ -46,8 +46,8 @@ def add_squares(
     while start < len(x):
         differentiate = stacked_gradients if size > 1 else gradients
         try:
-            few = slice(start, start + size)
-            found = differentiate(net, params, x[few].clone(), y[few].clone(), loss)
+            here = slice(start, start + size)
+            found = differentiate(net, params, x[here].clone(), y[here].clone(), loss)
         except RuntimeError as error:
             if size == 1:
                 raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,19 @@ from fedsparse.space import Patterns, matches
 from fedsparse.weights import load_weights
 
 TORCH = (".pth", ".pt", ".bin")
+Fit = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
 # where training scripts keep the weights inside their checkpoints; of DINO's two nets the teacher is the published one
 NESTED = ("teacher", "student", "state_dict", "model")
 
 
-def load_backbone(net: nn.Module, path: Path, head: Patterns = "head.*") -> None:
+def load_backbone(net: nn.Module, path: Path, head: Patterns = "head.*", fit: Fit | None = None) -> None:
     """Copy a file's tensors into a net, all but the head's.
 
     Args:
         net: changed in place.
         path: a file that ``read`` reads.
         head: glob patterns of the head's parameters, left out on both sides.
+        fit: fits tensors to a net of another image size or other channels; asked where shapes differ.
 
     Raises:
         ValueError: the file is missing or damaged, or its tensors are not those of the net; says which.
@@ -35,6 +37,8 @@ def load_backbone(net: nn.Module, path: Path, head: Patterns = "head.*") -> None
         {name: tensor for name, tensor in tensors.items() if not matches(name, head)}
         for tensors in (read(path), net.state_dict())
     )
+    if fit is not None and any(name in wanted and wanted[name].shape != found[name].shape for name in found):
+        found = dict(fit(net, found))
     if differing := differences(wanted, found):
         raise ValueError(f"{path} does not fit the model: {differing}; model.checkpoint has to be of the same net")
     net.load_state_dict(found, strict=False)

@@ -6,16 +6,20 @@ data are prepared accordingly.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import PretrainedCfg
-from torch import nn
+from timm.models import PretrainedCfg, adapt_input_conv
+from torch import Tensor, nn
 
 from fedsparse.models.loading import load_backbone
 from fedsparse.models.vision import check_outputs, seeded, start_head
+
+COLOURS = 3  # channels of what nearly all nets of timm were pre-trained on
 
 
 def timm_model(
@@ -38,7 +42,8 @@ def timm_model(
         in_chans: channels of an image.
         pretrained: start from timm's weights for this name, downloaded once; else at random, from ``seed``.
         checkpoint: a file of weights used in place of the download: safetensors, or what ``torch.save`` wrote, under
-            timm's names or in the layout of DINO's two files. The head in it, if any, is left out.
+            timm's names or in the layout of DINO's two files. The head in it, if any, is left out. Weights of another
+            image size, and of colours where ``in_chans`` is not 3, are fitted as timm fits those that it downloads.
         drop_rate: dropout before the head.
         head_std: standard deviation of the head's normal before it is cut at two of them; the bias is zero.
         seed: decides the head, and the rest if that is random.
@@ -57,10 +62,25 @@ def timm_model(
     asked = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate or None, **options}
     net = seeded(lambda: _create(name, pretrained and checkpoint is None, asked), seed)
     if checkpoint is not None:
-        load_backbone(net, Path(checkpoint), f"{classifier}.*")
+        load_backbone(net, Path(checkpoint), f"{classifier}.*", fitted)
     start_head(net.get_submodule(classifier), head_std, seed)
     _record_input(net, in_chans, options.get("img_size"))
     return net
+
+
+def fitted(net: Any, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Fit weights to a net of another image size or other channels as timm does; what it cannot fit stays as it is."""
+    convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    try:
+        tensors = dict(found if convert is None else convert(dict(found), net))
+    except (KeyError, ValueError, RuntimeError, AssertionError):  # of another net, which the shapes show
+        return found
+    first = net.pretrained_cfg.get("first_conv") or ()
+    for name in (first,) if isinstance(first, str) else first:
+        weight, wanted = tensors.get(f"{name}.weight"), net.get_submodule(name).weight
+        if weight is not None and weight.ndim == 4 and weight.shape[1] == COLOURS != wanted.shape[1]:
+            tensors[f"{name}.weight"] = adapt_input_conv(wanted.shape[1], weight)
+    return tensors
 
 
 def head_pattern(name: str) -> str:
