@@ -234,6 +234,8 @@ def _check_home(key: str, target: str, trusted: Sequence[str]) -> None:
         found = get_object(target)
     except Exception as error:  # importing runs a package's own code
         raise ValueError(f"{key}._target_: {target} cannot be imported here: {one_line_of(error)}") from error
+    if not callable(found):
+        raise ValueError(f"{key}._target_: {target} is nothing that can be called")
     home = str(getattr(found, "__module__", None) or type(found).__module__)
     own = home.split(".")[0] == target.split(".")[0]
     if not own and not covers(trusted, home) and target not in shipped().arguments:
@@ -304,7 +306,7 @@ def _references(place: Place, text: Any) -> Iterator[Place]:
     """
     for start in re.finditer(r"\$\{", text if isinstance(text, str) else ""):
         found = REFERENCE.match(text, start.start())
-        if found is None:
+        if found is None or found[2] == "oc.select":  # whose key is none that can be read here
             raise ValueError(f"{'.'.join(place)}: {_shown(text)} is no plain reference to another key")
         dots, key, end = found.groups()
         if end != ":":
@@ -343,7 +345,7 @@ def _shown(value: Any, longest: int = 100) -> str:
 
 def one_line_of(error: BaseException) -> str:
     """Say in a line what another library raised."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
+    text = (str(getattr(error, "problem", error)).splitlines() or [type(error).__name__])[0]  # YAML says where first
     key = getattr(error, "full_key", None)
     said = text.partition("raised while resolving interpolation: ")[2] or text
     return _shown(f"{key}: {said}" if key else said, 300)
