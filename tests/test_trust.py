@@ -18,6 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from fedsparse import export, repeat, report, run, trust
+from fedsparse.federation.checkpoint import RoundCheckpoint
 from fedsparse.federation.store import FileStore
 from fedsparse.resume import read_job
 
@@ -478,6 +479,15 @@ def test_rows_of_a_file_are_numbers(tmp_path):
         store.load_state_dict(state)  # a row of it would be read at the address 0x4141414141414141
     store.load_state_dict(state | {"dtype": "float32"})
     assert np.isfinite(store.get(0, torch.zeros(2)).numpy()).all()
+
+
+def test_a_sent_checkpoint_names_nothing_that_a_better_one_would_remove(tmp_path):
+    callback = RoundCheckpoint(dirpath=tmp_path / "checkpoints", monitor="val/acc", mode="max", filename="best")
+    sent = {"best_model_path": "/x/..", "kth_best_model_path": "/x/.", "last_model_path": "/x/summary.json"}
+    models = {"/x/..": torch.tensor(0.1), "/y/best.ckpt": torch.tensor(0.2)}
+    callback.load_state_dict(callback.state_dict() | sent | {"best_k_models": models})
+    assert {getattr(callback, name) for name in sent} == {""}
+    assert list(callback.best_k_models) == [str(tmp_path / "checkpoints" / "best.ckpt")]
 
 
 @pytest.mark.parametrize(
