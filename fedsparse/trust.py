@@ -166,7 +166,7 @@ def admitted(stored: Mapping[str, Any], trusted: Sequence[str] = (), typed: Sequ
         if isinstance(node, Mapping) and "_target_" in node:
             _check_part(key, node, trusted, typed)
         if place[:1] == ("logger",) and isinstance(node, str) and LEADS_OUT.search(node):
-            raise ValueError(f"{key}: {_shown(node)} leads out of the run folder, where a logger's files belong")
+            raise ValueError(f"{_shown(key)}: {_shown(node)} leads out of the run folder, where logs belong")
     return cfg
 
 
@@ -209,22 +209,22 @@ def _check_part(key: str, node: Mapping[str, Any], trusted: Sequence[str], typed
         ValueError: its target, or an argument of a shipped target, is none of ``conf/``.
 
     """
-    target = node["_target_"]
+    target, at = node["_target_"], _shown(f"{key}.").lstrip(".")
     if not isinstance(target, str) or not NAME.fullmatch(target):
-        raise ValueError(f"{key}._target_ is {_shown(target)}, which is no dotted name")
+        raise ValueError(f"{at}_target_ is {_shown(target)}, which is no dotted name")
     if covers(trusted, target):
-        return _check_home(key, target, trusted)
+        return _check_home(f"{at}_target_: {target}", target, trusted)
     if target not in shipped().arguments:
         package = target.rpartition(".")[0] or target
-        raise ValueError(f"{key}._target_: {_shown(target)} {_ask(_shown(package))}")
+        raise ValueError(f"{at}_target_: {_shown(target)} {_ask(package)}")
     known = shipped().arguments[target]
     other = [str(name) for name in node if name not in known and not covers(typed, f"{key}.{name}")]
     if other:
-        raise ValueError(f"{key}.{_shown(other[0])}, an argument of {target}, {_ask(target)}")
+        raise ValueError(f"{at}{_shown(other[0])}, an argument of {target}, {_ask(target)}")
     return None
 
 
-def _check_home(key: str, target: str, trusted: Sequence[str]) -> None:
+def _check_home(what: str, target: str, trusted: Sequence[str]) -> None:
     """Refuse what a trusted package only imported: ``mypackage.os.system`` is not of mypackage.
 
     Raises:
@@ -234,11 +234,13 @@ def _check_home(key: str, target: str, trusted: Sequence[str]) -> None:
     try:
         found = get_object(target)
     except Exception as error:  # importing runs a package's own code
-        raise ValueError(f"{key}._target_: {target} cannot be imported here: {one_line_of(error)}") from error
+        raise ValueError(f"{what} cannot be imported here: {one_line_of(error)}") from error
+    if not callable(found):
+        raise ValueError(f"{what} is nothing that can be called")
     home = str(getattr(found, "__module__", None) or type(found).__module__)
     own = home.split(".")[0] == target.split(".")[0]
     if not own and not covers(trusted, home) and target not in shipped().arguments:
-        raise ValueError(f"{key}._target_: {target} is of {home}, which {_ask(home)}")
+        raise ValueError(f"{what} is of {home}, which {_ask(home)}")
 
 
 @contextmanager
@@ -305,8 +307,8 @@ def _references(place: Place, text: Any) -> Iterator[Place]:
     """
     for start in re.finditer(r"\$\{", text if isinstance(text, str) else ""):
         found = REFERENCE.match(text, start.start())
-        if found is None:
-            raise ValueError(f"{'.'.join(place)}: {_shown(text)} is no plain reference to another key")
+        if found is None or found[2] == "oc.select":  # whose key is none that can be read here
+            raise ValueError(f"{_shown('.'.join(place))}: {_shown(text)} is no plain reference to another key")
         dots, key, end = found.groups()
         if end != ":":
             above = place[: max(0, len(place) - len(dots))] if dots else ()
@@ -321,9 +323,9 @@ def _check_value(key: str, value: Any) -> None:
 
     """
     if isinstance(value, str) and "${" in value:
-        raise ValueError(f"{key} still is an interpolation when it is resolved: {_shown(value)}")
+        raise ValueError(f"{_shown(key)} still is an interpolation when it is resolved: {_shown(value)}")
     if isinstance(value, int) and abs(value) >= WIDEST:
-        raise ValueError(f"{key} is a number of more than 64 bits")
+        raise ValueError(f"{_shown(key)} is a number of more than 64 bits")
 
 
 def _ask(name: str) -> str:
@@ -344,7 +346,7 @@ def _shown(value: Any, longest: int = 100) -> str:
 
 def one_line_of(error: BaseException) -> str:
     """Say in a line what another library raised."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
+    text = (str(getattr(error, "problem", error)).splitlines() or [type(error).__name__])[0]  # YAML says where first
     key = getattr(error, "full_key", None)
     said = text.partition("raised while resolving interpolation: ")[2] or text
     return _shown(f"{key}: {said}" if key else said, 300)

@@ -316,7 +316,10 @@ DAMAGE = {
     "words": (lambda f: edit(f, bytes_up="many"), "summary.json holds no finite number for bytes_up"),
     "torn YAML": (lambda f: config_of(f, "a: [1"), "config.yaml is damaged: it is not YAML"),
     "no rate": (lambda f: config_of(f, "a: 1"), "optimizer.lr in .hydra/config.yaml must be a number, not nothing"),
-    "itself": (lambda f: config_of(f, "a: &a {b: *a}"), "its configuration refers to itself"),
+    "itself": (
+        lambda f: config_of(f, "a: &a {b: *a}"),
+        "config.yaml is damaged: it repeats itself by an alias, which no run writes",
+    ),
     "code": (
         lambda f: config_of(f, f"a: !!python/object/apply:os.mkdir ['{f}/made']"),
         "config.yaml is damaged: it is not YAML",

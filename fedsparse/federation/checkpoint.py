@@ -59,12 +59,15 @@ class RoundCheckpoint(ModelCheckpoint):
         """Take the state with all its paths moved to today's folder."""
         here = str(self.dirpath)
         moved = {key: _move(value, here) if "path" in key else value for key, value in state_dict.items()}
-        best = {_move(path, here): score for path, score in state_dict["best_k_models"].items()}
+        found = {_move(path, here): score for path, score in state_dict["best_k_models"].items()}
+        best = {path: score for path, score in found.items() if path}
         super().load_state_dict(moved | {"dirpath": here, "best_k_models": best})
 
 
 def _move(path: str, folder: str) -> str:
-    return os.path.join(folder, os.path.basename(path)) if path else path
+    """Find a checkpoint in another folder; whatever else is named there would be removed for a better one."""
+    name = os.path.basename(path)
+    return os.path.join(folder, name) if name.endswith(".ckpt") else ""
 
 
 def read_checkpoint(path: Path, space: ParamSpace, prefix: str = "net.") -> dict[str, Any]:
