@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from fedsparse import build, files
 from fedsparse.data.datasets import Split
@@ -35,8 +34,9 @@ def measure(folders: Iterable[Path]) -> None:
         if not (folder / FILE).exists():
             try:
                 files.write(folder / FILE, json.dumps(scaled(folder), indent=2) + "\n")
-            except (ValueError, OSError, SafetensorError) as error:  # a damaged folder; the report lists it
-                print(f"fedsparse: {folder} was not scaled: {error}", file=sys.stderr)
+            except Exception as error:  # a damaged folder, or a model that cannot be built: the others are scaled
+                said = " ".join(str(error).split())[:200]
+                print(f"fedsparse: {folder} was not scaled: {type(error).__name__}: {said}", file=sys.stderr)
 
 
 def scaled(folder: Path) -> dict[str, Any]:
