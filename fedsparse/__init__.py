@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,3 +20,15 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     from fedsparse import train  # here, so that ``import fedsparse`` costs nothing
 
     return train.run(overrides)
+
+
+def _interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Say in one line that Ctrl-C came while a command was still being imported, which takes seconds."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("fedsparse: SIGINT: stopped before the end", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.argv[:1] == ["-m"]:  # what Python puts there until it has found the module of ``python -m fedsparse...``
+    sys.excepthook = _interrupted

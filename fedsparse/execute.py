@@ -32,6 +32,7 @@ from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.reports import Diverged
 from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.federation.tracking import hand_on
+from fedsparse.finished import WEIGHTS
 from fedsparse.masks import Mask
 from fedsparse.models.flops import pruning_figures
 from fedsparse.prepare import (
@@ -47,6 +48,7 @@ from fedsparse.prepare import (
 )
 from fedsparse.resume import Job
 from fedsparse.trial import check_trainable
+from fedsparse.weights import save_weights
 
 log = logging.getLogger("fedsparse")
 
@@ -114,12 +116,13 @@ def _lead(job: Job) -> dict[str, Any]:
     parallel.share(start)
     training = _train(job, federation, module, start)
     _stopped(job, training)
+    save_weights(federation.net, job.folder / WEIGHTS)  # first, whatever may go wrong with figures of it
     if job.cfg.explore.get("save") and training.choice.observed is not None:
         save_guidance(job.folder, federation.space.unflatten(training.choice.observed.cpu()))
     if training.choice.mask is not start.found.mask or not (job.folder / PICTURE).exists():
         draw(job, training.choice.mask)  # once, however often it was chosen anew
     summary = _summary(job, federation, start.found, training)
-    results.write_results(job.folder, federation, summary, job.cfg.pictures)
+    results.write_results(job.folder, summary, job.cfg.pictures)
     training.callbacks.artifacts.close(training.trainer.loggers)
     return summary | {"folder": str(job.folder)}
 

@@ -30,6 +30,7 @@ from fedsparse.models.shrink import TOLERANCE, Cut, close, shrink
 from fedsparse.models.structure import rebuild, structure
 from fedsparse.models.to_onnx import onnx_forward, write_onnx
 from fedsparse.savings import interleaved
+from fedsparse.sweep import held
 from fedsparse.train import on_command_line
 from fedsparse.weights import load_weights, save_weights
 
@@ -59,16 +60,19 @@ def export(folder: Path, formats: Sequence[str] = FORMATS, trusted: Sequence[str
     if not formats or set(formats) - set(FORMATS):
         raise ValueError(f"format={','.join(formats)} is unknown; give one or both of {', '.join(FORMATS)}")
     run = read_run(folder, trusted)
-    small, cuts = shrink(run.net, inputs(run, seed=0))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
-        full, new = Path(scratch) / "full", Path(scratch) / "export"
-        for path, net in ((full, run.net), (new, small)):
-            path.mkdir()
-            write(path, net, run, formats)
-        figures = measure(run, small, cuts, full, new, trusted)
-        files.write(new / FIGURES, json.dumps(figures, indent=2) + "\n")
-        shutil.rmtree(folder / "export", ignore_errors=True)
-        os.replace(new, folder / "export")
+    with held(folder):
+        for left in folder.glob(".export-*"):  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        small, cuts = shrink(run.net, inputs(run, seed=0))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
+            full, new = Path(scratch) / "full", Path(scratch) / "export"
+            for path, net in ((full, run.net), (new, small)):
+                path.mkdir()
+                write(path, net, run, formats)
+            figures = measure(run, small, cuts, full, new, trusted)
+            files.write(new / FIGURES, json.dumps(figures, indent=2) + "\n")
+            shutil.rmtree(folder / "export", ignore_errors=True)
+            os.replace(new, folder / "export")
     return figures
 
 

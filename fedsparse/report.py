@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedsparse import files
 from fedsparse.analysis import convergence, equal_steps, exchange_table, overlap, pareto, tables
-from fedsparse.analysis.folders import read_runs
-from fedsparse.analysis.page import Picture, Section, markdown, page, png
+from fedsparse.analysis.files import short
+from fedsparse.analysis.folders import Problem, Run, read_runs
+from fedsparse.analysis.page import Picture, Section, Table, markdown, page, png
 from fedsparse.analysis.table import once, rows
 from fedsparse.signals import command
 
@@ -44,6 +46,27 @@ def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
 
     """
     found, problems = read_runs(folders)
+    try:
+        return _sections(found, problems, target)
+    except Exception:  # of one damaged folder: the others are shown
+        bad = [Problem(run.name, why) for run in found if (why := _unshown(run, target))]
+        kept = [run for run in found if run.name not in {problem.name for problem in bad}]
+        if not bad or not kept:
+            raise
+        return _sections(kept, [*problems, *bad], target)
+
+
+def _unshown(run: Run, target: float) -> str:
+    """Say why a run cannot be shown, even by itself; "" if it can."""
+    try:
+        _sections([run], [], target)
+    except Exception as error:
+        return short(f"its figures cannot be shown ({type(error).__name__}: {' '.join(str(error).split())})")
+    return ""
+
+
+def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) -> list[Section]:
+    """Make the parts of a report of the runs that were read."""
     runs, repeated, apart = once(found)
     table = rows(runs)
     known = [row for row in table if not row.exchange]  # what travels is known beforehand
@@ -68,11 +91,29 @@ def write(parts: Sequence[Section], folder: Path) -> None:
     """Write report.md, report.html and the pictures into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [block for part in parts for block in part.blocks if isinstance(block, Picture)]
-    drawn = {picture.name: png(picture.draw()) for picture in pictures}
+    drawn = {picture.name: data for picture in pictures if (data := _drawn(picture))}
+    parts = [
+        replace(part, blocks=[b for b in part.blocks if not isinstance(b, Picture) or b.name in drawn])
+        for part in parts
+    ]
     for name, data in drawn.items():
         files.write(folder / f"{name}.png", data)
     files.write(folder / "report.md", markdown(_TITLE, parts))
     files.write(folder / "report.html", page(_TITLE, parts, drawn))
+
+
+def _there(block: Table | Picture, drawn: Mapping[str, bytes]) -> bool:
+    return isinstance(block, Table) or block.name in drawn
+
+
+def _drawn(picture: Picture) -> bytes | None:
+    """Draw a picture; one that fails is a line, and the report has no such picture."""
+    try:
+        return png(picture.draw())
+    except Exception as error:
+        said = short(" ".join(str(error).split()))
+        print(f"fedsparse: warning: {picture.name}.png is left out ({type(error).__name__}: {said})", file=sys.stderr)
+        return None
 
 
 @command()
@@ -86,13 +127,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         failed = scale.measure(options.folders, trust.checked(options.trust))
     try:
         parts = sections(options.folders, options.target)
-    except ValueError as error:
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         sys.exit(f"fedsparse: {error}")
     if options.pixels:
         parts.append(Section("Reference", _pixels(), []))
     print(markdown(_TITLE, parts, pictures=False), end="")
     if options.out:
-        write(parts, options.out)
+        try:
+            write(parts, options.out)
+        except OSError as error:
+            sys.exit(f"fedsparse: {error}")
     if failed:
         sys.exit(f"fedsparse: {failed} folders were not scaled, see above")
 

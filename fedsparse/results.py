@@ -22,7 +22,6 @@ from fedsparse.federation.csv import read_rows
 from fedsparse.federation.progress import human_bytes
 from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.masks import Mask
-from fedsparse.weights import save_weights
 
 log = logging.getLogger("fedsparse")
 BYTES = ("bytes_up", "bytes_down", "bytes_dense", "bytes_setup_up", "bytes_setup_down", "bytes_total")
@@ -91,9 +90,8 @@ def summarise(
     }
 
 
-def write_results(folder: Path, federation: Federation, summary: Mapping[str, Any], pictures: bool = True) -> None:
-    """Write model, curves and, last of all, the summary that marks a run as finished."""
-    save_weights(federation.net, folder / "model.safetensors")
+def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = True) -> None:
+    """Write curves and, last of all, the summary that marks a run as finished."""
     if pictures:
         title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}"
         picture(folder / "curves.png", lambda: curves_figure(read_rows(folder / "metrics.csv"), title))

@@ -88,7 +88,7 @@ def check_savable(net: nn.Module) -> None:
         )
     try:
         save({name: torch.empty(0, dtype=tensor.dtype) for name, tensor in pack(state)[0].items()})
-        net.load_state_dict(state)
+        net.load_state_dict({name: tensor.clone() for name, tensor in state.items()})  # of itself nothing is copied
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"the model cannot be saved and read again ({type(error).__name__}: {said})") from error

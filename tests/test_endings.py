@@ -379,3 +379,30 @@ def test_commands_end_in_one_line(module, number):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert done.stderr == f"fedsparse: {number.name}: stopped before the end\n"
+
+
+@pytest.mark.parametrize("where", ["a file", "a folder that takes nothing"])
+def test_a_cache_that_keeps_nothing_is_a_warning(monkeypatch, where):
+    if where == "a file":
+        Path("kept").write_text("")
+    else:
+        full = OSError(28, "No space left on device")
+        monkeypatch.setattr("fedsparse.federation.cache._store", lambda *_: _raise(full))
+    warned = _warnings(monkeypatch)
+    summary = run(["model=mlp", *OPTIONS[1:], "calibration.cache=kept", "federation.rounds=1", "hydra.run.dir=a"])
+    assert summary["rounds"] == 1
+    assert warned
+    assert all("calibration.cache=kept keeps nothing" in line for line in warned)
+
+
+def _raise(error):
+    raise error
+
+
+def test_the_model_is_there_before_figures_of_it_can_fail(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("fedsparse.results.summarise", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run([*OPTIONS, "federation.rounds=1", "hydra.run.dir=a"])
+    assert Path("a/model.safetensors").is_file()
+    assert run(["resume=a"])["rounds"] == 1

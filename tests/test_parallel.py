@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,7 +245,7 @@ def command(folder, *options):
 
 def begun(folder, rounds=3):
     """Wait until some rounds are closed."""
-    table, end = folder / "metrics.csv", time.monotonic() + 60
+    table, end = folder / "metrics.csv", time.monotonic() + 300
     while time.monotonic() < end and not (table.is_file() and table.read_text().count("\n") > rounds):
         time.sleep(0.05)
 
@@ -321,3 +325,41 @@ def test_processes_that_others_start_meet_in_one_folder(tmp_path, starter):
     assert (several["processes"], one["processes"]) == (2, 1)
     assert several["global_sha256"] == one["global_sha256"]  # with one client at a time, to the bit
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "one"]
+
+
+def sockets(pid):
+    """Own and remote address of each TCP socket of a process, listening ones too, as the system lists them."""
+    own = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            own.add(os.readlink(link))
+    listed = [Path(f"/proc/{pid}/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6")]
+    lines = [line.split() for line in itertools.chain(*listed)]
+    found = [cells for cells in lines if len(cells) > 9 and f"socket:[{cells[9]}]" in own]
+    return [tuple(address.split(":")[0] for address in cells[1:3]) for cells in found]
+
+
+def loopback(address):
+    """Whether an address in hexadecimal is of this machine alone: 127.* or ::1."""
+    return address.endswith("7F") or address == "0" * 24 + "01000000"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="reads /proc")
+def test_processes_of_one_machine_listen_on_it_alone(tmp_path):
+    """Even where gloo would take another interface: the environment names one, as a host's name may."""
+    other = next((name for _, name in socket.if_nameindex() if name.startswith(("eth", "en"))), "")
+    leader = subprocess.Popen(
+        command(tmp_path / "a", "federation.rounds=100"),
+        stderr=subprocess.DEVNULL,
+        env=os.environ | ({"GLOO_SOCKET_IFNAME": other} if other else {}),
+    )
+    try:
+        begun(tmp_path / "a")
+        seen = [pair for pid in (leader.pid, *following(leader)) for pair in sockets(pid)]
+    finally:
+        leader.send_signal(signal.SIGTERM)
+        leader.wait(60)
+    assert len(seen) >= 2
+    assert [own for own, _ in seen if not loopback(own)] == []
+    assert [other for _, other in seen if not (loopback(other) or set(other) == {"0"})] == []

@@ -17,7 +17,7 @@ OPTIONS = ["model=mlp", "logger=csv", "pictures=false", "head.init=random", "cal
 
 
 class Tied(nn.Module):
-    """Two layers that share a weight, and a head; its buffers are views of one another, expanded, complex, empty."""
+    """Two layers that share a weight, and a head; its buffers are views of one another, or empty."""
 
     def __init__(self, in_features=64, hidden=64, num_classes=10, seed=0):
         super().__init__()
@@ -29,9 +29,8 @@ class Tied(nn.Module):
         whole = torch.arange(8.0)
         self.register_buffer("whole", whole)
         self.register_buffer("again", whole)
-        self.register_buffer("half", whole[4:])
+        self.register_buffer("part", whole[4:])
         self.register_buffer("turned", whole.view(2, 4).t())
-        self.register_buffer("spread", torch.ones(1).expand(3))
         self.register_buffer("number", torch.tensor(2.0))
         self.register_buffer("empty", torch.zeros(0))
 
@@ -52,9 +51,13 @@ def test_shared_tensors_are_stored_once_and_read_under_all_names(tmp_path):
     found = load_weights(tmp_path / "a")
     assert found.keys() == net.state_dict().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in net.state_dict().items())
-    other = Tied(seed=1)
-    load_model(other, tmp_path / "a")  # safetensors' own
-    assert torch.equal(other.two.weight, net.one.weight)
+
+
+def test_safetensors_own_reader_reads_it_too(tmp_path):
+    nets = [nn.ModuleList([layer, layer]) for layer in (nn.Linear(3, 2), nn.Linear(3, 2))]
+    save_weights(nets[0], tmp_path / "a")
+    load_model(nets[1], tmp_path / "a")
+    assert torch.equal(nets[1][1].weight, nets[0][0].weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64, torch.float8_e4m3fn, torch.bool])
@@ -91,9 +94,9 @@ def test_a_tied_model_trains_resumes_and_is_read_again(tmp_path, monkeypatch):
     assert net.two.weight is net.one.weight
     parameters = 64 * 64 + 64 + 64 * 10 + 10
     assert again["num_parameters"] == parameters
-    floats = parameters + 8 + 4 + 8 + 3 + 1  # a first model carries each tensor once, and the views of it
+    floats = parameters + 8 + 4 + 8 + 1  # a first model carries each tensor once, and the views of it
     first = run([*OPTIONS, "federation.rounds=1", "hydra.run.dir=b", "mask_rule=dense", "sampling=everyone"])
-    assert first["bytes_setup_down"] - 4 * floats * 20 < 20 * 200 * 4  # of twenty clients, with headers
+    assert 0 <= first["bytes_setup_down"] - 20 * 4 * floats < 20 * 1000  # to twenty clients: headers, and the mask
 
 
 def test_a_tied_model_is_exported(tmp_path, monkeypatch):
@@ -130,7 +133,18 @@ class Wide(nn.Linear):
         self.register_buffer("wide", torch.zeros(1, dtype=torch.complex128))
 
 
-@pytest.mark.parametrize(("layer", "said"), [(Extra, "_extra_state"), (Hooked, "more"), (Wide, "complex128")])
+class Spread(nn.Linear):
+    """One number seen as several: nothing can be written to it."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.scale = nn.Parameter(torch.ones(1).expand(3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [(Spread, "single memory location"), (Extra, "_extra_state"), (Hooked, "more"), (Wide, "complex128")],
+)
 def test_what_cannot_be_saved_is_refused_before_the_first_round(tmp_path, monkeypatch, layer, said):
     monkeypatch.chdir(tmp_path)
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain data only, read in C where that was built
+LARGEST = 1 << 24  # bytes of a file of keys; those of runs have some thousands
+_NODES = 100_000  # keys and values of one; a few anchors of YAML can stand for any number
+_LONGEST = 120  # characters of a name that is shown
+_HUGE = 1e18  # no figure of a run comes near: sums and squares of those below are finite
 # a stored YAML file holds at most this much, whoever wrote it; a configuration has 8 kB, 700 events and 6 levels
 BYTES, EVENTS, DEPTH = 2**20, 20_000, 50
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain data only, read in C where that was built
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
@@ -35,10 +41,7 @@ def yaml_of(path: Path) -> Mapping[str, Any]:
         ValueError: no such file, or a damaged one.
 
     """
-    tree = plain_yaml(path)
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"{path.name} is damaged: it holds no keys")
-    return tree
+    return _keys(path, plain_yaml(path))
 
 
 def plain_yaml(path: Path) -> Any:
@@ -62,15 +65,11 @@ def yaml_text(path: Path) -> str:
         ValueError: no such file, or one that is no YAML, is too large or too deep, or repeats itself by aliases.
 
     """
-    if not path.is_file():
-        raise ValueError(f"no {path.parent.name}/{path.name}")
-    with path.open("rb") as file:
-        held = file.read(BYTES + 1)
-    if len(held) > BYTES:
-        raise ValueError(f"{path.name} is damaged: it has more than {BYTES:,} bytes")
     try:
-        text = held.decode("utf-8")
+        text = _text(path, BYTES)
         _check_events(yaml.parse(text, Loader=_LOADER), path.name)
+    except FileNotFoundError:
+        raise ValueError(f"no {path.parent.name}/{path.name}") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ValueError(f"{path.name} is damaged: it is not YAML") from None
     return text
@@ -96,14 +95,60 @@ def json_of(path: Path) -> dict[str, Any]:
 
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(_text(path))
+    except NotPlain:
+        raise
     except ValueError:
         raise ValueError(f"{path.name} is damaged: it is not JSON") from None
-    if not isinstance(tree, dict):
+    return dict(_keys(path, tree))
+
+
+class NotPlain(ValueError):
+    """What has the name of a file is none, or far too large."""
+
+
+def _text(path: Path, largest: int = LARGEST) -> str:
+    """Read a plain file of a sensible size: no pipe, which would be waited for, and nothing without an end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb") as file:
+        kind = os.fstat(descriptor)
+        if not stat.S_ISREG(kind.st_mode):
+            raise NotPlain(f"{path.name} is no plain file")
+        if kind.st_size > largest:
+            raise NotPlain(f"{path.name} has {kind.st_size} bytes: no run writes such a file")
+        return file.read().decode()
+
+
+def _keys(path: Path, tree: Any) -> Mapping[str, Any]:
+    """Let through a mapping that is not too large to be walked."""
+    if not isinstance(tree, Mapping):
         raise ValueError(f"{path.name} is damaged: it holds no keys")
+    if _size(tree, _NODES) < 0:
+        raise ValueError(f"{path.name} is damaged: it holds more than {_NODES} values")
     return tree
 
 
+def _size(node: Any, left: int) -> int:
+    """Count down from ``left`` over all values of a tree, to below zero at most."""
+    inner = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ()
+    for value in inner:
+        left = _size(value, left - 1)
+        if left < 0:
+            return left
+    return left
+
+
+def short(text: str) -> str:
+    """Cut a text that is too long to be shown; two that differ stay different.
+
+    >>> short("x" * 500)[-20:]
+    'xxxxx... (c38c2bf30)'
+    """
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST - 20]}... ({hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:9]})"
+
+
 def finite(value: Any) -> bool:
-    """Say whether a value is a number, neither infinite nor NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Say whether a value is a number that can be counted with: neither infinite nor NaN, nor of a size beyond all."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_HUGE <= value <= _HUGE

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedsparse.analysis.files import finite, flatten, json_of, yaml_of
+from fedsparse.analysis.files import finite, flatten, json_of, short, yaml_of
 from fedsparse.federation.csv import read_rows
 
 _CONFIG = ".hydra/config.yaml"
+_LARGEST, _WIDEST = 1 << 28, 5000  # bytes and columns of a metrics.csv that is read
 _NAMED = ("mask_rule", "partition")
+_SHARES = ("val/acc", "test/acc", "trainable_fraction")
 _FIGURES = ("val/acc", "test/acc", "trainable_fraction", "bytes_up", "bytes_total", "seed")
 
 
@@ -73,7 +76,7 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
         try:
             runs.append(_read(name, folder))
             problems += [Problem(name, reason) for reason in _doubts(runs[-1])]
-        except (ValueError, OSError, RecursionError) as error:
+        except Exception as error:  # whatever a damaged folder leads to, the others are read
             problems.append(Problem(name, _line(error)))
     if not runs:
         why = "".join(f"; {problem.name}: {problem.reason}" for problem in problems[:1])
@@ -83,7 +86,7 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
 
 def _names(folders: list[Path]) -> dict[str, Path]:
     """Name every run folder relative to the folder it was found in; with several, under that one's own name."""
-    places = {folder.resolve() for folder in folders}
+    places = {Path(os.path.realpath(folder)) for folder in folders}
     roots = sorted((p for p in places if places.isdisjoint(p.parents)), key=lambda place: (place.name, place))
     names: dict[str, Path] = {}
     for root in roots:
@@ -101,7 +104,7 @@ def _free(names: Mapping[str, Path], name: str) -> str:
 
 def _read(name: str, folder: Path) -> Run:
     """Read one folder, or say in a ValueError why it does not count."""
-    config = flatten(yaml_of(folder / _CONFIG))
+    config = {short(key): short(value) for key, value in flatten(yaml_of(folder / _CONFIG)).items()}
     if not (folder / "summary.json").is_file():
         raise ValueError(f"not finished: no summary.json after {_progress(folder, config)}")
     summary = _checked(json_of(folder / "summary.json"))
@@ -111,30 +114,38 @@ def _read(name: str, folder: Path) -> Run:
 
 def _checked(summary: dict[str, Any]) -> dict[str, Any]:
     """Refuse a summary without the figures that every table needs."""
-    missing = [key for key in (*_NAMED, *_FIGURES) if summary.get(key) is None]
+    missing = [key for key in (*_NAMED, *_FIGURES) if summary.get(key) in (None, "")]
     if missing:
         raise ValueError(f"summary.json lacks {', '.join(missing)}")
     wrong = [key for key in _FIGURES if not finite(summary[key])]
     if wrong:
         raise ValueError(f"summary.json holds no finite number for {', '.join(wrong)}")
-    return summary | {key: str(summary[key]) for key in _NAMED}
+    if outside := [key for key in _SHARES if not 0 <= summary[key] <= 1]:
+        raise ValueError(f"summary.json holds no number from 0 to 1 for {', '.join(outside)}")
+    if not (summary["seed"] >= 0 and float(summary["seed"]).is_integer()):
+        raise ValueError("summary.json holds no whole number of 0 or more for seed")
+    texts = {key: short(value) for key, value in summary.items() if isinstance(value, str)}
+    return summary | texts | {key: short(str(summary[key])) for key in _NAMED}
 
 
 def _choice(group: str, folder: Path, summary: Mapping[str, Any]) -> str:
     """Find a group's option: summary.json names it; older folders keep it in Hydra's own file, or not at all."""
     try:
         stored = summary.get(group) or yaml_of(folder / ".hydra/hydra.yaml")["hydra"]["runtime"]["choices"][group]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OSError):
         return ""
-    return "" if stored in (None, "None") else str(stored)
+    return "" if stored in (None, "None") else short(str(stored))
 
 
 def _lr(config: Mapping[str, str]) -> float:
     text = config.get("optimizer.lr", "nothing")
     try:
-        return float(text)
+        rate = float(text)
     except ValueError:
-        raise ValueError(f"optimizer.lr in {_CONFIG} must be a number, not {text}") from None
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ValueError(f"optimizer.lr in {_CONFIG} must be a number, not {text}")
+    return rate
 
 
 def _sparsity(summary: Mapping[str, Any], config: Mapping[str, str]) -> float:
@@ -142,15 +153,26 @@ def _sparsity(summary: Mapping[str, Any], config: Mapping[str, str]) -> float:
     if stored is None:
         stored = 0 if summary["mask_rule"] == "dense" else config.get("sparsity.ratio", 0)
     try:
-        return round(float(stored), 4)
-    except (TypeError, ValueError):
-        raise ValueError(f"sparsity must be a number from 0 to 1, not {stored}") from None
+        sparsity = float(stored)
+    except (TypeError, ValueError, OverflowError):
+        sparsity = math.nan
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity must be a number from 0 to 1, not {stored}")
+    return round(sparsity, 4)
 
 
 def _metrics(folder: Path) -> list[dict[str, float]]:
+    """Read the rounds of a run, without what is no figure; nothing of a file that no run has written."""
     path = folder / "metrics.csv"
-    rows = read_rows(path) if path.is_file() else []
-    return [{key: value for key, value in row.items() if math.isfinite(value)} for row in rows]
+    if not path.is_file() or path.stat().st_size > _LARGEST or _columns(path) > _WIDEST:
+        return []
+    rows = [row for row in read_rows(path) if 0 < row["round"] < 1e9]
+    return [{key: value for key, value in row.items() if finite(value)} for row in rows]
+
+
+def _columns(path: Path) -> int:
+    with path.open("rb") as file:
+        return file.readline(1 << 20).count(b",") + 1
 
 
 def _progress(folder: Path, config: Mapping[str, str]) -> str:
@@ -171,4 +193,6 @@ def _line(error: BaseException) -> str:
     """Say it in one line, without the place where the folder happens to lie."""
     if isinstance(error, OSError):
         return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
-    return "its configuration refers to itself" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    if isinstance(error, RecursionError):
+        return "its configuration refers to itself"
+    return short(" ".join(str(error).split()) or type(error).__name__)

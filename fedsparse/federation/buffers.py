@@ -64,7 +64,7 @@ class Buffers:
         """Change (K, Q) of the buffers that travel, for so many clients."""
         if not self.space.size:
             return self.row.expand(clients, 0)
-        return (self.space.read(self.net) - self.row).unsqueeze(0)
+        return (self.space.read(self.net) - self.row).expand(clients, -1)  # stacked clients change none
 
     def kept(self) -> Tensor | None:
         """What the client that has just trained keeps (1, values), or None."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from fedsparse.federation.setting import Setting
 from fedsparse.masks import Mask
 from fedsparse.space import Patterns, matches
 
+log = logging.getLogger("fedsparse")
 BITMAPS, MASK = "bitmaps", "mask/"
 HOUR = 3600.0  # a file that nobody has written to for so long is of a job that was killed
 
@@ -85,7 +87,10 @@ class Cache:
         kept = _load(path)
         if kept is None:
             tensors, words = make()
-            _store(path, tensors, {"words": words, "ledger": setting.ledger.state_dict()})
+            try:
+                _store(path, tensors, {"words": words, "ledger": setting.ledger.state_dict()})
+            except OSError as error:  # prepared it is, and the run goes on
+                log.warning("calibration.cache=%s keeps nothing (%s)", self.folder, error.strerror or error)
             return tensors, words
         setting.ledger.load_state_dict(kept[1]["ledger"])
         return kept[0], kept[1]["words"]
