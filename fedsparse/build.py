@@ -24,7 +24,7 @@ from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation import parallel
 from fedsparse.federation.calibration import Calibration
 from fedsparse.federation.client import ClientModule
-from fedsparse.federation.combinations import check_names, check_pruning, check_sizes, check_together
+from fedsparse.federation.combinations import check_names, check_pruning, check_server, check_sizes, check_together
 from fedsparse.federation.exchange import Exchange, OwnMasks
 from fedsparse.federation.objective import Objective
 from fedsparse.federation.personal import Personal
@@ -166,7 +166,8 @@ def _try_parts(
     check_pruning(exchange, cfg.sparsity.mode)
     check_sizes(exchange, aggregation, [len(part) > 0 for part in parts], taking_part)
     check_names(exchange, space, torch.ones_like(space.local))
-    Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Coordinates(one), cfg.server.untouched)
+    server = Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Coordinates(one), cfg.server.untouched)
+    check_server(server.optimizer)
     instantiate(cfg.link)
     build_personal(cfg)
 

@@ -1,16 +1,64 @@
-"""Ranges of the numbers that optimizers take; what lies outside is refused by its config key."""
+"""Ranges of the numbers that options take; what lies outside is refused by its config key."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32: rows and rates are float32, and what is beyond is infinite there
+
 
 def finite(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number, as float32 too; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= LARGEST)  # type: ignore
+
+
+def check_number(
+    key: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+    null: bool = False,
+) -> None:
+    """Refuse what is not a finite number within bounds.
+
+    Args:
+        key: as it is typed.
+        value: what was given.
+        least: lower bound, allowed itself.
+        above: lower bound, not allowed itself.
+        most: upper bound, allowed itself.
+        below: upper bound, not allowed itself.
+        whole: whether it must be an integer.
+        null: whether None will do too.
+
+    Raises:
+        ValueError: one line with the key, the value and what it may be.
+
+    >>> check_number("link.latency", -1, least=0)
+    Traceback (most recent call last):
+    ValueError: link.latency is -1; it must be a finite number of 0 or more
+    """
+    good = isinstance(value, int) and not isinstance(value, bool) if whole else finite(value)
+    outside = good and (
+        (least is not None and value < least)
+        or (above is not None and value <= above)
+        or (most is not None and value > most)
+        or (below is not None and value >= below)
+    )
+    if (null and value is None) or (good and not outside):
+        return
+    low = [] if least is None else [f"of {least} or more"]
+    low += [] if above is None else [f"above {above}"]
+    high = [] if most is None else [f"at most {most}"]
+    high += [] if below is None else [f"below {below}"]
+    kind = " ".join([*(["null, or"] if null else []), "a whole number" if whole else "a finite number"])
+    raise ValueError(f"{key} is {value!r}; it must be {' '.join([kind, ' and '.join(low + high)]).strip()}")
 
 
 def check_positive(key: str, value: Any) -> None:

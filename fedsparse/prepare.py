@@ -81,6 +81,8 @@ def check_phases(phases: Phases, rule: MaskRule, cfg: DictConfig) -> None:
             f"the mask rule {name} takes nothing from an exploration: set phases=default, or explore.keep_model=true "
             "for a head start"
         )
+    if not isinstance(save := cfg.explore.get("save", False), bool):
+        raise ValueError(f"explore.save is {save!r}; it must be true or false")
     if explore is None and cfg.explore.keep_model:
         raise ValueError("explore.keep_model=true needs an exploration, and there is none: set phases=explore")
     renewed = cfg.sparsity.get("schedule") or cfg.sparsity.get("renew_every")

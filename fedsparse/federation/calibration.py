@@ -22,6 +22,7 @@ from fedsparse.federation.wire import bitmap_size, known_size
 from fedsparse.keys import Purpose, generator, torch_generator
 from fedsparse.masks import Mask, MaskRule, Sparsity
 from fedsparse.masks.bitmaps import pack
+from fedsparse.options import check_number
 from fedsparse.space import Patterns
 
 log = logging.getLogger("fedsparse")
@@ -42,7 +43,7 @@ class Calibration:
         cache: folder where calibrated masks are kept and found again, or None.
 
     Raises:
-        ValueError: an unknown place, or negative head steps.
+        ValueError: an unknown place, or a number out of range.
 
     """
 
@@ -59,8 +60,12 @@ class Calibration:
         """Refuse what cannot be meant."""
         if self.where not in ("clients", "server"):
             raise ValueError(f"calibration.where is {self.where!r}; it must be clients or server")
-        if isinstance(self.head_steps, bool) or not isinstance(self.head_steps, int) or self.head_steps < 0:
-            raise ValueError(f"calibration.head_steps is {self.head_steps!r}; it must be a whole number of 0 or more")
+        for key in ("batches", "rounds"):
+            check_number(f"calibration.{key}", getattr(self, key), whole=True, least=1)
+        check_number("calibration.head_steps", self.head_steps, whole=True, least=0)
+        check_number("calibration.head_lr", self.head_lr, above=0)
+        if not isinstance(self.cache, str | None):
+            raise ValueError(f"calibration.cache is {self.cache!r}; it must be a folder, or null")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fedsparse.federation.fractions import check_fraction
 from fedsparse.federation.objective import Objective
 from fedsparse.federation.rules import Pattern
 from fedsparse.optim import SparseSGDM
+from fedsparse.options import check_number
 from fedsparse.space import ParamSpace
 
 
@@ -53,6 +54,18 @@ def check_pruning(exchange: Exchange, mode: str) -> None:
     """
     if mode == "prune" and isinstance(exchange, Full):
         raise ValueError("exchange=full would send what is pruned, as zeros: set exchange=masked")
+
+
+def check_server(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what torch's own optimizers would take as the server's, and diverge with or not compute.
+
+    Raises:
+        ValueError: one line that names the key.
+
+    """
+    for group in optimizer.param_groups:
+        check_number("server.lr", group["lr"], above=0)
+        check_number("server.optimizer.momentum", group.get("momentum", 0), least=0, below=1)
 
 
 def check_sizes(exchange: Exchange, aggregation: Aggregation, holds: Sequence[bool], taking_part: int) -> None:
@@ -97,8 +110,8 @@ def check_names(exchange: Exchange, space: ParamSpace, trained: Tensor) -> None:
 
 def _check_attackers(attack: SignFlip, holds: Sequence[bool]) -> None:
     """Refuse attackers that are not among the clients, or never take part."""
-    if max(attack.clients, default=0) >= len(holds):
-        raise ValueError(f"exchange.attackers are clients 0 to {max(attack.clients)}; there are {len(holds)} clients")
+    if attack.last >= len(holds):
+        raise ValueError(f"exchange.attackers are clients 0 to {attack.last}; there are {len(holds)} clients")
     idle = sorted(client for client in attack.clients if not holds[client])
     if idle:
         able = [client for client, holder in enumerate(holds) if holder][: len(attack.clients)]

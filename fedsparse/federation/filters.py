@@ -17,6 +17,7 @@ from fedsparse.federation.admission import counted
 from fedsparse.federation.exchange import Exchange, Send
 from fedsparse.federation.store import ClientStore, MemoryStore, read
 from fedsparse.federation.update import Payload, Update
+from fedsparse.options import check_number
 
 RESIDUAL = "residuals"
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -39,8 +40,7 @@ class Feedback:
     carries = True
 
     def __init__(self, decay: float = 1.0, store: ClientStore | None = None) -> None:
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 < decay <= 1:
-            raise ValueError(f"exchange.feedback is {decay!r}; it must be null, or a decay above 0 and at most 1")
+        check_number("exchange.feedback", decay, above=0, most=1)
         self.decay, self.kept = decay, dict[str, tuple[tuple[int, ...], Tensor]]()
         self.stores: dict[str, ClientStore] = {RESIDUAL: MemoryStore() if store is None else store}
 
@@ -95,14 +95,15 @@ class SignFlip:
 
     def __init__(self, clients: int | Sequence[int] = 0, scale: float = 10.0) -> None:
         ids = [clients] if isinstance(clients, int) else clients
-        good = isinstance(ids, Sequence) and all(isinstance(n, int) and n >= 0 for n in ids)
-        if not good or isinstance(clients, bool):
+        counts = isinstance(ids, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in ids)
+        if not counts or any(n < 0 for n in ids):
             raise ValueError(
                 f"exchange.attackers is {clients!r}; it must be null, how many clients attack, or a list of their ids"
             )
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
             raise ValueError(f"exchange.attack_scale is {scale!r}; it must be a finite number")
-        self.clients = set(range(clients)) if isinstance(clients, int) else set(clients)
+        self.clients = range(clients) if isinstance(clients, int) else frozenset(clients)
+        self.last = clients - 1 if isinstance(clients, int) else max(clients, default=-1)
         self.scale = scale
 
     def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:

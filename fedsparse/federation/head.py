@@ -6,7 +6,6 @@ Shapes: ``D`` features that the head is given, ``C`` classes.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -22,6 +21,7 @@ from fedsparse.federation.wire import length
 from fedsparse.keys import Purpose, generator
 from fedsparse.models.head import Statistics, features, head_of, temperature
 from fedsparse.models.modes import evaluating
+from fedsparse.options import check_number
 from fedsparse.space import Patterns, matches
 
 log = logging.getLogger("fedsparse")
@@ -54,9 +54,7 @@ class Head:
             raise ValueError(f"head.init is {self.init!r}; it must be one of {', '.join(INITS)}")
         if not isinstance(self.frozen, bool):
             raise ValueError(f"head.frozen is {self.frozen!r}; it must be true or false")
-        number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool)
-        if not number or not math.isfinite(self.ridge) or self.ridge < 0:
-            raise ValueError(f"head.ridge is {self.ridge!r}; it must be a finite number of 0 or more")
+        check_number("head.ridge", self.ridge, least=0)
 
 
 def prepare_head(setting: Setting, head: Head, patterns: Patterns, steps: int, lr: float) -> None:

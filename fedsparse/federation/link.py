@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from fedsparse.options import check_number
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,9 @@ class Link:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        for key, value, least in (("up", self.up, 1e-9), ("down", self.down, 1e-9), ("latency", self.latency, 0)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-                wanted = "0 or more" if key == "latency" else "above 0"
-                raise ValueError(f"link.{key} is {value!r}; it must be a finite number {wanted}")
+        check_number("link.up", self.up, least=1e-9)
+        check_number("link.down", self.down, least=1e-9)
+        check_number("link.latency", self.latency, least=0)
 
     def seconds(self, up: int, down: int) -> float:
         """Time of one message down and one up, of so many bytes.

@@ -5,7 +5,6 @@ Shapes: K clients of the cohort, P coordinates of which n train, N clients in al
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from fedsparse.federation.bound import BoundRow
 from fedsparse.federation.stacked import StackedRows
 from fedsparse.federation.store import ClientStore, Kept, MemoryStore, read
+from fedsparse.options import check_number
 from fedsparse.places import Coordinates, Move
 
 Rows = BoundRow | StackedRows
@@ -129,8 +129,7 @@ class FedProx(Plain):
 
     def __init__(self, mu: float = 0.01) -> None:
         super().__init__()
-        if isinstance(mu, bool) or not isinstance(mu, int | float) or not 0 <= mu < math.inf:
-            raise ValueError(f"objective.mu is {mu!r}; it must be a finite number of 0 or more")
+        check_number("objective.mu", mu, least=0)
         self.mu = mu
 
     def start(self, theta: Tensor, clients: Sequence[int], trained: Coordinates) -> None:
@@ -153,12 +152,16 @@ class Scaffold(Plain):
         num_clients: N.
         store: where the clients keep theirs.
 
+    Raises:
+        ValueError: N is no whole number of 1 or more.
+
     """
 
     messages = 1
 
     def __init__(self, num_clients: int, store: ClientStore | None = None) -> None:
         super().__init__()
+        check_number("objective.num_clients", num_clients, whole=True, least=1)
         self.num_clients = num_clients
         self.stores = {VARIATES: MemoryStore() if store is None else store}
         self.mean: Tensor | None = None

@@ -30,6 +30,7 @@ from fedsparse.federation.client_figures import (
 from fedsparse.federation.copied import CopiedNet
 from fedsparse.federation.lines import RoundLines
 from fedsparse.keys import Purpose, generator
+from fedsparse.options import check_number
 
 CLIENTS = "clients.csv"
 
@@ -178,7 +179,5 @@ def _check(average: Any, every: Any, fraction: Any) -> None:
     """Refuse single values that cannot be meant."""
     if average not in AVERAGES:
         raise ValueError(f"evaluation.average is {average!r}; it must be {', '.join(AVERAGES[:-1])} or {AVERAGES[-1]}")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"evaluation.every is {every!r}; it must be a whole number of 1 or more")
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise ValueError(f"evaluation.fraction is {fraction!r}; it must be above 0 and up to 1.0")
+    check_number("evaluation.every", every, whole=True, least=1)
+    check_number("evaluation.fraction", fraction, above=0, most=1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from fedsparse.options import check_number
 
 KINDS = ("head", "calibrate", "explore", "learn")
 FLAGS = ("updates_model", "informs_mask")
@@ -54,14 +55,13 @@ class Phase:
         if self.kind not in KINDS:
             raise ValueError(f"phases.{self.name}.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
         least = 0 if self.kind == "head" else 1
-        if not _whole(self.rounds, least):
-            raise ValueError(f"phases.{self.name}.rounds is {self.rounds!r}; it must be a whole number from {least} on")
+        check_number(f"phases.{self.name}.rounds", self.rounds, whole=True, least=least)
         for flag in FLAGS:
             if not isinstance(getattr(self, flag), bool):
                 raise ValueError(f"phases.{self.name}.{flag} is {getattr(self, flag)!r}; it must be true or false")
         for key in ("local_steps", "local_epochs", "patience"):
-            if (value := getattr(self, key)) is not None and not _whole(value, 1):
-                raise ValueError(f"{self._key(key[6:] if 'local' in key else key)} is {value!r}; it must be 1 or more")
+            typed = self._key(key.removeprefix("local_"))
+            check_number(typed, getattr(self, key), whole=True, least=1, null=True)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -75,8 +75,7 @@ class Phase:
             raise ValueError("an exploration that neither informs the mask nor updates the model does nothing")
         if self.kind == "learn" and not self.updates_model:
             raise ValueError(f"phases.{self.name}.updates_model is false: clients that do not learn explore (kind)")
-        if self.lr is not None and not _rate(self.lr):
-            raise ValueError(f"{self._key('lr')} is {self.lr!r}; it must be a finite number above 0, or null")
+        check_number(self._key("lr"), self.lr, above=0, null=True)
 
     def _key(self, what: str) -> str:
         """Name an option as it is typed."""
@@ -195,11 +194,3 @@ def _phase(name: str, options: Any) -> Phase:
     if not isinstance(options, Mapping) or not set(options) <= set(known):
         raise ValueError(f"phases.{name} is {options!r}; it must be null or a node of {', '.join(known)}")
     return Phase(name, **options)
-
-
-def _rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

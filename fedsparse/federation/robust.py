@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.federation.admission import finite_rows
+from fedsparse.options import check_number
 
 DENOMINATORS = ("senders", "participants")
 _TOLERANCE = 1e-9
@@ -70,8 +71,7 @@ def trimmed_mean(values: Tensor, sent: Tensor, weight: Tensor, trim: float = 0.2
         ValueError: a share outside [0, 0.5).
 
     """
-    if isinstance(trim, bool) or not isinstance(trim, int | float) or not 0 <= trim < 0.5:
-        raise ValueError(f"aggregation.average.trim is {trim!r}; it must be 0 or more and below 0.5")
+    check_number("aggregation.average.trim", trim, least=0, below=0.5)
     values, sent, _, _ = _counted(values, sent, weight)
     senders = sent.sum(0)
     low = (trim * senders + _TOLERANCE).floor().long()
@@ -173,7 +173,12 @@ def geometric_median(
         steps: at most so many of Weiszfeld's steps; fewer once a step moves nothing.
         smoothing: least distance, as a share of the rows' median distance from the coordinates' medians.
 
+    Raises:
+        ValueError: steps or smoothing out of range.
+
     """
+    check_number("aggregation.average.steps", steps, whole=True, least=1)
+    check_number("aggregation.average.smoothing", smoothing, above=0, below=1)
     values, sent, weight, _ = _counted(values, sent, weight)
     touched = sent.any(0)
     if not len(values):

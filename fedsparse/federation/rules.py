@@ -19,6 +19,7 @@ from fedsparse.federation.fractions import Fraction, check_fraction, fraction_of
 from fedsparse.federation.selection import TOLERANCE, at_least, kept, score, select
 from fedsparse.keys import Purpose, torch_generator
 from fedsparse.masks.topk import mark
+from fedsparse.options import check_number
 from fedsparse.space import Patterns, matches
 
 
@@ -144,17 +145,12 @@ class Threshold:
     shared = False
 
     def __init__(self, threshold: float = 1e-3, by: str = "largest_change") -> None:
-        if not _number(threshold) or not math.isfinite(threshold):
-            raise ValueError(f"exchange.threshold is {threshold!r}; it must be a finite number")
+        check_number("exchange.threshold", threshold)
         self.score, self.least = score(by), -threshold if by.startswith("smallest") else threshold
 
     def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Compare every score with the threshold."""
         return self.score(theta, anchor) >= self.least
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Layers:
@@ -182,10 +178,8 @@ class Layers:
     ) -> None:
         if (threshold is None) == (percentage is None):
             raise ValueError("give either exchange.threshold or exchange.percentage, and set the other to null")
-        if percentage is not None and not (_number(percentage) and 0 < percentage <= 1):
-            raise ValueError(f"exchange.percentage is {percentage!r}; it must be above 0 and at most 1")
-        if threshold is not None and not (_number(threshold) and threshold >= 0):
-            raise ValueError(f"exchange.threshold is {threshold!r}; it must be 0 or more")
+        check_number("exchange.percentage", percentage, above=0, most=1, null=True)
+        check_number("exchange.threshold", threshold, least=0, null=True)
         for key, value in (("more", more), ("normalise", normalise)):
             if not isinstance(value, bool):
                 raise ValueError(f"exchange.{key} is {value!r}; it must be true or false")
@@ -229,7 +223,7 @@ class Pattern:
     shared = True
 
     def __init__(self, names: Patterns) -> None:
-        self.names = [names] if isinstance(names, str) else list(names or ())
+        self.names = [names] if isinstance(names, str) else list(names) if isinstance(names, Sequence) else []
         if not self.names or not all(isinstance(name, str) for name in self.names):
             raise ValueError(f"exchange.names is {names!r}; it must be glob patterns of tensor names, such as [head.*]")
 
