@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from fedsparse.build import AUTO, Federation, build_module
 from fedsparse.devices import accelerator
 from fedsparse.federation.autotune import choose, measure
-from fedsparse.federation.client import HALF, ClientModule, can_stack
+from fedsparse.federation.client import ClientModule, can_stack
+from fedsparse.precisions import HALF
 
 log = logging.getLogger("fedsparse")
 

@@ -12,12 +12,13 @@ from torch import nn
 
 from fedsparse.data.datasets import Dataset
 from fedsparse.models.trainable import trainable_filter
+from fedsparse.precisions import dtype_of
 from fedsparse.space import ParamSpace, Patterns, matches
 
 
 def build_net(cfg: DictConfig, dataset: Dataset) -> tuple[nn.Module, ParamSpace]:
     """Build the model and the space of its federated tensors; what is null in ``model.net`` is as the data has it."""
-    net = instantiate(cfg.model.net, **_found(cfg, dataset))
+    net = instantiate(cfg.model.net, **_found(cfg, dataset)).to(dtype=dtype_of(cfg.trainer.precision))
     names = [name for name, _ in net.named_parameters()]
     chosen = trainable_filter(cfg.model.trainable, cfg.model.head, names)
     if cfg.head.frozen:

@@ -36,6 +36,7 @@ from fedsparse.masks import Mask, MaskRule, overlaps
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.mask import write_whole
 from fedsparse.masks.rules import FromFile
+from fedsparse.precisions import dtype_of, made_in
 from fedsparse.resume import Job
 from fedsparse.space import ParamSpace
 
@@ -47,6 +48,11 @@ OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed 
 
 def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger: Ledger) -> Calibrated:
     """Go through the phases that come before the first round, and write what they found into the run folder."""
+    with made_in(dtype_of(job.cfg.trainer.precision)):
+        return _prepare(job, federation, module, ledger)
+
+
+def _prepare(job: Job, federation: build.Federation, module: ClientModule, ledger: Ledger) -> Calibrated:
     phases, rule = federation.phases, instantiate(job.cfg.mask_rule)
     check_phases(phases, rule, job.cfg)
     if job.cfg.pictures:
