@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from hydra.utils import instantiate
@@ -31,6 +32,7 @@ from fedsparse.federation.head import Head, prepare_head
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.setting import Setting
+from fedsparse.federation.trial import try_out
 from fedsparse.keys import Purpose
 from fedsparse.masks import Mask, MaskRule, overlaps
 from fedsparse.masks.bitmaps import masks_of
@@ -58,6 +60,7 @@ def _prepare(job: Job, federation: build.Federation, module: ClientModule, ledge
     if job.cfg.pictures:
         results.save_partition(federation, job.choices.get("partition", ""), job.folder / "partition.png")
     setting = build_setting(job.cfg, federation, ledger, module)
+    try_out(module, *setting.take(federation.dataset.train, np.arange(min(2, len(federation.dataset.train.y)))))
     if phases.has("head"):
         with shown("head"):
             start_head(job.cfg, setting, phases.prepares("head"))

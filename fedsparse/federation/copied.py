@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import lightning
 import torch
 from torch import Tensor, nn
 
 from fedsparse.federation.client import ClientModule
+from fedsparse.models.copies import copied
 
 
 class CopiedNet:
@@ -20,7 +19,7 @@ class CopiedNet:
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.net = copied(net).eval().requires_grad_(False)
 
     @torch.no_grad()
     def load(self, module: ClientModule, row: Tensor | None = None) -> None:
