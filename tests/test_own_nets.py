@@ -187,6 +187,13 @@ def branching(**sizes):
     return Branching(plain(**sizes))
 
 
+def with_adapters(**sizes):
+    peft = pytest.importorskip("peft")
+    net = peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["one", "two"]), plain(**sizes))
+    net.head.requires_grad_(True)
+    return net
+
+
 def of(name):
     return f"model.net._target_=test_own_nets.{name}"
 
@@ -217,6 +224,16 @@ def test_what_the_builder_froze_keeps_its_bits_and_is_not_sent(run_in, options, 
 
 NORMS = ["weight_norm", "old_weight_norm", "spectral_norm", "old_spectral_norm", "orthogonal", "doubled"]
 PRUNE = "sparsity.mode=prune"
+
+
+@pytest.mark.parametrize("options", [["federation.cohort=1"], ["federation.cohort=3", "trainer.precision=64-true"]])
+def test_of_a_net_with_adapters_only_they_and_the_head_train_and_travel(run_in, options):
+    summary, folder = run_in("run", *QUIET, of("with_adapters"), "mask_rule=dense", *options)
+    after, before = model(folder), start("with_adapters")
+    moved = {name for name in before if not torch.equal(after[name], before[name].to(after[name].dtype))}
+    assert moved == {name for name in before if "lora" in name or "head" in name}
+    size = sum(before[name].numel() for name in moved)
+    assert summary["bytes_up"] == summary["rounds"] * 3 * (40 + size * (8 if options[1:] else 4))
 
 
 @pytest.mark.parametrize(
