@@ -37,6 +37,7 @@ from fedsparse.masks import Sparsity
 from fedsparse.models.heads import attentions
 from fedsparse.nets import build_net, check_classes, check_fit, check_kind
 from fedsparse.places import Coordinates
+from fedsparse.precisions import dtype_of
 from fedsparse.shares import build_clients
 from fedsparse.space import ParamSpace
 from fedsparse.weights import distinct
@@ -89,7 +90,7 @@ def build_federation(cfg: DictConfig) -> Federation:
     check_kind(cfg, net, dataset)
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
-    inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None)
+    inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None, dtype_of(cfg.trainer.precision))
     check_fit(cfg, net, dataset, inputs)
     federation = cfg.federation
     count = participants(federation.clients_per_round, federation.num_clients)

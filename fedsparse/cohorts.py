@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import lightning
@@ -12,7 +11,10 @@ from omegaconf import DictConfig
 from fedsparse.build import AUTO, Federation, build_module
 from fedsparse.devices import accelerator
 from fedsparse.federation.autotune import choose, measure
-from fedsparse.federation.client import HALF, ClientModule, can_stack
+from fedsparse.federation.client import ClientModule, can_stack
+from fedsparse.federation.trial import obstacle
+from fedsparse.models.copies import copied
+from fedsparse.precisions import HALF
 
 log = logging.getLogger("fedsparse")
 
@@ -47,16 +49,18 @@ def _fastest(cfg: DictConfig, federation: Federation, module: ClientModule) -> i
     split, size = federation.dataset.train, cfg.data.batch_size
 
     def trial(cohort: int) -> ClientModule:
-        tried = build_module(cfg, federation, copy.deepcopy(federation.net), cohort).to(fabric.device).train()
+        tried = build_module(cfg, federation, copied(federation.net), cohort).to(fabric.device).train()
         tried.set_mask(torch.as_tensor(module.mask))
         tried.configure_optimizers()
         tried.rows.bind()
         tried.start(tried.server.broadcast((0,) * cohort), clients=range(cohort))
         return tried
 
+    few = torch.arange(min(size, len(split.y)))
+    batch = (split.x[few].to(fabric.device), split.y[few].to(fabric.device))
+    if obstacle(module, federation.inputs(batch[0][:2]), batch[1][:2]):
+        return 1
     with fabric.autocast():
-        few = torch.arange(min(size, len(split.y)))
-        batch = (split.x[few].to(fabric.device), split.y[few].to(fabric.device))
         seconds = measure(trial, batch, -(-len(federation.plan.sample(0)) // federation.plan.processes))
     log.info("federation.cohort=auto, ms a client and step: %s", {k: round(1e3 * s, 2) for k, s in seconds.items()})
     return choose(seconds)

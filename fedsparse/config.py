@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from fedsparse.budget import rounds_for_steps
 from fedsparse.limits import check_trainer
+from fedsparse.precisions import PRECISIONS
 from fedsparse.sweep import already_used, cell_name, used
 
 BEFORE_A_RUN = {".hydra", ".lock", "run.log", "partition.png"}
@@ -187,8 +188,8 @@ def check(cfg: DictConfig) -> None:
         _check_positive("optimizer.clip_norm", cfg.optimizer.clip_norm)
     if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
         raise ValueError(f"seed is {cfg.seed!r}; it must be a whole number of 0 or more")
-    if str(cfg.trainer.precision).endswith("-true") and str(cfg.trainer.precision) != "32-true":
-        raise ValueError(f"trainer.precision={cfg.trainer.precision} cannot hold the clients' rows; use bf16-mixed")
+    if cfg.trainer.precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision={cfg.trainer.precision}: clients train in {', '.join(PRECISIONS)}")
 
 
 def _check_keys(cfg: DictConfig) -> None:

@@ -35,6 +35,7 @@ from fedsparse.federation.tracking import hand_on
 from fedsparse.finished import WEIGHTS
 from fedsparse.masks import Mask
 from fedsparse.models.flops import pruning_figures
+from fedsparse.precisions import dtype_of, made_in
 from fedsparse.prepare import (
     MASK,
     OVERLAP,
@@ -253,7 +254,8 @@ def _pruned(job: Job, federation: build.Federation) -> dict[str, float]:
         return {}
     net = federation.space.tensors(federation.net)[0]  # Lightning has moved it back to the CPU
     x = federation.dataset.train.x[torch.tensor([0])].to(net.device)
-    return pruning_figures(federation.net, federation.inputs(x))
+    with made_in(dtype_of(job.cfg.trainer.precision)):
+        return pruning_figures(federation.net, federation.inputs(x))
 
 
 def _beside_others() -> bool:

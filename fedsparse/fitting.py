@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.plugins.precision import Precision
 from omegaconf import DictConfig, OmegaConf
 
 from fedsparse import files
@@ -23,14 +24,14 @@ from fedsparse.federation.artifacts import Artifacts, begun
 from fedsparse.federation.buffers import Buffers
 from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.federation.choice import MaskChoice, length_of
-from fedsparse.federation.client import HALF, ClientModule
+from fedsparse.federation.client import ClientModule
 from fedsparse.federation.combinations import check_names
 from fedsparse.federation.csv import RoundCSV
 from fedsparse.federation.evaluation import Evaluation
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.parallel import CohortStrategy
 from fedsparse.federation.personal import CLIENTS, Personal
-from fedsparse.federation.precision import HalfPrecision
+from fedsparse.federation.precision import DoublePrecision, HalfPrecision
 from fedsparse.federation.progress import RoundProgress
 from fedsparse.federation.rounds import BUFFERS, LOCAL, FederatedRounds
 from fedsparse.federation.store import ClientStore, make_store
@@ -38,6 +39,7 @@ from fedsparse.federation.tracking import GracefulStop, RoundLog
 from fedsparse.federation.traffic import Traffic
 from fedsparse.limits import seconds_of
 from fedsparse.masks import Mask
+from fedsparse.precisions import DOUBLE, HALF
 
 TRAFFIC = "traffic.csv"
 
@@ -151,11 +153,11 @@ def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) 
 
 def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:
     """Build the one Trainer that runs the whole federation, for so many rounds."""
-    half = {"precision": None} if cfg.trainer.precision == HALF else {}
+    own = _own_precision(cfg)
     several = {"strategy": CohortStrategy()} if parallel.joined() else {}
     found = [environment] if (environment := parallel.environment()) else []
     return instantiate(cfg.trainer)(
-        **half,
+        **({} if own is None else {"precision": None}),
         **several,
         accelerator=accelerator(cfg),
         max_epochs=rounds,
@@ -163,7 +165,7 @@ def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any], rou
         check_val_every_n_epoch=cfg.federation.eval_every,
         callbacks=callbacks.listed(),
         logger=loggers,
-        plugins=[AtomicCheckpointIO(), *found, *([HalfPrecision(build_device(cfg))] if half else [])],
+        plugins=[AtomicCheckpointIO(), *found, *([] if own is None else [own])],
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
@@ -171,6 +173,13 @@ def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any], rou
         enable_progress_bar=False,
         log_every_n_steps=1,
     )
+
+
+def _own_precision(cfg: DictConfig) -> Precision | None:
+    """Build the plugin of a precision that Lightning's own would not do; None for the others."""
+    if cfg.trainer.precision == HALF:
+        return HalfPrecision(build_device(cfg))
+    return DoublePrecision() if cfg.trainer.precision == DOUBLE else None
 
 
 def build_datamodule(cfg: DictConfig, federation: Federation) -> FederatedDataModule:

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.files import reason_of
 from fedsparse.models.modes import evaluating
 from fedsparse.models.trainable import trainable_filter
+from fedsparse.precisions import dtype_of
 from fedsparse.space import ParamSpace, Patterns, matches
+
+NORMS = (WeightNorm, SpectralNorm)  # in torch's older form, hooks that compute the weight before each forward
 
 
 def build_net(cfg: DictConfig, dataset: Dataset) -> tuple[nn.Module, ParamSpace]:
     """Build the model and the space of its federated tensors; what is null in ``model.net`` is as the data has it."""
-    net = instantiate(cfg.model.net, **_found(cfg, dataset))
+    net = instantiate(cfg.model.net, **_found(cfg, dataset)).to(dtype=dtype_of(cfg.trainer.precision))
+    check_parameters(net)
     names = [name for name, _ in net.named_parameters()]
-    chosen = trainable_filter(cfg.model.trainable, cfg.model.head, names)
+    frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    check_frozen_head(cfg, frozen)
+    check_parametrized(cfg, net)
+    chosen = trainable_filter(cfg.model.trainable, cfg.model.head, names, frozen)
     if cfg.head.frozen:
         chosen = _without(chosen, cfg.model.head, names)
     return net, ParamSpace.of(net, chosen, list(cfg.model.local))
@@ -58,6 +69,58 @@ def _without(chosen: Callable[[str], bool], head: Patterns, names: Sequence[str]
             "head.frozen=true leaves nothing to train with this model.trainable; set one of them otherwise"
         )
     return lambda name: chosen(name) and not matches(name, head)
+
+
+def check_parameters(net: nn.Module) -> None:
+    """Refuse parameters that cannot be coordinates of a row of real numbers.
+
+    Raises:
+        ValueError: one line that names the first of them.
+
+    """
+    held: dict[int, str] = {}
+    for name, parameter in net.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise ValueError(f"the model's {name} has no values yet; let the builder make them")
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the model's {name} is {parameter.dtype}; clients train float32 (trainer.precision)")
+        place = parameter.data_ptr()
+        other = held.setdefault(place, name) if parameter.numel() else name
+        if other != name:
+            raise ValueError(f"the model's {other} and {name} share memory and are two parameters; tie them as one")
+
+
+def check_frozen_head(cfg: DictConfig, frozen: Collection[str]) -> None:
+    """Refuse to prepare a head that the builder froze.
+
+    Raises:
+        ValueError: one line that names the key.
+
+    """
+    held = [name for name in frozen if matches(name, cfg.model.head)]
+    if held and cfg.head.init != "random":
+        raise ValueError(
+            f"head.init={cfg.head.init} would change {held[0]}, which the model's builder froze (requires_grad=False); "
+            "set head.init=random"
+        )
+
+
+def check_parametrized(cfg: DictConfig, net: nn.Module) -> None:
+    """Refuse to prune weights that are computed from other parameters: a norm of zeros has no direction.
+
+    Raises:
+        ValueError: one line that names the layer.
+
+    """
+    if cfg.sparsity.mode != "prune":
+        return
+    for name, module in net.named_modules():
+        if parametrize.is_parametrized(module) or any(isinstance(h, NORMS) for h in module._forward_pre_hooks.values()):
+            raise ValueError(
+                f"sparsity.mode=prune sets parameters to zero, and the weight of {name or 'the model'} is computed "
+                "from its own (weight_norm, spectral_norm or another parametrization): set sparsity.mode=freeze, or "
+                "build the model without it"
+            )
 
 
 def check_classes(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -30,10 +31,12 @@ from fedsparse.federation.head import Head, prepare_head
 from fedsparse.federation.ledger import Ledger
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.setting import Setting
+from fedsparse.federation.trial import try_out
 from fedsparse.keys import Purpose
 from fedsparse.masks import Mask, MaskRule, overlaps
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import FromFile
+from fedsparse.precisions import dtype_of, made_in
 from fedsparse.resume import Job
 from fedsparse.space import ParamSpace
 
@@ -45,11 +48,17 @@ OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed 
 
 def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger: Ledger) -> Calibrated:
     """Go through the phases that come before the first round, and write what they found into the run folder."""
+    with made_in(dtype_of(job.cfg.trainer.precision)):
+        return _prepare(job, federation, module, ledger)
+
+
+def _prepare(job: Job, federation: build.Federation, module: ClientModule, ledger: Ledger) -> Calibrated:
     phases, rule = federation.phases, instantiate(job.cfg.mask_rule)
     check_phases(phases, rule, job.cfg)
     if job.cfg.pictures:
         results.save_partition(federation, job.choices.get("partition", ""), job.folder / "partition.png")
     setting = build_setting(job.cfg, federation, ledger, module)
+    try_out(module, *setting.take(federation.dataset.train, np.arange(min(2, len(federation.dataset.train.y)))))
     if phases.has("head"):
         with shown("head"):
             start_head(job.cfg, setting, phases.prepares("head"))

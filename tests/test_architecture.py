@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedsparse"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 # a file may import from its own level and from those below
-LEVELS = dict.fromkeys(("files", "keys", "options", "places", "signals", "space", "weights"), 0)
+LEVELS = dict.fromkeys(("files", "keys", "options", "places", "precisions", "signals", "space", "weights"), 0)
 LEVELS |= dict.fromkeys(("data", "models", "masks", "masked", "optim", "adam", "fedopt"), 1)
 LEVELS |= {"federation": 2, "analysis": 3}
 ENTRY = 4
@@ -34,8 +34,8 @@ MAY = {
     "lightning": (
         "data/datamodule.py",
         "federation/",
-        "build.py",
         "cohorts.py",
+        "devices.py",
         "fitting.py",
         "execute.py",
         "team.py",

@@ -48,8 +48,8 @@ OTHERS = {
     "median": ["aggregation=median"],
     "trimmed": ["aggregation=trimmed_mean"],
     "geometric median": ["aggregation=geometric_median", "exchange=topk"],
-    "krum": ["aggregation=krum", "exchange.attackers=1"],
-    "multi-krum": ["aggregation=multi_krum"],
+    "krum": ["aggregation=krum", "exchange.attackers=1", "federation.clients_per_round=6"],
+    "multi-krum": ["aggregation=multi_krum", "federation.clients_per_round=6"],
     "fednova": ["aggregation=fednova"],
     "fedprox": ["objective=fedprox"],
     "fedprox of two": ["objective=fedprox", "federation.cohort=2"],
@@ -73,7 +73,7 @@ OTHERS = {
     "synflow": ["mask_rule=synflow"],
     "shira": ["sparsity=shira"],
     "solved head": ["head.init=closed_form"],
-    "batch norm": ["model=fednet", "federation.cohort=1", "federation.clients_per_round=2", "evaluation=per_client"],
+    "batch norm": ["model=fednet", "federation.cohort=1", "federation.clients_per_round=2", "head.init=random"],
     "batch norm, local": ["model=fednet", "federation.cohort=1", "federation.clients_per_round=2"]
     + ["federation.buffers=local", "sparsity.mode=prune"],
     "convolutions": ["model=conv", "federation.cohort=2", "federation.clients_per_round=2"],
@@ -81,7 +81,6 @@ OTHERS = {
     "adamw of two": ["optimizer=adamw", "server=fedadagrad", "federation.cohort=2"],
     "streamed": ["data.stream=true", "data.workers=0"],
     "stored in files": [*CARRIED, "federation.store=file"],
-    "texts": ["data=stdlib_docs", "model=bert_tiny", "head.init=random", "federation.clients_per_round=2"],
     "vision transformer": ["model=vit_digits", "head.init=random", "federation.clients_per_round=2"],
 }
 

@@ -24,8 +24,8 @@ class Inputs:
     """How images become what a network takes; ``Inputs()`` hands float images on as they are, without a copy.
 
     Pixels (uint8) are divided by 255, resized, repeated and normalised. Floats are a data set's own, standardised
-    already: their values and their dtype stay, only size and channels are fitted. A bicubic resize may leave [0, 1] a
-    little at hard edges; nothing is cut off there, as torchvision does with float images.
+    already: their values stay, only size and channels are fitted. A bicubic resize may leave [0, 1] a little at hard
+    edges; nothing is cut off there, as torchvision does with float images.
 
     Attributes:
         size: side of the square that the network takes, whatever the shape before; None: as they are.
@@ -34,6 +34,7 @@ class Inputs:
             three numbers one channel takes the average.
         std: per channel, likewise.
         interpolation: bicubic, bilinear or nearest; the first two with antialiasing.
+        dtype: of all that is handed on; None: floats keep theirs, and pixels become float32.
 
     Raises:
         ValueError: the interpolation is none of these, or mean comes without std; when called, the channels cannot be
@@ -46,6 +47,7 @@ class Inputs:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     interpolation: str = "bicubic"
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.interpolation not in MODES:
@@ -54,8 +56,8 @@ class Inputs:
             raise ValueError(f"mean has {len(self.mean)} numbers and std {len(self.std)}; give as many of both")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Prepare images: (*, C, H, W) pixels -> float32 (*, channels, size, size); floats keep their dtype."""
-        fitted = repeated(resized(scaled(x), self.size, self.interpolation), self.channels)
+        """Prepare images: (*, C, H, W) -> floats (*, channels, size, size)."""
+        fitted = repeated(resized(scaled(x, self.dtype), self.size, self.interpolation), self.channels)
         return fitted if x.is_floating_point() or not self.mean else normalised(fitted, self.mean, self.std)
 
 
@@ -68,13 +70,16 @@ class TokenInputs:
         return x
 
 
-def inputs_for(dataset: Dataset, wanted: Mapping[str, Any] | None) -> Inputs | TokenInputs:
+def inputs_for(
+    dataset: Dataset, wanted: Mapping[str, Any] | None, dtype: torch.dtype | None = None
+) -> Inputs | TokenInputs:
     """Fit a data set to a network.
 
     Args:
         dataset: of pixels (uint8), of float images standardised already, or of tokens.
         wanted: what the network was pre-trained on, under timm's keys ``input_size`` (C, H, W), ``mean``, ``std`` and
             ``interpolation`` (a net's ``pretrained_cfg``); None, or a key left out, where the model asks for nothing.
+        dtype: of the network, if it is another than float32.
 
     Raises:
         ValueError: the model wants other channels than a repeated grey, or an oblong image.
@@ -90,12 +95,14 @@ def inputs_for(dataset: Dataset, wanted: Mapping[str, Any] | None) -> Inputs | T
     pixels = not dataset.train.x.dtype.is_floating_point
     source = (wanted if wanted.get("mean") else vars(dataset)) if pixels else {}
     mean, std = (tuple(map(float, source.get(key, ()))) for key in ("mean", "std"))
-    return Inputs(height, channels, mean, std, wanted.get("interpolation") or "bicubic")
+    return Inputs(height, channels, mean, std, wanted.get("interpolation") or "bicubic", dtype)
 
 
-def scaled(x: Tensor) -> Tensor:
-    """Scale pixels of 0 to 255 to float32 in [0, 1]; floats stay as they are."""
-    return x if x.is_floating_point() else x.to(torch.float32).div_(255)
+def scaled(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Scale pixels of 0 to 255 to [0, 1], in float32 by default; floats keep their values."""
+    if x.is_floating_point():
+        return x if dtype is None else x.to(dtype)
+    return x.to(dtype or torch.float32).div_(255)
 
 
 def resized(x: Tensor, size: int | None, interpolation: str) -> Tensor:

@@ -239,7 +239,8 @@ def _sources(setting: Setting, work: Work, round: int, state: Tensor | None) -> 
     head = int(setting.space.where(work.head).sum())
     setting.ledger.first_model(clients, setting.model_length)
     setting.ledger.client_steps += sum(_batches(setting, work, client) for client in clients)
-    sent, told = (known_size(count, 0, torch.float32).total for count in (up // 4, head))
+    dtype = setting.space.tensors(setting.net)[0].dtype  # scores travel in it too, and traffic counts float32
+    sent, told = (known_size(count, 0, dtype).total for count in (up // 4, head))
     setting.ledger.setup(len(clients), up=sent, down=told + down)
     return [_own(setting, client) for client in clients]
 

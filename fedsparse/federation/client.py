@@ -25,10 +25,10 @@ from fedsparse.federation.stacked import StackedRows
 from fedsparse.masked import MaskedOptimizer
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.places import Coordinates, Piece, pieces
+from fedsparse.precisions import HALF
 from fedsparse.space import ParamSpace
 
 Forward = Callable[[Tensor], Tensor]
-HALF = "16-mixed"
 LOSS_SCALE, SMALLEST_SCALE = 1024.0, 2.0**-8
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import lightning
 import torch
 from torch import Tensor, nn
 
 from fedsparse.federation.client import ClientModule
+from fedsparse.models.copies import copied
 
 
 class CopiedNet:
@@ -20,7 +19,7 @@ class CopiedNet:
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.net = copied(net).eval().requires_grad_(False)
 
     @torch.no_grad()
     def load(self, module: ClientModule, row: Tensor | None = None) -> None:
@@ -51,10 +50,15 @@ class CopiedNet:
             x, y = (values[batch].to(module.device) for values in (data.dataset.test.x, data.dataset.test.y))
             with trainer.precision_plugin.val_step_context():
                 found = self.net(module.inputs(x))
-                losses.append(module.losses(lambda _: found, x, y).float().cpu())  # noqa: B023  (called at once)
-            logits.append(found.float().cpu())
+                losses.append(_single(module.losses(lambda _: found, x, y)))  # noqa: B023  (called at once)
+            logits.append(_single(found))
             labels.append(y.cpu())
         return torch.cat(logits), torch.cat(labels), torch.cat(losses)
+
+
+def _single(values: Tensor) -> Tensor:
+    """Take what a network gave to the CPU, out of half precision."""
+    return values.to("cpu", torch.promote_types(values.dtype, torch.float32))
 
 
 def _values(net: nn.Module) -> list[Tensor]:

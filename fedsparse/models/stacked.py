@@ -150,6 +150,8 @@ def _form(module: nn.Module) -> Callable[..., Tensor] | None:
     """Stacked form of a layer; of a class or the nearest class it is derived from."""
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
         return None
+    if not {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}:
+        return None  # its weight is computed from others
     return next((LAYERS[kind] for kind in type(module).__mro__ if kind in LAYERS), None)
 
 
@@ -199,7 +201,8 @@ def _two_apart(value: Tensor) -> Tensor:
     """Weights of two clients, each moved by some noise: (2, *shape)."""
     g = torch.Generator().manual_seed(value.numel())
     noise = torch.randn(2, *value.shape, generator=g, dtype=value.dtype).to(value.device)
-    return value.detach() + 0.05 * noise * value.detach().std(correction=0).clamp(min=0.1)
+    spread = value.detach().std(correction=0).clamp(min=0.1) if value.numel() else 0.0
+    return value.detach() + 0.05 * noise * spread
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from fedsparse.space import Patterns, matches
 
@@ -11,20 +11,23 @@ LAST_BLOCKS = "last_blocks:"
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 
 
-def trainable_filter(spec: str | Sequence[str], head: Patterns, names: Sequence[str]) -> Callable[[str], bool]:
-    """Turn a specification into a test of parameter names.
+def trainable_filter(
+    spec: str | Sequence[str], head: Patterns, names: Sequence[str], frozen: Collection[str] = ()
+) -> Callable[[str], bool]:
+    """Turn a specification into a test of parameter names; what the net's builder froze stays frozen.
 
     Args:
         spec: ``all``; ``head``; ``last_blocks:<n>``, the last n transformer blocks (timm's ``blocks.<i>.``) and
             whatever the net lists after them, such as the final norm and the head; or one or several glob patterns.
         head: glob patterns of the head's parameters.
         names: the net's parameter names, in its own order.
+        frozen: those of them that the builder froze, by ``requires_grad=False``.
 
     Returns:
         A function of a name: True where the parameter is federated.
 
     Raises:
-        ValueError: nothing matches a pattern, or n is not between 1 and the number of blocks.
+        ValueError: nothing matches a pattern, or only what is frozen, or n is not between 1 and the number of blocks.
 
     >>> names = ["embed.weight", "blocks.0.fc.weight", "blocks.1.fc.weight", "norm.weight", "head.weight"]
     >>> [name for name in names if trainable_filter("last_blocks:1", "head.*", names)(name)]
@@ -38,7 +41,13 @@ def trainable_filter(spec: str | Sequence[str], head: Patterns, names: Sequence[
         chosen = _globbed(
             head if spec == "head" else spec, names, "model.head" if spec == "head" else "model.trainable"
         )
-    return chosen.__contains__
+    left = chosen - frozenset(frozen)
+    if not left:
+        raise ValueError(
+            f"model.trainable={spec} names only parameters that the model's builder froze (requires_grad=False), such "
+            f"as {', '.join(sorted(chosen)[:3])}; what it froze stays frozen"
+        )
+    return left.__contains__
 
 
 def _globbed(patterns: Patterns, names: Sequence[str], key: str) -> frozenset[str]:
