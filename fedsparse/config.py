@@ -18,6 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from fedsparse.budget import rounds_for_steps
+from fedsparse.options import check_share, finite
 from fedsparse.shipped import conf_dir as conf_dir
 from fedsparse.sweep import already_used, cell_name, used
 from fedsparse.unread import check_keys
@@ -176,6 +177,7 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
         raise ValueError(f"pictures is {cfg.pictures!r}; it must be true or false")
     if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
         raise ValueError(f"seed is {cfg.seed!r}; it must be a whole number from 0 to {LARGEST_SEED}")
+    _check_server(cfg.server.optimizer)
     _check_precision(cfg.trainer.precision)
     if str(cfg.trainer.precision).endswith("-true") and str(cfg.trainer.precision) != "32-true":
         raise ValueError(f"trainer.precision={cfg.trainer.precision} cannot hold the clients' rows; use bf16-mixed")
@@ -189,8 +191,17 @@ def _check_count(key: str, value: Any, other: str = "") -> None:
 
 
 def _check_positive(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not finite(value) or value <= 0:
         raise ValueError(f"{key} is {value!r}; it must be a finite number above 0")
+
+
+def _check_server(options: DictConfig) -> None:
+    """Refuse numbers that torch's own optimizers take as they are."""
+    for key, value in options.items():
+        if isinstance(value, float | int) and not isinstance(value, bool) and not finite(value):
+            raise ValueError(f"server.optimizer.{key!s} is {value!r}; it must be a finite number")
+    if "momentum" in options:
+        check_share("server.optimizer.momentum", options.momentum)
 
 
 def _check_precision(value: Any) -> None:

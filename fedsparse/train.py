@@ -140,6 +140,8 @@ def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     summary = execute(job)
     figures = f"test accuracy {summary['test/acc']:.1%} after round {summary['rounds']}, {summary['seconds']:.1f} s"
     print(f"{shown(job.folder)}: {figures}", flush=True)
+    if line := results.at_chance(summary):
+        print(f"{shown(job.folder)}: {line}", flush=True)
     return summary
 
 

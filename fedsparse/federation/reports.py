@@ -31,6 +31,7 @@ class Report:
         dropped: updates that were left out.
         kept: what clients keep, by the store's name: their ids, and a row each.
         steps: local steps that they took, all together.
+        clipped: how many of these had their gradient clipped.
 
     """
 
@@ -39,6 +40,7 @@ class Report:
     dropped: tuple[Dropped, ...]
     kept: dict[str, tuple[tuple[int, ...], Tensor]]
     steps: int = 0
+    clipped: int = 0
 
 
 class EveryUpdateDropped(RuntimeError):

@@ -177,7 +177,7 @@ class FederatedRounds(lightning.Callback):
         take = self._explored if self.phase.explores else self._learned
         sizes, kept = take(update, rows)
         clients = tuple(client for _, client in cohort.members)
-        self._tell(Report(clients, sizes[: len(clients)], dropped, kept, module.steps))
+        self._tell(Report(clients, sizes[: len(clients)], dropped, kept, module.steps, module.clipped))
 
     def _update(self, module: ClientModule, cohort: Cohort, rows: Tensor) -> Update:
         """What a cohort changed."""
@@ -263,6 +263,8 @@ class FederatedRounds(lightning.Callback):
             self._count(client, up)
         self.dropped += report.dropped
         self.ledger.client_steps += report.steps
+        self.ledger.round_steps += report.steps
+        self.ledger.clipped_steps += report.clipped
         for name, (clients, rows) in report.kept.items():
             self.objective.take(name, clients, rows)
             self.stores[name].write(clients, rows)
