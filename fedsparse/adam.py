@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.masked import MaskedOptimizer
-from fedsparse.options import check_not_negative, check_positive, two_decays
+from fedsparse.options import check_flag, check_not_negative, check_positive, two_decays
 from fedsparse.places import CHUNK, Place
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled")
@@ -103,7 +103,7 @@ class SparseAdam(MaskedOptimizer):
         masks: beside the parameters, over all groups in order: bool tensors, True where a coordinate trains, or None.
 
     Raises:
-        ValueError: an option outside its range, or masks that do not fit the parameters.
+        ValueError: an option outside its range, complex parameters, or masks that do not fit the parameters.
 
     >>> weight = torch.nn.Parameter(torch.ones(3))
     >>> optimizer = SparseAdam([weight], lr=0.1, masks=[torch.tensor([True, False, True])])
@@ -140,8 +140,7 @@ class SparseAdam(MaskedOptimizer):
         two_decays("optimizer.betas", options["betas"])
         check_positive("optimizer.eps", options["eps"])
         check_not_negative("optimizer.weight_decay", options["weight_decay"])
-        if not isinstance(options["decoupled"], bool):
-            raise ValueError(f"optimizer.decoupled must be true or false, not {options['decoupled']!r}")
+        check_flag("optimizer.decoupled", options["decoupled"])
 
     def reset(self) -> None:
         """Forget moments and steps, so that the next step is a first step; their memory is kept."""

@@ -30,6 +30,7 @@ from fedsparse.federation.objective import Objective
 from fedsparse.federation.personal import Personal
 from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.sampling import participants, uniform
+from fedsparse.federation.schedule import check_schedule
 from fedsparse.federation.server import Server
 from fedsparse.federation.wire import known_size
 from fedsparse.keys import Purpose
@@ -88,6 +89,8 @@ def build_federation(cfg: DictConfig) -> Federation:
     net, space = build_net(cfg, dataset)
     check_classes(cfg, net, dataset)
     check_kind(cfg, net, dataset)
+    build_sparsity(cfg, net).check_names([name for name, _ in net.named_parameters()])
+    check_schedule(instantiate(cfg.schedule), cfg.federation.rounds)
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
     inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None, dtype_of(cfg.trainer.precision))

@@ -33,9 +33,9 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
     """Calibrate with the configuration that Hydra composed."""
-    check(cfg)
     hydra_cfg = HydraConfig.get()
     job = Job(cfg, Path(hydra_cfg.runtime.output_dir), *facts(hydra_cfg))
+    check(cfg, job.choices)
     if used(job.folder):
         raise ValueError(already_used(job.folder))
     with held(job.folder):
@@ -80,7 +80,12 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of the command line."""
-    train.on_command_line(_hydra_main)
+
+    def body() -> None:
+        train.arrange()
+        _hydra_main()
+
+    train.on_command_line(body)
 
 
 if __name__ == "__main__":

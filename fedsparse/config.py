@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -21,8 +21,11 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from fedsparse.budget import rounds_for_steps
 from fedsparse.limits import check_trainer
+from fedsparse.options import check_share, finite
 from fedsparse.precisions import PRECISIONS
+from fedsparse.shipped import conf_dir as conf_dir
 from fedsparse.sweep import already_used, cell_name, used
+from fedsparse.unread import check_keys
 
 BEFORE_A_RUN = {".hydra", ".lock", "run.log", "partition.png"}
 COUNTS = (
@@ -36,11 +39,24 @@ COUNTS = (
 )
 OPTIONAL_COUNTS = ("federation.local_steps", "federation.local_epochs")
 EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
+MOST = 2**31 - 1  # a count beyond it is a slip
+LARGEST_SEED = 2**64 - 1  # torch's generators take no more
 POSITIVE = ("optimizer.lr", "server.lr", "calibration.head_lr")
 
 
 class RunFolderUsed(SystemExit):
     """A run folder already holds a run; derived from SystemExit because Hydra swallows a callback's exceptions."""
+
+
+class QuietReturn(JobReturn):
+    """What a job came to, that hands on its exception without a line of Hydra's before it."""
+
+    @property  # type: ignore[misc]
+    def return_value(self) -> Any:
+        """Give the task's value, or raise its exception."""
+        if self.status == JobStatus.FAILED:
+            raise self._return_value
+        return super().return_value
 
 
 class FreshRunFolder(Callback):
@@ -65,7 +81,8 @@ class FreshRunFolder(Callback):
         self.made = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Remove the folder of a run that failed before it began, with the folders above that were made for it."""
+        """Leave it to us to say why a job failed; remove the folders of a run that failed before it began."""
+        job_return.__class__ = QuietReturn
         if job_return.status != JobStatus.FAILED or getattr(job_return._return_value, "keep", False):
             return
         folder = Path(config.hydra.runtime.output_dir)
@@ -119,12 +136,6 @@ def refuse_used(folder: Path) -> None:
         raise RunFolderUsed(f"fedsparse: {already_used(folder)}")
 
 
-def conf_dir() -> Path:
-    """Folder of the YAML files: inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).resolve().parent
-    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
-
-
 def wandb_offline() -> bool:
     """Whether no Weights & Biases key is present and nobody asked for a mode."""
     if os.environ.get("WANDB_MODE"):
@@ -164,14 +175,18 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("rounds_for_steps", rounds_for_steps, replace=True)
 
 
-def check(cfg: DictConfig) -> None:
-    """Check the plain numbers of a configuration; parts with more to say check themselves when they are built.
+def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> None:
+    """Check keys and plain numbers of a configuration; parts with more to say check themselves when they are built.
+
+    Args:
+        cfg: the configuration.
+        choices: option chosen of each group, where not only the shipped ones are.
 
     Raises:
         ValueError: one line that names the key, its value and what it may be.
 
     """
-    _check_keys(cfg)
+    check_keys(cfg, choices or {})
     check_trainer(cfg.trainer)
     for key in COUNTS:
         _check_count(key, OmegaConf.select(cfg, key))
@@ -186,33 +201,41 @@ def check(cfg: DictConfig) -> None:
         _check_positive(key, OmegaConf.select(cfg, key))
     if cfg.optimizer.clip_norm is not None:
         _check_positive("optimizer.clip_norm", cfg.optimizer.clip_norm)
-    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or cfg.seed < 0:
-        raise ValueError(f"seed is {cfg.seed!r}; it must be a whole number of 0 or more")
-    if cfg.trainer.precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision={cfg.trainer.precision}: clients train in {', '.join(PRECISIONS)}")
-
-
-def _check_keys(cfg: DictConfig) -> None:
-    """Refuse keys that nothing would read: Hydra lets ``+key=value`` add any."""
-    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
-    known = {*groups, "seed", "client", "resume", "pictures"}
-    unknown = [str(key) for key in cfg if str(key) not in known]
-    full = dict.fromkeys(("federation", "calibration", "head", "mask"), "default") | {"evaluation": "per_client"}
-    for group, option in full.items():
-        every = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
-        unknown += [f"{group}.{key}" for key in cfg.get(group) or () if key not in every]
-    if unknown:
-        raise ValueError(f"there is no key {', '.join(unknown)}; --cfg job lists all keys with their values")
+    if not isinstance(cfg.pictures, bool):
+        raise ValueError(f"pictures is {cfg.pictures!r}; it must be true or false")
+    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
+        raise ValueError(f"seed is {cfg.seed!r}; it must be a whole number from 0 to {LARGEST_SEED}")
+    _check_server(cfg.server.optimizer)
+    _check_precision(cfg.trainer.precision)
 
 
 def _check_count(key: str, value: Any, other: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{key} is {value!r}; it must be a whole number of 1 or more{other}")
+    if value > MOST:
+        raise ValueError(f"{key} is {value!r}; it must be a whole number from 1 to {MOST}{other}")
 
 
 def _check_positive(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not finite(value) or value <= 0:
         raise ValueError(f"{key} is {value!r}; it must be a finite number above 0")
+
+
+def _check_server(options: DictConfig) -> None:
+    """Refuse numbers that torch's own optimizers take as they are."""
+    for key, value in options.items():
+        if isinstance(value, float | int) and not isinstance(value, bool) and not finite(value):
+            raise ValueError(f"server.optimizer.{key!s} is {value!r}; it must be a finite number")
+    if "momentum" in options:
+        check_share("server.optimizer.momentum", options.momentum)
+
+
+def _check_precision(value: Any) -> None:
+    """Refuse what Lightning does not call a precision, and its old names, which clients would take for float32."""
+    if str(value) not in PRECISIONS:
+        meant = {"16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true", "32": "32-true"}.get(str(value), "")
+        said = f"; write trainer.precision={meant}" if meant else f"; it must be one of {', '.join(PRECISIONS)}"
+        raise ValueError(f"trainer.precision is {value!r}{said}")
 
 
 register_resolvers()  # here, because the workers of a sweep import this file and call no main()

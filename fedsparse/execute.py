@@ -240,12 +240,21 @@ def _summary(job: Job, federation: build.Federation, found: Calibrated, training
         head=job.cfg.head.init,
         sparsity=sparsity_of(mask, always, federation.space),
         client_steps=training.rounds.ledger.client_steps,
+        **_chance(job, federation, training.rounds.ledger),
         **_pruned(job, federation),
         mask_overlap_rounds=list(found.overlap),
         mask_overlap_clients=mean_client_overlap(found, federation.space),
         **_chosen(job),
         **_exchanged(job),
     )
+
+
+def _chance(job: Job, federation: build.Federation, ledger: Ledger) -> dict[str, float | None]:
+    """What a reader wants to know of a run that learned nothing: chance, clipping and rate."""
+    clip_norm, labels = job.cfg.optimizer.clip_norm, federation.dataset.common_test.y
+    clipped = None if clip_norm is None else ledger.clipped_steps / max(1, ledger.round_steps)
+    chance = int(labels.bincount().max()) / len(labels) if len(labels) else None
+    return {"chance": chance, "clipped_fraction": clipped, "clip_norm": clip_norm, "lr": job.cfg.optimizer.lr}
 
 
 def _pruned(job: Job, federation: build.Federation) -> dict[str, float]:

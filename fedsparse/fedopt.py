@@ -15,7 +15,7 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 
-from fedsparse.options import check_positive, finite, two_decays
+from fedsparse.options import check_flag, check_not_negative, check_positive, check_share, check_tensors, two_decays
 
 _OPTIONS = ("lr", "betas", "tau", "bias_correction", "initial")
 Rule = Callable[[Tensor, Tensor, float], Tensor]
@@ -111,6 +111,7 @@ class FedOpt(torch.optim.Optimizer):
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        check_tensors(type(self).__name__, group["params"])
         for param in group["params"]:
             v = torch.full_like(param, self._initial(group))
             self.state[param] = {"step": 0, "exp_avg": torch.zeros_like(v), "exp_avg_sq": v}
@@ -220,10 +221,8 @@ class AveragedMomentum(torch.optim.SGD):
     """
 
     def __init__(self, params: Iterable[Any], lr: float, beta: float = 0.9) -> None:
-        if not (finite(lr) and lr > 0):
-            raise ValueError(f"server.lr must be a positive, finite number, not {lr!r}")
-        if not (finite(beta) and 0 <= beta < 1):
-            raise ValueError(f"server.beta must be a number of at least 0 and below 1, not {beta!r}")
+        check_positive("server.lr", lr)
+        check_share("server.beta", beta)
         super().__init__(params, lr=lr, momentum=beta, dampening=beta)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -238,8 +237,6 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("lr", "tau"):
         check_positive(f"server.{name}", options[name])
     two_decays("server.betas", options["betas"])
-    if not isinstance(options["bias_correction"], bool):
-        raise ValueError(f"server.bias_correction must be true or false, not {options['bias_correction']!r}")
-    initial = options["initial"]
-    if initial is not None and not (finite(initial) and initial >= 0):
-        raise ValueError(f"initial must be a finite number of 0 or more, or None for tau^2, not {initial!r}")
+    check_flag("server.bias_correction", options["bias_correction"])
+    if options["initial"] is not None:  # None is tau^2
+        check_not_negative("server.initial", options["initial"])

@@ -12,11 +12,12 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 
+from fedsparse.options import check_tensors
 from fedsparse.places import Place, laid_like
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
-    """An optimizer that changes no bit where a mask is False; the masks are not part of its state.
+    """An optimizer that changes no bit where a mask is False; the masks are not part of its state, but it knows them.
 
     Args:
         params: tensors, named tensors or dicts of groups, as for every ``torch.optim.Optimizer``.
@@ -25,13 +26,15 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         moments: what the state holds for each coordinate that trains, by its key.
+        real: whether complex parameters would be stepped wrongly.
 
     Raises:
-        ValueError: an option outside its range, or masks that do not fit the parameters.
+        ValueError: an option outside its range, parameters of another kind, or masks that do not fit them.
 
     """
 
     moments: ClassVar[tuple[str, ...]]
+    real: ClassVar[bool] = True
 
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], masks: Sequence[Tensor | None] | None = None
@@ -63,11 +66,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
         """Add parameters with options of their own; they train whole until the next ``set_masks``.
 
         Raises:
-            ValueError: an option outside its range.
+            ValueError: an option outside its range, or parameters of another kind.
 
         """
         self.check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        check_tensors(type(self).__name__, self.param_groups[-1]["params"], self.real)
 
     @torch.no_grad()
     def set_masks(self, masks: Sequence[Tensor | None]) -> None:
@@ -160,6 +164,36 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 yield state[name].unbind(0) if place is None else place.by_client(state[name], clients)
         if "step" in state:
             yield state["step"].unbind(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give torch's state, and by which masks its moments are laid out: the masks' fingerprints, not the masks."""
+        found = super().state_dict()
+        for group, own in zip(found["param_groups"], self.param_groups, strict=True):
+            group["masks"] = [self._fingerprint(param) for param in own["params"]]
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state.
+
+        Raises:
+            ValueError: moments that were stored under another mask than the one that is set.
+
+        """
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        stored = [mask for group in groups for mask in group.pop("masks", [None] * len(group["params"]))]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, (before, param) in enumerate(zip(stored, params, strict=False)):
+            place = self._places.get(param)
+            if before is not None and place is not None and before != place.fingerprint:
+                raise ValueError(
+                    f"the moments of parameter {index} were stored under another mask; give that one before loading"
+                )
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def _fingerprint(self, param: Tensor) -> int | None:
+        """Fingerprint of the mask that a parameter's moments are laid out by; None without moments or mask."""
+        place, state = self._places.get(param), self.state.get(param, {})
+        return place.fingerprint if place is not None and any(name in state for name in self.moments) else None
 
     def _moment(self, param: Tensor, name: str) -> Tensor | None:
         """Find a moment as its parameter trains now; one that was stored without a mask is gathered."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.masked import MaskedOptimizer
-from fedsparse.options import check_not_negative, check_positive, finite
+from fedsparse.options import check_flag, check_not_negative, check_positive, check_share
 from fedsparse.places import Place
 
 _WORTH = 1 << 14  # coordinates from which one sweep beats the overhead of its kernel
@@ -137,6 +137,7 @@ class SparseSGDM(MaskedOptimizer):
     """
 
     moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    real: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -161,8 +162,8 @@ class SparseSGDM(MaskedOptimizer):
         """
         momentum, dampening = options["momentum"], options["dampening"]
         check_positive("optimizer.lr", options["lr"])
-        if not (finite(momentum) and 0 <= momentum < 1):
-            raise ValueError(f"optimizer.momentum must be at least 0 and below 1, not {momentum!r}")
+        check_share("optimizer.momentum", momentum)
+        check_flag("optimizer.nesterov", options["nesterov"])
         for name in ("dampening", "weight_decay"):
             check_not_negative(f"optimizer.{name}", options[name])
         if options["nesterov"] and (momentum == 0 or dampening != 0):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
+
+import torch
+from torch import Tensor
 
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32: rows and rates are float32, and what is beyond is infinite there
 
@@ -81,6 +84,47 @@ def check_not_negative(key: str, value: Any) -> None:
     """
     if not (finite(value) and value >= 0):
         raise ValueError(f"{key} must be a finite number of 0 or more, not {value!r}")
+
+
+def check_share(key: str, value: Any) -> None:
+    """Refuse what is not a number of at least 0 and below 1.
+
+    Raises:
+        ValueError: one line with the key.
+
+    """
+    if not (finite(value) and 0 <= value < 1):
+        raise ValueError(f"{key} must be at least 0 and below 1, not {value!r}")
+
+
+def check_flag(key: str, value: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        ValueError: one line with the key.
+
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, not {value!r}")
+
+
+def check_tensors(name: str, tensors: Iterable[Tensor], real: bool = True) -> None:
+    """Refuse parameters that an optimizer's arithmetic is not for.
+
+    Args:
+        name: of the optimizer.
+        tensors: its parameters.
+        real: whether complex ones would be stepped wrongly, as by what squares gradients.
+
+    Raises:
+        ValueError: one line that says what they must be.
+
+    """
+    for tensor in tensors:
+        if tensor.layout != torch.strided or not (tensor.is_floating_point() or (tensor.is_complex() and not real)):
+            kinds = "real" if real else "real or complex"
+            said = f"{tensor.dtype}, {tensor.layout}"
+            raise ValueError(f"{name} needs dense parameters of {kinds} floating-point numbers, not {said}")
 
 
 def two_decays(key: str, betas: Any) -> tuple[float, float]:

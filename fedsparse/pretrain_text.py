@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sysconfig
 from collections.abc import Sequence
+from importlib.metadata import metadata, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,21 @@ def write_model(bert: Any, folder: Path, notes: dict[str, str]) -> None:
     files.write(folder / "config.json", bert.config.to_json_string(use_diff=True))
 
 
+def licences() -> list[str]:
+    """List the packages whose documentation is read, with version and licence as each states them, as a table."""
+    made_by = packages_distributions()
+    named = sorted({name for package in PACKAGES.split() for name in made_by.get(package, ())}, key=str.lower)
+    rows = [f"| {name} | {version(name)} | {_licence(name)} |" for name in named]
+    return ["| package | version | licence |", "|---|---|---|", *rows]
+
+
+def _licence(name: str) -> str:
+    """Licence of a package: its SPDX expression, else its classifiers, else its first line on it."""
+    facts = metadata(name)
+    classifiers = [entry.rpartition(" :: ")[2] for entry in facts.get_all("Classifier") or () if "License ::" in entry]
+    return facts["License-Expression"] or ", ".join(classifiers) or str(facts["License"]).splitlines()[0]
+
+
 @command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make vocabulary and model, and write them as a folder that transformers loads."""
@@ -184,7 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--words", type=int, default=4200, help="size of the vocabulary")
     parser.add_argument("--sentences", type=int, default=None, help="at most so many sentences")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--licences", action="store_true", help="list the packages that it reads, and stop")
     options = parser.parse_args(arguments)
+    if options.licences:
+        print("\n".join(licences()))
+        return
     texts = list(dict.fromkeys([*held_out(), *package_sentences()]))[: options.sentences]
     write_tokenizer(make_vocabulary(texts, options.words), options.out)
     tokenizer = load_tokenizer(str(options.out))

@@ -24,6 +24,7 @@ from fedsparse.federation.rounds import FederatedRounds
 from fedsparse.masks import Mask
 
 log = logging.getLogger("fedsparse")
+NEAR = 0.02  # above chance: what a run that learned nothing may reach by luck
 BYTES = ("bytes_up", "bytes_down", "bytes_dense", "bytes_setup_up", "bytes_setup_down", "bytes_total")
 
 
@@ -109,7 +110,27 @@ def print_table(folder: Path, summary: Mapping[str, Any], console: Console | Non
         table.add_row(name, value)
     console = console or Console()
     console.print(table)
+    if line := at_chance(summary):
+        console.print(line, soft_wrap=True)
     console.print(f"run folder: {folder}", soft_wrap=True)
+
+
+def at_chance(summary: Mapping[str, Any]) -> str:
+    """Say that a run has learned next to nothing, and how its steps were taken; empty where it has learned.
+
+    >>> at_chance({"test/acc": 0.5, "chance": 0.1, "clipped_fraction": 0.97, "clip_norm": 1.0, "lr": 0.05})
+    ''
+    """
+    accuracy, chance = summary.get("test/acc"), summary.get("chance")
+    if accuracy is None or chance is None or accuracy > chance + NEAR:
+        return ""
+    clipped = summary["clipped_fraction"]
+    how = "no local step was clipped" if not clipped else f"{clipped:.0%} of the local steps were clipped"
+    return (
+        f"test accuracy {accuracy:.1%} is within two points of chance ({chance:.1%}, the largest class of the test "
+        f"split): {how} at optimizer.clip_norm={'null' if clipped is None else summary['clip_norm']}, at "
+        f"optimizer.lr={summary['lr']}; try other values, or more rounds"
+    )
 
 
 def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

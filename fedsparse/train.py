@@ -15,11 +15,13 @@ import hydra
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fedsparse import results, signals, team, trust
+from fedsparse.advice import no_key, no_option
 from fedsparse.config import RunFolderUsed, check, conf_dir, register_resolvers
 from fedsparse.data.files import printable
 from fedsparse.execute import execute, follow
@@ -27,15 +29,18 @@ from fedsparse.federation import parallel
 from fedsparse.federation.reports import Diverged
 from fedsparse.resume import Job, as_found, facts, finished, open_log, read_job, store
 from fedsparse.sweep import CellFailed, held, shown
+from fedsparse.typed import arranged, check_typed, given_twice
 
 log = logging.getLogger("fedsparse")
+EXPECTED = (ValueError, OSError, Diverged, HydraException, OmegaConfBaseException, YAMLError)
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run as the command line does, and return the summary.
 
     Args:
-        overrides: what one would type, such as ``["mask_rule=random", "partition=noniid_nc1"]``.
+        overrides: what one would type, such as ``["mask_rule=random", "partition=noniid_nc1"]``; of a key that is given
+            twice the last counts.
 
     Returns:
         What ``summary.json`` holds, and the run folder under ``folder``.
@@ -45,24 +50,38 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     """
     register_resolvers()
+    check_typed(overrides)
     resumed = _resume_folder(overrides)
-    if resumed is not None:
+    if resumed is None:
+        return compose_and_run(execute_hydra, overrides)
+    with hydras_as_value_errors():
         return resume(resumed, [o for o in overrides if not o.startswith("resume=")])
-    return compose_and_run(execute_hydra, overrides)
+
+
+@contextmanager
+def hydras_as_value_errors() -> Iterator[None]:
+    """Let what Hydra and OmegaConf raise be a ValueError of the line that the command line prints."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(one_line(error)) from error
+    except RunFolderUsed as error:
+        raise ValueError(str(error).removeprefix("fedsparse: ")) from None
 
 
 def compose_and_run(task: Callable[[DictConfig], dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
     """Let Hydra compose a configuration, make the run folder and call the task; returns what that returns."""
     register_resolvers()
+    check_typed(overrides)
     GlobalHydra.instance().clear()
-    with logging_kept(), initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"):
-        try:
-            engine = GlobalHydra.instance().hydra
-            assert engine is not None
-            job = engine.run("train", task, list(overrides))
-        except RunFolderUsed as error:
-            raise ValueError(str(error)) from None
-    return job.return_value
+    with (
+        logging_kept(),
+        initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"),
+        hydras_as_value_errors(),
+    ):
+        engine = GlobalHydra.instance().hydra
+        assert engine is not None
+        return engine.run("train", task, list(overrides)).return_value
 
 
 def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
@@ -75,7 +94,7 @@ def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
         return done | {"folder": str(folder)}
     with logging_kept(), held(folder):
         open_log(folder)
-        check(job.cfg)
+        check(job.cfg, job.choices)
         summary = execute(job)
         results.print_table(folder, summary)
         return summary
@@ -104,7 +123,7 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
 
 def _single(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     """Carry out a run in a fresh folder, and show what came out."""
-    check(job.cfg)
+    check(job.cfg, job.choices)
     with held(job.folder):
         store(job, hydra_cfg)
         summary = execute(job)
@@ -134,13 +153,15 @@ def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     if done is not None:
         print(f"{shown(job.folder)} is finished after {done['rounds']} rounds", flush=True)
         return done | {"folder": str(job.folder)}
-    check(job.cfg)
+    check(job.cfg, job.choices)
     with held(job.folder):
         if not job.resumed:
             store(job, hydra_cfg)
         summary = execute(job)
     figures = f"test accuracy {summary['test/acc']:.1%} after round {summary['rounds']}, {summary['seconds']:.1f} s"
     print(f"{shown(job.folder)}: {figures}", flush=True)
+    if line := results.at_chance(summary):
+        print(f"{shown(job.folder)}: {line}", flush=True)
     return summary
 
 
@@ -154,15 +175,24 @@ def one_line(error: BaseException) -> str:
     """Say an error in one line; of what failed while Hydra built a part, the part's own words."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(
-        str(error).split("Config search path")[0].replace("\nAvailable options", ". Available options").split()
-    )
-    if isinstance(error, ConfigCompositionException) and text.startswith("Could not override"):
-        text = f"there is no key {text.split()[3].strip('.')}; --cfg job lists all keys with their values"
+    text = _hydras(error) or " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    expected = isinstance(error, ValueError | OSError | Diverged | HydraException | OmegaConfBaseException)
+    expected = isinstance(error, EXPECTED)
     return printable(text if expected and text else f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)")
+
+
+def _hydras(error: BaseException) -> str:
+    """Say what Hydra and OmegaConf say in their own way; empty for other errors."""
+    said = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return no_option(group, option, error.options or ())
+    if isinstance(error, ConfigCompositionException) and said.startswith("Could not override"):
+        return no_key(said.split()[3].strip("'."))
+    if isinstance(error, OmegaConfBaseException) and error.full_key and error.msg:
+        return " ".join(f"{error.full_key}: {error.msg}".split("full_key:")[0].split())
+    return ""
 
 
 @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
@@ -176,6 +206,7 @@ def main() -> None:
     def body() -> None:
         if team.join() and parallel.process() > 0:
             return team.serve(follow)
+        arrange()
         folder = _resume_folder(sys.argv[1:])
         if folder is not None:
             resume(folder, [a for a in sys.argv[1:] if not a.startswith("resume=")])
@@ -185,6 +216,13 @@ def main() -> None:
         return team.leave()
 
     on_command_line(body)
+
+
+def arrange() -> None:
+    """Check what was typed, and let Hydra read its flags wherever they stand."""
+    sys.argv[1:] = arranged(sys.argv[1:])
+    for line in given_twice(sys.argv[1:]):
+        warnings.warn(line, stacklevel=2)
 
 
 def on_command_line(body: Callable[[], Any]) -> None:

@@ -17,9 +17,12 @@ from fedsparse.train import one_line
 
 BASE = ["model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=1"]
 BAD = [
-    ("mask_rule=lest_sensitive", "Could not find 'mask_rule/lest_sensitive'.*least_sensitive"),
-    ("federation.round=3", "there is no key 'federation.round'; --cfg job lists all keys"),
-    ("+federation.round=3", "there is no key federation.round; --cfg job"),
+    ("mask_rule=lest_sensitive", "there is no mask_rule=lest_sensitive; did you mean mask_rule=least_sensitive"),
+    (
+        "federation.round=3",
+        "there is no key federation.round; did you mean federation.rounds.* --cfg job lists all keys",
+    ),
+    ("+federation.round=3", "there is no key federation.round; did you mean federation.rounds"),
     ("+sede=3", "there is no key sede"),
     ("+calibration.batchs=3", "batchs"),
     ("sparsity.ratio=1.0", "sparsity.ratio"),
@@ -64,7 +67,7 @@ BAD = [
     ("data.workers=-1", "data.workers is -1; give an integer of at least 0"),
     ("data.workers=1.5 data.stream=true", "data.workers is 1.5"),
     ("data.stream=disk", "data.stream is 'disk'; it must be true or false"),
-    ("evaluation=all", "Could not find 'evaluation/all'"),
+    ("evaluation=all", "there is no evaluation=all; evaluation is one of global, per_client"),
     (
         "evaluation=per_client evaluation.metrics=[top1,top2]",
         r"is \['top1', 'top2'\]; it must be a list of some of loss, top1",
@@ -157,8 +160,8 @@ BAD_PHASES = [
     (f"{FLIP} explore.lr=nan", "explore.lr is nan; it must be null, or a finite number above 0"),
     (f"{FLIP} explore.keep_model=maybe", "phases.explore.updates_model is 'maybe'; it must be true or false"),
     (f"{FLIP} explore.save=maybe", "explore.save is 'maybe'; it must be true or false"),
-    (f"{FLIP} explore.how=3", "there is no key 'explore.how'"),
-    (f"{FLIP} phases.explore.how=3", "there is no key 'phases.explore.how'"),
+    (f"{FLIP} explore.how=3", "there is no key explore.how"),
+    (f"{FLIP} phases.explore.how=3", "there is no key phases.explore.how"),
     (f"{FLIP} phases.explore.rounds=0", "phases.explore.rounds is 0; it must be a whole number of 1 or more"),
     ("phases.learn=5", "phases.learn is 5; it must be null or a node of rounds, kind, updates_model"),
     ("phases.learn=null", "phases need one in which clients learn: add phases.learn.rounds"),
@@ -459,3 +462,64 @@ def test_attackers_are_counted_among_those_who_take_part(run_in):
     assert summary["rounds"] == 1
     with pytest.raises(ValueError, match="of 4 clients in a round it must be 0 to 1"):
         run_in("half", *krum)
+
+
+RANGES = [  # schedules, optimizers, masks: each option at and beyond its edge
+    ("schedule=step schedule.every=0", "schedule.every must be a whole number of at least 1, not 0"),
+    ("schedule=step schedule.every=0.5", "schedule.every must be a whole number of at least 1, not 0.5"),
+    ("schedule=step schedule.gamma=-1", "schedule.gamma must be a positive, finite number, not -1"),
+    ("schedule=exponential schedule.gamma=nan", "schedule.gamma must be a positive, finite number, not nan"),
+    ("schedule=exponential schedule.gamma=0", "schedule.gamma must be a positive, finite number, not 0"),
+    (
+        "schedule=exponential schedule.gamma=1e30 federation.rounds=100",
+        "schedule multiplies optimizer.lr by inf in round 100; it must be a finite number of 0 or more",
+    ),
+    ("schedule=cosine schedule.floor=much", "schedule.floor must be a finite number of 0 or more, not 'much'"),
+    ("schedule=cosine schedule.floor=-3", "schedule.floor must be a finite number of 0 or more, not -3"),
+    ("optimizer.lr=1e308", r"optimizer.lr is 1e\+308; it must be a finite number above 0"),
+    (f"optimizer.lr={10**400}", "optimizer.lr is 10+; it must be a finite number above 0"),
+    ("optimizer.nesterov=maybe", "optimizer.nesterov must be true or false, not 'maybe'"),
+    ("optimizer.dampening=-1", "optimizer.dampening must be a finite number of 0 or more, not -1"),
+    ("optimizer.weight_decay=inf", "optimizer.weight_decay must be a finite number of 0 or more, not inf"),
+    ("optimizer.clip_norm=inf", "optimizer.clip_norm is inf; it must be a finite number above 0"),
+    ("server=fedavgm server.optimizer.momentum=nan", "server.optimizer.momentum is nan; it must be a finite number"),
+    ("server=fedavgm server.optimizer.momentum=1", "server.optimizer.momentum must be at least 0 and below 1, not 1"),
+    ("server=fedavgm_ema server.beta=1", "server.beta must be at least 0 and below 1, not 1"),
+    ("server=fedadam server.bias_correction=maybe", "server.bias_correction must be true or false, not 'maybe'"),
+    ("mask_rule=highest_magnitude mask_rule.largest=maybe", "mask_rule.largest must be true or false, not 'maybe'"),
+    ("mask_rule=least_sensitive mask_rule.largest=1", "mask_rule.largest must be true or false, not 1"),
+    ("mask_rule=least_sensitive mask_rule.chunk=0", "mask_rule.chunk must be null or a whole number of at least 1"),
+    ("mask_rule=talos mask_rule.score=[logit]", "mask_rule.score must be 'logit' or 'logprob'"),
+    ("mask_rule=talos mask_rule.shrink=1.1", "mask_rule.shrink must be a number from 0 to 1, not 1.1"),
+    ("mask_rule=autoflip mask_rule.normalise=[minmax]", "mask_rule.normalise must be 'minmax', 'robust', 'rank' or"),
+    ("mask_rule=from_file mask_rule.path=5", "mask_rule=from_file needs mask_rule.path=<a mask.safetensors file>"),
+    ("sparsity.always_train=[head.*,haed.*]", "sparsity.always_train: haed.* matches no parameter; the last of them"),
+    ("federation.rounds=1000000000000000000000", "federation.rounds is 10+; it must be a whole number from 1 to 21474"),
+    ("data.batch_size=1000000000000", "data.batch_size is 10+; it must be a whole number from 1 to 2147483647"),
+    ("trainer.precision=16", "trainer.precision is 16; write trainer.precision=16-mixed"),
+    ("trainer.precision=half", "trainer.precision is 'half'; it must be one of 32-true, bf16-mixed, 16-mixed"),
+    ("pictures=maybe", "pictures is 'maybe'; it must be true or false"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), RANGES, ids=lambda o: o[:60])
+def test_options_out_of_range_are_refused_before_anything_is_prepared(tmp_path, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    line = refused(options)
+    assert re.search(says, line), line
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "schedule=step schedule.every=1",
+        "schedule=exponential schedule.gamma=1",
+        "schedule=cosine schedule.floor=0",
+        "optimizer.momentum=0",
+        "mask_rule=talos mask_rule.shrink=0",
+        "sparsity.always_train=[]",
+    ],
+)
+def test_options_at_their_edges_run(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    assert run([*BASE, *options.split()])["rounds"] == 1

@@ -14,6 +14,8 @@ from hypothesis.extra.numpy import array_shapes
 from torch import nn
 
 from fedsparse import optim, places
+from fedsparse.adam import SparseAdam
+from fedsparse.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedsparse.optim import SparseSGDM
 from fedsparse.places import Place
 
@@ -427,3 +429,52 @@ def test_a_mask_that_does_not_fit_is_refused_and_the_old_ones_stay(masks, named)
     params[0].grad = torch.ones(4)
     optimizer.step()
     assert params[0].tolist() == [-1, 0, 0, 0]
+
+
+FIRST, SECOND = torch.tensor([True, True, False, True]), torch.tensor([True, False, True, True])  # as many ones
+
+
+def _stored(kind, mask):
+    param = torch.ones(4)
+    optimizer = kind([param], lr=0.1, masks=[mask])
+    param.grad = torch.arange(1.0, 5.0)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("kind", [SparseSGDM, SparseAdam])
+def test_moments_of_another_mask_with_as_many_ones_are_refused(kind):
+    state = _stored(kind, FIRST)
+    with pytest.raises(ValueError, match="moments of parameter 0 were stored under another mask; give that one before"):
+        kind([torch.ones(4)], lr=0.1, masks=[SECOND]).load_state_dict(state)
+    kind([torch.ones(4)], lr=0.1, masks=[FIRST]).load_state_dict(state)
+    older = {**state, "param_groups": [{k: v for k, v in g.items() if k != "masks"} for g in state["param_groups"]]}
+    kind([torch.ones(4)], lr=0.1, masks=[FIRST]).load_state_dict(older)
+
+
+@pytest.mark.parametrize("kind", [SparseAdam, FedAdam, FedYogi, FedAdagrad])
+def test_what_squares_gradients_refuses_complex_parameters(kind):
+    with pytest.raises(ValueError, match="needs dense parameters of real floating-point numbers, not torch.complex64"):
+        kind([torch.ones(3, dtype=torch.complex64)], lr=0.1)
+
+
+@pytest.mark.parametrize("kind", [SparseSGDM, SparseAdam, FedAdam])
+def test_whole_numbers_and_sparse_layouts_are_refused(kind):
+    with pytest.raises(ValueError, match=r"not torch.int64, torch.strided"):
+        kind([torch.ones(3, dtype=torch.int64)], lr=0.1)
+    with pytest.raises(ValueError, match=r"not torch.float32, torch.sparse_coo"):
+        kind([torch.ones(3).to_sparse()], lr=0.1)
+
+
+def test_complex_parameters_move_as_torchs_sgd_moves_them():
+    start, steep = torch.complex(torch.ones(3), -torch.ones(3)), torch.complex(torch.arange(3.0), torch.ones(3))
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    moved = []
+    for make in (SparseSGDM, torch.optim.SGD):
+        param = start.clone()
+        optimizer = make([param], **options)
+        for _ in range(3):
+            param.grad = steep.clone()
+            optimizer.step()
+        moved.append(param)
+    assert torch.equal(*moved)

@@ -92,6 +92,8 @@ class ClientModule(lightning.LightningModule):
         self.patience: int | None = None  # of the phase, as is what follows
         self.epochs, self.explores = 1, False
         self.steps = 0
+        self.clipped = 0
+        self.factors: list[Tensor] = []  # by which each local step of a cohort multiplied its gradients, (K, 1)
         self.taken: Counts = ()
 
     def set_mask(self, mask: Tensor, bitmaps: Tensor | None = None) -> None:
@@ -198,12 +200,14 @@ class ClientModule(lightning.LightningModule):
         x, y = self.trainer.datamodule.fetch(cohort)  # type: ignore[attr-defined]
         batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
         counts: Counts = cohort.count
+        self.factors.clear()
         if self.patience is None:
             losses = [self.local_step(*batch, count) for batch, count in zip(batches, counts, strict=True)]
         else:
             losses, counts = self._patiently(batches, counts, self.patience)
         self.mean_loss = mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), counts)
         self.taken, self.steps = counts, sum(n > 0 for step in counts for n in step)
+        self.clipped = self._count_clipped()
         if self.trainer.is_last_batch:  # a step without gradients: it moves Lightning's global_step by one a round
             self.optimizers()[1].step()  # type: ignore[index]
 
@@ -272,6 +276,11 @@ class ClientModule(lightning.LightningModule):
         factor = (self.clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0).unsqueeze(1)
         for g in gradients:
             g.mul_(factor)
+        self.factors.append(factor)
+
+    def _count_clipped(self) -> int:
+        """Count the local steps whose gradient was clipped, once a cohort: a step itself waits for no number."""
+        return int((torch.cat(self.factors) < 1).sum()) if self.factors else 0
 
     def step_weights(self, count: Sequence[Sequence[int]]) -> tuple[float, ...]:
         """Sum the step weights of K clients: ``count`` [S][K] real samples of each step."""

@@ -27,6 +27,8 @@ class Ledger:
         has_mask: clients that hold the mask.
         link_seconds: time that training rounds would take on the link, each as long as its slowest client.
         client_steps: local steps of all clients; gradients taken for head and calibration are steps too.
+        round_steps: those of the rounds alone.
+        clipped_steps: how many of these had their gradient clipped.
         link: the link; None for no time.
         entries: the clients of the round that is open.
 
@@ -41,6 +43,8 @@ class Ledger:
     has_mask: set[int] = field(default_factory=set)
     link_seconds: float = 0.0
     client_steps: int = 0
+    round_steps: int = 0
+    clipped_steps: int = 0
     link: Link | None = None
     entries: list[Entry] = field(default_factory=list)
 

@@ -29,6 +29,7 @@ class Report:
         dropped: updates that were left out.
         kept: what clients keep, by the store's name: their ids, and a row each.
         steps: local steps that they took, all together.
+        clipped: how many of these had their gradient clipped.
 
     """
 
@@ -37,6 +38,7 @@ class Report:
     dropped: tuple[Dropped, ...]
     kept: Kept
     steps: int = 0
+    clipped: int = 0
 
 
 class Diverged(RuntimeError):

@@ -181,7 +181,7 @@ class FederatedRounds(lightning.Callback):
         arrived, sizes, kept = take(update, rows)
         refused, clients = arrived.refused, tuple(client for _, client in cohort.members)
         dropped = tuple(Dropped(self.round, client, refused[k]) for k, client in cohort.members if k in refused)
-        self._tell(Report(clients, sizes[: len(clients)], dropped, kept, module.steps))
+        self._tell(Report(clients, sizes[: len(clients)], dropped, kept, module.steps, module.clipped))
 
     def _update(self, module: ClientModule, cohort: Cohort, rows: Tensor) -> Update:
         """What a cohort changed."""
@@ -259,6 +259,8 @@ class FederatedRounds(lightning.Callback):
             self._count(client, up)
         self.dropped += report.dropped
         self.ledger.client_steps += report.steps
+        self.ledger.round_steps += report.steps
+        self.ledger.clipped_steps += report.clipped
         for name, (clients, rows) in report.kept.items():
             self.objective.take(name, clients, rows)
             self.stores[name].write(clients, rows)

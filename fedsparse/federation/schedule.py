@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from fedsparse.masks.gradual import check_whole
+from fedsparse.options import check_not_negative, check_positive, finite
+
 Schedule = Callable[[int, int], float]
 
 
@@ -19,11 +22,13 @@ def cosine(round: int, rounds: int, *, floor: float = 0.0) -> float:
     >>> [round(cosine(r, 4), 3) for r in range(4)]
     [1.0, 0.854, 0.5, 0.146]
     """
+    check_not_negative("schedule.floor", floor)
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * round / max(1, rounds)))
 
 
 def exponential(round: int, rounds: int, *, gamma: float = 0.99) -> float:
     """Factor ``gamma ** round``."""
+    check_positive("schedule.gamma", gamma)
     return gamma**round
 
 
@@ -33,4 +38,25 @@ def step(round: int, rounds: int, *, every: int = 30, gamma: float = 0.1) -> flo
     >>> step(29, 100), step(30, 100)
     (1.0, 0.1)
     """
+    check_whole("schedule.every", every, 1)
+    check_positive("schedule.gamma", gamma)
     return gamma ** (round // every)
+
+
+def check_schedule(schedule: Schedule, rounds: int) -> None:
+    """Try the first and the last of so many rounds.
+
+    Raises:
+        ValueError: an option outside its range, or a factor that no learning rate can have; one line.
+
+    """
+    for round in (0, rounds - 1):
+        try:
+            factor = schedule(round, rounds)
+        except OverflowError:
+            factor = math.inf
+        if not (finite(factor) and factor >= 0):
+            raise ValueError(
+                f"schedule multiplies optimizer.lr by {factor!r} in round {round + 1}; "
+                "it must be a finite number of 0 or more"
+            )

@@ -16,6 +16,7 @@ from fedsparse.masks.quantiles import above_quantile
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
+from fedsparse.options import check_flag
 from fedsparse.space import ParamSpace
 
 
@@ -50,8 +51,7 @@ class AutoFLIP(MaskRule):
         check_how(normalise)
         if compat not in (None, "original"):
             raise ValueError(f"mask_rule.compat must be null or 'original', not {compat!r}")
-        if not isinstance(refine, bool):
-            raise ValueError(f"mask_rule.refine must be true or false, not {refine!r}")
+        check_flag("mask_rule.refine", refine)
         self.normalise, self.compat, self.refine = normalise, compat, refine
         self.listens = refine
 

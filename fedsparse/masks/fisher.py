@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedsparse.masks.gradients import Losses
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.scores import fisher_batch, fisher_per_sample
+from fedsparse.options import check_flag
 from fedsparse.space import ParamSpace
 
 
@@ -36,6 +37,7 @@ class Fisher(MaskRule):
     needs_data = True
 
     def __init__(self, largest: bool, fisher: str = "sample", labels: str = "data", chunk: int | None = None) -> None:
+        check_flag("mask_rule.largest", largest)
         if fisher not in ("sample", "batch"):
             raise ValueError(f"calibration.fisher must be 'sample' or 'batch', not {fisher!r}")
         if labels not in ("data", "model"):

@@ -117,7 +117,7 @@ def check_how(how: str) -> None:
         ValueError: names the choices.
 
     """
-    if how not in HOW and how != "none":
+    if not isinstance(how, str) or (how not in HOW and how != "none"):
         raise ValueError(f"mask_rule.normalise must be 'minmax', 'robust', 'rank' or 'none', not {how!r}")
 
 

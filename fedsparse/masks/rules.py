@@ -20,6 +20,7 @@ from fedsparse.masks.mask import Mask
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.talos import Talos, talos
+from fedsparse.options import check_flag
 from fedsparse.space import ParamSpace
 
 __all__ = [
@@ -44,9 +45,13 @@ class Magnitude(MaskRule):
     Args:
         largest: train the coordinates of largest magnitude, or of smallest.
 
+    Raises:
+        ValueError: neither True nor False.
+
     """
 
     def __init__(self, largest: bool) -> None:
+        check_flag("mask_rule.largest", largest)
         self.largest = largest
 
     def scores(self, row: Tensor, observed: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -89,7 +94,7 @@ class FromFile(MaskRule):
     """
 
     def __init__(self, path: str | None) -> None:
-        if not path:
+        if not path or not isinstance(path, str):
             raise ValueError("mask_rule=from_file needs mask_rule.path=<a mask.safetensors file>")
         self.path = path
 

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from fedsparse.masks.gradual import Gradual, check_whole
+from fedsparse.space import matches
 
 SCOPES = ("global", "tensor", "shira")
 ONE = 1e-9  # a share that is one coordinate, rounded up
@@ -112,6 +113,19 @@ class Sparsity:
         ({'ratio': '0.8'}, {'scope': 'shira', 'rank': '4'})
         """
         return {"scope": "shira", "rank": str(self.rank)} if self.scope == "shira" else {"ratio": str(self.ratio)}
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Refuse patterns of ``always_train`` that match no parameter of a network.
+
+        Raises:
+            ValueError: one line with the first of them, and names that there are.
+
+        """
+        listed = [self.always_train] if isinstance(self.always_train, str) else self.always_train
+        for pattern in listed:
+            if not any(matches(name, pattern) for name in names):
+                some = ", ".join(names[-4:])
+                raise ValueError(f"sparsity.always_train: {pattern} matches no parameter; the last of them are {some}")
 
     def _check_patterns(self) -> None:
         listed = [self.always_train] if isinstance(self.always_train, str) else self.always_train

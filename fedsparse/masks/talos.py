@@ -77,7 +77,7 @@ class Talos(Thinned, Fisher):
 
     def __init__(self, score: str = "logit", shrink: float = SHRINK, chunk: int | None = None) -> None:
         super().__init__(largest=False, labels="model", chunk=chunk)
-        if score not in SCORES:
+        if not isinstance(score, str) or score not in SCORES:
             raise ValueError(f"mask_rule.score must be 'logit' or 'logprob', not {score!r}")
         if isinstance(shrink, bool) or not isinstance(shrink, int | float) or not 0 <= shrink <= 1:
             raise ValueError(f"mask_rule.shrink must be a number from 0 to 1, not {shrink!r}")

@@ -1,0 +1,121 @@
+"""What a person may have meant: the lines for keys and options that there are not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from fedsparse.shipped import defaults, groups, keys, options, settable
+
+ALL_KEYS = "--cfg job lists all keys with their values"
+WORDS = {  # of other tools
+    "gpus": "trainer.devices",
+    "gpu": "trainer.accelerator",
+    "device": "trainer.accelerator",
+    "learning_rate": "optimizer.lr",
+    "epochs": "federation.local_epochs",
+    "clients": "federation.num_clients",
+    "num_rounds": "federation.rounds",
+    "dataset": "data",
+    "strategy": "aggregation",
+}
+
+
+def no_key(key: str) -> str:
+    """Say that there is no such key, and which one may be meant."""
+    group, _, rest = key.partition(".")
+    having = [f"{group}={option}" for option in options(group) if rest in keys(group, option)] if rest else []
+    if having:
+        has = "has it" if len(having) == 1 else "have it"
+        return f"there is no key {key} with this {group}; {_joined(having[:4], 'and')} {has}; {ALL_KEYS}"
+    near = _near(key)
+    return f"there is no key {key}; {f'did you mean {_joined(near)}? ' if near else ''}{ALL_KEYS}"
+
+
+def _near(key: str) -> list[str]:
+    """Keys that may be meant: the same word elsewhere first, then words of other tools, then similar spellings."""
+    word = key.rpartition(".")[2]
+    same = sorted((k for k in settable() if k.rpartition(".")[2] == word), key=lambda k: (k.count("."), k))
+    if same or word in WORDS:
+        return same[:3] or [WORDS[word]]
+    if "." in key:
+        return difflib.get_close_matches(key, [k for k in settable() if "." in k], 1, 0.8)
+    by_word = {k.rpartition(".")[2]: k for k in sorted(settable(), key=lambda k: k.count("."), reverse=True)}
+    return [by_word[found] for found in difflib.get_close_matches(word, by_word, 1, 0.75)]
+
+
+def no_option(group: str, value: Any, listed: Sequence[str] = ()) -> str:
+    """Say that a group has no such option, and what may be meant.
+
+    Args:
+        group: such as ``mask_rule``.
+        value: what was typed.
+        listed: the options that there are, where not only the shipped ones are.
+
+    """
+    listed = listed or options(group)
+    said, known = f"there is no {group}={'null' if value is None else value}", f"{group} is one of {', '.join(listed)}"
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        meant = _by_number(group, value)
+    else:
+        meant = _other_number(group, str(value)) or _of_timm(group, str(value))
+    if meant:
+        return f"{said}; write {meant}"
+    near = [f"{other}={value}" for other in groups() if value in options(other)]
+    near = near or [f"{group}={found}" for found in difflib.get_close_matches(str(value), listed, 2, 0.6)]
+    return f"{said}; did you mean {_joined(near)}?" if near else f"{said}; {known}"
+
+
+def _by_number(group: str, value: float) -> str:
+    """Name the number of a group that may be meant, and the option that has it.
+
+    >>> _by_number("sparsity", 0.8)
+    'sparsity.ratio=0.8 or sparsity=s80'
+    """
+    default = defaults().get(group)
+    numbers = [key for key, found in keys(group, default).items() if _number(found) is not None] if default else []
+    if not numbers:
+        return ""
+    having = [o for o in options(group) if _number(keys(group, o).get(numbers[0])) == value]
+    return f"{group}.{numbers[0]}={value}{f' or {group}={min(having, key=len)}' if having else ''}"
+
+
+def _other_number(group: str, name: str) -> str:
+    """Spell an option whose name ends in another number, by a sibling and the key that its number stands for.
+
+    >>> _other_number("partition", "noniid_nc3"), _other_number("sparsity", "s85")
+    ('partition=noniid_nc1 partition.nc=3', 'sparsity=s50 sparsity.ratio=0.85')
+    """
+    stem = name.rstrip("0123456789")
+    digits = name[len(stem) :]
+    siblings = {option: option.removeprefix(stem) for option in options(group) if digits and option.startswith(stem)}
+    for option, own in siblings.items():
+        for key, value in keys(group, option).items():
+            for read in _READ:
+                if own.isdigit() and int(own) and _number(value) == read(own):
+                    return f"{group}={option} {group}.{key}={read(digits):g}"
+    return ""
+
+
+_READ = (float, lambda digits: int(digits) / 100, lambda digits: float(f"{digits[0]}.{digits[1:]}"))
+
+
+def _number(value: Any) -> float | None:
+    """Read a number; 1e-3 is a string to YAML's reader."""
+    try:
+        return None if isinstance(value, bool | None) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _of_timm(group: str, name: str) -> str:
+    if group != "model":
+        return ""
+    from timm import is_model  # timm costs a second to import
+
+    return f"model=timm model.name={name}" if is_model(name.partition(".")[0]) else ""
+
+
+def _joined(listed: Sequence[str], word: str = "or") -> str:
+    return f" {word} ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))

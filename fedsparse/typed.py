@@ -1,0 +1,124 @@
+"""What a person types: checked before Hydra reads it, whose own words for a slip seldom say what would be right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException
+
+from fedsparse import shipped
+from fedsparse.advice import no_option
+
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+
+
+def arranged(arguments: Sequence[str]) -> list[str]:
+    """Check a command line, and put flags after overrides: argparse takes overrides in one piece only.
+
+    Raises:
+        ValueError: a flag that there is not, or an override that cannot be meant so.
+
+    """
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    known, unknown = parser.parse_known_intermixed_args(list(arguments))
+    for flag in unknown:
+        meant = flag.lstrip("-")
+        raise ValueError(f"{flag} is no flag; " + (f"write {meant}" if "=" in meant else "--help lists them"))
+    check_typed(known.overrides, sweeps=known.multirun)
+    flags = list(arguments)
+    for override in known.overrides:
+        flags.remove(override)
+    return [*known.overrides, *flags]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def check_typed(overrides: Sequence[str], sweeps: bool = False) -> None:
+    """Check overrides as they were typed.
+
+    Args:
+        overrides: such as ``seed=1``.
+        sweeps: whether a key may have several values, each for a cell.
+
+    Raises:
+        ValueError: one line that says what would be right.
+
+    """
+    parser = OverridesParser.create()
+    sweeps = sweeps or any(typed.startswith("hydra.mode=") for typed in overrides)
+    for place, typed in enumerate(overrides):
+        _check_shape(typed, overrides[place + 1 : place + 3])
+        try:
+            override = parser.parse_override(typed)
+        except HydraException:
+            raise ValueError(
+                f"{typed} cannot be read as key=value; quote a value with spaces or brackets: 'key=\"a b\"'"
+            ) from None
+        _check_value(typed, override, sweeps)
+
+
+def _check_shape(typed: str, following: Sequence[str]) -> None:
+    """Refuse what has no key, no value, or spaces around its equals sign."""
+    key, equals, value = typed.partition("=")
+    if typed.startswith("-"):
+        raise ValueError(f"{typed}: write {typed.lstrip('-')}" if equals else f"{typed} is for the command line only")
+    if typed.startswith("~"):
+        if typed[1:] in shipped.groups():
+            raise ValueError(
+                f"{typed}: a run needs a {typed[1:]}; it is one of {', '.join(shipped.options(typed[1:]))}"
+            )
+        return
+    if following and (following[0].startswith("=") or (equals and not value and "=" not in following[0])):
+        whole = "".join([typed, *following[: 2 if following[0] == "=" else 1]])
+        raise ValueError(f"write {whole}, without spaces around the equals sign")
+    if equals and key.strip() and (key != key.strip() or (value != value.lstrip() and value.strip())):
+        raise ValueError(f"write {key.strip()}={value.strip()}, without spaces around the equals sign")
+    if not equals:
+        raise ValueError(_without_value(typed))
+    if not key or not value.strip():
+        raise ValueError(f"{typed} has no {'value' if key else 'key'}; write key=value, or key=null for none")
+
+
+def _without_value(word: str) -> str:
+    """Say what may be meant by a word alone."""
+    if word in shipped.groups():
+        return f"{word} has no value; it is one of {', '.join(shipped.options(word))}: write {word}=<one of them>"
+    groups = [group for group in shipped.groups() if word in shipped.options(group)]
+    meant = " or ".join(f"{group}={word}" for group in groups) or f"{word}=<value>"
+    return f"{word} has no {'key' if groups else 'value'}; write {meant}"
+
+
+def _check_value(typed: str, override: Override, sweeps: bool) -> None:
+    """Refuse several values without a sweep, percentages, and a number where an option is meant."""
+    if override.is_sweep_override() and not sweeps:
+        key, _, values = typed.partition("=")
+        raise ValueError(f"{typed} are several values: add -m to run each, or write {key}=[{values}] for a list")
+    found = override.value()
+    for value in found.list if isinstance(found, ChoiceSweep) else [found]:
+        if isinstance(value, str) and (share := _PERCENT.fullmatch(value)):
+            raise ValueError(f"{typed}: write {float(share[1]) / 100:g} for {value}")
+        _check_option(override.key_or_group, value)
+
+
+def _check_option(key: str, value: Any) -> None:
+    if key in shipped.groups() and (value is None or isinstance(value, bool | int | float)):
+        raise ValueError(no_option(key, value))
+
+
+def given_twice(overrides: Sequence[str]) -> list[str]:
+    """Say which keys have two values, of which Hydra takes the last.
+
+    >>> given_twice(["seed=1", "logger=csv", "seed=2"])
+    ['seed is given twice; seed=2 counts']
+    """
+    typed = [override.partition("=")[0] for override in overrides]
+    last = dict(zip(typed, overrides, strict=True))
+    return [f"{key} is given twice; {last[key]} counts" for key in last if typed.count(key) > 1]

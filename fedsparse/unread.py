@@ -1,0 +1,68 @@
+"""Keys of a configuration that nothing would read: Hydra lets ``+key=value``, and any YAML of one's own, add them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from fedsparse import shipped
+from fedsparse.advice import no_key
+
+FREE = ("phases", "callbacks", "logger", "experiment")  # whose keys are names of one's own
+
+
+def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
+    """Refuse keys that nothing would read.
+
+    Args:
+        cfg: the configuration.
+        choices: option chosen of each group; what an option of one's own holds is its own affair.
+
+    Raises:
+        ValueError: one line with the first of them, and what may be meant.
+
+    """
+    written = OmegaConf.to_yaml(cfg)
+    for key in (*_unknown(cfg, choices), *_not_taken(OmegaConf.to_container(cfg), "")):
+        if f"${{{key}}}" not in written:  # a value elsewhere may be taken from it
+            raise ValueError(no_key(key))
+
+
+def _unknown(cfg: DictConfig, choices: Mapping[str, str | None]) -> Iterator[str]:
+    """Keys that no option of their group has; nodes that are called are left to ``_not_taken``."""
+    yield from (str(key) for key in cfg if key not in shipped.groups() and key not in shipped.main())
+    for group in shipped.groups():
+        node, chosen = cfg.get(group), choices.get(group, shipped.defaults().get(group))
+        if isinstance(node, DictConfig) and "_target_" not in node and group not in FREE:
+            own = chosen is not None and chosen not in shipped.options(group)
+            yield from (f"{group}.{key!s}" for key in node if not own and not _has(group, str(key)))
+
+
+def _has(group: str, key: str) -> bool:
+    return any(key in shipped.keys(group, option) for option in shipped.options(group))
+
+
+def _not_taken(node: Any, path: str) -> Iterator[str]:
+    """Keys beside a ``_target_`` that is called without them."""
+    if isinstance(node, list):
+        for place, value in enumerate(node):
+            yield from _not_taken(value, f"{path}{place}.")
+    if isinstance(node, dict):
+        taken = _parameters(node["_target_"]) if isinstance(node.get("_target_"), str) else None
+        for key, value in node.items():
+            if taken is not None and not str(key).startswith("_") and key not in taken:
+                yield f"{path}{key}"
+            yield from _not_taken(value, f"{path}{key}.")
+
+
+def _parameters(target: str) -> Mapping[str, Any] | None:
+    """Names that a target takes; None if it takes any, or cannot be had: whoever calls it then says so."""
+    try:
+        found = inspect.signature(get_object(target)).parameters
+    except Exception:
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in found.values()) else found

@@ -1,0 +1,80 @@
+"""A run that learned nothing says so, with the share of clipped steps: counted here by norms of a plain loop."""
+
+from __future__ import annotations
+
+import torch
+
+from fedsparse import results
+from fedsparse.federation.client import ClientModule
+
+BASE = ["mask_rule=random", "pictures=false", "optimizer.clip_norm=0.6", "federation.local_steps=5"]
+
+
+def counting(monkeypatch):
+    """Note, before each step is clipped, the norm of every client's gradient over what trains -> list of norms."""
+    norms, clip = [], ClientModule._clip
+
+    def noted(self):
+        rows = torch.cat([g.detach().reshape(self.cohort, -1) for g in self.rows.gradients], 1)
+        kept = torch.cat(
+            [part.reshape(self.cohort, -1) for part in self.rows.parts(self.mask.expand_as(self.theta))], 1
+        )
+        norms.extend(float(row[marks].double().norm()) for row, marks in zip(rows, kept, strict=True))
+        clip(self)
+
+    monkeypatch.setattr(ClientModule, "_clip", noted)
+    return norms
+
+
+def test_clipped_steps_are_counted_whatever_the_cohort(run_in, monkeypatch):
+    norms, found = counting(monkeypatch), []
+    for cohort in (1, 4):
+        norms.clear()
+        summary, _ = run_in(f"k{cohort}", *BASE, f"federation.cohort={cohort}", "federation.clients_per_round=8")
+        assert summary["clipped_fraction"] == sum(norm > 0.6 for norm in norms) / (3 * 8 * 5)
+        found.append(summary["clipped_fraction"])
+    assert 0 < found[0] < 1
+    assert found[0] == found[1]
+
+
+def test_a_resume_goes_on_counting(run_in):
+    whole, _ = run_in("whole", *BASE, "federation.rounds=4")
+    _, folder = run_in("part", *BASE, "federation.rounds=2")
+    from fedsparse import run
+
+    again = run([f"resume={folder}", "federation.rounds=4"])
+    assert again["clipped_fraction"] == whole["clipped_fraction"] > 0
+
+
+def test_a_run_at_chance_says_so(run_in, capsys):
+    idle = ["optimizer.lr=1e-9", "head.init=random", "optimizer.clip_norm=0.01", "federation.rounds=1"]
+    summary, _ = run_in("idle", *BASE, *idle)
+    assert summary["test/acc"] < summary["chance"] + 0.02
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"test accuracy {summary['test/acc']:.1%} is within two points of chance ({summary['chance']:.1%}, the largest "
+        "class of the test split): 100% of the local steps were clipped at optimizer.clip_norm=0.01, at "
+        "optimizer.lr=1e-09; try other values, or more rounds"
+    ) in text
+
+
+def test_a_run_that_learned_does_not(run_in, capsys):
+    summary, _ = run_in("learns", "mask_rule=random", "pictures=false", "optimizer.clip_norm=null")
+    assert summary["clipped_fraction"] is None
+    assert "chance" not in capsys.readouterr().out
+
+
+def test_chance_is_the_largest_class_of_the_test_split(run_in, monkeypatch):
+    """Digits: 36 or 37 test images of each class but the largest."""
+    from fedsparse.data.datasets import digits
+
+    labels = digits().test.y.tolist()
+    summary, _ = run_in("run", "mask_rule=random", "federation.rounds=1")
+    assert summary["chance"] == max(labels.count(k) for k in range(10)) / len(labels)
+
+
+def test_without_clipping_the_line_names_no_norm():
+    line = results.at_chance({"test/acc": 0.1, "chance": 0.1, "clipped_fraction": None, "clip_norm": None, "lr": 0.1})
+    assert "no local step was clipped at optimizer.clip_norm=null, at optimizer.lr=0.1" in line
+    assert not results.at_chance({"test/acc": 0.1201, "chance": 0.1})
+    assert not results.at_chance({})  # of a run before there was the figure
