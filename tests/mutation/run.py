@@ -94,6 +94,7 @@ class Run:
         self.tests = [name for name in code if Path(name).name.startswith("test_")]
         self.base = digest(root, [name for name in code if name not in self.tests])
         self.tree = digest(root, code)
+        self.digests = {name: digest(root, [name]) for name in code}
         self.idle: queue.Queue[Worker] = queue.Queue()
         self.workers: list[Worker] = []
         self.unsound: set[str] = set()
@@ -115,8 +116,8 @@ class Run:
             recorded: whether to run the tests that run the changed line, as recorded; else all tests of these files.
 
         """
-        store = self.at / f"verdicts-{self.tree}-{self.cap:g}.jsonl"
-        known = _read_verdicts(store)
+        store = self.at / f"verdicts-{self.base}.jsonl"
+        known = self._known(store)
         todo = [mutant for mutant in chosen if mutant.key not in known]
         if todo:
             self._start()
@@ -131,12 +132,21 @@ class Run:
                 print(words.rstrip(), file=sys.stderr, flush=True)
                 if verdict.noticed or not tests:  # by fewer tests nothing is known of a survivor
                     with store.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps([mutant.key, verdict.word, verdict.by]) + "\n")
+                        file.write(json.dumps([mutant.key, verdict.word, verdict.by, self._state(verdict.by)]) + "\n")
             return verdict
 
         with ThreadPoolExecutor(self.jobs) as pool:
             new = {verdict.mutant.key: verdict for verdict in pool.map(one, todo)}
         return [new.get(m.key) or Verdict(m, *known[m.key]) for m in chosen]
+
+    def _known(self, store: Path) -> dict[str, tuple[str, str]]:
+        """Verdicts on the same files; that a test noticed a mutant holds while its own file is the same."""
+        lines = store.read_text(encoding="utf-8").splitlines() if store.is_file() else []
+        return {key: (word, by) for key, word, by, state in map(json.loads, lines) if state == self._state(by)}
+
+    def _state(self, by: str) -> str:
+        """Name what a verdict depends on beside the project without its tests."""
+        return self.digests.get(by.partition("::")[0], f"{self.tree}-{self.cap:g}")
 
     def _start(self) -> None:
         """Start the workers, each in a copy that no other run uses; the copies stay, for Python's bytecode in them."""
@@ -167,7 +177,7 @@ class Run:
         """Recordings of files of tests; those that are stored are read."""
 
         def one(file: str) -> tuple[str, Recording]:
-            path = self.at / f"recorded-{self.base}" / f"{file.replace('/', '.')}-{digest(self.root, [file])}.json"
+            path = self.at / f"recorded-{self.base}" / f"{file.replace('/', '.')}-{self.digests[file]}.json"
             if not path.is_file():
                 recording = self._with_worker(lambda worker: self._record_file(worker, file))
                 path.parent.mkdir(exist_ok=True)
@@ -300,8 +310,3 @@ class Worker:
         self.process.communicate()
         self.scratch.cleanup()
         self.lock.close()
-
-
-def _read_verdicts(path: Path) -> dict[str, tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {key: (word, by) for key, word, by in map(json.loads, lines)}
