@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mutation.mutants import Mutant
+from mutation.record import FOLDER
 from mutation.tree import copy_project, digest, project_files
 
 KINDS = (".py", ".yaml", ".toml", ".safetensors")  # of files that decide what a test finds
@@ -276,16 +277,13 @@ class Worker:
         self.lock = lock
         self.scratch = tempfile.TemporaryDirectory(prefix="mutation-")
         path = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
-        environment = (
-            os.environ
-            | dict.fromkeys(THREADS, "1")
-            | {
-                "PYTHONPATH": path,
-                "TMPDIR": str(Path(self.scratch.name) / "tmp"),
-                "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(self.scratch.name) / "hypothesis"),
-                "TOKENIZERS_PARALLELISM": "false",
-            }
-        )
+        environment = {key: value for key, value in os.environ.items() if key != FOLDER}  # a test of this tool itself
+        environment |= dict.fromkeys(THREADS, "1") | {
+            "PYTHONPATH": path,
+            "TMPDIR": str(Path(self.scratch.name) / "tmp"),
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(self.scratch.name) / "hypothesis"),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         command = [sys.executable, "-m", "mutation.worker", *preload]
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
