@@ -204,15 +204,14 @@ class Run:
     def _record_file(self, worker: Worker, file: str) -> Recording:
         select = self.settings.get("select")
         answer = worker.ask({"tests": [[file, None]], "core": self.files, "select": select})
-        told = answer["lines"] or {}
+        failed, told = sorted(set(answer["failed"])), answer["lines"]
+        if told is None or "collection" in failed:
+            raise RuntimeError(f"{file} cannot be recorded: {answer['end'] or 'pytest cannot collect it'}")
         lines: dict[str, dict[str, list[str]]] = {}
         for test, files in told.items():
             for name, numbers in files.items() if test in answer["seconds"] else ():
                 for number in numbers:
                     lines.setdefault(name, {}).setdefault(str(number), []).append(test)
-        failed = sorted(set(answer["failed"]))
-        if answer["end"] or "collection" in failed:
-            print(f"{file}: {answer['end'] or 'cannot be collected'}", file=sys.stderr, flush=True)
         return Recording(answer["seconds"], failed, lines, told.get("shared", {}))
 
     def _judge(self, worker: Worker, mutant: Mutant) -> Verdict:
