@@ -106,12 +106,12 @@ def test_what_the_host_summed_travels_with_the_rows_of_all_groups(own, monkeypat
 
 
 def test_sums_are_of_double_precision_by_hand():
-    """In float32 the 1 would be lost beside 1e8, and 0.1 / (0.1 + 0.2) be another number."""
+    """In float32 the 1 would be lost beside 1e8, and 0.1 / (0.1 + 0.7) be another number."""
     change = closed(WeightedMean(), update([[1e8], [1.0]], [1.0, 1.0]), [0, 0], groups=1)
     assert change.rows.tolist() == [[50_000_000.5]]
     for aggregation in (WeightedMean(), Robust(coordinate_mean)):
-        change = closed(aggregation, update([[1.0], [0.0]], [0.1, 0.2]), [0, 0], groups=1)
-        assert change.rows.tolist() == [[0.1 / (0.1 + 0.2)]]
+        change = closed(aggregation, update([[1.0], [0.0]], [0.1, 0.7]), [0, 0], groups=1)
+        assert change.rows.tolist() == [[0.1 / (0.1 + 0.7)]]
 
 
 def test_a_zero_that_was_sent_counts():

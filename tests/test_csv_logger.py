@@ -26,6 +26,14 @@ def test_the_file_reads_as_written_by_hand(tmp_path):
     assert os.listdir(tmp_path / "run") == ["metrics.csv"]
 
 
+def test_rounds_count_from_one_and_a_round_is_the_one_after_the_last(tmp_path):
+    table = RoundCSV(tmp_path)
+    table.log_metrics({"a": 5})
+    table.log_metrics({"a": 6}, step=4)
+    table.log_metrics({"a": 7})
+    assert (tmp_path / "metrics.csv").read_text() == "round,a\n1,5\n4,6\n5,7\n"
+
+
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(
     st.lists(

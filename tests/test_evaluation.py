@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsparse.federation.evaluation import client_figures
+from fedsparse.federation.evaluation import Evaluation, client_figures
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
@@ -27,3 +30,32 @@ def test_accuracies_per_client_equal_a_loop(sizes, seed):
     assert figures["client/acc_worst10"] == pytest.approx(sum(worst) / len(worst))
     spread = (sum((a - sum(each) / len(each)) ** 2 for a in each) / len(each)) ** 0.5
     assert figures["client/acc_std"] == pytest.approx(spread, abs=1e-12)
+
+
+def test_figures_of_both_splits_and_of_clients_by_hand():
+    """Two batches of the test split, whose last sample is a client's own: it counts for the client only."""
+    told = {}
+    module = SimpleNamespace(log_dict=lambda figures, **_: told.update(figures))
+    evaluation = Evaluation([np.array([0, 1]), np.array([2]), np.array([])], own=1)
+    right, wrong = [0.0, 1.0], [1.0, 0.0]  # every label is 1
+
+    def batch(*logits, losses):
+        logits = torch.tensor(logits)
+        return {"logits": logits, "y": torch.ones(len(logits), dtype=torch.long), "losses": torch.tensor(losses)}
+
+    evaluation.on_validation_start(None, module)
+    evaluation.on_validation_batch_end(None, None, batch(right, wrong, losses=[1.0, 3.0]), None, 0, 0)
+    evaluation.on_validation_batch_end(None, None, batch(right, right, losses=[1.0, 2.0]), None, 0, 1)
+    evaluation.on_validation_batch_end(None, None, batch(wrong, losses=[9.0]), None, 1, 1)
+    evaluation.on_validation_epoch_end(None, module)
+    assert told == evaluation.figures
+    assert (told["val/acc"], told["val/loss"]) == (0.5, 2.0)
+    assert (told["test/acc"], told["test/loss"]) == (1.0, 1.5)
+    assert (told["client/acc_mean"], told["client/acc_worst10"]) == (0.5, 0.0)  # two of two, none of one
+
+
+@pytest.mark.parametrize(("epoch", "every"), [(0, 5), (6, 5), (7, 1)])
+def test_the_last_round_is_evaluated_whatever_eval_every_is(epoch, every):
+    trainer = SimpleNamespace(current_epoch=epoch, max_epochs=8, check_val_every_n_epoch=5)
+    Evaluation().on_train_epoch_start(trainer, None)
+    assert trainer.check_val_every_n_epoch == every

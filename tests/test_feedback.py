@@ -19,6 +19,7 @@ from fedsparse.federation.filters import RESIDUAL, Feedback, Precision, SignFlip
 from fedsparse.federation.objective import FedProx, Plain, Scaffold
 from fedsparse.federation.robust import krum, median, multi_krum
 from fedsparse.federation.rules import RandomK, Threshold, TopK
+from fedsparse.federation.store import MemoryStore
 from fedsparse.federation.update import Update
 from fedsparse.optim import SparseSGDM
 
@@ -200,6 +201,16 @@ def test_padding_keeps_nothing_and_local_coordinates_are_not_carried():
     assert arrived.tolist() == [[0, 0, 3, 0], [0, 0, 0, 0]]
     (clients, kept) = exchange.kept()[RESIDUAL]
     assert (clients, kept.tolist()) == ((5,), [[1, 0, 0, 2]])
+
+
+def test_what_is_held_back_is_kept_where_the_exchange_is_told():
+    made = {}
+    exchange = exchange_of(TopK(fraction=0.5), Precision("float16"), Feedback(), size=2)
+    exchange.keep_in(lambda name: made.setdefault(name, MemoryStore()))
+    assert list(made) == [RESIDUAL]
+    assert exchange.stores() == made
+    made[RESIDUAL].write([0], torch.tensor([[0.0, 4.0]]))  # carried over from another round
+    assert exchange.decode(exchange.encode(update_of(torch.tensor([[3.0, 1.0]])))).rows.tolist() == [[0, 5]]
 
 
 def test_an_attack_is_carried_as_it_is_sent():

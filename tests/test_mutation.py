@@ -13,6 +13,8 @@ from mutation.tree import read_explanations
 
 TOY = '''"""What is tested well, weakly, in a child and not at all."""
 
+import os
+
 LIMIT = 10
 
 
@@ -36,12 +38,18 @@ def child(x):
 
 def untested(x):
     return not x
+
+
+def stays(x):
+    if x:
+        os._exit(0)
+    return True
 '''
 TESTS = """import subprocess
 import sys
 
 import pytest
-from toy.numbers import ends, strong, weak
+from toy.numbers import ends, stays, strong, weak
 
 
 @pytest.mark.parametrize(("x", "wanted"), [(9, True), (10, False), (11, False)])
@@ -55,6 +63,10 @@ def test_weak():
 
 def test_ends():
     assert ends(3) == 0
+
+
+def test_stays():
+    assert stays(False)
 
 
 def test_child():
@@ -96,35 +108,42 @@ def toy(tmp_path):
 
 
 def test_a_strong_test_notices_and_a_weak_one_does_not(toy, capsys, monkeypatch):
-    """Two of 10, two of <, seven of the loop (three never end) and three of the child are noticed: 14 of 18."""
+    """Noticed: two of 10, two of <, seven of the loop (three never end), three of the child, an exit and a False."""
     assert main(["--root", str(toy), "--jobs", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "left out, it fails without a mutant: tests/test_numbers.py::test_fails_anyhow"
     assert sorted(lines[1:-1]) == [
         "    nobody minds",
-        "not noticed: toy/numbers.py weak: return x + 1 -> return x + 0  (line 11)",
-        "not noticed: toy/numbers.py weak: return x + 1 -> return x + 2  (line 11)",
-        "not noticed: toy/numbers.py weak: return x + 1 -> return x - 1  (line 11)",
-        "run by no test: toy/numbers.py untested: return not x -> return x  (line 25)",
+        "not noticed: toy/numbers.py weak: return x + 1 -> return x + 0  (line 13)",
+        "not noticed: toy/numbers.py weak: return x + 1 -> return x + 2  (line 13)",
+        "not noticed: toy/numbers.py weak: return x + 1 -> return x - 1  (line 13)",
+        "run by no test: toy/numbers.py stays: os._exit(0) -> os._exit(1)  (line 32)",
+        "run by no test: toy/numbers.py stays: os._exit(0) -> pass  (line 32)",
+        "run by no test: toy/numbers.py untested: return not x -> return x  (line 27)",
     ]
     assert lines[-1] == (
-        "18 mutants: 14 noticed (77.8%), 4 not (1 explained, 0 met the cap); at least 70% are to be noticed"
+        "22 mutants: 16 noticed (72.7%), 6 not (1 explained, 0 met the cap); at least 70% are to be noticed"
     )
     assert (toy / "toy/numbers.py").read_text() == TOY
-    monkeypatch.setattr(run, "Worker", None)  # what is known of these files is not judged again
+
+    def refuse(folder, preload, lock):
+        lock.close()
+        raise AssertionError("nothing is known of these files")
+
+    monkeypatch.setattr(run, "Worker", refuse)  # what is known is not judged again
     assert main(["--root", str(toy)]) == 0
     assert capsys.readouterr().out.splitlines() == lines[1:]
     (toy / "pyproject.toml").write_text(PROJECT.replace("0.7", "0.8"))
-    with pytest.raises(TypeError):  # other files: there would be something to judge
+    with pytest.raises(AssertionError, match="nothing is known"):
         main(["--root", str(toy)])
 
 
 def test_some_lines_by_some_tests(toy, capsys):
     tests = ["--tests", "tests/test_numbers.py"]
     (toy / "tests/test_numbers.py").write_text(TESTS.partition("def test_fails")[0])
-    assert main(["--root", str(toy), "--jobs", "1", "--at", "toy/numbers.py:11", *tests]) == 1
+    assert main(["--root", str(toy), "--jobs", "1", "--at", "toy/numbers.py:13", *tests]) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("3 mutants: 0 noticed (0.0%), 3 not (1 explained")
-    assert main(["--root", str(toy), "--jobs", "1", "--at", "toy/numbers.py:7", *tests]) == 0
+    assert main(["--root", str(toy), "--jobs", "1", "--at", "toy/numbers.py:9", *tests]) == 0
 
 
 SOURCE = '''"""Module."""

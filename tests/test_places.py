@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsparse import places
 from fedsparse.models.units import compute_all_units, compute_units_only, linear_layers
-from fedsparse.places import Coordinates, pieces
+from fedsparse.places import Coordinates, Place, pieces
 from fedsparse.space import ParamSpace
 
 SPACE = ParamSpace(["a.weight", "a.bias", "b.weight"], [torch.Size([4, 6]), torch.Size([4]), torch.Size([5, 2, 2])])
@@ -55,6 +55,28 @@ def test_every_trained_coordinate_is_in_exactly_one_piece(units, seed, noise):
         view = piece.of(counted)
         view += 1 if piece.mask is None else piece.mask
     assert torch.equal(counted, mask.float())
+
+
+UNITS = torch.tensor([[False] * 3, [True] * 3, [False] * 3, [True] * 3])
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape", "dim", "index", "of_clients"),
+    [
+        # rows of four clients whose numbers are 0, 10, 20 and 30, laid beside what trains
+        (UNITS, (4, 3), 0, [1, 3], [[10.0], [30.0]]),
+        (UNITS | torch.eye(4, 3).bool(), (12,), 0, [0, 3, 4, 5, 8, 9, 10, 11], [0.0, *[10.0] * 3, 20.0, *[30.0] * 3]),
+        (torch.tensor([True, False, True]).expand(4, 3), (4, 3), 1, [0, 2], [[0.0], [10.0], [20.0], [30.0]]),
+        (torch.tensor([True, False, False, True]), (4,), 0, [0, 3], [0.0, 30.0]),
+    ],
+    ids=["units", "coordinates", "one row for all", "a vector"],
+)
+def test_the_coarsest_entries_that_a_mask_does_not_cut_by_hand(mask, shape, dim, index, of_clients):
+    place = Place.of(mask, torch.zeros(mask.shape))
+    assert (place.shape, place.dim, place.index.tolist(), place.index.dtype) == (shape, dim, index, torch.int32)
+    assert place.numel == int(mask.sum())
+    values = torch.tensor([0.0, 10.0, 20.0, 30.0])
+    assert place.of_clients(values, place.index).tolist() == of_clients
 
 
 def test_coordinates_are_gathered_and_put_back():

@@ -267,6 +267,26 @@ def test_the_bytes_of_a_client_are_its_rows_and_what_the_backward_needs():
     assert 4 * row + hidden <= autotune.client_bytes(module, (x, y)) <= 4 * row + 4 * hidden
 
 
+def test_the_seconds_of_a_client_are_the_median_of_steps_after_the_first(monkeypatch):
+    """A clock that only steps move: 9 s for the first, then 1, 5, 1, 5, ... s; a cohort shares them."""
+    clock, module = [0.0], trial(2)
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
+    taken = []
+
+    def local_step(x, y, count):
+        taken.append((x.shape[:2], count))
+        clock[0] += 9.0 if len(taken) == 1 else 1.0 + 4 * (len(taken) % 2)
+        return torch.zeros(2)
+
+    module.local_step = local_step
+    assert autotune._seconds(module, a_batch(), 2, budget=11.0) == (1 + 5) / 2 / 2
+    assert taken == [((2, 8), (8, 8))] * 5  # the first, and 1 + 5 + 1 + 5 s
+    clock[0] = 0.0
+    taken.clear()
+    assert autotune._seconds(module, a_batch(), 2, budget=1e9) == (1 + 5) / 2 / 2
+    assert len(taken) == 51
+
+
 def test_without_time_one_client_is_measured():
     assert list(autotune.measure(trial, a_batch(), clients=6, budget=0.0)) == [1]
 

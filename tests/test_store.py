@@ -81,6 +81,49 @@ def test_a_file_grows_only_when_its_rows_are_used_up_and_keeps_each(tmp_path):
         ]
 
 
+def test_rows_that_no_checkpoint_needs_are_used_again(tmp_path):
+    """Five clients, three rows each at most: the 16 rows of the beginning last for ever; 15 clients leave one free."""
+    for clients, rounds in ((5, 20), (15, 1)):
+        store = FileStore(tmp_path / f"{clients}.bin")
+        for round in range(rounds):
+            store.write(range(clients), torch.stack([row(round)] * clients))
+            store.saved()
+        store.write([15], row(9)[None]) if clients == 15 else None
+        assert store.path.stat().st_size == 16 * WIDTH * 4
+
+
+def test_the_checkpoint_before_the_last_keeps_its_rows_by_hand(tmp_path):
+    store, states = FileStore(tmp_path / "clients.bin"), []
+    for value in (1, 2):
+        store.write([0], row(value)[None])
+        states.append(copy.deepcopy(store.state_dict()))
+        store.saved()
+    for value in (3, 4, 5):
+        store.write([0], row(value)[None])
+        store.write([value], row(value)[None])
+    for state, value in zip(states, (1, 2), strict=True):
+        again = FileStore(store.path)
+        again.load_state_dict(state)
+        assert again.get(0, NONE).tolist() == row(value).tolist()
+
+
+def test_rows_of_another_length_only_in_memory(tmp_path):
+    memory, file = MemoryStore(), FileStore(tmp_path / "clients.bin")
+    file.convert(lambda kept: kept[:2])  # nothing is kept yet
+    for store in (memory, file):
+        store.write([3], row(1)[None])
+    memory.convert(lambda kept: kept[:2])
+    assert memory.get(3, NONE).tolist() == [1.0, 2.0]
+    with pytest.raises(ValueError, match="a mask that changes while .* needs federation.store=memory"):
+        file.convert(lambda kept: kept[:2])
+    assert file.get(3, NONE).tolist() == row(1).tolist()
+
+
+def test_another_kind_of_store_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="federation.store is 'disk'; it must be memory or file"):
+        make_store("disk", tmp_path / "clients.bin")
+
+
 def test_clients_are_read_in_order_beside_those_that_keep_nothing():
     store, default = MemoryStore(), torch.zeros(3, WIDTH)
     store.write([4], row(7)[None])

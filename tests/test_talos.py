@@ -89,6 +89,13 @@ def test_one_round_is_the_plain_choice_of_the_lowest_scores():
     assert talos(net, data(), 0.1, 1, drawn(5)).nonzero().flatten().tolist() == sorted(lowest)
 
 
+def test_scores_are_summed_in_double_precision():
+    """One class, so that its logit's gradient is x: 1e8 + 1 against 1e8, which float32 takes for one."""
+    net = nn.Linear(2, 1, bias=False)
+    batches = [(torch.tensor([[1e4, 1e4]]), torch.zeros(1)), (torch.tensor([[1.0, 0.0]]), torch.zeros(1))]
+    assert talos(net, batches, 0.5, 1, drawn(0)).tolist() == [False, True]
+
+
 def test_the_network_comes_back_as_it_was():
     net = two_layers().train()
     net[0].eval()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsparse.federation import wire
-from fedsparse.federation.positions import Coding, read_positions, write_positions
+from fedsparse.federation.positions import Coding, read_positions, size_range, write_positions
 
 ROWS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -295,3 +295,22 @@ def test_bytes_of_several_messages_by_hand():
     assert one + other == wire.Size(5, 70, 900)
     assert one * 3 == wire.Size(3, 60, 900)
     assert one.total == 321
+
+
+@pytest.mark.parametrize(
+    ("coding", "n", "count", "wanted"),
+    [
+        # of 20 coordinates a bitmap takes 3 bytes, a number each 4 bytes, a gap each at least 1
+        (Coding.ALL, 20, 20, (0, 0)),
+        (Coding.BITMAP, 20, 10, (3, 3)),
+        (Coding.BITMAP, 20, 0, (3, 0)),  # none take no bytes as numbers: nobody writes a bitmap
+        (Coding.FLAT, 20, 1, (4, 2)),
+        (Coding.GAPS, 20, 2, (2, 2)),
+        (Coding.GAPS, 20, 3, (3, 2)),
+        # of 4000 the bitmap takes 500
+        (Coding.FLAT, 4000, 3, (12, 12)),
+        (Coding.GAPS, 4000, 3, (3, 11)),
+    ],
+)
+def test_the_bytes_that_positions_may_take_by_hand(coding, n, count, wanted):
+    assert size_range(coding, n, count) == wanted

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mutation.mutants import Mutant
+from mutation.record import FOLDER
 from mutation.tree import copy_project, digest, project_files
 
 KINDS = (".py", ".yaml", ".toml", ".safetensors")  # of files that decide what a test finds
@@ -94,6 +95,7 @@ class Run:
         self.tests = [name for name in code if Path(name).name.startswith("test_")]
         self.base = digest(root, [name for name in code if name not in self.tests])
         self.tree = digest(root, code)
+        self.digests = {name: digest(root, [name]) for name in code}
         self.idle: queue.Queue[Worker] = queue.Queue()
         self.workers: list[Worker] = []
         self.unsound: set[str] = set()
@@ -115,8 +117,8 @@ class Run:
             recorded: whether to run the tests that run the changed line, as recorded; else all tests of these files.
 
         """
-        store = self.at / f"verdicts-{self.tree}-{self.cap:g}.jsonl"
-        known = _read_verdicts(store)
+        store = self.at / f"verdicts-{self.base}.jsonl"
+        known = self._known(store)
         todo = [mutant for mutant in chosen if mutant.key not in known]
         if todo:
             self._start()
@@ -131,12 +133,21 @@ class Run:
                 print(words.rstrip(), file=sys.stderr, flush=True)
                 if verdict.noticed or not tests:  # by fewer tests nothing is known of a survivor
                     with store.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps([mutant.key, verdict.word, verdict.by]) + "\n")
+                        file.write(json.dumps([mutant.key, verdict.word, verdict.by, self._state(verdict.by)]) + "\n")
             return verdict
 
         with ThreadPoolExecutor(self.jobs) as pool:
             new = {verdict.mutant.key: verdict for verdict in pool.map(one, todo)}
         return [new.get(m.key) or Verdict(m, *known[m.key]) for m in chosen]
+
+    def _known(self, store: Path) -> dict[str, tuple[str, str]]:
+        """Verdicts on the same files; that a test noticed a mutant holds while its own file is the same."""
+        lines = store.read_text(encoding="utf-8").splitlines() if store.is_file() else []
+        return {key: (word, by) for key, word, by, state in map(json.loads, lines) if state == self._state(by)}
+
+    def _state(self, by: str) -> str:
+        """Name what a verdict depends on beside the project without its tests."""
+        return self.digests.get(by.partition("::")[0], f"{self.tree}-{self.cap:g}")
 
     def _start(self) -> None:
         """Start the workers, each in a copy that no other run uses; the copies stay, for Python's bytecode in them."""
@@ -167,7 +178,7 @@ class Run:
         """Recordings of files of tests; those that are stored are read."""
 
         def one(file: str) -> tuple[str, Recording]:
-            path = self.at / f"recorded-{self.base}" / f"{file.replace('/', '.')}-{digest(self.root, [file])}.json"
+            path = self.at / f"recorded-{self.base}" / f"{file.replace('/', '.')}-{self.digests[file]}.json"
             if not path.is_file():
                 recording = self._with_worker(lambda worker: self._record_file(worker, file))
                 path.parent.mkdir(exist_ok=True)
@@ -193,15 +204,14 @@ class Run:
     def _record_file(self, worker: Worker, file: str) -> Recording:
         select = self.settings.get("select")
         answer = worker.ask({"tests": [[file, None]], "core": self.files, "select": select})
-        told = answer["lines"] or {}
+        failed, told = sorted(set(answer["failed"])), answer["lines"]
+        if told is None or "collection" in failed:
+            raise RuntimeError(f"{file} cannot be recorded: {answer['end'] or 'pytest cannot collect it'}")
         lines: dict[str, dict[str, list[str]]] = {}
         for test, files in told.items():
             for name, numbers in files.items() if test in answer["seconds"] else ():
                 for number in numbers:
                     lines.setdefault(name, {}).setdefault(str(number), []).append(test)
-        failed = sorted(set(answer["failed"]))
-        if answer["end"] or "collection" in failed:
-            print(f"{file}: {answer['end'] or 'cannot be collected'}", file=sys.stderr, flush=True)
         return Recording(answer["seconds"], failed, lines, told.get("shared", {}))
 
     def _judge(self, worker: Worker, mutant: Mutant) -> Verdict:
@@ -266,16 +276,13 @@ class Worker:
         self.lock = lock
         self.scratch = tempfile.TemporaryDirectory(prefix="mutation-")
         path = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
-        environment = (
-            os.environ
-            | dict.fromkeys(THREADS, "1")
-            | {
-                "PYTHONPATH": path,
-                "TMPDIR": str(Path(self.scratch.name) / "tmp"),
-                "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(self.scratch.name) / "hypothesis"),
-                "TOKENIZERS_PARALLELISM": "false",
-            }
-        )
+        environment = {key: value for key, value in os.environ.items() if key != FOLDER}  # a test of this tool itself
+        environment |= dict.fromkeys(THREADS, "1") | {
+            "PYTHONPATH": path,
+            "TMPDIR": str(Path(self.scratch.name) / "tmp"),
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(self.scratch.name) / "hypothesis"),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         command = [sys.executable, "-m", "mutation.worker", *preload]
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -300,8 +307,3 @@ class Worker:
         self.process.communicate()
         self.scratch.cleanup()
         self.lock.close()
-
-
-def _read_verdicts(path: Path) -> dict[str, tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {key: (word, by) for key, word, by in map(json.loads, lines)}

@@ -99,7 +99,8 @@ class Worker:
                 ``limits``, the processor's seconds of each; ``core``, files to record; ``select``, pytest's ``-m``.
 
         Returns:
-            ``failed`` (a list), ``seconds`` by test, ``lines`` of a recording, ``end`` as words if no test says it.
+            ``failed`` (a list), ``seconds`` by test, ``lines`` of a recording, and ``end``, which says how the process
+            ended if not by itself; the test that ran then has failed.
 
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
@@ -161,13 +162,12 @@ class Worker:
             code = pytest.main([*ARGUMENTS, f"--basetemp={self.scratch / 'pytest'}", *chosen_by, file], [chosen])
             if code not in (0, 1, 5) and core is None:  # pytest itself ended: on usage, on an error of its own
                 tell(failed="collection")
-        if recorder is not None:
-            tell(lines=recorder.stop())
+        tell(lines=None if recorder is None else recorder.stop())
 
     def _listen(self, child: int, reader: int) -> dict[str, Any]:
         """Take what the child tells until it ends, or tells nothing for too long."""
         answer: dict[str, Any] = {"failed": [], "seconds": {}, "lines": None, "end": None}
-        last, rest, started, status = time.monotonic(), b"", None, None
+        last, rest, started, status, whole = time.monotonic(), b"", "collection", None, False
         while True:
             ready = select.select([reader], [], [], 0.2 if status is None else 0.0)[0]
             if told := os.read(reader, 1 << 16) if ready else b"":
@@ -177,7 +177,7 @@ class Worker:
                     started = words.get("start", started)
                     answer["failed"] += [words["failed"]] if "failed" in words else []
                     answer["seconds"] |= {words["test"]: words["seconds"]} if "test" in words else {}
-                    answer["lines"] = words.get("lines", answer["lines"])
+                    whole, answer["lines"] = "lines" in words, words.get("lines")
                 continue
             if status is not None:
                 break
@@ -187,9 +187,10 @@ class Worker:
             status = code if done else None
         os.close(reader)
         _end_group(child)
-        if os.WIFSIGNALED(status):
-            answer["end"] = signal.Signals(os.WTERMSIG(status)).name
-            answer["failed"].append(started or "collection")
+        if not whole and not answer["failed"]:  # a signal, a limit, an exit of its own
+            signalled = os.WIFSIGNALED(status)
+            answer["end"] = signal.Signals(os.WTERMSIG(status)).name if signalled else "ended early"
+            answer["failed"].append(started)
         return answer
 
 
