@@ -17,12 +17,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fedsparse import build, files, train
-from fedsparse.config import check, conf_dir
+from fedsparse.config import check
 from fedsparse.execute import quiet
 from fedsparse.federation.calibration import Calibrated
 from fedsparse.federation.ledger import Ledger
 from fedsparse.prepare import mean_client_overlap, prepare, sparsity_of
 from fedsparse.resume import Job, facts, store
+from fedsparse.shipped import conf_dir
 from fedsparse.sweep import CALIBRATION, already_used, held, used
 
 

@@ -23,7 +23,6 @@ from fedsparse.budget import rounds_for_steps
 from fedsparse.limits import check_trainer
 from fedsparse.options import check_share, finite
 from fedsparse.precisions import PRECISIONS
-from fedsparse.shipped import conf_dir as conf_dir
 from fedsparse.sweep import already_used, cell_name, used
 from fedsparse.unread import check_keys
 

@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedsparse import files, trust
 from fedsparse.analysis.files import yaml_of
-from fedsparse.config import conf_dir
 from fedsparse.federation.phases import Phases
+from fedsparse.shipped import conf_dir
 from fedsparse.sweep import already_used, difference, used
 
 ALLOWED = "on resume only federation.rounds, trainer.*, logger, calibration.cache and trust may be given"

@@ -22,12 +22,13 @@ from yaml import YAMLError
 
 from fedsparse import results, signals, team, trust
 from fedsparse.advice import no_key, no_option
-from fedsparse.config import RunFolderUsed, check, conf_dir, register_resolvers
+from fedsparse.config import RunFolderUsed, check, register_resolvers
 from fedsparse.data.files import printable
 from fedsparse.execute import execute, follow
 from fedsparse.federation import parallel
 from fedsparse.federation.reports import Diverged
 from fedsparse.resume import Job, as_found, facts, finished, open_log, read_job, store
+from fedsparse.shipped import conf_dir
 from fedsparse.sweep import CellFailed, held, shown
 from fedsparse.typed import arranged, check_typed, given_twice
 

@@ -22,7 +22,7 @@ from omegaconf.basecontainer import BaseContainer
 
 from fedsparse import earlier
 from fedsparse.analysis.files import BYTES, plain_yaml, yaml_of, yaml_text
-from fedsparse.config import conf_dir
+from fedsparse.shipped import conf_dir
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")

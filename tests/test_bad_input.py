@@ -497,7 +497,7 @@ RANGES = [  # schedules, optimizers, masks: each option at and beyond its edge
     ("federation.rounds=1000000000000000000000", "federation.rounds is 10+; it must be a whole number from 1 to 21474"),
     ("data.batch_size=1000000000000", "data.batch_size is 10+; it must be a whole number from 1 to 2147483647"),
     ("trainer.precision=16", "trainer.precision is 16; write trainer.precision=16-mixed"),
-    ("trainer.precision=half", "trainer.precision is 'half'; it must be one of 32-true, bf16-mixed, 16-mixed"),
+    ("trainer.precision=half", "trainer.precision is 'half'; it must be one of 32-true, 64-true, bf16-mixed, 16-mixed"),
     ("pictures=maybe", "pictures is 'maybe'; it must be true or false"),
 ]
 

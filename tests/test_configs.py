@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fedsparse.config import conf_dir, register_resolvers
+from fedsparse.config import register_resolvers
+from fedsparse.shipped import conf_dir
 
 CONF = conf_dir()
 OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("*/*.yaml"))

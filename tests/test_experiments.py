@@ -12,7 +12,8 @@ from omegaconf import open_dict
 from safetensors.torch import load_file
 
 from fedsparse import report
-from fedsparse.config import check, conf_dir, register_resolvers
+from fedsparse.config import check, register_resolvers
+from fedsparse.shipped import conf_dir
 
 M8 = {  # name: (partition, rule) of the document
     "m8_sparse_iid_least_sensitive": ("iid", "least_sensitive"),

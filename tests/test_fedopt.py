@@ -10,11 +10,11 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fedsparse.config import conf_dir
 from fedsparse.federation.aggregation import Change
 from fedsparse.federation.server import Server
 from fedsparse.fedopt import AveragedMomentum, FedAdagrad, FedAdam, FedYogi
 from fedsparse.places import Coordinates
+from fedsparse.shipped import conf_dir
 
 KINDS = [FedAdam, FedYogi, FedAdagrad]
 NAMES = ["fedadam", "fedyogi", "fedadagrad"]

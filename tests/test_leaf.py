@@ -132,7 +132,7 @@ def test_every_client_tests_on_its_own_users_samples(run_in, writers):
     from hydra import compose, initialize_config_dir
 
     from fedsparse import build
-    from fedsparse.config import conf_dir
+    from fedsparse.shipped import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", ["data=femnist", f"data.root={writers}", "model=mlp", "model.net.hidden=4", *SMALL])

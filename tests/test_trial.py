@@ -200,7 +200,7 @@ def _parts(options):
     from hydra import compose, initialize_config_dir
 
     from fedsparse.build import build_federation
-    from fedsparse.config import conf_dir
+    from fedsparse.shipped import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return build_federation(compose("train", overrides=[*options, "federation.cohort=1"])).parts
