@@ -140,7 +140,7 @@ def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = (
     """
     for override in overrides:
         if "hydra" in override.partition("=")[0].lower():  # of its launcher, callbacks, folders, search path
-            raise ValueError(f"the stored override {override!r} is of Hydra itself, which no run stores")
+            raise ValueError(f"the stored override {override[:100]!r} is of Hydra itself, which no run stores")
     trust.admitted(_compose(overrides), trusted)
 
 

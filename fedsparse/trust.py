@@ -26,7 +26,7 @@ from fedsparse.shipped import conf_dir
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
-REFERENCE = re.compile(r"\$\{\s*(?:oc\.select\s*:\s*)?(\.*)([\w.\[\]-]+)\s*([:,}])")
+REFERENCE = re.compile(r"\$\{\s*(?:oc\.select\s*:\s*)?(\.*)([\w-]+(?:\.[\w-]+|\[[\w-]+\])*)\s*([:,}])")
 LEADS_OUT = re.compile(r"^[/\\~]|^\w:|(^|[/\\])\.\.([/\\]|$)|\$")  # a root, a way up, a variable
 LEAF = 32  # characters that a value counts for beside its own
 WIDEST = 2**64
@@ -292,7 +292,8 @@ def _at(tree: Any, place: Place) -> tuple[Place, Any]:
         if isinstance(tree, Mapping):
             tree = next((value for name, value in tree.items() if str(name) == key), None)
         elif isinstance(tree, list):
-            tree = tree[int(key)] if key.isdecimal() and int(key) < len(tree) else None
+            index = int(key) if re.fullmatch(r"-?[0-9]{1,9}", key) else len(tree)
+            tree = tree[index] if -len(tree) <= index < len(tree) else None
         else:
             return place[:depth], tree
     return place, tree

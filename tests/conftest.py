@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -28,3 +29,22 @@ def run_in(tmp_path, monkeypatch):
         return run([*(FAST if fast else []), f"hydra.run.dir={folder}", *overrides]), folder
 
     return go
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """One finished run, for tests that copy it."""
+    from sent import SHORT
+
+    from fedsparse import run
+
+    folder = tmp_path_factory.mktemp("sent") / "run"
+    run([*SHORT, f"hydra.run.dir={folder}"])
+    return folder
+
+
+@pytest.fixture
+def sent_folder(finished_run, tmp_path, monkeypatch):
+    """A finished run, as if somebody had sent it."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(finished_run, tmp_path / "sent" / "run")

@@ -15,57 +15,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from omegaconf import OmegaConf
+from sent import SHORT, change
 
 from fedsparse import export, repeat, report, run, trust
 from fedsparse.federation.checkpoint import RoundCheckpoint
 from fedsparse.federation.store import FileStore
 from fedsparse.resume import read_job
 
-SHORT = ["model=mlp", "logger=csv", "pictures=false", "federation.rounds=1", "federation.local_steps=1"]
-SHORT += ["calibration.head_steps=1", "mask_rule=random"]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sent") / "run"
-    run([*SHORT, f"hydra.run.dir={folder}"])
-    return folder
-
 
 @pytest.fixture
-def folder(finished, tmp_path, monkeypatch):
-    """A finished run, as if somebody had sent it."""
-    monkeypatch.chdir(tmp_path)
-    return shutil.copytree(finished, tmp_path / "sent" / "run")
+def folder(sent_folder):
+    return sent_folder
 
 
 @pytest.fixture
 def canary(tmp_path):
     return tmp_path / "canary"
-
-
-def change(folder, **values):
-    """Set dotted keys, ``__`` for the dot, of a stored configuration, and in what was typed for it."""
-    path = folder / ".hydra" / "config.yaml"
-    cfg = OmegaConf.load(path)
-    typed = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
-    for key, value in values.items():
-        name = key.replace("__", ".")
-        OmegaConf.update(cfg, name, value, force_add=True)
-        entries = value.items() if isinstance(value, dict) else [("", value)]
-        typed += [f"++{name}{'.' if inner else ''}{inner}={written(part)}" for inner, part in entries]
-    OmegaConf.save(cfg, path)
-    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(typed))
-
-
-def written(value):
-    """A value in Hydra's grammar."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{written(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, list):
-        return f"[{','.join(map(written, value))}]"
-    return f"'{value}'" if isinstance(value, str) else str(value).lower()
 
 
 class Touch:
@@ -173,8 +138,8 @@ def test_what_a_sent_folder_names_is_not_run(folder, typed, tmp_path, canary, pl
     assert len(lines) == (1 if command in ("resume", "export") else 2)  # and how many folders were left out
 
 
-def test_one_refused_folder_leaves_the_others_to_the_report(folder, finished, typed, tmp_path, canary):
-    shutil.copytree(finished, folder.parent / "good")
+def test_one_refused_folder_leaves_the_others_to_the_report(folder, finished_run, typed, tmp_path, canary):
+    shutil.copytree(finished_run, folder.parent / "good")
     change(folder, data__source=shell(tmp_path, canary))
     code, lines = typed("report", folder)
     assert code == 1
@@ -297,112 +262,6 @@ def test_what_is_no_name_of_a_package_admits_nothing(text):
     else:
         with pytest.raises(ValueError, match="takes packages"):
             trust.split([f"trust={text}"])
-
-
-SECRET = "5ecret-of-mine"
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        "${oc.env:GATE_SECRET}",
-        "${ oc.env : GATE_SECRET }",
-        "x ${oc.env:GATE_SECRET} y",
-        "${oc.${env}:GATE_SECRET}",
-        "${oc.env:${its_name}}",
-        "${${whole}}",
-        "\\${oc.env:GATE_SECRET}",
-        "${oc.select:nothing,${oc.env:GATE_SECRET}}",
-        "${oc.select:${env}}",
-        "${oc.decode:'${oc.env:GATE_SECRET}'}",
-        "${oc.create:{a:'${oc.env:GATE_SECRET}'}}",
-        "${oc.deprecated:its_name}",
-        "${oc.dict.values:model}",
-        "${hydra:runtime.cwd}",
-        "${now:%Y}",
-        "${cell:[a],[b]}",
-        "${timm_head:${oc.env:GATE_SECRET}}",
-        ["${oc.env:GATE_SECRET}"],
-        {"deep": [{"er": "${oc.env:GATE_SECRET}"}]},
-    ],
-    ids=str,
-)
-def test_what_is_stored_does_not_reach_the_environment(folder, monkeypatch, value):
-    monkeypatch.setenv("GATE_SECRET", SECRET)
-    change(folder, env="env", its_name="GATE_SECRET", whole="oc.env:GATE_SECRET", model__name=value)
-    before = dict(trust.BaseContainer._resolvers)
-    with pytest.raises(ValueError, match="the stored configuration cannot be used") as refused:
-        read_job(folder)
-    assert SECRET not in str(refused.value)
-    assert "\n" not in str(refused.value)
-    assert before == trust.BaseContainer._resolvers
-
-
-def test_a_resolver_that_one_typed_oneself_is_trusted_by_its_name(folder, monkeypatch):
-    monkeypatch.setenv("GATE_SECRET", SECRET)
-    change(folder, model__name="${oc.env:GATE_SECRET}")
-    with pytest.raises(ValueError, match=r"model.name: the resolver .* trust=\[oc.env\]"):
-        read_job(folder)
-    assert read_job(folder, trusted=["oc.env"]).cfg.model.name == SECRET
-
-
-def test_what_hydra_stored_of_itself_is_plain_data(folder, monkeypatch):
-    monkeypatch.setenv("GATE_SECRET", SECRET)
-    path = folder / ".hydra" / "hydra.yaml"
-    stored = yaml.safe_load(path.read_text())
-    stored["hydra"]["runtime"]["choices"]["model"] = "${oc.env:GATE_SECRET}"
-    stored["hydra"]["callbacks"] = {"evil": {"_target_": "os.system", "command": "id"}}
-    path.write_text(yaml.safe_dump(stored))
-    assert read_job(folder).choices["model"] == "${oc.env:GATE_SECRET}"
-    path.write_text("hydra: {runtime: [1]}")
-    with pytest.raises(ValueError, match=r"hydra\.yaml cannot be read"):
-        read_job(folder)
-
-
-def doubling(levels, one):
-    lines = [f"a{k}: {one.replace('_', f'a{k + 1}')}" for k in range(levels)]
-    return "\n".join([*lines, f"a{levels}: xxxxxxxx"])
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("\n".join(["a0: &a0 [x, x]", *(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]" for k in range(1, 40))]), "alias"),
-        (doubling(40, "${_}${_}"), "grow"),
-        (doubling(40, "['${_}', '${_}']"), "grow"),
-        (doubling(40, "{x: '${_}', y: '${oc.select:_,1}'}"), "grow"),
-        ("a: ${b}\nb: ${a}", "refer to themselves"),
-        ("a: {b: '${a}'}", "refer to themselves"),
-        ("a: {b: '${..a}'}", "refer to themselves"),
-        ("a: " + "[" * 400_000, "more than 50 levels"),
-        ("- " * 400_000, "more than 50 levels"),
-        ("a: [" + "0, " * 40_000 + "0]", "20,000 values"),
-        ("a: " + "x" * 2**20, "more than 1,048,576 bytes"),
-        ("a: " + "9" * 5_000, "digits|not YAML"),
-        ("a: 0x" + "f" * 5_000, "more than 64 bits"),
-        ("a: 1\na: 2", "duplicate key"),
-        ("a: !!python/object/apply:os.system ['id > canary']", "could not determine a constructor|not YAML"),
-        ("a: \x07\x00", "not YAML"),
-        ("- 1", "no keys"),
-        ("", "rounds"),
-        ("{[1]: 2}", "unhashable|cannot be read"),
-        ("a: '${'", "no plain reference|cannot be read|mismatched"),
-    ],
-)
-def test_a_configuration_that_would_grow_or_is_none_is_one_line(folder, text, said):
-    (folder / ".hydra" / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=said) as refused:
-        read_job(folder)
-    assert "\n" not in str(refused.value)
-    assert len(str(refused.value)) < 600
-    assert not Path("canary").exists()
-
-
-def test_references_of_ones_own_stay_references(folder):
-    change(folder, model__name="${seed}-${model.head}", model__near="${.name}", model__up="${..seed}")
-    cfg = read_job(folder).cfg
-    assert (cfg.model.name, cfg.model.near, cfg.model.up) == ("0-head.*", "0-head.*", 0)
-    assert read_job(folder, ["federation.rounds=7"]).cfg.phases.learn.rounds == 7
 
 
 def test_arguments_that_conf_does_not_name_are_asked_about(folder, tmp_path):
