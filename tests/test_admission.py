@@ -12,7 +12,9 @@ import torch
 from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.data.rounds import LocalWork
+from fedsparse.federation import robust
 from fedsparse.federation.admission import NOT_FINITE, admit, counted, finite, finite_rows, of_those
+from fedsparse.federation.aggregation import Robust
 from fedsparse.federation.exchange import Exchange
 from fedsparse.federation.filters import Feedback, Precision, SignFlip
 from fedsparse.federation.objective import VARIATES, Scaffold
@@ -289,3 +291,12 @@ def test_the_advice_names_the_rate_of_the_phase(phase, key):
 def test_who_was_dropped_is_named_by_reason():
     dropped = [Dropped(0, 9, "it is late"), Dropped(0, 4), Dropped(0, 2, "it is late")]
     assert named(dropped) == ["clients 2, 9 are left out: it is late", f"client 4 is left out: {NOT_FINITE}"]
+
+
+@pytest.mark.parametrize("rule", [robust.krum, robust.multi_krum])
+def test_krum_goes_on_when_clients_diverge(tmp_path, rule):
+    """Five clients of whom two may attack: one or two that are lost leave fewer rows than attackers + 3."""
+    small = build(filters=[partial(SignFlip, 3, 1e45)], aggregation=partial(Robust, partial(rule, attackers=2)))
+    small.fit(2, tmp_path)
+    assert 2 <= len(small.rounds.dropped) <= 6
+    assert small.row.isfinite().all()

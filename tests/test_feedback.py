@@ -301,13 +301,13 @@ def test_attackers_must_be_few(average, attackers, taking_part, fits):
     aggregation = Robust(partial(average, attackers=attackers))
     says = f"of {taking_part} clients in a round it must be 0 to {taking_part - 3}"
     with nullcontext() if fits else pytest.raises(ValueError, match=says):
-        check_sizes(exchange_of(None), aggregation, 20, taking_part)
+        check_sizes(exchange_of(None), aggregation, [True] * 20, taking_part)
 
 
 def test_a_list_of_fractions_must_fit_the_clients():
-    check_sizes(exchange_of(TopK(fraction=[0.1, 0.2])), WeightedMean(), 2, 2)
+    check_sizes(exchange_of(TopK(fraction=[0.1, 0.2])), WeightedMean(), [True] * 2, 2)
     with pytest.raises(ValueError, match="exchange.fraction lists 2 clients; there are 3"):
-        check_sizes(exchange_of(TopK(fraction=[0.1, 0.2])), WeightedMean(), 3, 3)
+        check_sizes(exchange_of(TopK(fraction=[0.1, 0.2])), WeightedMean(), [True] * 3, 3)
 
 
 def test_full_sends_frozen_zeros_in_any_precision():
