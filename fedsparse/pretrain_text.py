@@ -175,7 +175,6 @@ def write_model(bert: Any, folder: Path, notes: dict[str, str]) -> None:
     files.write(folder / "config.json", bert.config.to_json_string(use_diff=True))
 
 
-@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make vocabulary and model, and write them as a folder that transformers loads."""
     parser = argparse.ArgumentParser(description="Make the packaged weights of bert_tiny again.")
@@ -206,4 +205,5 @@ def build(words: int, seed: int) -> MaskedWords:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

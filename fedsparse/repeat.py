@@ -78,7 +78,6 @@ def run(overrides: Sequence[str], folder: Path, beside: bool = False) -> bool:
     return True
 
 
-@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,4 +100,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()
