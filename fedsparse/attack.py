@@ -64,7 +64,6 @@ def _line(name: str, found: Mapping[Cell, Mapping[int, float]], apart: Interval)
     return f"| {name} | {without.percent()} | {under.percent()} | {apart.percent('+')} | {verdict} |"
 
 
-@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of the runs below some folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,4 +80,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from fedsparse.budget import rounds_for_steps
 from fedsparse.limits import check_trainer
-from fedsparse.options import check_share, finite
+from fedsparse.options import check_flag, check_number, check_positive, check_share, finite
 from fedsparse.precisions import PRECISIONS
 from fedsparse.sweep import already_used, cell_name, used
 from fedsparse.unread import check_keys
@@ -194,14 +194,11 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
             _check_count(key, OmegaConf.select(cfg, key))
     if cfg.federation.cohort != "auto":
         _check_count("federation.cohort", cfg.federation.cohort, ", or auto")
-    if not isinstance(cfg.federation.get("compile", False), bool):
-        raise ValueError(f"federation.compile is {cfg.federation.compile!r}; it must be true or false")
+    check_flag("federation.compile", cfg.federation.get("compile", False))
     for key in POSITIVE:
-        _check_positive(key, OmegaConf.select(cfg, key))
-    if cfg.optimizer.clip_norm is not None:
-        _check_positive("optimizer.clip_norm", cfg.optimizer.clip_norm)
-    if not isinstance(cfg.pictures, bool):
-        raise ValueError(f"pictures is {cfg.pictures!r}; it must be true or false")
+        check_positive(key, OmegaConf.select(cfg, key))
+    check_number("optimizer.clip_norm", cfg.optimizer.clip_norm, above=0, null=True)
+    check_flag("pictures", cfg.pictures)
     if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
         raise ValueError(f"seed is {cfg.seed!r}; it must be a whole number from 0 to {LARGEST_SEED}")
     _check_server(cfg.server.optimizer)
@@ -213,11 +210,6 @@ def _check_count(key: str, value: Any, other: str = "") -> None:
         raise ValueError(f"{key} is {value!r}; it must be a whole number of 1 or more{other}")
     if value > MOST:
         raise ValueError(f"{key} is {value!r}; it must be a whole number from 1 to {MOST}{other}")
-
-
-def _check_positive(key: str, value: Any) -> None:
-    if not finite(value) or value <= 0:
-        raise ValueError(f"{key} is {value!r}; it must be a finite number above 0")
 
 
 def _check_server(options: DictConfig) -> None:

@@ -146,7 +146,6 @@ def _cell(name: str, values: Sequence[float]) -> str:
     return Interval.of(defined).percent() if name == "unmoved" else Interval.of(defined).text(digits=2)
 
 
-@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of the runs below some folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,4 +158,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def check_number(
     Traceback (most recent call last):
     ValueError: link.latency is -1; it must be a finite number of 0 or more
     """
-    good = isinstance(value, int) and not isinstance(value, bool) if whole else finite(value)
+    good = isinstance(value, Integral) and not isinstance(value, bool) if whole else finite(value)
     outside = good and (
         (least is not None and value < least)
         or (above is not None and value <= above)
@@ -65,36 +65,23 @@ def check_number(
 
 
 def check_positive(key: str, value: Any) -> None:
-    """Refuse what is not a finite number above 0.
-
-    Raises:
-        ValueError: one line with the key.
-
-    """
-    if not (finite(value) and value > 0):
-        raise ValueError(f"{key} must be a positive, finite number, not {value!r}")
+    """Refuse what is not a finite number above 0."""
+    check_number(key, value, above=0)
 
 
 def check_not_negative(key: str, value: Any) -> None:
-    """Refuse what is not a finite number of 0 or more.
-
-    Raises:
-        ValueError: one line with the key.
-
-    """
-    if not (finite(value) and value >= 0):
-        raise ValueError(f"{key} must be a finite number of 0 or more, not {value!r}")
+    """Refuse what is not a finite number of 0 or more."""
+    check_number(key, value, least=0)
 
 
 def check_share(key: str, value: Any) -> None:
-    """Refuse what is not a number of at least 0 and below 1.
+    """Refuse what is not a number of at least 0 and below 1."""
+    check_number(key, value, least=0, below=1)
 
-    Raises:
-        ValueError: one line with the key.
 
-    """
-    if not (finite(value) and 0 <= value < 1):
-        raise ValueError(f"{key} must be at least 0 and below 1, not {value!r}")
+def check_whole(key: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number of at least so much."""
+    check_number(key, value, least=least, whole=True)
 
 
 def check_flag(key: str, value: Any) -> None:
@@ -105,7 +92,22 @@ def check_flag(key: str, value: Any) -> None:
 
     """
     if not isinstance(value, bool):
-        raise ValueError(f"{key} must be true or false, not {value!r}")
+        raise ValueError(f"{key} is {value!r}; it must be true or false")
+
+
+def check_choice(key: str, value: Any, *choices: str | None) -> None:
+    """Refuse what is none of some words, or null where None is one of them.
+
+    Raises:
+        ValueError: one line with the key and the choices.
+
+    >>> check_choice("sparsity.mode", "cut", "freeze", "prune")
+    Traceback (most recent call last):
+    ValueError: sparsity.mode is 'cut'; it must be freeze or prune
+    """
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        *first, last = ["null" if choice is None else choice for choice in choices]
+        raise ValueError(f"{key} is {value!r}; it must be {', '.join(first)} or {last}")
 
 
 def check_tensors(name: str, tensors: Iterable[Tensor], real: bool = True) -> None:
@@ -136,5 +138,5 @@ def two_decays(key: str, betas: Any) -> tuple[float, float]:
     """
     values = tuple(betas) if isinstance(betas, Sequence) else ()
     if len(values) != 2 or not all(finite(beta) and 0 <= beta < 1 for beta in values):
-        raise ValueError(f"{key} must be two numbers of at least 0 and below 1, not {betas!r}")
+        raise ValueError(f"{key} is {betas!r}; it must be two numbers of 0 or more and below 1")
     return values[0], values[1]

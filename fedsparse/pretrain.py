@@ -204,7 +204,6 @@ def pretrain(epochs: int, glyphs: int, seed: int) -> tuple[VisionTransformer, fl
     return net.eval(), accuracy(net, make_glyphs(HELD_OUT, np.random.default_rng((seed, 1))))
 
 
-@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the backbone and print how good it is."""
     parser = argparse.ArgumentParser(description="Make the packaged backbone of vit_digits again.")
@@ -226,4 +225,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

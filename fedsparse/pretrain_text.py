@@ -191,7 +191,6 @@ def _licence(name: str) -> str:
     return facts["License-Expression"] or ", ".join(classifiers) or str(facts["License"]).splitlines()[0]
 
 
-@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make vocabulary and model, and write them as a folder that transformers loads."""
     parser = argparse.ArgumentParser(description="Make the packaged weights of bert_tiny again.")
@@ -226,4 +225,5 @@ def build(words: int, seed: int) -> MaskedWords:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

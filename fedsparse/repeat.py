@@ -80,7 +80,6 @@ def run(overrides: Sequence[str], folder: Path, beside: bool = False, trusted: S
     return True
 
 
-@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,4 +106,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -116,7 +116,6 @@ def _drawn(picture: Picture) -> bytes | None:
         return None
 
 
-@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report, and write it."""
     options = _parser().parse_args(arguments)
@@ -168,4 +167,5 @@ def _fraction(text: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -12,6 +12,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -155,9 +157,22 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raw = raw.setdefault(group, {})
             if not isinstance(raw, dict):
                 raise ValueError(f"{override}: the stored {group} is no group of keys")
-        raw[last] = OmegaConf.to_container(OmegaConf.create(f"v: {value}"))["v"]  # type: ignore[call-overload, index]
+        raw[last] = _value(f"{last}={value}")
     else:
         raise ValueError(f"{override}: {ALLOWED}; the rest comes from the stored run")
+
+
+def _value(override: str) -> Any:
+    """Read a value as Hydra would: YAML takes 00:08:00:00 for a number.
+
+    Raises:
+        ValueError: Hydra cannot read it, in one line.
+
+    """
+    try:
+        return OverridesParser.create().parse_override(override).value()
+    except HydraException as error:
+        raise ValueError(f"{override}: {trust.one_line_of(error)}") from error
 
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:

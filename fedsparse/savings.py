@@ -177,7 +177,6 @@ def print_savings(savings: Sequence[Saving]) -> None:
     console.print(table, width=max(110, console.width))
 
 
-@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,4 +193,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

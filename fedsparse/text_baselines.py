@@ -71,7 +71,6 @@ def baselines(overrides: Sequence[str] = ()) -> dict[str, float]:
     return figures | {name: summary["test/acc"] for name, summary in runs.items()}
 
 
-@command()
 def main() -> None:
     """Print the table."""
 
@@ -87,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -128,9 +128,9 @@ def test_biases_norms_and_the_head_are_excluded_by_a_list_of_patterns():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"normalise": "zscore"}, r"mask_rule\.normalise must be 'minmax'"),
-        ({"compat": "paper"}, r"mask_rule\.compat must be null or 'original', not 'paper'"),
-        ({"refine": "yes"}, r"mask_rule\.refine must be true or false, not 'yes'"),
+        ({"normalise": "zscore"}, r"mask_rule\.normalise is 'zscore'; it must be minmax"),
+        ({"compat": "paper"}, r"mask_rule\.compat is 'paper'; it must be null or original"),
+        ({"refine": "yes"}, r"mask_rule\.refine is 'yes'; it must be true or false"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, says):

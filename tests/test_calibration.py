@@ -86,7 +86,7 @@ def test_scores_are_summed_over_clients_and_calibration_rounds(setting):
     expected = sum(plain_fisher(setting, *samples(setting, round)) for round in (0, 1))
     got = observe(setting, work(Fisher(largest=False), rounds=2))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
-    assert setting.ledger.bytes_setup_up == 4 * (HEADER.size + 4 * setting.space.size)
+    assert setting.ledger.bytes_setup_up == 4 * (HEADER.size + 8 * setting.space.size)  # in the net's own float64
 
 
 def test_the_server_scores_on_its_validation_split_and_sends_nothing(setting):

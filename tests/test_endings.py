@@ -372,9 +372,8 @@ def test_commands_end_in_one_line(module, number):
         "import os, sys, runpy\nfrom fedsparse import signals\ntaken = signals.heeded\n"
         "import contextlib\n@contextlib.contextmanager\ndef then():\n"
         f"    with taken():\n        os.kill(os.getpid(), {int(number)})\n        yield\n"
-        "signals.heeded = then\nimport importlib\n"
-        f"module = importlib.import_module('fedsparse.{module}')\n"
-        "sys.argv = ['x', 'x']\nmodule.main()\n"
+        "signals.heeded = then\nsys.argv = ['x', 'x']\n"
+        f"runpy.run_module('fedsparse.{module}', run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]

@@ -220,7 +220,7 @@ def test_a_closure_is_called_with_gradients_on():
     ids=str,
 )  # fmt: skip
 def test_options_outside_their_range_are_refused_in_one_line(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be") as error:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; it must be") as error:
         FedAdam([torch.zeros(1)], **{"lr": 0.1, **wrong})
     assert "\n" not in str(error.value)
 
@@ -312,6 +312,6 @@ def test_a_coordinate_that_nobody_sent_under_averaged_momentum(untouched):
     "wrong", [{"lr": 0}, {"lr": math.inf}, {"beta": 1.0}, {"beta": -0.1}, {"beta": "0.9"}], ids=str
 )
 def test_averaged_momentum_refuses_in_one_line(wrong):
-    with pytest.raises(ValueError, match=f"server.{next(iter(wrong))} must be") as error:
+    with pytest.raises(ValueError, match=f"server.{next(iter(wrong))} is .*; it must be") as error:
         AveragedMomentum([torch.zeros(1)], **{"lr": 1.0, **wrong})
     assert "\n" not in str(error.value)

@@ -49,14 +49,14 @@ def test_a_schedule_is_typed_as_a_node():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"initial": 1.0}, r"initial must be a number in \[0, 1\), not 1.0"),
-        ({"initial": True}, "initial must be a number"),
-        ({"begin": -1}, "begin must be a whole number of at least 0, not -1"),
-        ({"every": 0}, "every must be a whole number of at least 1, not 0"),
-        ({"every": 1.5}, "every must be a whole number"),
-        ({"steps": True}, "steps must be a whole number"),
+        ({"initial": 1.0}, r"initial is 1.0; it must be a finite number of 0 or more and below 1"),
+        ({"initial": True}, "initial is True; it must be a finite number"),
+        ({"begin": -1}, "begin is -1; it must be a whole number of 0 or more"),
+        ({"every": 0}, "every is 0; it must be a whole number of 1 or more"),
+        ({"every": 1.5}, "every is 1.5; it must be a whole number"),
+        ({"steps": True}, "steps is True; it must be a whole number"),
         ({"initial": 0.9}, r"initial=0.9 is more than sparsity\.ratio=0.8"),
-        ({"cubic": 3}, " must be null or a node of initial, begin, every, steps, not"),
+        ({"cubic": 3}, " is .*; it must be null or a node of initial, begin, every, steps"),
     ],
 )
 def test_bad_schedules_are_refused_by_name(options, says):
@@ -68,9 +68,9 @@ def test_bad_schedules_are_refused_by_name(options, says):
 def test_shira_and_words_have_no_schedule():
     with pytest.raises(ValueError, match=r"sparsity\.scope=shira does not read"):
         Sparsity(scope="shira", rank=2, schedule=Gradual())
-    with pytest.raises(ValueError, match=r"^sparsity\.schedule must be null or a node"):
+    with pytest.raises(ValueError, match=r"^sparsity\.schedule is .*; it must be null or a node"):
         Sparsity(schedule="cubic")
-    with pytest.raises(ValueError, match=r"^sparsity\.renew_every must be a whole number of at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"^sparsity\.renew_every is 0; it must be a whole number of 1 or more"):
         Sparsity(renew_every=0)
 
 

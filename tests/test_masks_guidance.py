@@ -161,7 +161,9 @@ def test_pieces_and_samples_do_not_show(how, monkeypatch):
 
 
 def test_what_cannot_be_normalised_is_refused():
-    with pytest.raises(ValueError, match=r"^mask_rule\.normalise must be 'minmax', .* not 'zscore'$"):
+    with pytest.raises(
+        ValueError, match=r"^mask_rule\.normalise is 'zscore'; it must be minmax, robust, rank or none$"
+    ):
         normalise(torch.ones(SPACE.size), SPACE, "zscore")
     with pytest.raises(ValueError, match=r"shape \(32,\), not \(3,\)"):
         normalise(torch.ones(3), SPACE, "minmax")

@@ -115,7 +115,9 @@ def test_top_fraction_refuses_nan_and_scalars():
 
 @pytest.mark.parametrize("ratio", ["abc", "0.5", None, 1.0, -0.1, math.nan, math.inf, True, [0.5]])
 def test_sparsity_refuses_a_ratio_in_one_line(ratio):
-    with pytest.raises(ValueError, match=r"^sparsity\.ratio must be a number in \[0, 1\), not .*$"):
+    with pytest.raises(
+        ValueError, match=r"^sparsity\.ratio is .*; it must be a finite number of 0 or more and below 1$"
+    ):
         Sparsity(ratio)
 
 

@@ -115,10 +115,10 @@ def test_an_empty_round_and_impossible_numbers_are_refused():
     with pytest.raises(ValueError, match="no samples in round 2; hand in a list"):
         talos(two_layers(), iter(data()), 0.1, 4, drawn(0))
     for rounds in (0, 1.5, True):
-        with pytest.raises(ValueError, match="rounds must be a whole number"):
+        with pytest.raises(ValueError, match="rounds is .*; it must be a whole number"):
             talos(two_layers(), data(), 0.1, rounds, drawn(0))
     for keep in (0.0, 1.5, math.nan):
-        with pytest.raises(ValueError, match="keep must be"):
+        with pytest.raises(ValueError, match="keep is .*; it must be"):
             talos(two_layers(), data(), keep, 1, drawn(0))
 
 
@@ -207,7 +207,7 @@ def test_bytes_of_the_messages_by_hand():
 
 
 def test_bad_options_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"mask_rule\.score must be 'logit' or 'logprob', not 'loss'"):
+    with pytest.raises(ValueError, match=r"mask_rule\.score is 'loss'; it must be logit or logprob"):
         Talos(score="loss")
     for shrink in (-0.1, 1.1, "a", None, True):
         with pytest.raises(ValueError, match=r"mask_rule\.shrink"):

@@ -108,7 +108,7 @@ RAISED = {  # of Hydra's parser, its composition, OmegaConf, a builder, a callba
     "experiment=corse": "there is no experiment=corse; did you mean experiment=course?",
     "rounds=5": "there is no key rounds; did you mean calibration.rounds, federation.rounds",
     "optimizer.lr=${nope}": "optimizer.lr: Interpolation key 'nope' not found",
-    "sparsity.ratio=2": "sparsity.ratio must be a number in [0, 1), not 2",
+    "sparsity.ratio=2": "sparsity.ratio is 2; it must be a finite number of 0 or more and below 1",
     "seed=18446744073709551616": "seed is 18446744073709551616; it must be a whole number from 0 to 18446744",
     "seed=-1": "seed is -1; it must be a whole number from 0 to",
     "seed=1.0": "seed is 1.0; it must be a whole number from 0 to",

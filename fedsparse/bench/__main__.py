@@ -59,7 +59,6 @@ class Figures:
             files.write(self.path, json.dumps(held, indent=2) + "\n")
 
 
-@command()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write JSON if asked to; or print the tables of a JSON file."""
     options = _parse(arguments)
@@ -127,4 +126,5 @@ def _peers(options: argparse.Namespace) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    main()
+    with command():
+        main()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
+
+from fedsparse.options import check_whole
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -18,9 +20,8 @@ Floats = npt.NDArray[np.float64]
 
 def checked_integer(name: str, value: object, least: int) -> int:
     """Return ``value`` as an int, or raise a ValueError that names the option unless it is an int >= ``least``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        raise ValueError(f"{name} is {value!r}; give an integer of at least {least}")
-    return int(value)
+    check_whole(name, value, least)
+    return int(value)  # type: ignore[call-overload]
 
 
 def checked_labels(labels: npt.ArrayLike, name: str = "labels") -> Ints:
@@ -47,8 +48,8 @@ def checked_clients(num_clients: int, samples: int) -> int:
 
 def checked_positive(name: str, value: object) -> float:
     """Return ``value`` as a float, or raise a ValueError that names the option unless it is finite and above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{name} is {value!r}; give a finite number above 0")
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:  # beyond float32 too
+        raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
     return float(value)
 
 

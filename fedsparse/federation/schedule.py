@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from fedsparse.masks.gradual import check_whole
-from fedsparse.options import check_not_negative, check_positive, finite
+from fedsparse.options import check_not_negative, check_positive, check_whole, finite
 
 Schedule = Callable[[int, int], float]
 

@@ -16,7 +16,7 @@ from fedsparse.masks.quantiles import above_quantile
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
-from fedsparse.options import check_flag
+from fedsparse.options import check_choice, check_flag
 from fedsparse.space import ParamSpace
 
 
@@ -49,8 +49,7 @@ class AutoFLIP(MaskRule):
 
     def __init__(self, normalise: str = "minmax", compat: str | None = None, refine: bool = False) -> None:
         check_how(normalise)
-        if compat not in (None, "original"):
-            raise ValueError(f"mask_rule.compat must be null or 'original', not {compat!r}")
+        check_choice("mask_rule.compat", compat, None, "original")
         check_flag("mask_rule.refine", refine)
         self.normalise, self.compat, self.refine = normalise, compat, refine
         self.listens = refine

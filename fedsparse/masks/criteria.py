@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsparse.masks.gradients import Losses, gradients, own
-from fedsparse.masks.gradual import check_whole
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.thinned import Thinned
 from fedsparse.models.modes import evaluating
+from fedsparse.options import check_whole
 from fedsparse.space import ParamSpace
 
 

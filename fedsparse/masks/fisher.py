@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedsparse.masks.gradients import Losses
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.scores import fisher_batch, fisher_per_sample
-from fedsparse.options import check_flag
+from fedsparse.options import check_choice, check_flag, check_number
 from fedsparse.space import ParamSpace
 
 
@@ -38,12 +38,9 @@ class Fisher(MaskRule):
 
     def __init__(self, largest: bool, fisher: str = "sample", labels: str = "data", chunk: int | None = None) -> None:
         check_flag("mask_rule.largest", largest)
-        if fisher not in ("sample", "batch"):
-            raise ValueError(f"calibration.fisher must be 'sample' or 'batch', not {fisher!r}")
-        if labels not in ("data", "model"):
-            raise ValueError(f"calibration.labels must be 'data' or 'model', not {labels!r}")
-        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-            raise ValueError(f"mask_rule.chunk must be null or a whole number of at least 1, not {chunk!r}")
+        check_choice("calibration.fisher", fisher, "sample", "batch")
+        check_choice("calibration.labels", labels, "data", "model")
+        check_number("mask_rule.chunk", chunk, least=1, whole=True, null=True)
         self.largest, self.fisher, self.labels, self.chunk = largest, fisher, labels, chunk
 
     def observe(

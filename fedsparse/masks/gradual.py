@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
+
+from fedsparse.options import check_share, check_whole
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,7 @@ class Gradual:
 
     def __post_init__(self) -> None:
         """Refuse what is not a schedule."""
-        number = isinstance(self.initial, Real) and not isinstance(self.initial, bool)
-        if not number or not 0 <= self.initial < 1:
-            raise ValueError(f"sparsity.schedule.initial must be a number in [0, 1), not {self.initial!r}")
+        check_share("sparsity.schedule.initial", self.initial)
         check_whole("sparsity.schedule.begin", self.begin, 0)
         check_whole("sparsity.schedule.every", self.every, 1)
         check_whole("sparsity.schedule.steps", self.steps, 1)
@@ -58,14 +57,3 @@ class Gradual:
     def _step(self, round: int) -> int:
         """Count the changes up to a round."""
         return min(max(0, (round - self.begin) // self.every), self.steps)
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number of at least so much.
-
-    Raises:
-        ValueError: names the option.
-
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedsparse.masks.quantiles import quantile
 from fedsparse.masks.topk import check
+from fedsparse.options import check_choice
 from fedsparse.space import ParamSpace
 
 _CHUNK = 1 << 20  # scores whose ranks are looked up at once
@@ -117,8 +118,7 @@ def check_how(how: str) -> None:
         ValueError: names the choices.
 
     """
-    if not isinstance(how, str) or (how not in HOW and how != "none"):
-        raise ValueError(f"mask_rule.normalise must be 'minmax', 'robust', 'rank' or 'none', not {how!r}")
+    check_choice("mask_rule.normalise", how, *HOW, "none")
 
 
 def _minmax(part: Tensor) -> None:

@@ -169,7 +169,7 @@ def _labels(net: nn.Module, x: Tensor, y: Tensor, labels: str, generator: torch.
     if labels == "data":
         return y
     if labels != "model":
-        raise ValueError(f"calibration.labels must be 'data' or 'model', not {labels!r}")
+        raise ValueError(f"calibration.labels is {labels!r}; it must be data or model")
     if generator is None:
         raise ValueError("labels are to be drawn from the model (calibration.labels=model, TaLoS): hand in a generator")
     with torch.no_grad():

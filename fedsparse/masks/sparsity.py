@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from numbers import Real
 from typing import Any
 
-from fedsparse.masks.gradual import Gradual, check_whole
+from fedsparse.masks.gradual import Gradual
+from fedsparse.options import check_choice, check_share, check_whole
 from fedsparse.space import matches
 
 SCOPES = ("global", "tensor", "shira")
@@ -55,14 +55,10 @@ class Sparsity:
 
     def __post_init__(self) -> None:
         """Refuse what is not a choice."""
-        if not _share(self.ratio):
-            raise ValueError(f"sparsity.ratio must be a number in [0, 1), not {self.ratio!r}")
-        if self.mode not in ("freeze", "prune"):
-            raise ValueError(f"sparsity.mode must be 'freeze' or 'prune', not {self.mode!r}")
-        if self.scope not in SCOPES:
-            raise ValueError(f"sparsity.scope must be 'global', 'tensor' or 'shira', not {self.scope!r}")
-        if self.unit not in ("coordinate", "output"):
-            raise ValueError(f"sparsity.unit must be 'coordinate' or 'output', not {self.unit!r}")
+        check_share("sparsity.ratio", self.ratio)
+        check_choice("sparsity.mode", self.mode, "freeze", "prune")
+        check_choice("sparsity.scope", self.scope, *SCOPES)
+        check_choice("sparsity.unit", self.unit, "coordinate", "output")
         self._check_patterns()
         self._check_rank()
         self._check_min_density()
@@ -130,7 +126,7 @@ class Sparsity:
     def _check_patterns(self) -> None:
         listed = [self.always_train] if isinstance(self.always_train, str) else self.always_train
         if not isinstance(listed, Sequence) or not all(isinstance(pattern, str) for pattern in listed):
-            raise ValueError(f"sparsity.always_train must be glob patterns of names, not {self.always_train!r}")
+            raise ValueError(f"sparsity.always_train is {self.always_train!r}; it must be glob patterns of names")
 
     def _check_rank(self) -> None:
         """Ask for a rank where it is read, and refuse it where it is not."""
@@ -138,15 +134,13 @@ class Sparsity:
             if self.rank is not None:
                 raise ValueError(f"sparsity.rank={self.rank!r} is read with sparsity.scope=shira only; leave it null")
             return
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"sparsity.rank must be a whole number of at least 1 with scope=shira, not {self.rank!r}")
+        check_whole("with sparsity.scope=shira, sparsity.rank", self.rank, 1)
         if self.unit != "coordinate":
-            raise ValueError(f"sparsity.unit must be 'coordinate' with sparsity.scope=shira, not {self.unit!r}")
+            raise ValueError(f"sparsity.unit is {self.unit!r}; with sparsity.scope=shira it must be coordinate")
 
     def _check_min_density(self) -> None:
         """Compare as typed: in binary 1 - 0.9 is less than 0.1."""
-        if not _share(self.min_density):
-            raise ValueError(f"sparsity.min_density must be a number in [0, 1), not {self.min_density!r}")
+        check_share("sparsity.min_density", self.min_density)
         if not self.min_density:
             return
         if self.scope != "global":
@@ -182,10 +176,6 @@ def as_typed(number: float) -> Fraction:
     return Fraction(repr(float(number)))
 
 
-def _share(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(0 <= value < 1)  # type: ignore[operator]
-
-
 def _gradual(options: Any) -> Gradual:
     """Build a schedule from a node of the configuration.
 
@@ -195,5 +185,5 @@ def _gradual(options: Any) -> Gradual:
     """
     known = tuple(Gradual.__dataclass_fields__)
     if not isinstance(options, Mapping) or not set(options) <= set(known):
-        raise ValueError(f"sparsity.schedule must be null or a node of {', '.join(known)}, not {options!r}")
+        raise ValueError(f"sparsity.schedule is {options!r}; it must be null or a node of {', '.join(known)}")
     return Gradual(**options)

@@ -19,6 +19,7 @@ from fedsparse.masks.gradients import Forward, Losses
 from fedsparse.masks.scores import Batches, trainable_space
 from fedsparse.masks.thinned import Thinned
 from fedsparse.masks.topk import top_fraction
+from fedsparse.options import check_choice, check_number, check_whole
 from fedsparse.space import ParamSpace
 
 SHRINK = 0.1
@@ -77,10 +78,8 @@ class Talos(Thinned, Fisher):
 
     def __init__(self, score: str = "logit", shrink: float = SHRINK, chunk: int | None = None) -> None:
         super().__init__(largest=False, labels="model", chunk=chunk)
-        if not isinstance(score, str) or score not in SCORES:
-            raise ValueError(f"mask_rule.score must be 'logit' or 'logprob', not {score!r}")
-        if isinstance(shrink, bool) or not isinstance(shrink, int | float) or not 0 <= shrink <= 1:
-            raise ValueError(f"mask_rule.shrink must be a number from 0 to 1, not {shrink!r}")
+        check_choice("mask_rule.score", score, *SCORES)
+        check_number("mask_rule.shrink", shrink, least=0, most=1)
         self.score, self.shrink = score, shrink
 
     def view(self, row: Tensor, state: Tensor | None) -> Tensor:
@@ -110,10 +109,8 @@ SCORES: dict[str, Losses] = {"logit": _logit, "logprob": _logprob}
 
 
 def _check_schedule(keep: float, rounds: int) -> None:
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds must be a whole number of at least 1, not {rounds!r}")
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be a number in (0, 1], not {keep!r}")
+    check_whole("rounds", rounds, 1)
+    check_number("keep", keep, above=0, most=1)
 
 
 def _observe(
