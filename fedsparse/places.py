@@ -165,7 +165,7 @@ class Place:
     @cached_property
     def fingerprint(self) -> int:
         """Tell one mask of a parameter from another with as many ones."""
-        return zlib.crc32(self.index.cpu().numpy(), hash((self.shape, self.dim)) & 0xFFFFFFFF)
+        return zlib.crc32(self.index.cpu().numpy().tobytes(), hash((self.shape, self.dim)) & 0xFFFFFFFF)
 
     def see(self, tensor: Tensor) -> Tensor:
         """View a dense tensor's memory in this shape."""
