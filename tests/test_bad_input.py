@@ -437,7 +437,7 @@ RANGES = [  # schedules, optimizers, masks: each option at and beyond its edge
     ("schedule=cosine schedule.floor=much", "schedule.floor must be a finite number of 0 or more, not 'much'"),
     ("schedule=cosine schedule.floor=-3", "schedule.floor must be a finite number of 0 or more, not -3"),
     ("optimizer.lr=1e308", r"optimizer.lr is 1e\+308; it must be a finite number above 0"),
-    (f"optimizer.lr={10**400}", "optimizer.lr is 10+; it must be a finite number above 0"),
+    (f"optimizer.lr={10**320}", "optimizer.lr is 10+; it must be a finite number above 0"),
     ("optimizer.nesterov=maybe", "optimizer.nesterov must be true or false, not 'maybe'"),
     ("optimizer.dampening=-1", "optimizer.dampening must be a finite number of 0 or more, not -1"),
     ("optimizer.weight_decay=inf", "optimizer.weight_decay must be a finite number of 0 or more, not inf"),
