@@ -19,6 +19,8 @@ ENTRY = 4
 MAY = {
     "hydra": (
         "config.py",
+        "typed.py",
+        "unread.py",
         "build.py",
         "nets.py",
         "shares.py",

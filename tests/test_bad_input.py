@@ -486,7 +486,7 @@ RANGES = [  # schedules, optimizers, masks: each option at and beyond its edge
     ("schedule=cosine schedule.floor=much", "schedule.floor is 'much'; it must be a finite number of 0 or more"),
     ("schedule=cosine schedule.floor=-3", "schedule.floor is -3; it must be a finite number of 0 or more"),
     ("optimizer.lr=1e308", r"optimizer.lr is 1e\+308; it must be a finite number above 0"),
-    (f"optimizer.lr={10**400}", "optimizer.lr is 10+; it must be a finite number above 0"),
+    (f"optimizer.lr={10**320}", "optimizer.lr is 10+; it must be a finite number above 0"),
     ("optimizer.nesterov=maybe", "optimizer.nesterov is 'maybe'; it must be true or false"),
     ("optimizer.dampening=-1", "optimizer.dampening is -1; it must be a finite number of 0 or more"),
     ("optimizer.weight_decay=inf", "optimizer.weight_decay is inf; it must be a finite number of 0 or more"),
