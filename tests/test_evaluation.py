@@ -36,7 +36,7 @@ def test_figures_of_both_splits_and_of_clients_by_hand():
     """Two batches of the test split, whose last sample is a client's own: it counts for the client only."""
     told = {}
     module = SimpleNamespace(log_dict=lambda figures, **_: told.update(figures))
-    evaluation = Evaluation([np.array([0, 1]), np.array([2]), np.array([])], own=1)
+    evaluation = Evaluation([np.array([0, 1]), np.array([2]), np.array([]), np.array([0])], own=1)
     right, wrong = [0.0, 1.0], [1.0, 0.0]  # every label is 1
 
     def batch(*logits, losses):
@@ -51,7 +51,7 @@ def test_figures_of_both_splits_and_of_clients_by_hand():
     assert told == evaluation.figures
     assert (told["val/acc"], told["val/loss"]) == (0.5, 2.0)
     assert (told["test/acc"], told["test/loss"]) == (1.0, 1.5)
-    assert (told["client/acc_mean"], told["client/acc_worst10"]) == (0.5, 0.0)  # two of two, none of one
+    assert (told["client/acc_mean"], told["client/acc_worst10"]) == (2 / 3, 0.0)  # two of two, none of one, one of one
 
 
 @pytest.mark.parametrize(("epoch", "every"), [(0, 5), (6, 5), (7, 1)])
