@@ -103,7 +103,6 @@ def build_federation(cfg: DictConfig) -> Federation:
     def sample(round: int, purpose: Purpose = Purpose.SAMPLING) -> Sequence[int]:
         return sampler(round, eligible=eligible, count=count, seed=cfg.seed, purpose=purpose)
 
-    _try_parts(cfg, dataset, parts, space, len(sample(0)))
     work = LocalWork(cfg.data.batch_size, federation.local_steps, federation.local_epochs, federation.weight)
     bound = 1 if federation.cohort == AUTO else federation.cohort
     plan = RoundPlan(parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())

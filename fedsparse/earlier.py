@@ -11,6 +11,10 @@ from typing import Any
 TARGETS: Mapping[str, str] = {}  # by the name of then, that of now
 # by target, the keys that came since, with the value that does what was done then
 KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_client": {"even": False}}
+# by target and key, what a value of then is called now
+VALUES: Mapping[str, Mapping[str, Mapping[Any, Any]]] = {
+    "lightning.Trainer": {"precision": {32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}}
+}
 
 
 def renewed(node: Any) -> Any:
@@ -27,4 +31,7 @@ def renewed(node: Any) -> Any:
     if isinstance(target := found.get("_target_"), str):
         found["_target_"] = TARGETS.get(target, target)
         found = {**KEYS.get(found["_target_"], {}), **found}
+        for key, names in VALUES.get(found["_target_"], {}).items():
+            if isinstance(value := found.get(key), int | str):
+                found[key] = names.get(value, value)
     return found

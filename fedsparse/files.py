@@ -166,12 +166,12 @@ class LogFile(logging.FileHandler):
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a run folder whose links would have a run write elsewhere; W&B's own links lie in its folder.
+    """Refuse a run folder whose links would have a run write elsewhere, or whose pipes would let it wait for ever.
 
-    Links in place of the files that are written whole do no harm, and are replaced.
+    Links in place of the files that are written whole do no harm, and are replaced; W&B's own lie in its folder.
 
     Raises:
-        ValueError: names the first link.
+        ValueError: names the first link, or what is neither file nor folder.
 
     """
     for place, folders, names in os.walk(folder):
@@ -179,6 +179,9 @@ def refuse_links(folder: Path) -> None:
         links = [Path(place) / name for name in [*folders, *(names if inner else [])]]
         if found := [link for link in links if link.is_symlink()]:
             raise ValueError(f"{found[0]} is a link, and the run would write through it; put its content there")
+        other = [path for path in map(Path(place).joinpath, names) if path.exists() and not path.is_file()]
+        if other:
+            raise ValueError(f"{other[0]} is neither file nor folder; remove it")
         folders[:] = [name for name in folders if name != "wandb"]
 
 

@@ -184,7 +184,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for index, (before, param) in enumerate(zip(stored, params, strict=False)):
             place = self._places.get(param)
-            if before is not None and place is not None and before != place.fingerprint:
+            kept = index in state_dict["state"]
+            if kept and before is not None and place is not None and before != place.fingerprint:
                 raise ValueError(
                     f"the moments of parameter {index} were stored under another mask; give that one before loading"
                 )

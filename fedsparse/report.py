@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except OSError as error:
             sys.exit(f"fedsparse: {error}")
     if failed:
-        sys.exit(f"fedsparse: {failed} folders were not scaled, see above")
+        sys.exit(f"fedsparse: {failed} {'folder was' if failed == 1 else 'folders were'} not scaled, see above")
 
 
 def _pixels() -> str:

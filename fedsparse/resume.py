@@ -94,7 +94,6 @@ def as_found(job: Job) -> Job:
     stored = job.folder / ".hydra" / "config.yaml"
     if not stored.is_file():
         raise ValueError(already_used(job.folder))
-    trust.refuse_links(job.folder)
     # what is carried out is what was typed; what is stored is only compared, so that it may ask for what that asks for
     raw, typed = trust.read(stored), trust.RESOLVER.findall(OmegaConf.to_yaml(job.cfg))
     begun = _rounds(trust.resolved(raw, typed))
@@ -123,7 +122,6 @@ def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str]
         raise ValueError(
             f"{folder} holds no run to resume: {stored} is missing; give the run folder that a run printed"
         )
-    trust.refuse_links(folder)
     raw = trust.read(stored)
     begun = _rounds(trust.resolved(raw, trusted))
     for override in [f"{CACHE}=null", *overrides]:  # a folder that is written to: only where it was typed

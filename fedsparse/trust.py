@@ -188,20 +188,6 @@ def resolved(stored: Mapping[str, Any], trusted: Sequence[str] = ()) -> DictConf
     return OmegaConf.create(plain)  # type: ignore[return-value]
 
 
-def refuse_links(folder: Path) -> None:
-    """Refuse a run folder in which a file to be written lies elsewhere: a run writes two levels deep.
-
-    Raises:
-        ValueError: names a link that leads out of the folder, or what is neither file nor folder.
-
-    """
-    for path in [*folder.glob("*"), *folder.glob("*/*")]:
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{path} is a link out of the run folder; put there what it stands for")
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise ValueError(f"{path} is neither file nor folder; remove it")
-
-
 def _check_part(key: str, node: Mapping[str, Any], trusted: Sequence[str], typed: Sequence[str]) -> None:
     """Look up a node that Hydra would call.
 

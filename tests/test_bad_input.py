@@ -31,7 +31,10 @@ BAD = [
     ("sparsity.ratio=nan", "sparsity.ratio"),
     ("sparsity.mode=melt", "sparsity.mode is 'melt'; it must be freeze or prune"),
     ("sparsity.min_density=0.5", "sparsity.min_density=0.5 is more than the density"),
-    ("sparsity.min_density=much", "sparsity.min_density must be a number"),
+    (
+        "sparsity.min_density=much",
+        "sparsity.min_density is .much.; it must be a finite number of 0 or more",
+    ),
     ("sparsity.schedule=cubic", "sparsity.schedule is .*; it must be null or a node of initial, begin, every, steps"),
     ("sparsity.schedule={inital:0}", "sparsity.schedule is .*; it must be null or a node of initial"),
     (
@@ -231,7 +234,7 @@ BAD_EXCHANGE = [
     ("objective=scaffold optimizer=adamw", "objective=scaffold need optimizer=sgdm"),
     (
         "optimizer=adam optimizer.betas=[0.9,1]",
-        "optimizer.betas is .*; it is .*; it must be two numbers of 0 or more and below 1",
+        "optimizer.betas is .*; it must be two numbers of 0 or more and below 1",
     ),
     ("optimizer=adamw optimizer.eps=0", "optimizer.eps is 0.*; it must be a finite number above 0"),
     ("objective=fedprox objective.mu=-1", "objective.mu is -1; it must be a finite number of 0 or more"),
@@ -269,7 +272,7 @@ BAD_EXCHANGE = [
     ("exchange=pattern exchange.names=5", "exchange.names is 5; it must be glob patterns"),
     ("server.lr=1e39", "server.lr is 1e.39; it must be a finite number above 0"),
     ("server=fedavgm server.optimizer.momentum=5", "server.optimizer.momentum is 5; it must be .* and below 1"),
-    ("server=fedadam server.tau=1e39", "server.tau is 1e.*; it must be a finite number above 0"),
+    ("server=fedadam server.tau=1e39", "server.optimizer.tau is 1e.*; it must be a finite number"),
     ("calibration.head_lr=1e39", "calibration.head_lr is 1e.39; it must be a finite number above 0"),
     ("calibration.cache=5", "calibration.cache is 5; it must be a folder, or null"),
     ("mask_rule=autoflip explore.lr=1e39", "explore.lr is 1e.39; it must be null, or a finite number above 0"),
@@ -490,7 +493,7 @@ RANGES = [  # schedules, optimizers, masks: each option at and beyond its edge
     ("optimizer.nesterov=maybe", "optimizer.nesterov is 'maybe'; it must be true or false"),
     ("optimizer.dampening=-1", "optimizer.dampening is -1; it must be a finite number of 0 or more"),
     ("optimizer.weight_decay=inf", "optimizer.weight_decay is inf; it must be a finite number of 0 or more"),
-    ("optimizer.clip_norm=inf", "optimizer.clip_norm is inf; it must be a finite number above 0"),
+    ("optimizer.clip_norm=inf", "optimizer.clip_norm is inf; it must be null, or a finite number above 0"),
     ("server=fedavgm server.optimizer.momentum=nan", "server.optimizer.momentum is nan; it must be a finite number"),
     (
         "server=fedavgm server.optimizer.momentum=1",

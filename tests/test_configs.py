@@ -23,6 +23,7 @@ NEEDS = {
     "model/timm": ["model.name=resnet18", "model.net.pretrained=false"],
     "model/dino_vits16": ["model.net.pretrained=false"],
     "data/stdlib_docs": ["model=bert_tiny"],
+    "objective/scaffold": ["objective.num_clients=5"],  # null is filled in with the clients that hold data
 }
 # what is null in a model because the data decides it
 FOUND = {"num_classes": 10, "in_chans": 1, "img_size": 8, "in_features": 64}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 
 from fedsparse import run
@@ -30,6 +31,11 @@ def test_what_was_stored_wins():
         "list": [{"a": 1}],
     }
     assert renewed(stored) == stored
+
+
+@pytest.mark.parametrize(("then", "now"), [(32, "32-true"), ("bf16", "bf16-mixed"), ("16-mixed", "16-mixed")])
+def test_lightnings_short_names_of_a_precision_are_read(then, now):
+    assert renewed({"_target_": "lightning.Trainer", "precision": then})["precision"] == now
 
 
 def test_the_names_of_now_are_those_of_conf():

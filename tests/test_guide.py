@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fedsparse.federation.guide import Guide, squares
+from fedsparse.federation.guide import Guide
 
 CPU = torch.device("cpu")
 
@@ -38,6 +38,9 @@ def test_two_processes_that_were_told_the_same_have_the_mean_of_one(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_squares_stay_finite(dtype):
-    most = torch.finfo(dtype).max
-    assert squares(torch.tensor([-3.0, 0.0, most], dtype=dtype)).tolist() == [9.0, 0.0, most]
+def test_what_is_too_large_for_the_dtype_counts_as_its_largest_number(dtype):
+    most, guide = torch.finfo(dtype).max, Guide(3, CPU)
+    guide.add(torch.tensor([[-3.0, 0.0, most]], dtype=dtype).square(), [0.5], [1.0])
+    found = guide.finish()
+    assert found is not None
+    assert found[0].tolist() == [9.0, 0.0, most]

@@ -241,9 +241,9 @@ def test_from_file_says_when_always_train_adds_to_it(net, mask_file):
 def test_bad_options_are_refused_by_name():
     with pytest.raises(ValueError, match=r"mask_rule\.path"):
         rules.FromFile(None)
-    with pytest.raises(ValueError, match=r"calibration\.fisher .* not 'exact'"):
+    with pytest.raises(ValueError, match=r"calibration\.fisher is 'exact'; it must be sample or batch"):
         rules.Fisher(largest=True, fisher="exact")
-    with pytest.raises(ValueError, match=r"calibration\.labels .* not 'truth'"):
+    with pytest.raises(ValueError, match=r"calibration\.labels is 'truth'; it must be data or model"):
         rules.Fisher(largest=True, labels="truth")
     with pytest.raises(ValueError, match=r"mask_rule\.chunk"):
         rules.Fisher(largest=True, chunk=0)

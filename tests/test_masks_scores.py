@@ -206,7 +206,7 @@ def test_drawn_labels_make_the_expected_fisher_on_average():
 
 def test_labels_are_checked():
     net, (x, y) = mlp(), batch((2, 4))
-    with pytest.raises(ValueError, match="'data' or 'model', not 'truth'"):
+    with pytest.raises(ValueError, match="calibration.labels is 'truth'; it must be data or model"):
         fisher_batch(net, ParamSpace.of(net), x, y, loss=losses, labels="truth")
     with pytest.raises(ValueError, match="generator"):
         fisher_per_sample(net, ParamSpace.of(net), x, y, loss=losses, labels="model")

@@ -144,13 +144,14 @@ def test_a_model_that_cannot_be_built_is_a_line_of_its_own(tmp_path, monkeypatch
     a_run(tmp_path / "runs/a")
     a_run(tmp_path / "runs/b", seed=1)
 
-    def scaled(folder):
+    def scaled(folder, trusted):
         if folder.name == "a":
             raise KeyError("layer")
         return {"alpha": 1.0, "val/acc": 0.5, "test/acc": 0.5, "test/acc_at_1": 0.5}
 
     monkeypatch.setattr(scale, "scaled", scaled)
-    report.main([str(tmp_path / "runs"), "--scale"])
+    with pytest.raises(SystemExit, match="1 folder was not scaled"):
+        report.main([str(tmp_path / "runs"), "--scale"])
     said = capsys.readouterr()
     assert "a was not scaled: KeyError" in said.err
     assert "Scaled task vector" in said.out

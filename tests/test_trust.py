@@ -310,16 +310,6 @@ def test_a_stored_cache_is_not_written_to(folder, tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "metrics.csv.part", ".lock", "run.log", "checkpoints/last.ckpt.part"])
-def test_a_planted_link_is_refused_before_anything_is_written(folder, tmp_path, name):
-    (tmp_path / "mine.txt").write_text("mine")
-    (folder / name).unlink(missing_ok=True)
-    (folder / name).symlink_to(tmp_path / "mine.txt")
-    with pytest.raises(ValueError, match=r"is a link out of the run folder"):
-        run([f"resume={folder}", "federation.rounds=2"])
-    assert (tmp_path / "mine.txt").read_text() == "mine"
-
-
 def test_links_within_the_folder_and_a_folder_by_a_link_may_stay(folder, tmp_path):
     (folder / "wandb").mkdir()
     (folder / "wandb" / "latest-run").symlink_to("run-1", target_is_directory=True)
@@ -327,7 +317,7 @@ def test_links_within_the_folder_and_a_folder_by_a_link_may_stay(folder, tmp_pat
     assert run([f"resume={tmp_path / 'link'}", "federation.rounds=2"])["rounds"] == 2
     os.mkfifo(folder / "metrics.csv.part")
     with pytest.raises(ValueError, match="neither file nor folder"):
-        read_job(folder)
+        run([f"resume={folder}", "federation.rounds=3"])
 
 
 def test_rows_of_a_file_are_numbers(tmp_path):

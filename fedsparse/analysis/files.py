@@ -115,7 +115,7 @@ def _text(path: Path, largest: int = LARGEST) -> str:
         if not stat.S_ISREG(kind.st_mode):
             raise NotPlain(f"{path.name} is no plain file")
         if kind.st_size > largest:
-            raise NotPlain(f"{path.name} has {kind.st_size} bytes: no run writes such a file")
+            raise NotPlain(f"{path.name} has more than {largest:,} bytes: no run writes such a file")
         return file.read().decode()
 
 

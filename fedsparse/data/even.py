@@ -34,7 +34,7 @@ def holders_of_one_more(clients: Ints, holders: Ints, sizes: Ints) -> Marks:
         bool (H,).
 
     >>> holders_of_one_more(np.array([0, 1, 0, 1]), np.array([2, 2]), np.array([3, 3])).tolist()
-    [True, False, False, True]
+    [False, True, True, False]
 
     """
     whole, left = np.divmod(sizes, np.maximum(holders, 1))

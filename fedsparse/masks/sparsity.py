@@ -134,7 +134,7 @@ class Sparsity:
             if self.rank is not None:
                 raise ValueError(f"sparsity.rank={self.rank!r} is read with sparsity.scope=shira only; leave it null")
             return
-        check_whole("with sparsity.scope=shira, sparsity.rank", self.rank, 1)
+        check_whole("sparsity.rank, with sparsity.scope=shira,", self.rank, 1)
         if self.unit != "coordinate":
             raise ValueError(f"sparsity.unit is {self.unit!r}; with sparsity.scope=shira it must be coordinate")
 
