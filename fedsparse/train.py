@@ -212,7 +212,8 @@ def main() -> None:
         if folder is not None:
             resume(folder, [a for a in sys.argv[1:] if not a.startswith("resume=")])
         else:
-            _hydra_main()
+            with logging_kept():
+                _hydra_main()
         parallel.share(None)  # where torchrun or SLURM started the others: there is nothing more
         return team.leave()
 
