@@ -224,7 +224,7 @@ def arrange() -> None:
     """Check what was typed, and let Hydra read its flags wherever they stand."""
     sys.argv[1:] = arranged(sys.argv[1:])
     for line in given_twice(sys.argv[1:]):
-        warnings.warn(line, stacklevel=2)
+        print(printable(f"fedsparse: warning: {line}"), file=sys.stderr)
 
 
 def on_command_line(body: Callable[[], Any]) -> None:

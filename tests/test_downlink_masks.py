@@ -58,6 +58,16 @@ def test_what_stopped_is_still_sent_by_hand():
     assert size(downlink, 2, first) == Size(H, 1, 4)
 
 
+def test_who_holds_the_first_model_alone_is_sent_what_trains_and_what_moved_before_it_stopped():
+    """It calibrated, say, and takes part for the first time: what never moved is as it was there."""
+    downlink, first, second = Downlink(), range(10), range(5, 15)
+    close(downlink, 0, first, {3, 7})
+    follow(downlink, first, second, 0)
+    assert size(downlink, 1, second) == Size(H, 1, 4 * 10 + 4)  # all that trains, without positions; 3 as a list
+    close(downlink, 1, second, {12})
+    assert size(downlink, 1, second) == Size(H, 1, 4 * 10 + 4)
+
+
 def test_what_was_pruned_is_sent_when_it_trains_again_by_hand():
     """It is zero: whoever holds the model from before must be told; while it is pruned the mask says so."""
     downlink, first, second = Downlink(), range(10), range(5, 15)

@@ -47,7 +47,7 @@ class Downlink:
 
     def _size(self, since: int, row: Tensor, buffers: int) -> Size:
         size = self._trained(since, row, buffers)
-        if self.stopped is None or self.zeros or not bool((late := self.stopped >= since).any()):
+        if self.stopped is None or self.zeros or not bool((late := self.stopped >= max(since, 0)).any()):
             return size
         return size + replace(self._some(late, 0, row), header=0)
 
