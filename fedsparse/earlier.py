@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TARGETS: Mapping[str, str] = {}  # by the name of then, that of now
+_RULES = ("Layers", "Pattern", "RandomK", "Threshold", "TopK")
+# by the name of then, that of now
+TARGETS: Mapping[str, str] = {
+    **{
+        f"fedsparse.federation.exchange.{name}": "fedsparse.federation.exchange.Exchange"
+        for name in ("Masked", "Sparse")
+    },
+    **{f"fedsparse.federation.selection.{name}": f"fedsparse.federation.rules.{name}" for name in _RULES},
+}
 # by target, the keys that came since, with the value that does what was done then
 KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_client": {"even": False}}
 # by target and key, what a value of then is called now

@@ -38,6 +38,20 @@ def test_lightnings_short_names_of_a_precision_are_read(then, now):
     assert renewed({"_target_": "lightning.Trainer", "precision": then})["precision"] == now
 
 
+def test_a_run_of_before_exchanges_were_one_class_goes_on(run_in):
+    """Then a sparse exchange was a class of its own, and its rules stood in another file."""
+    options = ["mask_rule=dense", "aggregation=coordinate_mean", "exchange=topk", "exchange.fraction=0.1"]
+    whole, _ = run_in("whole", *options)
+    _, folder = run_in("old", *options, "federation.rounds=2")
+    stored = folder / ".hydra" / "config.yaml"
+    text = stored.read_text(encoding="utf-8")
+    old = text.replace("federation.exchange.Exchange", "federation.exchange.Sparse")
+    old = old.replace("federation.rules.TopK", "federation.selection.TopK")
+    assert old.count("exchange.Sparse\n") == old.count("selection.TopK\n") == 1
+    stored.write_text(old, encoding="utf-8")
+    assert run([f"resume={folder}", "federation.rounds=3"])["global_sha256"] == whole["global_sha256"]
+
+
 def test_the_names_of_now_are_those_of_conf():
     for target, keys in KEYS.items():
         assert set(keys) <= shipped().arguments[target]
