@@ -13,6 +13,7 @@ from scipy.stats import rankdata
 from sklearn.preprocessing import MinMaxScaler, RobustScaler
 
 from fedsparse.masks import above_quantile, guidance, topk
+from fedsparse.masks.quantiles import quantile
 from fedsparse.masks.scores import deviation, normalise
 from fedsparse.space import ParamSpace
 
@@ -246,3 +247,10 @@ def test_the_originals_robust_takes_the_lower_median():
     assert normalise(scores, space, "robust").tolist() == pytest.approx(plain)
     for how in ("minmax", "rank", "none"):
         assert torch.equal(normalise(scores, space, how, "original"), normalise(scores, space, how))
+
+
+def test_a_quantile_between_scores_whose_difference_is_beyond_float64():
+    """A quarter of the way from -1.5e308 to 1.5e308 is -0.75e308; their difference is infinite."""
+    ends = [torch.tensor([-1.5e308, 1.5e308], dtype=torch.float64)]
+    assert quantile(ends, 0.25) == pytest.approx(-0.75e308, rel=1e-12)
+    assert quantile(ends, 0.75) == pytest.approx(0.75e308, rel=1e-12)

@@ -23,8 +23,8 @@ log = logging.getLogger("fedsparse")
 def human_bytes(count: float) -> str:
     """Write a number of bytes for people, in powers of 1,000.
 
-    >>> human_bytes(16_400), human_bytes(8_200_000)
-    ('16.4 kB', '8.2 MB')
+    >>> human_bytes(16_400), human_bytes(8_200_000), human_bytes(999_900_000_000)
+    ('16.4 kB', '8.2 MB', '999.9 GB')
     """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
