@@ -14,8 +14,8 @@ from pathlib import Path
 from fedsparse.analysis.files import finite
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.statistics import Interval, paired
+from fedsparse.core.signals import command
 from fedsparse.data.files import printable
-from fedsparse.signals import command
 
 Cell = tuple[str, bool]  # rule, whether there are attackers
 PLAIN = "WeightedMean"  # averages whatever comes: it claims no robustness

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fedsparse.federation.sampling import participants
+from fedsparse.federation.server.sampling import participants
 
 
 def rounds_within(budget: int, before: int, per_round: int) -> int:

@@ -15,33 +15,33 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from fedsparse.core import parallel
+from fedsparse.core.precisions import dtype_of
+from fedsparse.core.seeding import Purpose
+from fedsparse.core.space import ParamSpace
+from fedsparse.core.subspace import Coordinates
+from fedsparse.core.weights import distinct
 from fedsparse.data.augment import augment
 from fedsparse.data.checks import checked_integer
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.images import Inputs, TokenInputs, inputs_for
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
-from fedsparse.federation import parallel
-from fedsparse.federation.calibration import Calibration
-from fedsparse.federation.client import ClientModule
+from fedsparse.federation.client.drift import Objective
 from fedsparse.federation.combinations import check_names, check_pruning, check_server, check_sizes, check_together
-from fedsparse.federation.exchange import Exchange, OwnMasks
-from fedsparse.federation.objective import Objective
-from fedsparse.federation.personal import Personal
+from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
+from fedsparse.federation.exchange.wire.message import known_size
 from fedsparse.federation.phases import Phase, Phases
-from fedsparse.federation.sampling import participants, uniform
 from fedsparse.federation.schedule import check_schedule
-from fedsparse.federation.server import Server
-from fedsparse.federation.wire import known_size
-from fedsparse.keys import Purpose
+from fedsparse.federation.server.sampling import participants, uniform
+from fedsparse.federation.server.server import Server
 from fedsparse.masks import Sparsity
 from fedsparse.models.heads import attentions
 from fedsparse.nets import build_net, check_classes, check_fit, check_kind
-from fedsparse.places import Coordinates
-from fedsparse.precisions import dtype_of
+from fedsparse.preparation.calibration import Calibration
 from fedsparse.shares import build_clients
-from fedsparse.space import ParamSpace
-from fedsparse.weights import distinct
+from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.personal import Personal
 
 log = logging.getLogger("fedsparse")
 AUTO = "auto"  # federation.cohort, to be measured

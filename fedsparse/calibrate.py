@@ -16,11 +16,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fedsparse import build, files, train
+from fedsparse import build, train
 from fedsparse.config import check
+from fedsparse.core import files
 from fedsparse.execute import quiet
-from fedsparse.federation.calibration import Calibrated
-from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.preparation.calibration import Calibrated
 from fedsparse.prepare import mean_client_overlap, prepare, sparsity_of
 from fedsparse.resume import Job, facts, store
 from fedsparse.shipped import conf_dir

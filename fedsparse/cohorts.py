@@ -9,12 +9,12 @@ import torch
 from omegaconf import DictConfig
 
 from fedsparse.build import AUTO, Federation, build_module
+from fedsparse.core.precisions import HALF
 from fedsparse.devices import accelerator
-from fedsparse.federation.autotune import choose, measure
-from fedsparse.federation.client import ClientModule, can_stack
-from fedsparse.federation.trial import obstacle
 from fedsparse.models.copies import copied
-from fedsparse.precisions import HALF
+from fedsparse.simulation.autotune import choose, measure
+from fedsparse.simulation.module import ClientModule, can_stack
+from fedsparse.simulation.trial import obstacle
 
 log = logging.getLogger("fedsparse")
 

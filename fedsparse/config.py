@@ -20,9 +20,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from fedsparse.budget import rounds_for_steps
+from fedsparse.core.checks import check_flag, check_number, check_positive, check_share, finite
+from fedsparse.core.precisions import PRECISIONS
 from fedsparse.limits import check_trainer
-from fedsparse.options import check_flag, check_number, check_positive, check_share, finite
-from fedsparse.precisions import PRECISIONS
 from fedsparse.sweep import already_used, cell_name, used
 from fedsparse.unread import check_keys
 

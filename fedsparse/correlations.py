@@ -24,11 +24,11 @@ from scipy import stats
 
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.statistics import Interval
-from fedsparse.federation.setting import Setting
+from fedsparse.core.signals import command
 from fedsparse.masks.scores import fisher_per_sample
+from fedsparse.preparation.setting import Setting
 from fedsparse.prepare import GUIDANCE
 from fedsparse.scale import at_start
-from fedsparse.signals import command
 
 Figures = Mapping[str, float]
 Group = tuple[str, str, str]  # model, partition, optimizer

@@ -9,13 +9,43 @@ from collections.abc import Mapping
 from typing import Any
 
 _RULES = ("Layers", "Pattern", "RandomK", "Threshold", "TopK")
+# by the package of now, and what it has taken over from modules of then
+_MOVED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "fedsparse.optim": {
+        "adam": ("SparseAdam",),
+        "fedopt": ("AveragedMomentum", "FedAdagrad", "FedAdam", "FedYogi"),
+    },
+    "fedsparse.federation.client": {"federation.objective": ("FedProx", "Plain", "Scaffold")},
+    "fedsparse.federation.exchange": {
+        "federation.filters": ("feedback", "precision", "sign_flip"),
+        "federation.link": ("Link",),
+        "federation.rules": _RULES,
+        "federation.selection": _RULES,
+    },
+    "fedsparse.federation.server": {
+        "federation.aggregation": ("CoordinateMean", "FedNova", "Robust", "WeightedMean"),
+        "federation.robust": ("geometric_median", "krum", "median", "multi_krum", "trimmed_mean"),
+        "federation.sampling": ("everyone", "uniform"),
+        "federation.topology": ("Flat",),
+    },
+    "fedsparse.simulation": {
+        "federation.artifacts": ("wandb_logger",),
+        "federation.client": ("ClientModule",),
+        "federation.personal": ("Personal",),
+    },
+}
 # by the name of then, that of now
 TARGETS: Mapping[str, str] = {
+    **{
+        f"fedsparse.{module}.{name}": f"{package}.{name}"
+        for package, modules in _MOVED.items()
+        for module, names in modules.items()
+        for name in names
+    },
     **{
         f"fedsparse.federation.exchange.{name}": "fedsparse.federation.exchange.Exchange"
         for name in ("Masked", "Sparse")
     },
-    **{f"fedsparse.federation.selection.{name}": f"fedsparse.federation.rules.{name}" for name in _RULES},
 }
 # by target, the keys that came since, with the value that does what was done then
 KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_client": {"even": False}}

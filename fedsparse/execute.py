@@ -20,22 +20,18 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fedsparse import build, cohorts, fitting, results, signals, team
+from fedsparse import build, cohorts, fitting, results, team
+from fedsparse.core import parallel, signals
+from fedsparse.core.precisions import dtype_of, made_in
+from fedsparse.core.weights import save_weights
 from fedsparse.data.datamodule import FederatedDataModule
-from fedsparse.federation import parallel
-from fedsparse.federation.calibration import Calibrated
-from fedsparse.federation.checkpoint import LAST, choose_checkpoint, read_checkpoint
-from fedsparse.federation.choice import MaskChoice, zero
-from fedsparse.federation.client import ClientModule
-from fedsparse.federation.csv import read_rows
-from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.masking import MaskChoice, zero
 from fedsparse.federation.reports import Diverged
-from fedsparse.federation.rounds import FederatedRounds
-from fedsparse.federation.tracking import hand_on
 from fedsparse.finished import WEIGHTS
 from fedsparse.masks import Mask
 from fedsparse.models.flops import pruning_figures
-from fedsparse.precisions import dtype_of, made_in
+from fedsparse.preparation.calibration import Calibrated
 from fedsparse.prepare import (
     MASK,
     OVERLAP,
@@ -48,8 +44,12 @@ from fedsparse.prepare import (
     sparsity_of,
 )
 from fedsparse.resume import Job
+from fedsparse.simulation.callback import FederatedRounds
+from fedsparse.simulation.checkpoint import LAST, choose_checkpoint, read_checkpoint
+from fedsparse.simulation.csv_logger import read_rows
+from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.tracking import hand_on
 from fedsparse.trial import check_trainable
-from fedsparse.weights import save_weights
 
 log = logging.getLogger("fedsparse")
 

@@ -21,8 +21,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedsparse import files, nets, trust
+from fedsparse import nets, trust
 from fedsparse.analysis.export_table import print_export
+from fedsparse.core import files
+from fedsparse.core.weights import load_weights, save_weights
 from fedsparse.execute import quiet
 from fedsparse.finished import WEIGHTS, Finished, inputs, read_run
 from fedsparse.models.flops import pruning_figures
@@ -32,7 +34,6 @@ from fedsparse.models.to_onnx import onnx_forward, write_onnx
 from fedsparse.savings import interleaved
 from fedsparse.sweep import held
 from fedsparse.train import on_command_line
-from fedsparse.weights import load_weights, save_weights
 
 Forward = Callable[[Tensor], Tensor]
 FORMATS = ("safetensors", "onnx")

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedsparse import build, nets
+from fedsparse.core.weights import load_weights
 from fedsparse.resume import read_job
-from fedsparse.weights import load_weights
 
 WEIGHTS = "model.safetensors"
 SAMPLES = 8  # random inputs, and as many of the test split

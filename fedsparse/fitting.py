@@ -14,32 +14,31 @@ from hydra.utils import instantiate
 from lightning.pytorch.plugins.precision import Precision
 from omegaconf import DictConfig, OmegaConf
 
-from fedsparse import files
 from fedsparse.build import Federation, build_exchange, build_personal, streaming
+from fedsparse.core import files, parallel
+from fedsparse.core.precisions import DOUBLE, HALF
 from fedsparse.data.augment import augment
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.devices import accelerator, build_device
-from fedsparse.federation import parallel
-from fedsparse.federation.artifacts import Artifacts, begun
-from fedsparse.federation.buffers import Buffers
-from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
-from fedsparse.federation.choice import MaskChoice, length_of
-from fedsparse.federation.client import ClientModule
+from fedsparse.federation.client.buffers import Buffers
 from fedsparse.federation.combinations import check_names
-from fedsparse.federation.csv import RoundCSV
-from fedsparse.federation.evaluation import Evaluation
-from fedsparse.federation.ledger import Ledger
-from fedsparse.federation.parallel import CohortStrategy
-from fedsparse.federation.personal import CLIENTS, Personal
-from fedsparse.federation.precision import DoublePrecision, HalfPrecision
-from fedsparse.federation.progress import RoundProgress
-from fedsparse.federation.rounds import BUFFERS, LOCAL, FederatedRounds
-from fedsparse.federation.store import ClientStore, make_store
-from fedsparse.federation.tracking import GracefulStop, RoundLog
-from fedsparse.federation.traffic import Traffic
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.exchange.traffic import Traffic
+from fedsparse.federation.masking import MaskChoice, length_of
+from fedsparse.federation.stores.store import ClientStore, make_store
 from fedsparse.limits import seconds_of
 from fedsparse.masks import Mask
-from fedsparse.precisions import DOUBLE, HALF
+from fedsparse.simulation import strategy
+from fedsparse.simulation.artifacts import Artifacts, begun
+from fedsparse.simulation.callback import BUFFERS, LOCAL, FederatedRounds
+from fedsparse.simulation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
+from fedsparse.simulation.csv_logger import RoundCSV
+from fedsparse.simulation.evaluation import Evaluation
+from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.personal import CLIENTS, Personal
+from fedsparse.simulation.precision import DoublePrecision, HalfPrecision
+from fedsparse.simulation.progress import RoundProgress
+from fedsparse.simulation.tracking import GracefulStop, RoundLog
 
 TRAFFIC = "traffic.csv"
 
@@ -154,8 +153,8 @@ def build_loggers(cfg: DictConfig, folder: Path, group: str | None, round: int) 
 def build_trainer(cfg: DictConfig, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:
     """Build the one Trainer that runs the whole federation, for so many rounds."""
     own = _own_precision(cfg)
-    several = {"strategy": CohortStrategy()} if parallel.joined() else {}
-    found = [environment] if (environment := parallel.environment()) else []
+    several = {"strategy": strategy.CohortStrategy()} if parallel.joined() else {}
+    found = [environment] if (environment := strategy.environment()) else []
     return instantiate(cfg.trainer)(
         **({} if own is None else {"precision": None}),
         **several,

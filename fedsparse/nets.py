@@ -15,12 +15,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from fedsparse.core.precisions import dtype_of
+from fedsparse.core.space import ParamSpace, Patterns, matches
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.files import reason_of
 from fedsparse.models.modes import evaluating
 from fedsparse.models.trainable import trainable_filter
-from fedsparse.precisions import dtype_of
-from fedsparse.space import ParamSpace, Patterns, matches
 
 NORMS = (WeightNorm, SpectralNorm)  # in torch's older form, hooks that compute the weight before each forward
 

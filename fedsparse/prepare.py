@@ -20,25 +20,26 @@ from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
-from fedsparse import build, files, results, trust
+from fedsparse import build, results, trust
 from fedsparse.analysis.mask_plot import mask_figure
+from fedsparse.core import files
+from fedsparse.core.precisions import dtype_of, made_in
+from fedsparse.core.seeding import Purpose
+from fedsparse.core.space import ParamSpace
 from fedsparse.devices import build_device
-from fedsparse.federation.cache import Cache, source_of
-from fedsparse.federation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients, observe
-from fedsparse.federation.choice import NOTHING
-from fedsparse.federation.client import ClientModule
-from fedsparse.federation.head import Head, prepare_head
-from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.masking import NOTHING
 from fedsparse.federation.phases import Phases
-from fedsparse.federation.setting import Setting
-from fedsparse.federation.trial import try_out
-from fedsparse.keys import Purpose
 from fedsparse.masks import Mask, MaskRule, overlaps
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import FromFile
-from fedsparse.precisions import dtype_of, made_in
+from fedsparse.preparation.cache import Cache, source_of
+from fedsparse.preparation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients, observe
+from fedsparse.preparation.head import Head, prepare_head
+from fedsparse.preparation.setting import Setting
 from fedsparse.resume import Job
-from fedsparse.space import ParamSpace
+from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.trial import try_out
 
 log = logging.getLogger("fedsparse")
 MASK, CLIENT_MASKS, GUIDANCE = "mask.safetensors", "client_masks.safetensors", "guidance.safetensors"

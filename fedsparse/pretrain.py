@@ -32,10 +32,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsparse.core.files import write
+from fedsparse.core.signals import command
 from fedsparse.data.datasets import Split, digits, scale_pixels
-from fedsparse.files import write
 from fedsparse.models.vision import HEAD, vit_digits
-from fedsparse.signals import command
 
 # No digits, and no I, O, i, l or o, which fonts draw like 1 and 0. Small letters only where their shape is their own.
 CLASSES = "ABCDEFGHJKLMNPQRSTUVWXYZabdefghjnqrt"

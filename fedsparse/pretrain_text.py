@@ -22,11 +22,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsparse import files
+from fedsparse.core import files
+from fedsparse.core.signals import command
 from fedsparse.data.docs import held_by_clients, held_out, library_sentences
 from fedsparse.data.tokens import PACKAGED, fingerprint, load_tokenizer, need_transformers, tokens
 from fedsparse.pretrain import rate_share
-from fedsparse.signals import command
 
 BATCH = 64
 IGNORED = -100  # of cross_entropy

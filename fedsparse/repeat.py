@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 from fedsparse import train, trust
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.table import once, rows
+from fedsparse.core.signals import command
 from fedsparse.resume import Job, facts, refuse_stored_overrides
-from fedsparse.signals import command
 from fedsparse.sweep import MAY_DIFFER, CellFailed, cell_name, shown
 
 CHECKED = "+hydra.callbacks.fresh_run_folder.refuse=false"  # the cell itself looks whose a used folder is

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedsparse import files
 from fedsparse.analysis import convergence, equal_steps, exchange_table, overlap, pareto, tables
 from fedsparse.analysis.files import short
 from fedsparse.analysis.folders import Problem, Run, read_runs
 from fedsparse.analysis.page import Picture, Section, Table, markdown, page, png
 from fedsparse.analysis.table import once, rows
-from fedsparse.signals import command
+from fedsparse.core import files
+from fedsparse.core.signals import command
 
 _TITLE = "fedsparse report"
 

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedsparse import files
 from fedsparse.analysis.curves import curves_figure
 from fedsparse.analysis.partition_plot import partition_figure
 from fedsparse.build import Federation
-from fedsparse.federation.csv import read_rows
-from fedsparse.federation.progress import human_bytes
-from fedsparse.federation.rounds import FederatedRounds
+from fedsparse.core import files
 from fedsparse.masks import Mask
+from fedsparse.simulation.callback import FederatedRounds
+from fedsparse.simulation.csv_logger import read_rows
+from fedsparse.simulation.progress import human_bytes
 
 log = logging.getLogger("fedsparse")
 NEAR = 0.02  # above chance: what a run that learned nothing may reach by luck

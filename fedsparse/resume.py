@@ -17,8 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsparse import files, trust
+from fedsparse import trust
 from fedsparse.analysis.files import yaml_of
+from fedsparse.core import files
 from fedsparse.federation.phases import Phases
 from fedsparse.shipped import conf_dir
 from fedsparse.sweep import already_used, difference, used

@@ -22,15 +22,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fedsparse import files
 from fedsparse.bench.memory import forget_peak, resident
 from fedsparse.bench.problems import vit_small
-from fedsparse.federation.client import ClientModule
+from fedsparse.core import files
+from fedsparse.core.signals import command
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Sparsity
 from fedsparse.masks.select import select
-from fedsparse.optim import SparseSGDM
-from fedsparse.signals import command
-from fedsparse.space import ParamSpace
+from fedsparse.optim.sgdm import SparseSGDM
+from fedsparse.simulation.module import ClientModule
 
 MASKS = {
     "dense": (0.0, "coordinate"),

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from fedsparse import files
+from fedsparse.core import files
 
 LONGEST = 120  # characters of a folder's name: file systems end at 255, and paths hold more than one
 CALIBRATION = "calibration.json"  # what fedsparse.calibrate leaves

@@ -19,8 +19,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from torch import distributed
 
+from fedsparse.core import parallel
 from fedsparse.devices import accelerator
-from fedsparse.federation import parallel
+from fedsparse.simulation import strategy
 
 MEETING = "FEDSPARSE_MEETING"  # file where the processes of one machine meet
 LOOPBACK = ("lo", "lo0")  # names of the interface on Linux and on macOS
@@ -37,7 +38,7 @@ def size_of(cfg: DictConfig) -> int:
 
     """
     asked = _asked(cfg)
-    found = parallel.environment()
+    found = strategy.environment()
     nodes = cfg.trainer.get("num_nodes", 1)  # a run that was stored before the key was there has one
     if found is None and nodes > 1:
         raise ValueError(f"trainer.num_nodes={nodes} needs torchrun or srun, which start the processes")
@@ -103,7 +104,7 @@ def meet(meeting: Path, followers: Sequence[subprocess.Popen[bytes]] = ()) -> No
         RuntimeError: one of them ended before.
 
     """
-    found = parallel.environment()
+    found = strategy.environment()
     assert found is not None
     size, store = found.world_size(), torch.distributed.FileStore(str(meeting), found.world_size())  # type: ignore[attr-defined]
     store.set(f"here{found.global_rank()}", "yes")
@@ -111,15 +112,15 @@ def meet(meeting: Path, followers: Sequence[subprocess.Popen[bytes]] = ()) -> No
         if any(follower.poll() is not None for follower in followers):
             raise RuntimeError("a process ended before the run began")
         time.sleep(0.02)
-    parallel.join(found, store)
+    strategy.join(found, store)
 
 
 def join() -> bool:
     """Join the others if this process was started as one of several; whether it was."""
-    found = parallel.environment()
+    found = strategy.environment()
     if found is not None and not parallel.joined():
         meeting = os.environ.get(MEETING)
-        parallel.join(found) if meeting is None else meet(Path(meeting))
+        strategy.join(found) if meeting is None else meet(Path(meeting))
     return found is not None
 
 

@@ -17,9 +17,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from fedsparse.core.signals import command
 from fedsparse.data.datasets import stratified
 from fedsparse.data.docs import held_by_clients
-from fedsparse.signals import command
 from fedsparse.train import on_command_line, run
 
 RUN = (

@@ -20,12 +20,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fedsparse import results, signals, team, trust
+from fedsparse import results, team, trust
 from fedsparse.advice import no_key, no_option
 from fedsparse.config import RunFolderUsed, check, register_resolvers
+from fedsparse.core import parallel, signals
 from fedsparse.data.files import printable
 from fedsparse.execute import execute, follow
-from fedsparse.federation import parallel
 from fedsparse.federation.reports import Diverged
 from fedsparse.resume import Job, as_found, facts, finished, open_log, read_job, store
 from fedsparse.shipped import conf_dir

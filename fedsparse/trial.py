@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fedsparse.build import Federation
-from fedsparse.federation.buffers import check_integers, freeze, integers
-from fedsparse.weights import check_savable
+from fedsparse.core.weights import check_savable
+from fedsparse.federation.client.buffers import check_integers, freeze, integers
 
 
 def check_trainable(cfg: DictConfig, federation: Federation) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from fedsparse.federation import parallel
+from fedsparse.core import parallel
+from fedsparse.simulation import strategy
 from fedsparse.team import MEETING, join, leave
 
 
@@ -49,8 +50,8 @@ def _serve(work, rank, size, folder, queue):
 def fit(small, rounds, folder):
     """Fit a small federation as one of several processes."""
     options = {
-        "strategy": parallel.CohortStrategy(),
+        "strategy": strategy.CohortStrategy(),
         "devices": parallel.processes(),
-        "plugins": [parallel.environment()],
+        "plugins": [strategy.environment()],
     }
     return small.fit(rounds, folder, **options)

@@ -1,4 +1,4 @@
-"""The wire format once more, in plain loops: what fedsparse.federation.wire is held against."""
+"""The wire format once more, in plain loops: what fedsparse.federation.exchange.wire.message is held against."""
 
 import struct
 

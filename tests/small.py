@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.rounds import LocalWork, RoundPlan
-from fedsparse.federation.aggregation import WeightedMean
-from fedsparse.federation.buffers import Buffers
-from fedsparse.federation.client import ClientModule
-from fedsparse.federation.exchange import Exchange
-from fedsparse.federation.objective import Plain
-from fedsparse.federation.rounds import FederatedRounds
-from fedsparse.federation.sampling import uniform
+from fedsparse.federation.client.buffers import Buffers
+from fedsparse.federation.client.drift import Plain
+from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.federation.schedule import constant
-from fedsparse.federation.topology import Flat
-from fedsparse.optim import SparseSGDM
-from fedsparse.space import ParamSpace
+from fedsparse.federation.server.aggregation import WeightedMean
+from fedsparse.federation.server.sampling import uniform
+from fedsparse.federation.server.topology import Flat
+from fedsparse.optim.sgdm import SparseSGDM
+from fedsparse.simulation.callback import FederatedRounds
+from fedsparse.simulation.module import ClientModule
 
 
 def small_net(dtype=torch.float64, seed=0):

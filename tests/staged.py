@@ -8,12 +8,12 @@ import torch
 from plain_sparse import best, gradient
 from small import Small, small_data, small_net, uneven_parts
 
+from fedsparse.core.seeding import Purpose
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
-from fedsparse.federation.choice import MaskChoice, zero
+from fedsparse.federation.masking import MaskChoice, zero
 from fedsparse.federation.phases import Phases
-from fedsparse.federation.sampling import uniform
-from fedsparse.keys import Purpose
+from fedsparse.federation.server.sampling import uniform
 from fedsparse.masks import Mask, Sparsity
 from fedsparse.masks.rules import AutoFLIP
 

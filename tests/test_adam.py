@@ -12,12 +12,12 @@ from plain import replay
 from plain_sparse import gradient
 from small import Small, small_data, small_net, uneven_parts
 
-from fedsparse import adam, places
-from fedsparse.adam import SparseAdam, adam_update, corrections
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation.exchange import Exchange
+from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.masks.bitmaps import pack
-from fedsparse.optim import SparseSGDM
+from fedsparse.optim import adam, index
+from fedsparse.optim.adam import SparseAdam, adam_update, corrections
+from fedsparse.optim.sgdm import SparseSGDM
 
 TORCH = {False: torch.optim.Adam, True: torch.optim.AdamW}
 OPTIONS = [{"weight_decay": decay, "decoupled": decoupled} for decay in (0.0, 0.1) for decoupled in (False, True)]
@@ -54,9 +54,9 @@ def bits(tensor):
 @options_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("trained", [1.0, 0.4])
-@pytest.mark.parametrize("chunk", [100, places.CHUNK])
+@pytest.mark.parametrize("chunk", [100, index.CHUNK])
 def test_where_it_trains_it_equals_torch_over_100_steps(options, dtype, trained, chunk, monkeypatch):
-    monkeypatch.setattr(places, "CHUNK", chunk)
+    monkeypatch.setattr(index, "CHUNK", chunk)
     monkeypatch.setattr(adam, "CHUNK", chunk)
     ours, theirs, start = (randoms(SHAPES, dtype) for _ in range(3))
     masks = [torch.rand(shape, generator=generator(9)) < trained for shape in SHAPES]
@@ -200,11 +200,11 @@ def step_live(optimizer, theta, live):
 
 @pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("chunk", [7, places.CHUNK])
+@pytest.mark.parametrize("chunk", [7, index.CHUNK])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_clients_of_ragged_steps_equal_torch_each_by_itself(make, mask, chunk, dtype, monkeypatch):
     """Bit for bit; in the second round all start anew from where they are, and what is not theirs is NaN."""
-    monkeypatch.setattr(places, "CHUNK", chunk)
+    monkeypatch.setattr(index, "CHUNK", chunk)
     ours, theirs = MAKES[make]
     theta = randoms([(4, 40)], dtype)[0]
     masks = torch.ones(4, 40, dtype=torch.bool) if MASKS[mask] is None else MASKS[mask]

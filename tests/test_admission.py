@@ -12,17 +12,17 @@ import torch
 from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation import robust
-from fedsparse.federation.admission import NOT_FINITE, admit, counted, finite, finite_rows, of_those
-from fedsparse.federation.aggregation import Robust
-from fedsparse.federation.exchange import Exchange
-from fedsparse.federation.filters import Feedback, Precision, SignFlip
-from fedsparse.federation.objective import VARIATES, Scaffold
+from fedsparse.federation.client.drift import VARIATES, Scaffold
+from fedsparse.federation.exchange.admission import NOT_FINITE, admit, counted, finite, finite_rows, of_those
+from fedsparse.federation.exchange.exchange import Exchange
+from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip
+from fedsparse.federation.exchange.sparsifiers import RandomK, Threshold, TopK
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.exchange.wire.message import encode
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import Diverged, Dropped, EveryUpdateDropped, named
-from fedsparse.federation.rules import RandomK, Threshold, TopK
-from fedsparse.federation.update import Update
-from fedsparse.federation.wire import encode
+from fedsparse.federation.server import robust
+from fedsparse.federation.server.aggregation import Robust
 
 NAN, INF, K, SIZE, MOST = float("nan"), float("inf"), 3, 24, torch.finfo(torch.float32).max
 HELD = (10.0, 20.0, 30.0)

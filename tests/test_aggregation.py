@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from fedsparse.federation.aggregation import (
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.server.aggregation import (
     CoordinateMean,
     FedNova,
     Robust,
@@ -17,7 +18,6 @@ from fedsparse.federation.aggregation import (
     krum,
     median,
 )
-from fedsparse.federation.update import Update
 
 CPU = torch.device("cpu")
 

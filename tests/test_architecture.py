@@ -10,11 +10,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedsparse"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
-# a file may import from its own level and from those below
-LEVELS = dict.fromkeys(("files", "keys", "options", "places", "precisions", "signals", "space", "weights"), 0)
-LEVELS |= dict.fromkeys(("data", "models", "masks", "masked", "optim", "adam", "fedopt"), 1)
-LEVELS |= {"federation": 2, "analysis": 3}
-ENTRY = 4
+# a file may import from its own level and from those below; what is listed nowhere stands on top
+ORDER = ("core", "optim", "data", "models", "masks", "federation", "preparation", "simulation")
+LEVELS = {name: level for level, name in enumerate(ORDER)} | {"analysis": len(ORDER)}
+ENTRY = len(ORDER) + 1
 # who may import the libraries that shape everything they touch
 MAY = {
     "hydra": (
@@ -35,7 +34,7 @@ MAY = {
     ),
     "lightning": (
         "data/datamodule.py",
-        "federation/",
+        "simulation/",
         "cohorts.py",
         "devices.py",
         "fitting.py",
@@ -43,7 +42,7 @@ MAY = {
         "team.py",
         "bench/federated.py",
     ),
-    "wandb": ("federation/artifacts.py", "bench/federated.py"),
+    "wandb": ("simulation/artifacts.py", "bench/federated.py"),
 }
 
 
@@ -94,8 +93,8 @@ def test_the_check_itself_can_fail(tmp_path, monkeypatch):
     monkeypatch.setattr("test_architecture.PACKAGE", tmp_path)
     wrong = tmp_path / "masks" / "wrong.py"
     wrong.parent.mkdir()
-    wrong.write_text("from fedsparse.federation.client import ClientModule\n")
-    assert list(arrows_back(wrong)) == ["fedsparse.federation.client", "fedsparse.federation.client.ClientModule"]
+    wrong.write_text("from fedsparse.simulation.module import ClientModule\n")
+    assert list(arrows_back(wrong)) == ["fedsparse.simulation.module", "fedsparse.simulation.module.ClientModule"]
 
 
 def assert_unpickles_by_an_own_list(tree):

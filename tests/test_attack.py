@@ -10,8 +10,8 @@ import yaml
 from fedsparse import attack
 
 FIGURES = {"val/acc": 0.5, "trainable_fraction": 1.0, "bytes_up": 1, "bytes_total": 1}
-MEAN = {"_target_": "fedsparse.federation.aggregation.WeightedMean"}
-ROBUST = "fedsparse.federation.robust."
+MEAN = {"_target_": "fedsparse.federation.server.WeightedMean"}
+ROBUST = "fedsparse.federation.server.robust."
 
 
 def write(folder, aggregation, attackers, seed, accuracy):
@@ -25,7 +25,7 @@ def write(folder, aggregation, attackers, seed, accuracy):
 
 
 def robust(name, **options):
-    return {"_target_": "fedsparse.federation.aggregation.Robust", "average": {"_target_": ROBUST + name, **options}}
+    return {"_target_": "fedsparse.federation.server.Robust", "average": {"_target_": ROBUST + name, **options}}
 
 
 def cell(line):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Sparsity
 from fedsparse.masks.rules import AutoFLIP, MaskRule
-from fedsparse.space import ParamSpace
 
 SPACE = ParamSpace(["w", "b", "head"], [torch.Size([5]), torch.Size([3]), torch.Size([2])])
 # minmax: w 1/4, 0, 1/2, 1, 3/4;  b 0, 1, 0.1;  the head is constant: 0

@@ -13,16 +13,16 @@ import torch
 from sklearn.linear_model import Ridge
 from small import Small, small_data, small_net, uneven_parts
 
-from fedsparse.federation.cache import Cache, fingerprint, source_of
-from fedsparse.federation.calibration import Calibration, Work, calibrate, calibrate_clients, observe
-from fedsparse.federation.head import Head, prepare_head, probe
-from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.federation.reports import Diverged
-from fedsparse.federation.setting import Setting
-from fedsparse.federation.wire import HEADER
 from fedsparse.masks import Sparsity
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import Fisher, Random
+from fedsparse.preparation.cache import Cache, fingerprint, source_of
+from fedsparse.preparation.calibration import Calibration, Work, calibrate, calibrate_clients, observe
+from fedsparse.preparation.head import Head, prepare_head, probe
+from fedsparse.preparation.setting import Setting
 
 HEAD = "3.*"
 SAMPLED = {0: [3, 5], 1: [6, 3]}  # by round: three different clients

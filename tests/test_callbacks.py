@@ -11,10 +11,10 @@ from rich.console import Console
 from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse import config
-from fedsparse.federation.evaluation import Evaluation
-from fedsparse.federation.progress import RoundProgress, human_bytes
-from fedsparse.federation.tracking import RoundLog
-from fedsparse.keys import Purpose, generator, number
+from fedsparse.core.seeding import Purpose, generator, number
+from fedsparse.simulation.evaluation import Evaluation
+from fedsparse.simulation.progress import RoundProgress, human_bytes
+from fedsparse.simulation.tracking import RoundLog
 
 
 def watch(tmp_path, terminal, shared=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedsparse import results
-from fedsparse.federation.client import ClientModule
+from fedsparse.simulation.module import ClientModule
 
 BASE = ["mask_rule=random", "pictures=false", "optimizer.clip_norm=0.6", "federation.local_steps=5"]
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import Logger
 
-from fedsparse.federation.csv import RoundCSV, read_rows
+from fedsparse.simulation.csv_logger import RoundCSV, read_rows
 
 
 def test_the_file_reads_as_written_by_hand(tmp_path):

@@ -8,11 +8,11 @@ from plain import plain_fedavg, replay
 from safetensors.torch import load_file
 
 from fedsparse import build, run
-from fedsparse.federation.checkpoint import LAST
-from fedsparse.federation.wire import HEADER
+from fedsparse.core.precisions import PRECISIONS
+from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.masks import Mask
-from fedsparse.precisions import PRECISIONS
 from fedsparse.resume import read_job
+from fedsparse.simulation.checkpoint import LAST
 
 DOUBLE = ["trainer.precision=64-true", "trainer.accelerator=cpu", "pictures=false", "calibration.cache=null"]
 SMALL = ["federation.num_clients=5", "federation.clients_per_round=3", "federation.local_steps=3", "data.batch_size=8"]

@@ -11,19 +11,19 @@ import pytest
 import torch
 from small import Small, small_data, small_net, uneven_parts
 
-from fedsparse.federation.aggregation import Change, CoordinateMean
-from fedsparse.federation.downlink import Downlink
-from fedsparse.federation.exchange import Exchange, Full
-from fedsparse.federation.ledger import Ledger
-from fedsparse.federation.link import Link
-from fedsparse.federation.objective import Scaffold
-from fedsparse.federation.rules import Threshold, TopK
-from fedsparse.federation.server import Server
-from fedsparse.federation.traffic import COLUMNS, Traffic
-from fedsparse.federation.wire import HEADER, Size, encode
-from fedsparse.fedopt import FedAdam, FedYogi
-from fedsparse.places import Coordinates
-from fedsparse.space import ParamSpace
+from fedsparse.core.space import ParamSpace
+from fedsparse.core.subspace import Coordinates
+from fedsparse.federation.client.drift import Scaffold
+from fedsparse.federation.exchange.downlink import Downlink
+from fedsparse.federation.exchange.exchange import Exchange, Full
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.exchange.link import Link
+from fedsparse.federation.exchange.sparsifiers import Threshold, TopK
+from fedsparse.federation.exchange.traffic import COLUMNS, Traffic
+from fedsparse.federation.exchange.wire.message import HEADER, Size, encode
+from fedsparse.federation.server.aggregation import Change, CoordinateMean
+from fedsparse.federation.server.server import Server
+from fedsparse.optim.fedopt import FedAdam, FedYogi
 
 N, H = 80, HEADER.size
 SIZE = ParamSpace.of(small_net()).size

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from fedsparse.federation.downlink import Downlink
-from fedsparse.federation.wire import HEADER, Size, encode
-from fedsparse.places import Coordinates, Move
+from fedsparse.core.subspace import Coordinates, Move
+from fedsparse.federation.exchange.downlink import Downlink
+from fedsparse.federation.exchange.wire.message import HEADER, Size, encode
 
 P, H = 30, HEADER.size
 

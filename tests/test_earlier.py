@@ -46,7 +46,7 @@ def test_a_run_of_before_exchanges_were_one_class_goes_on(run_in):
     stored = folder / ".hydra" / "config.yaml"
     text = stored.read_text(encoding="utf-8")
     old = text.replace("federation.exchange.Exchange", "federation.exchange.Sparse")
-    old = old.replace("federation.rules.TopK", "federation.selection.TopK")
+    old = old.replace("federation.exchange.TopK", "federation.selection.TopK")
     assert old.count("exchange.Sparse\n") == old.count("selection.TopK\n") == 1
     stored.write_text(old, encoding="utf-8")
     assert run([f"resume={folder}", "federation.rounds=3"])["global_sha256"] == whole["global_sha256"]

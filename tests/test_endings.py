@@ -17,10 +17,11 @@ import pytest
 import wandb
 from lightning.pytorch.loggers import Logger
 
-from fedsparse import calibrate, prepare, run, signals
-from fedsparse.federation import tracking
-from fedsparse.federation.csv import read_rows
+from fedsparse import calibrate, prepare, run
+from fedsparse.core import signals
 from fedsparse.limits import ALLOWED, INSTEAD, check_trainer, seconds_of
+from fedsparse.simulation import tracking
+from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.train import main
 
 OPTIONS = ["model=mlp", "logger=csv", "pictures=false", "calibration.head_steps=4"]
@@ -386,7 +387,7 @@ def test_a_cache_that_keeps_nothing_is_a_warning(monkeypatch, where):
         Path("kept").write_text("")
     else:
         full = OSError(28, "No space left on device")
-        monkeypatch.setattr("fedsparse.federation.cache._store", lambda *_: _raise(full))
+        monkeypatch.setattr("fedsparse.preparation.cache._store", lambda *_: _raise(full))
     warned = _warnings(monkeypatch)
     summary = run(["model=mlp", *OPTIONS[1:], "calibration.cache=kept", "federation.rounds=1", "hydra.run.dir=a"])
     assert summary["rounds"] == 1

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsparse.federation.evaluation import Evaluation, client_figures
+from fedsparse.simulation.evaluation import Evaluation, client_figures
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedsparse.federation.exchange import Exchange, Full
-from fedsparse.federation.update import Update
-from fedsparse.federation.wire import HEADER, PayloadError
+from fedsparse.federation.exchange.exchange import Exchange, Full
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.exchange.wire.message import HEADER, PayloadError
 
 P, K = 40, 3
 TRAINED = torch.arange(P) % 4 == 0

@@ -11,18 +11,18 @@ from plain import replay
 from plain_sparse import original_mean, rounds_of, top_change_mean
 from small import Small, small_data, small_net, uneven_parts
 
+from fedsparse.core.space import ParamSpace
+from fedsparse.core.subspace import Coordinates
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation import robust
-from fedsparse.federation.aggregation import CoordinateMean, FedNova, Robust, WeightedMean
-from fedsparse.federation.exchange import Exchange, Full
-from fedsparse.federation.filters import Feedback, Precision, SignFlip
-from fedsparse.federation.rules import Layers, Pattern, RandomK, Threshold, TopK
-from fedsparse.federation.selection import SCORES
-from fedsparse.federation.server import Server
-from fedsparse.federation.update import Update
+from fedsparse.federation.exchange.exchange import Exchange, Full
+from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip
+from fedsparse.federation.exchange.scores import SCORES
+from fedsparse.federation.exchange.sparsifiers import Layers, Pattern, RandomK, Threshold, TopK
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.server import robust
+from fedsparse.federation.server.aggregation import CoordinateMean, FedNova, Robust, WeightedMean
+from fedsparse.federation.server.server import Server
 from fedsparse.masks import top_fraction
-from fedsparse.places import Coordinates
-from fedsparse.space import ParamSpace
 
 ROUNDS, SIZE = 3, ParamSpace.of(small_net()).size
 SILENT = Threshold(1e9)  # nobody's change is so large

@@ -9,15 +9,15 @@ import torch
 from pair import fit, in_processes
 from small import Small, small_data, small_net, uneven_parts
 
+from fedsparse.core import parallel
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation import parallel
-from fedsparse.federation.aggregation import CoordinateMean, FedNova, Robust
-from fedsparse.federation.exchange import Exchange
-from fedsparse.federation.filters import Feedback, Precision
-from fedsparse.federation.objective import Scaffold
-from fedsparse.federation.robust import median
-from fedsparse.federation.rules import RandomK, TopK
-from fedsparse.fedopt import FedYogi
+from fedsparse.federation.client.drift import Scaffold
+from fedsparse.federation.exchange.exchange import Exchange
+from fedsparse.federation.exchange.filters import Feedback, Precision
+from fedsparse.federation.exchange.sparsifiers import RandomK, TopK
+from fedsparse.federation.server.aggregation import CoordinateMean, FedNova, Robust
+from fedsparse.federation.server.robust import median
+from fedsparse.optim.fedopt import FedYogi
 
 
 def sparse(rule, *filters, **options):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedsparse.federation.exchange import Exchange, select
-from fedsparse.federation.filters import SignFlip
-from fedsparse.federation.fractions import check_fraction, fraction_of
-from fedsparse.federation.rules import Layers, Layout, Pattern, RandomK, Sender, Threshold, TopK
-from fedsparse.federation.selection import SCORES, at_least, kept
-from fedsparse.federation.update import Update
-from fedsparse.federation.wire import read
+from fedsparse.federation.exchange.exchange import Exchange, select
+from fedsparse.federation.exchange.filters import SignFlip
+from fedsparse.federation.exchange.fractions import check_fraction, fraction_of
+from fedsparse.federation.exchange.scores import SCORES, at_least, kept
+from fedsparse.federation.exchange.sparsifiers import Layers, Layout, Pattern, RandomK, Sender, Threshold, TopK
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.exchange.wire.message import read
 
 # theta:      3  -1   0    2   -4    0.5
 # anchor:     1  -1   2   -2   -4.5  0

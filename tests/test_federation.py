@@ -10,12 +10,12 @@ import torch
 from plain import plain_fedavg, replay
 from small import Small, small_data, small_net, uneven_parts
 
-from fedsparse import places
+from fedsparse.core.space import ParamSpace
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation.client import ClientModule
-from fedsparse.federation.exchange import Exchange, Full
+from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.masks import top_fraction
-from fedsparse.space import ParamSpace
+from fedsparse.optim import index
+from fedsparse.simulation.module import ClientModule
 
 ROUNDS = 3
 WORK = {
@@ -54,7 +54,7 @@ def build(work="steps", masked=False, **options):
 @pytest.mark.parametrize("work", list(WORK))
 @pytest.mark.parametrize("exchange", [Full, Exchange])
 def test_three_rounds_equal_a_plain_loop(tmp_path, work, masked, cohort, exchange, monkeypatch):
-    monkeypatch.setattr(places, "_LARGE", 1)  # these layers are small, and yet stepped as large ones are
+    monkeypatch.setattr(index, "_LARGE", 1)  # these layers are small, and yet stepped as large ones are
     options = {"weight_decay": 0.01, "clip": 0.5}
     small = build(work, masked, cohort=cohort, exchange=exchange, **options)
     masks = small.space.unflatten(small.mask) if masked else None
@@ -154,7 +154,7 @@ def test_frozen_coordinates_keep_their_bits(tmp_path, cohort, server, exchange):
 
 def test_only_what_trains_is_differentiated_stepped_averaged_and_kept(tmp_path, monkeypatch):
     """Counts: n values in updates and moments, no gradient of a frozen tensor, weight gradients of five units of 16."""
-    monkeypatch.setattr(places, "_LARGE", 1)
+    monkeypatch.setattr(index, "_LARGE", 1)
     small = build(masked="units", server=partial(torch.optim.Adam, lr=0.05))
     products, multiply = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a.shape) or multiply(a, b))

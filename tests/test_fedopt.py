@@ -10,10 +10,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fedsparse.federation.aggregation import Change
-from fedsparse.federation.server import Server
-from fedsparse.fedopt import AveragedMomentum, FedAdagrad, FedAdam, FedYogi
-from fedsparse.places import Coordinates
+from fedsparse.core.subspace import Coordinates
+from fedsparse.federation.server.aggregation import Change
+from fedsparse.federation.server.server import Server
+from fedsparse.optim.fedopt import AveragedMomentum, FedAdagrad, FedAdam, FedYogi
 from fedsparse.shipped import conf_dir
 
 KINDS = [FedAdam, FedYogi, FedAdagrad]

@@ -12,16 +12,24 @@ from plain_sparse import best, train
 from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation.aggregation import CoordinateMean, FedNova, Robust, WeightedMean
+from fedsparse.federation.client.drift import FedProx, Plain, Scaffold
 from fedsparse.federation.combinations import check_sizes, check_together
-from fedsparse.federation.exchange import Exchange, Full
-from fedsparse.federation.filters import RESIDUAL, Feedback, Precision, SignFlip, feedback, precision, sign_flip
-from fedsparse.federation.objective import FedProx, Plain, Scaffold
-from fedsparse.federation.robust import krum, median, multi_krum
-from fedsparse.federation.rules import RandomK, Threshold, TopK
-from fedsparse.federation.store import MemoryStore
-from fedsparse.federation.update import Update
-from fedsparse.optim import SparseSGDM
+from fedsparse.federation.exchange.exchange import Exchange, Full
+from fedsparse.federation.exchange.filters import (
+    RESIDUAL,
+    Feedback,
+    Precision,
+    SignFlip,
+    feedback,
+    precision,
+    sign_flip,
+)
+from fedsparse.federation.exchange.sparsifiers import RandomK, Threshold, TopK
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.server.aggregation import CoordinateMean, FedNova, Robust, WeightedMean
+from fedsparse.federation.server.robust import krum, median, multi_krum
+from fedsparse.federation.stores.store import MemoryStore
+from fedsparse.optim.sgdm import SparseSGDM
 
 N = 600
 

@@ -11,10 +11,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from fedsparse import files, run
-from fedsparse.federation.csv import RoundCSV, read_rows
-from fedsparse.federation.lines import RoundLines
-from fedsparse.federation.store import FileStore
+from fedsparse import run
+from fedsparse.core import files
+from fedsparse.core.lines import RoundLines
+from fedsparse.federation.stores.store import FileStore
+from fedsparse.simulation.csv_logger import RoundCSV, read_rows
 from fedsparse.sweep import held
 
 OPTIONS = ["model=mlp", "logger=csv", "pictures=false", "calibration.head_steps=4"]

@@ -17,11 +17,11 @@ import torch
 from fuzzing import attempts, hammer
 from test_wire_fuzz import DAMAGE, repaired
 
-from fedsparse.federation.exchange import Exchange, Full
-from fedsparse.federation.filters import Precision
-from fedsparse.federation.rules import Layers, RandomK, Threshold, TopK
-from fedsparse.federation.update import Payload, Update
-from fedsparse.federation.wire import PayloadError
+from fedsparse.federation.exchange.exchange import Exchange, Full
+from fedsparse.federation.exchange.filters import Precision
+from fedsparse.federation.exchange.sparsifiers import Layers, RandomK, Threshold, TopK
+from fedsparse.federation.exchange.update import Payload, Update
+from fedsparse.federation.exchange.wire.message import PayloadError
 
 SIZES, HELD, WEIGHT_AT, LOSS_AT = (1, 40, 700, 3000), (10.0, 20.0, 30.0), 24, 32
 NUMBERS = (1e308, 1e300, -1.0, 0.0, -0.0, 5e-324, 20.0, 19.5, math.nan, math.inf, -math.inf)

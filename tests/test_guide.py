@@ -30,7 +30,7 @@ def test_two_processes_that_were_told_the_same_have_the_mean_of_one(monkeypatch)
     """A stand-in for torch's reduction: the sums of a second process that heard three times as much."""
     guide = Guide(2, CPU)
     guide.add(torch.tensor([[2.0, 4.0]]), [0.5], [3.0])
-    monkeypatch.setattr("fedsparse.federation.parallel.joined", lambda: True)
+    monkeypatch.setattr("fedsparse.core.parallel.joined", lambda: True)
     other = 3 * torch.tensor([1.0, 2.0, 0.5, 1.5], dtype=torch.float64)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda vector: vector.add_(other))
     mean, loss = guide.finish()

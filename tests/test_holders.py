@@ -10,7 +10,7 @@ import torch
 from test_bad_input import KRUM, refused
 
 from fedsparse import shares
-from fedsparse.federation import objective
+from fedsparse.federation.client import drift
 
 HOLD = [2, 3, 5, 7, 11, 13]  # of 20
 
@@ -27,16 +27,16 @@ SCAFFOLD = ["objective=scaffold", "federation.clients_per_round=4", "mask_rule=r
 
 def test_scaffolds_c_is_the_mean_over_the_clients_that_hold_data(run_in, six_of_twenty, monkeypatch):
     made = []
-    init = objective.Scaffold.__init__
+    init = drift.Scaffold.__init__
 
     def note(self, *args, **options):
         init(self, *args, **options)
         made.append(self)
 
-    monkeypatch.setattr(objective.Scaffold, "__init__", note)
+    monkeypatch.setattr(drift.Scaffold, "__init__", note)
     one, _ = run_in("one", *SCAFFOLD)
     last = made[-1]
-    kept = torch.stack([last.stores[objective.VARIATES].rows[client] for client in HOLD])  # all have taken part by now
+    kept = torch.stack([last.stores[drift.VARIATES].rows[client] for client in HOLD])  # all have taken part by now
     torch.testing.assert_close(last.mean, kept.double().sum(0) / 6, rtol=0, atol=1e-6)
     six, _ = run_in("six", *SCAFFOLD, "objective.num_clients=6")
     twenty, _ = run_in("twenty", *SCAFFOLD, "objective.num_clients=20")

@@ -18,17 +18,17 @@ from torch.nn import functional as F
 from fedsparse import export
 from fedsparse.data.datamodule import SplitLoader
 from fedsparse.data.datasets import Split
-from fedsparse.federation.calibration import Calibration, Work, calibrate
-from fedsparse.federation.client import ClientModule
-from fedsparse.federation.evaluation import Evaluation
-from fedsparse.federation.head import probe, solve
-from fedsparse.federation.ledger import Ledger
-from fedsparse.federation.personal import Personal
-from fedsparse.federation.setting import Setting
+from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.masks import Sparsity
 from fedsparse.masks.rules import Fisher
 from fedsparse.models.flops import pruning_figures
 from fedsparse.models.shrink import shrink
+from fedsparse.preparation.calibration import Calibration, Work, calibrate
+from fedsparse.preparation.head import probe, solve
+from fedsparse.preparation.setting import Setting
+from fedsparse.simulation.evaluation import Evaluation
+from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.personal import Personal
 
 HEAD = "4.*"
 PARTS = ("train", "val", "test")
@@ -162,8 +162,8 @@ def test_calibration_and_the_head(labels, where):
 
 def test_a_model_without_a_batching_rule_is_tried_again_on_the_same_samples():
     """Its first try, under vmap, writes to its inputs before it fails."""
+    from fedsparse.core.space import ParamSpace
     from fedsparse.masks.gradients import add_squares
-    from fedsparse.space import ParamSpace
 
     class Asks(nn.Module):
         def forward(self, x):

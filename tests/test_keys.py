@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsparse.keys import Purpose, generator, number, torch_generator
+from fedsparse.core.seeding import Purpose, generator, number, torch_generator
 
 
 def test_what_a_seed_means_never_changes():

@@ -11,10 +11,10 @@ import torch
 
 from fedsparse.data.partition import client_tests, iid
 from fedsparse.data.rounds import LocalWork, RoundPlan
-from fedsparse.federation import aggregation
-from fedsparse.federation.aggregation import CoordinateMean, FedNova, WeightedMean
-from fedsparse.federation.sampling import uniform
-from fedsparse.federation.update import Update
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.server import aggregation
+from fedsparse.federation.server.aggregation import CoordinateMean, FedNova, WeightedMean
+from fedsparse.federation.server.sampling import uniform
 
 
 def peak_of_a_round(clients, taking_part=1000):

@@ -14,14 +14,14 @@ from small import Small, small_data, small_net, uneven_parts
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedsparse.federation.calibration import Calibration, Work, calibrate, calibrate_clients, observe
-from fedsparse.federation.ledger import Ledger
-from fedsparse.federation.setting import Setting
-from fedsparse.federation.wire import HEADER
+from fedsparse.core.space import ParamSpace
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.masks import Gradual, Sparsity
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import Movement, Random, Snip, SynFlow, Talos
-from fedsparse.space import ParamSpace
+from fedsparse.preparation.calibration import Calibration, Work, calibrate, calibrate_clients, observe
+from fedsparse.preparation.setting import Setting
 
 HEAD = "3.*"
 SAMPLED = {0: [3, 5], 1: [6, 3]}

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Gradual, Mask, MaskRule, Sparsity, rules
-from fedsparse.space import ParamSpace
 
 CONF = Path(__file__).parents[1] / "conf"
 

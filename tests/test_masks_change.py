@@ -10,19 +10,19 @@ import torch
 from small import small_net
 from staged import DensePlain, dealt, masks_by_round, staged
 
-from fedsparse.federation.aggregation import CoordinateMean
-from fedsparse.federation.exchange import Exchange
-from fedsparse.federation.filters import Feedback
-from fedsparse.federation.objective import Scaffold
+from fedsparse.core.seeding import Purpose, torch_generator
+from fedsparse.core.space import ParamSpace
+from fedsparse.federation.client.drift import Scaffold
+from fedsparse.federation.exchange.exchange import Exchange
+from fedsparse.federation.exchange.filters import Feedback
+from fedsparse.federation.exchange.sparsifiers import TopK
+from fedsparse.federation.exchange.wire.message import read
+from fedsparse.federation.exchange.wire.positions import write_positions
 from fedsparse.federation.phases import Phase
-from fedsparse.federation.positions import write_positions
-from fedsparse.federation.rules import TopK
-from fedsparse.federation.wire import read
-from fedsparse.keys import Purpose, torch_generator
+from fedsparse.federation.server.aggregation import CoordinateMean
 from fedsparse.masks import MaskRule, Sparsity
 from fedsparse.masks.gradual import Gradual
 from fedsparse.masks.rules import AutoFLIP, Magnitude, Movement, Random
-from fedsparse.space import ParamSpace
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of the scores tie")  # zeros of what was pruned, or never sent
 ROUNDS = 5

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Sparsity, select
-from fedsparse.space import ParamSpace
 
 SPACE = ParamSpace(["a.weight", "b.weight", "b.bias", "head"], [torch.Size(s) for s in ([2, 3], [3, 1], [3], [2])])
 OF = np.repeat([0, 1, 2, 3], SPACE.sizes)

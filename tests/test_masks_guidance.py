@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy.stats import rankdata
 from sklearn.preprocessing import MinMaxScaler, RobustScaler
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import above_quantile, guidance, topk
 from fedsparse.masks.quantiles import quantile
 from fedsparse.masks.scores import deviation, normalise
-from fedsparse.space import ParamSpace
 
 SPACE = ParamSpace(
     ["a.weight", "a.bias", "scalar", "none", "head"], [torch.Size(s) for s in ([4, 5], [4], [], [0], [7])]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Sparsity
 from fedsparse.masks.heads import mean_by_head, select_heads, whole_heads
 from fedsparse.models.heads import attentions
 from fedsparse.models.vision import vit_digits
-from fedsparse.space import ParamSpace
 
 
 @pytest.fixture

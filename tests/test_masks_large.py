@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedsparse.bench.problems import vit_small
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import top_fraction
 from fedsparse.masks.scores import fisher, fisher_per_sample, sample_losses
-from fedsparse.space import ParamSpace
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Mask
-from fedsparse.space import ParamSpace
 
 NAMES = ["token", *(f"blocks.{i}.fc.{leaf}" for i in range(12) for leaf in ("weight", "bias")), "head.bias"]
 SPACE = ParamSpace(NAMES, [torch.Size([1, 3]), *[torch.Size([2, 3]), torch.Size([2])] * 12, torch.Size([4])])

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import MaskRule, Sparsity, gradients
 from fedsparse.masks.rules import Fisher
 from fedsparse.masks.scores import fisher, fisher_batch, fisher_per_sample
-from fedsparse.space import ParamSpace
 
 
 def losses(forward, x, y):

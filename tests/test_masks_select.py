@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Sparsity, select, top_fraction, topk
-from fedsparse.space import ParamSpace
 
 SPACE = ParamSpace(
     ["cls", "fc.weight", "fc.bias", "scale", "head.weight", "head.bias"],

@@ -11,12 +11,12 @@ from small import Small, uneven_parts
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedsparse import places
+from fedsparse.core.space import ParamSpace
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.masks import top_fraction
 from fedsparse.masks.gradients import add_squares
 from fedsparse.models.chars import next_char_lstm
-from fedsparse.space import ParamSpace
+from fedsparse.optim import index
 
 
 def letters(*shape, vocabulary=5):
@@ -80,9 +80,9 @@ def test_scores_are_squared_gradients_of_single_texts():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("large", [1, places._LARGE])
+@pytest.mark.parametrize("large", [1, index._LARGE])
 def test_a_federation_of_it_equals_a_plain_loop(tmp_path, monkeypatch, masked, large):
-    monkeypatch.setattr(places, "_LARGE", large)
+    monkeypatch.setattr(index, "_LARGE", large)
     net, x = tiny().double(), letters(60, 9)
     splits = [Split(x[a:b], x[a:b, -1].long()) for a, b in ((0, 40), (40, 50), (50, 60))]
     space = ParamSpace.of(net)

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from test_models_pretrained import DINO, TINY, dino_state, full_checkpoint
 
+from fedsparse.core.space import matches
 from fedsparse.models.pretrained import head_pattern, timm_model
-from fedsparse.space import matches
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2}

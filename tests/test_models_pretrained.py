@@ -18,10 +18,10 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 
+from fedsparse.core.space import ParamSpace, matches
 from fedsparse.models.convnets import fednet, femnist_cnn, resnet18_gn, two_cnn
 from fedsparse.models.pretrained import head_pattern, timm_model
 from fedsparse.models.trainable import trainable_filter
-from fedsparse.space import ParamSpace, matches
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 DINO = "vit_small_patch16_224.dino"

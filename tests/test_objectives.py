@@ -10,15 +10,15 @@ from plain import replay
 from plain_sparse import gradient, rounds_of, train
 from small import Small, small_data, small_net, uneven_parts
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation.aggregation import CoordinateMean, FedNova
-from fedsparse.federation.exchange import Exchange, Full
-from fedsparse.federation.objective import VARIATES, FedProx, Plain, Scaffold, step_weight, step_weights
-from fedsparse.federation.rules import TopK
-from fedsparse.federation.wire import HEADER
+from fedsparse.federation.client.drift import VARIATES, FedProx, Plain, Scaffold, step_weight, step_weights
+from fedsparse.federation.exchange.exchange import Exchange, Full
+from fedsparse.federation.exchange.sparsifiers import TopK
+from fedsparse.federation.exchange.wire.message import HEADER
+from fedsparse.federation.server.aggregation import CoordinateMean, FedNova
 from fedsparse.masks import top_fraction
-from fedsparse.optim import SparseSGDM
-from fedsparse.space import ParamSpace
+from fedsparse.optim.sgdm import SparseSGDM
 
 ROUNDS, CLIENTS = 3, 7
 SIZE = ParamSpace.of(small_net()).size

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from torch import nn
 
-from fedsparse import optim, places
-from fedsparse.adam import SparseAdam
-from fedsparse.fedopt import FedAdagrad, FedAdam, FedYogi
-from fedsparse.optim import SparseSGDM
-from fedsparse.places import Place
+from fedsparse.optim import index, sgdm
+from fedsparse.optim.adam import SparseAdam
+from fedsparse.optim.fedopt import FedAdagrad, FedAdam, FedYogi
+from fedsparse.optim.index import Place
+from fedsparse.optim.sgdm import SparseSGDM
 
 OPTIONS = [
     {"momentum": momentum, "dampening": dampening, "weight_decay": decay, "nesterov": nesterov}
@@ -86,7 +86,7 @@ def test_without_a_mask_equals_torch_bit_for_bit(options, dtype):
 @pytest.mark.parametrize("trained", [1.0, 0.5])
 def test_a_large_parameter_in_one_sweep_equals_torch_bit_for_bit(options, dtype, trained, monkeypatch):
     """Also where the kernel's last coordinates do not fill a register, and after the momentum was reset."""
-    monkeypatch.setattr(optim, "_WORTH", 1)
+    monkeypatch.setattr(sgdm, "_WORTH", 1)
     swept, real = [], torch._fused_sgd_
     monkeypatch.setattr(torch, "_fused_sgd_", lambda p, *a, **k: (swept.append(p[0].numel()), real(p, *a, **k))[1])
     shapes = [(16, 8), (1031,), (63,)]
@@ -325,7 +325,7 @@ UNIT = torch.tensor([True, False, True, True])
     ids=["units", "channels", "coordinates", "vector", "cohort"],
 )
 def test_any_chunk_of_units_coordinates_or_clients_equals_torch(mask, shape, chunk, monkeypatch):
-    monkeypatch.setattr(places, "CHUNK", chunk)
+    monkeypatch.setattr(index, "CHUNK", chunk)
     options = {"momentum": 0.9, "weight_decay": 0.1}
     ours, start = randoms([mask.shape])[0], randoms([mask.shape])[0]
     theirs = start.clone()

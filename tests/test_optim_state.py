@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from fedsparse import optim
-from fedsparse.optim import SparseSGDM, sgdm_update
+from fedsparse.optim import sgdm
+from fedsparse.optim.sgdm import SparseSGDM, sgdm_update
 
-LARGE = optim._WORTH + 5  # one sweep, and a rest that does not fill a register
+LARGE = sgdm._WORTH + 5  # one sweep, and a rest that does not fill a register
 
 
 def test_without_momentum_a_buffer_is_neither_read_nor_written():

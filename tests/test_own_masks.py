@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from small import Small, small_data, small_net, uneven_parts
 from torch.nn import functional as F
 
-from fedsparse.federation.exchange import Exchange
-from fedsparse.federation.update import Update
-from fedsparse.federation.wire import HEADER
+from fedsparse.federation.exchange.exchange import Exchange
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.masks.bitmaps import pack, unpack
 
 

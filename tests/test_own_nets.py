@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
-from fedsparse.federation.client import ClientModule
+from fedsparse.simulation.module import ClientModule
 
 QUIET = ["pictures=false", "calibration.cache=null", "federation.num_clients=5", "federation.local_steps=3"]
 

@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 from small import Small, small_data, small_net, uneven_parts
 from test_federation import MASKS, WORK, batchnorm_net
 
+from fedsparse.core import parallel
+from fedsparse.core.space import ParamSpace
 from fedsparse.data.rounds import PADDING, deal
-from fedsparse.federation import parallel
-from fedsparse.federation.aggregation import Tally
-from fedsparse.space import ParamSpace
+from fedsparse.federation.server.aggregation import Tally
 
 ROUNDS = 3
 

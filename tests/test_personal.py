@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedsparse import run
+from fedsparse.core import parallel
+from fedsparse.core.space import ParamSpace
 from fedsparse.data.datasets import Dataset, Split
-from fedsparse.federation import parallel
-from fedsparse.federation.checkpoint import AtomicCheckpointIO
-from fedsparse.federation.client_figures import METRICS, Row, columns, metrics_of, over_clients
-from fedsparse.federation.csv import read_rows
-from fedsparse.federation.personal import Personal
-from fedsparse.space import ParamSpace
+from fedsparse.federation.figures import METRICS, Row, columns, metrics_of, over_clients
+from fedsparse.simulation.checkpoint import AtomicCheckpointIO
+from fedsparse.simulation.csv_logger import read_rows
+from fedsparse.simulation.personal import Personal
 
 CLASSES, N, TESTS = 6, 150, 60
 ON = ["evaluation=per_client", "pictures=false"]

@@ -14,14 +14,14 @@ from staged import dealt, masks_by_round, staged, total
 from test_federation import batchnorm_net
 
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation.aggregation import FedNova
+from fedsparse.federation.client.drift import Scaffold
+from fedsparse.federation.client.early_stopping import Patience
+from fedsparse.federation.exchange.wire.message import HEADER
+from fedsparse.federation.exchange.wire.positions import write_positions
 from fedsparse.federation.guide import Guide
-from fedsparse.federation.objective import Scaffold
-from fedsparse.federation.patience import Patience
 from fedsparse.federation.phases import Phase
-from fedsparse.federation.positions import write_positions
 from fedsparse.federation.reports import EveryUpdateDropped
-from fedsparse.federation.wire import HEADER
+from fedsparse.federation.server.aggregation import FedNova
 from fedsparse.masks import Sparsity
 from fedsparse.masks.rules import AutoFLIP
 
@@ -361,7 +361,7 @@ def test_fednova_counts_the_steps_that_patience_leaves(tmp_path, cohort):
 def test_nothing_is_summed_up_for_a_rule_that_does_not_listen(monkeypatch, tmp_path):
     sizes = []
     monkeypatch.setattr(
-        "fedsparse.federation.rounds.Guide", lambda size, device: sizes.append(size) or Guide(size, device)
+        "fedsparse.simulation.callback.Guide", lambda size, device: sizes.append(size) or Guide(size, device)
     )
     Small(small_net(), small_data(), uneven_parts()).fit(2, tmp_path)
     assert sizes == [0, 0]

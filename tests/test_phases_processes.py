@@ -11,14 +11,14 @@ from staged import staged
 from test_parallel import PAIR
 
 from fedsparse import run
+from fedsparse.core import parallel
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation import parallel
-from fedsparse.federation.aggregation import CoordinateMean
-from fedsparse.federation.exchange import Exchange
-from fedsparse.federation.filters import Feedback
-from fedsparse.federation.objective import Scaffold
+from fedsparse.federation.client.drift import Scaffold
+from fedsparse.federation.exchange.exchange import Exchange
+from fedsparse.federation.exchange.filters import Feedback
+from fedsparse.federation.exchange.sparsifiers import TopK
 from fedsparse.federation.phases import Phase
-from fedsparse.federation.rules import TopK
+from fedsparse.federation.server.aggregation import CoordinateMean
 from fedsparse.masks import Mask, Sparsity
 from fedsparse.masks.gradual import Gradual
 from fedsparse.masks.rules import AutoFLIP, Magnitude, Movement

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from fedsparse import run
-from fedsparse.federation.checkpoint import LAST, AtomicCheckpointIO
-from fedsparse.federation.csv import read_rows
 from fedsparse.masks import Mask
+from fedsparse.simulation.checkpoint import LAST, AtomicCheckpointIO
+from fedsparse.simulation.csv_logger import read_rows
 
 FAST = ["model=mlp", "logger=csv", "pictures=false", "calibration.cache=null", "calibration.head_steps=2"]
 FAST += ["federation.num_clients=6", "federation.rounds=4", "explore.steps=3", "sparsity.ratio=0.7"]

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from fedsparse import calibrate
-from fedsparse.federation.csv import read_rows
-from fedsparse.federation.rounds import FederatedRounds
-from fedsparse.federation.sampling import uniform
-from fedsparse.keys import Purpose
+from fedsparse.core.seeding import Purpose
+from fedsparse.federation.server.sampling import uniform
 from fedsparse.masks import Mask
+from fedsparse.simulation.callback import FederatedRounds
+from fedsparse.simulation.csv_logger import read_rows
 
 FAST = ["model=mlp", "logger=csv", "pictures=false", "calibration.cache=null", "federation.num_clients=6"]
 SIZE = 64 * 64 + 64 + 64 * 10 + 10  # of the MLP
@@ -187,7 +187,9 @@ def test_where_samples_lie_and_who_trains_together_changes_nothing(run_in, optio
 def test_the_picture_and_the_densities_are_of_the_mask_that_was_chosen(run_in, monkeypatch):
     """Everything trains while clients explore: that is no mask to show."""
     told = []
-    monkeypatch.setattr("fedsparse.federation.csv.RoundCSV.log_hyperparams", lambda self, params: told.append(params))
+    monkeypatch.setattr(
+        "fedsparse.simulation.csv_logger.RoundCSV.log_hyperparams", lambda self, params: told.append(params)
+    )
     _, folder = run_in("run", *FAST, "mask_rule=autoflip", "pictures=true", "federation.rounds=1", fast=False)
     assert (folder / "mask.png").is_file()
     found = Mask.load(folder / "mask.safetensors").by_layer()

@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsparse import places
+from fedsparse.core.space import ParamSpace
+from fedsparse.core.subspace import Coordinates
 from fedsparse.models.units import compute_all_units, compute_units_only, linear_layers
-from fedsparse.places import Coordinates, Place, pieces
-from fedsparse.space import ParamSpace
+from fedsparse.optim import index
+from fedsparse.optim.index import Place, pieces
 
 SPACE = ParamSpace(["a.weight", "a.bias", "b.weight"], [torch.Size([4, 6]), torch.Size([4]), torch.Size([5, 2, 2])])
 
 
 @pytest.fixture(autouse=True)
 def _every_tensor_counts_as_large(monkeypatch):
-    monkeypatch.setattr(places, "_LARGE", 1)
+    monkeypatch.setattr(index, "_LARGE", 1)
 
 
 def kinds(mask):
@@ -29,7 +30,7 @@ def kinds(mask):
 
 
 def test_pieces_by_hand(monkeypatch):
-    monkeypatch.setattr(places, "_LARGE", 20)  # the bias is small
+    monkeypatch.setattr(index, "_LARGE", 20)  # the bias is small
     mask = torch.zeros(SPACE.size, dtype=torch.bool)
     a, bias, b = SPACE.unflatten(mask).values()
     assert kinds(mask) == []
@@ -39,7 +40,7 @@ def test_pieces_by_hand(monkeypatch):
     assert kinds(mask) == [("a.weight", 2), ("b.weight", None), ("", 1)]
     a[:], bias[:] = False, True
     assert kinds(mask) == [("b.weight", None), ("", 1)]
-    monkeypatch.setattr(places, "_LARGE", 100)
+    monkeypatch.setattr(index, "_LARGE", 100)
     assert kinds(mask) == [("", 1)]
     assert kinds(torch.ones_like(mask)) == [("", None)]
 

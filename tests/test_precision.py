@@ -8,8 +8,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from plain import plain_fedavg, replay
 from small import Small, small_data, small_net, uneven_parts
 
-from fedsparse import places
-from fedsparse.federation.precision import HalfPrecision
+from fedsparse.optim import index
+from fedsparse.simulation.precision import HalfPrecision
 
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
 
@@ -17,7 +17,7 @@ PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
 @pytest.fixture(autouse=True)
 def _large_tensors(monkeypatch):
     """These are small, and yet take gradients of their own in each step, as large ones do."""
-    monkeypatch.setattr(places, "_LARGE", 1)
+    monkeypatch.setattr(index, "_LARGE", 1)
 
 
 def options(precision):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedsparse.federation.calibration import Calibrated
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Mask
 from fedsparse.masks.bitmaps import pack
+from fedsparse.preparation.calibration import Calibrated
 from fedsparse.prepare import mean_client_overlap, sparsity_of
-from fedsparse.space import ParamSpace
 
 SPACE = ParamSpace(["body.weight", "head.weight"], [torch.Size([8]), torch.Size([2])])
 

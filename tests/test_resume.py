@@ -16,8 +16,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fedsparse import run
-from fedsparse.federation.checkpoint import LAST, PREVIOUS, AtomicCheckpointIO
-from fedsparse.federation.csv import read_rows
+from fedsparse.simulation.checkpoint import LAST, PREVIOUS, AtomicCheckpointIO
+from fedsparse.simulation.csv_logger import read_rows
 
 RUN = [sys.executable, "-m", "fedsparse.train"]
 OPTIONS = ["model=mlp", "logger=csv", "federation.rounds=6", "calibration.head_steps=4", "mask_rule=least_sensitive"]

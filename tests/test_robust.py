@@ -16,8 +16,9 @@ import torch
 from scipy.optimize import minimize
 from scipy.stats import trim_mean
 
-from fedsparse.federation import aggregation, robust
-from fedsparse.federation.robust import (
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.server import aggregation, robust
+from fedsparse.federation.server.robust import (
     coordinate_mean,
     geometric_median,
     krum,
@@ -26,7 +27,6 @@ from fedsparse.federation.robust import (
     trimmed_mean,
     weighted_mean,
 )
-from fedsparse.federation.update import Update
 
 JUNK = 1e6  # stands where a client sent nothing: no rule may look at it
 NAN, INF = math.nan, math.inf

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Mask, Sparsity, select
 from fedsparse.masks.rules import Magnitude
-from fedsparse.space import ParamSpace
 
 # PEFT's SHiRA layer on newer versions of torch
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Sparsity
 from fedsparse.masks.select import select
 from fedsparse.models.convnets import fednet, resnet18_gn, two_cnn
@@ -14,7 +15,6 @@ from fedsparse.models.pretrained import timm_model
 from fedsparse.models.shrink import Trial, shrink
 from fedsparse.models.structure import rebuild, structure
 from fedsparse.models.vision import conv, mlp, vit_digits
-from fedsparse.space import ParamSpace
 
 pytest.importorskip("torch_pruning")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedsparse.space import ParamSpace
+from fedsparse.core.space import ParamSpace
 
 
 def space(**shapes):

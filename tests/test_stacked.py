@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsparse.federation import autotune
-from fedsparse.federation.client import ClientModule
+from fedsparse.core.space import ParamSpace
 from fedsparse.models import stacked
 from fedsparse.models.convnets import resnet18_gn
 from fedsparse.models.stacked import Stacked, stacks
 from fedsparse.models.vision import conv, mlp, vit_digits
-from fedsparse.space import ParamSpace
+from fedsparse.simulation import autotune
+from fedsparse.simulation.module import ClientModule
 
 K, B = 3, 4
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsparse.federation.store import FileStore, MemoryStore, make_store, read
+from fedsparse.federation.stores.store import FileStore, MemoryStore, make_store, read
 
 WIDTH = 5
 NONE = torch.full((WIDTH,), -1.0)

@@ -29,12 +29,12 @@ from fedsparse.data.folder import ImageFiles, imagefolder, read_image
 from fedsparse.data.rounds import LocalWork
 from fedsparse.data.samples import Mapped, stamp
 from fedsparse.data.stream import CohortStream, gathered
-from fedsparse.federation import tracking
-from fedsparse.federation.cache import fingerprint
-from fedsparse.federation.csv import read_rows
-from fedsparse.federation.ledger import Ledger
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.preparation.cache import fingerprint
 from fedsparse.prepare import build_setting
 from fedsparse.resume import read_job
+from fedsparse.simulation import tracking
+from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.train import main
 
 ROUNDS = 3

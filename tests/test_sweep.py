@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fedsparse import run, train
-from fedsparse.federation import tracking
-from fedsparse.federation.checkpoint import LAST
-from fedsparse.federation.csv import read_rows
 from fedsparse.shipped import conf_dir
+from fedsparse.simulation import tracking
+from fedsparse.simulation.checkpoint import LAST
+from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.sweep import MAY_DIFFER, cell_name, difference, held
 
 OPTIONS = ["model=mlp", "logger=csv", "calibration.head_steps=1", "mask_rule=random"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Sparsity
 from fedsparse.masks.rules import Fisher, Talos, talos
-from fedsparse.space import ParamSpace
 
 
 def two_layers(dtype=torch.float64, seed=3):

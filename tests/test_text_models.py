@@ -12,10 +12,10 @@ from safetensors.torch import load_file, safe_open
 from text_files import WORDS, write_bert, write_csvs
 
 from fedsparse import pretrain_text, text_baselines
+from fedsparse.core.space import matches
 from fedsparse.data.text import ag_news
 from fedsparse.data.tokens import PACKAGED, load_tokenizer, tokens
 from fedsparse.models.text import bert
-from fedsparse.space import matches
 from fedsparse.train import run
 
 HEAD = "net.classifier.*"
@@ -199,8 +199,8 @@ def test_embeddings_can_be_left_out_and_clients_can_sample_their_texts(run_in, f
 
 
 def test_scores_are_squared_gradients_of_single_texts(folder):
+    from fedsparse.core.space import ParamSpace
     from fedsparse.masks.gradients import add_squares
-    from fedsparse.space import ParamSpace
 
     net = bert("bert_tiny", 4, str(folder)).double().eval()
     space, y = ParamSpace.of(net), torch.tensor([0, 3, 1])

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, log_loss
 
 from fedsparse.data.datasets import digits
-from fedsparse.federation.csv import read_rows
 from fedsparse.masks import Mask
 from fedsparse.models.vision import vit_digits
+from fedsparse.simulation.csv_logger import read_rows
 
 KEYS = {
     "test/acc", "test/loss", "test/acc_best", "val/acc", "client/acc_mean", "client/acc_worst10", "rounds",

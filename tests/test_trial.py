@@ -10,8 +10,8 @@ from safetensors.torch import load_model
 from torch import nn
 
 from fedsparse import export, run
+from fedsparse.core.weights import check_savable, distinct, load_weights, pack, save_weights
 from fedsparse.finished import read_run
-from fedsparse.weights import check_savable, distinct, load_weights, pack, save_weights
 
 OPTIONS = ["model=mlp", "logger=csv", "pictures=false", "head.init=random", "calibration.cache=null"]
 

@@ -18,9 +18,9 @@ import yaml
 from sent import SHORT, change
 
 from fedsparse import export, repeat, report, run, trust
-from fedsparse.federation.checkpoint import RoundCheckpoint
-from fedsparse.federation.store import FileStore
+from fedsparse.federation.stores.store import FileStore
 from fedsparse.resume import read_job
+from fedsparse.simulation.checkpoint import RoundCheckpoint
 
 
 @pytest.fixture
@@ -275,10 +275,10 @@ def test_arguments_that_conf_does_not_name_are_asked_about(folder, tmp_path):
 @pytest.mark.parametrize(
     "part",
     [
-        {"evaluation": {"_target_": "fedsparse.federation.personal.Personal", "path": "out.csv"}},
+        {"evaluation": {"_target_": "fedsparse.simulation.Personal", "path": "out.csv"}},
         {"model__net": {"_target_": "fedsparse.models.pretrained.timm_model", "checkpoint_path": "evil.pth"}},
         {"model__net": {"_target_": "fedsparse.models.pretrained.timm_model", "pretrained_cfg": {"file": "evil.pth"}}},
-        {"logger": {"a": {"_target_": "fedsparse.federation.artifacts.wandb_logger", "settings": {"base_url": "x"}}}},
+        {"logger": {"a": {"_target_": "fedsparse.simulation.wandb_logger", "settings": {"base_url": "x"}}}},
         {"logger": {"a": {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "sub_dir": "../../x"}}},
         {"trainer__plugins": [{"_target_": "lightning.pytorch.plugins.io.TorchCheckpointIO"}]},
         {"callbacks": {"a": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "/x"}}},

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsparse.federation import wire
-from fedsparse.federation.positions import Coding, read_positions, size_range, write_positions
+from fedsparse.federation.exchange.wire import message as wire
+from fedsparse.federation.exchange.wire.positions import Coding, read_positions, size_range, write_positions
 
 ROWS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

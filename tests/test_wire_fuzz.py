@@ -14,7 +14,7 @@ from fuzzing import attempts, hammer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedsparse.federation import wire
+from fedsparse.federation.exchange.wire import message as wire
 
 MUTATIONS = 20_000
 FIELDS = {"magic", "version", "dtype", "row dtype", "coding", "size", "count", "weight"}

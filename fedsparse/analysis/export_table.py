@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedsparse.federation.progress import human_bytes
+from fedsparse.simulation.progress import human_bytes
 
 FEW = 12  # layers that the second table lists
 

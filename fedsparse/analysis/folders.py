@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsparse.analysis.files import finite, flatten, json_of, short, yaml_of
-from fedsparse.federation.csv import read_rows
+from fedsparse.simulation.csv_logger import read_rows
 
 _CONFIG = ".hydra/config.yaml"
 _LARGEST, _WIDEST = 1 << 28, 5000  # bytes and columns of a metrics.csv that is read

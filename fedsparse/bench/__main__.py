@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from fedsparse import files
 from fedsparse.bench import processes, tables
 from fedsparse.bench.machine import facts, load
 from fedsparse.bench.peers import PEERS
 from fedsparse.bench.problems import CLIENTS, PROBLEMS, STEPS, Problem
 from fedsparse.bench.rows import Row
-from fedsparse.signals import command
+from fedsparse.core import files
+from fedsparse.core.signals import command
 
 HINT = "Peers are not installed here: `make bench-peers` makes their environments, and then they are measured too."
 

@@ -18,20 +18,20 @@ from fedsparse.bench.compare import in_pairs
 from fedsparse.bench.pairs import Feed, Trained
 from fedsparse.bench.problems import BARE, CLIENTS, EVERYTHING, LR, MOMENTUM, Problem, Task
 from fedsparse.bench.rows import Row
+from fedsparse.core.space import ParamSpace
 from fedsparse.data.datamodule import FederatedDataModule
-from fedsparse.federation.aggregation import WeightedMean
-from fedsparse.federation.artifacts import wandb_logger
-from fedsparse.federation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
-from fedsparse.federation.client import ClientModule
-from fedsparse.federation.csv import RoundCSV
-from fedsparse.federation.evaluation import Evaluation
-from fedsparse.federation.exchange import Full
-from fedsparse.federation.progress import RoundProgress
-from fedsparse.federation.rounds import FederatedRounds
-from fedsparse.federation.topology import Flat
-from fedsparse.federation.tracking import RoundLog
-from fedsparse.optim import SparseSGDM
-from fedsparse.space import ParamSpace
+from fedsparse.federation.exchange.exchange import Full
+from fedsparse.federation.server.aggregation import WeightedMean
+from fedsparse.federation.server.topology import Flat
+from fedsparse.optim.sgdm import SparseSGDM
+from fedsparse.simulation.artifacts import wandb_logger
+from fedsparse.simulation.callback import FederatedRounds
+from fedsparse.simulation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
+from fedsparse.simulation.csv_logger import RoundCSV
+from fedsparse.simulation.evaluation import Evaluation
+from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.progress import RoundProgress
+from fedsparse.simulation.tracking import RoundLog
 
 
 class Ticks(lightning.Callback):

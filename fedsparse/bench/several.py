@@ -20,7 +20,7 @@ import numpy as np
 from fedsparse.bench.__main__ import positive
 from fedsparse.bench.machine import load
 from fedsparse.bench.problems import CLIENTS, STEPS
-from fedsparse.federation.csv import read_rows
+from fedsparse.simulation.csv_logger import read_rows
 
 BATCH, SIDE, CLASSES = 2, 224, 10
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsparse.core.seeding import Purpose, generator
 from fedsparse.data.augment import Augment
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.phased import Plan
 from fedsparse.data.rounds import PADDING, Cohort
 from fedsparse.data.stream import CohortStream, gathered
-from fedsparse.keys import Purpose, generator
 
 
 class CohortLoader:

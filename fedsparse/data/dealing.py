@@ -22,7 +22,7 @@ _TINY = 1e-300  # the smallest Dirichlet parameter whose logarithms stay finite
 
 
 def stream(seed: int, key: int, *ids: int) -> np.random.Generator:
-    """Make the generator of one partition; ``key`` is a constant of its own, above every ``fedsparse.keys.Purpose``.
+    """Make the generator of one partition; ``key`` is a constant of its own, above every ``Purpose``.
 
     ``ids``, such as a client's, make streams of their own; a partition gives always as many.
     """

@@ -19,6 +19,11 @@ from fedsparse.data.datasets import Dataset
 MODES = {name: InterpolationMode(name) for name in ("bicubic", "bilinear", "nearest")}
 
 
+def unchanged(x: Tensor) -> Tensor:
+    """Take images as they are."""
+    return x
+
+
 @dataclass(frozen=True)
 class Inputs:
     """How images become what a network takes; ``Inputs()`` hands float images on as they are, without a copy.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsparse.keys import Purpose, generator
+from fedsparse.core.seeding import Purpose, generator
 
 PADDING = -1  # the id of a row that no client fills
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapStyle
 
+from fedsparse.core.signals import CLUSTER, TERMINAL
 from fedsparse.data.phased import Plan
 from fedsparse.data.rounds import Cohort
 from fedsparse.data.samples import Samples
-from fedsparse.signals import CLUSTER, TERMINAL
 
 SIGNALS = CLUSTER  # what workers heed of their parent alone
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsparse.federation.aggregation import Aggregation, AverageRows, FedNova, Robust
-from fedsparse.federation.exchange import Exchange, Full
-from fedsparse.federation.filters import SignFlip
-from fedsparse.federation.fractions import check_fraction
-from fedsparse.federation.objective import Objective
-from fedsparse.federation.rules import Pattern
-from fedsparse.optim import SparseSGDM
-from fedsparse.options import check_number
-from fedsparse.space import ParamSpace
+from fedsparse.core.checks import check_number
+from fedsparse.core.space import ParamSpace
+from fedsparse.federation.client.drift import Objective
+from fedsparse.federation.exchange.exchange import Exchange, Full
+from fedsparse.federation.exchange.filters import SignFlip
+from fedsparse.federation.exchange.fractions import check_fraction
+from fedsparse.federation.exchange.sparsifiers import Pattern
+from fedsparse.federation.server.aggregation import Aggregation, AverageRows, FedNova, Robust
+from fedsparse.optim.sgdm import SparseSGDM
 
 
 def check_together(

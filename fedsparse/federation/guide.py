@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedsparse.federation import parallel
-from fedsparse.federation.aggregation import add_scaled
+from fedsparse.core import parallel
+from fedsparse.federation.server.aggregation import add_scaled
 
 
 class Guide:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsparse.options import check_number
+from fedsparse.core.checks import check_number
 
 KINDS = ("head", "calibrate", "explore", "learn")
 FLAGS = ("updates_model", "informs_mask")

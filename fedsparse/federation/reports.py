@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fedsparse.federation.admission import NOT_FINITE
-from fedsparse.federation.store import Kept
-from fedsparse.federation.wire import Size
+from fedsparse.federation.exchange.admission import NOT_FINITE
+from fedsparse.federation.exchange.wire.message import Size
+from fedsparse.federation.stores.store import Kept
 
 
 @dataclass(frozen=True)

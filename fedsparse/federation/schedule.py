@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from fedsparse.options import check_not_negative, check_positive, check_whole, finite
+from fedsparse.core.checks import check_not_negative, check_positive, check_whole, finite
 
 Schedule = Callable[[int, int], float]
 

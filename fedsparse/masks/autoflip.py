@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedsparse.core.checks import check_choice, check_flag
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks.guidance import check_how, normalise
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.quantiles import above_quantile
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
-from fedsparse.options import check_choice, check_flag
-from fedsparse.space import ParamSpace
 
 
 class AutoFLIP(MaskRule):

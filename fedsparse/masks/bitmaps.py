@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks.mask import Mask
-from fedsparse.space import ParamSpace
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedsparse.core.checks import check_whole
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks.gradients import Losses, gradients, own
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.rule import MaskRule
@@ -16,8 +18,6 @@ from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.thinned import Thinned
 from fedsparse.models.modes import evaluating
-from fedsparse.options import check_whole
-from fedsparse.space import ParamSpace
 
 
 class Snip(MaskRule):

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fedsparse.core.checks import check_choice, check_flag, check_number
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks.gradients import Losses
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.scores import fisher_batch, fisher_per_sample
-from fedsparse.options import check_choice, check_flag, check_number
-from fedsparse.space import ParamSpace
 
 
 class Fisher(MaskRule):

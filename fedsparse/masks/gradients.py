@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedsparse.space import ParamSpace
+from fedsparse.core.space import ParamSpace
 
 Forward = Callable[[Tensor], Tensor]
 Losses = Callable[[Forward, Tensor, Tensor], Tensor]

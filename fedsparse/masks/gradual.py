@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedsparse.options import check_share, check_whole
+from fedsparse.core.checks import check_share, check_whole
 
 
 @dataclass(frozen=True)

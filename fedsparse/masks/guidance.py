@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fedsparse.core.checks import check_choice
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks.quantiles import quantile
 from fedsparse.masks.topk import check
-from fedsparse.options import check_choice
-from fedsparse.space import ParamSpace
 
 _CHUNK = 1 << 20  # scores whose ranks are looked up at once
 

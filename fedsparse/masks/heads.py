@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from fedsparse.core.space import ParamSpace, Patterns, matches
 from fedsparse.masks.select import Sparsity, select
 from fedsparse.models.heads import Attention
-from fedsparse.space import ParamSpace, Patterns, matches
 
 
 def select_heads(

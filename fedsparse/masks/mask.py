@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fedsparse import files
+from fedsparse.core import files
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks.shira import export
-from fedsparse.space import ParamSpace
 
 if TYPE_CHECKING:
     from peft import ShiraConfig

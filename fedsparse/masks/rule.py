@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks.gradients import Losses
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
-from fedsparse.space import ParamSpace
 
 
 class MaskRule:

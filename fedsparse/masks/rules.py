@@ -13,6 +13,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from fedsparse.core.checks import check_flag
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks.autoflip import AutoFLIP
 from fedsparse.masks.criteria import Movement, Snip, SynFlow
 from fedsparse.masks.fisher import Fisher
@@ -20,8 +22,6 @@ from fedsparse.masks.mask import Mask
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.talos import Talos, talos
-from fedsparse.options import check_flag
-from fedsparse.space import ParamSpace
 
 __all__ = [
     "AutoFLIP",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks.gradients import Forward, Losses, add_squares, gradients, own
 from fedsparse.masks.guidance import deviation, normalise
 from fedsparse.models.modes import evaluating
-from fedsparse.space import ParamSpace
 
 __all__ = [
     "Batches",

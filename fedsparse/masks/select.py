@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedsparse.core.space import ParamSpace, matches
 from fedsparse.masks.floors import best_units, mark_at_least
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.topk import check, count, mark, top_fraction
-from fedsparse.space import ParamSpace, matches
 
 __all__ = ["TIED_SHARE", "Sparsity", "count", "select", "top_fraction"]
 

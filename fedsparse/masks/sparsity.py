@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from fedsparse.core.checks import check_choice, check_share, check_whole
+from fedsparse.core.space import matches
 from fedsparse.masks.gradual import Gradual
-from fedsparse.options import check_choice, check_share, check_whole
-from fedsparse.space import matches
 
 SCOPES = ("global", "tensor", "shira")
 ONE = 1e-9  # a share that is one coordinate, rounded up

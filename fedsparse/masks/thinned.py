@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
-from fedsparse.space import ParamSpace
 
 
 class Thinned(MaskRule):

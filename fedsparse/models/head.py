@@ -13,8 +13,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsparse.core.space import Patterns, matches
 from fedsparse.models.modes import evaluating
-from fedsparse.space import Patterns, matches
 
 
 def closed_form(features: Tensor, labels: Tensor, num_classes: int, ridge: float) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedsparse.space import Patterns, matches
-from fedsparse.weights import load_weights
+from fedsparse.core.space import Patterns, matches
+from fedsparse.core.weights import load_weights
 
 TORCH = (".pth", ".pt", ".bin")
 Fit = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]

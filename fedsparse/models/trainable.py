@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 
-from fedsparse.space import Patterns, matches
+from fedsparse.core.space import Patterns, matches
 
 LAST_BLOCKS = "last_blocks:"
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsparse.places import by_units
+from fedsparse.optim.index import by_units
 
 
 class _UnitGradient(torch.autograd.Function):

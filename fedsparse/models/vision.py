@@ -17,7 +17,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from fedsparse.keys import Purpose, torch_generator
+from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.models.loading import load_backbone
 
 HEAD = "head."

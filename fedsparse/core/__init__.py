@@ -1,0 +1,1 @@
+"""What everything rests on: rows, seeds, checks, files, processes."""

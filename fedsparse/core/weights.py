@@ -1,0 +1,94 @@
+"""A network's state as a safetensors file: tensors that are one in memory are stored once, and read under all names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fedsparse.core import files
+
+
+def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Leave out of a state what is there under another name already.
+
+    Returns:
+        Tensors on the CPU, of which none shares memory with another, and the stored name of each that was left out: as
+        safetensors' own ``save_model`` has it in its metadata, so that ``load_model`` reads the file too.
+
+    >>> whole = torch.arange(4.0)
+    >>> tensors, names = pack({"a": whole, "b": whole, "half": whole[2:]})
+    >>> {name: tensor.tolist() for name, tensor in tensors.items()}, names
+    ({'a': [0.0, 1.0, 2.0, 3.0], 'half': [2.0, 3.0]}, {'b': 'a'})
+    """
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        place = _place(tensor)
+        if tensor.numel() and place in first:
+            names[name] = first[place]
+            continue
+        first[place] = name
+        memory = tensor.untyped_storage().data_ptr()
+        stored = tensor.detach().cpu().contiguous()
+        tensors[name] = stored.clone() if memory in seen else stored
+        seen.add(memory)
+    return tensors, names
+
+
+def distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
+    """List the tensors of a state, one that is there under several names once."""
+    return list({_place(tensor): tensor for tensor in state.values()}.values())
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Say where a tensor lies, and how: two of the same place are one."""
+    layout = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+    return (tensor.data_ptr() or id(tensor), *layout)
+
+
+def save_weights(net: nn.Module, path: Path) -> None:
+    """Save a network under its own names."""
+    files.write(path, save(*pack(net.state_dict())))
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a safetensors file, with what it holds under several names.
+
+    Raises:
+        SafetensorError: it is damaged, or none.
+
+    """
+    with safe_open(os.fspath(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = file.metadata() or {}
+    return tensors | {name: tensors[kept] for name, kept in names.items() if kept in tensors and name not in tensors}
+
+
+def check_savable(net: nn.Module) -> None:
+    """Try to save a network, to no file, and to take its state back.
+
+    Raises:
+        ValueError: that cannot be done; one line says of what, before a run has trained for nothing.
+
+    """
+    state = net.state_dict()
+    other = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ValueError(
+            f"the model cannot be saved: {', '.join(other[:4])} in its state_dict is no tensor (of get_extra_state?)"
+        )
+    try:
+        save({name: torch.empty(0, dtype=tensor.dtype) for name, tensor in pack(state)[0].items()})
+        net.load_state_dict({name: tensor.clone() for name, tensor in state.items()})  # of itself nothing is copied
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"the model cannot be saved and read again ({type(error).__name__}: {said})") from error

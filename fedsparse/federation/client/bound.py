@@ -1,0 +1,124 @@
+"""One client's row, which the network's parameters are views of, so that it trains without a copy.
+
+Shapes: P coordinates, B samples of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fedsparse.core.space import Binding, ParamSpace
+from fedsparse.models.units import compute_all_units, compute_units_only, trained_units
+from fedsparse.optim.index import Piece
+
+Forward = Callable[[Tensor], Tensor]
+Losses = Callable[[Forward, Tensor, Tensor], Tensor]
+
+
+class BoundRow:
+    """The row of a cohort of one. What does not train takes no gradient: frozen tensors, frozen units of linear layers.
+
+    Large tensors take a new gradient in each backward, which saves adding it to zeros; small ones share the row's.
+
+    Args:
+        net: the network.
+        space: its federated tensors.
+        theta: the row (1, P), with its gradient.
+        mask: bool (P,), what some client trains.
+        split: the pieces of the row that the optimizer steps.
+        losses: of every sample of a batch: (forward, x, y) -> (B,).
+        forward: calls the network; the network itself, or compiled.
+
+    Attributes:
+        views: these pieces, as views of the row.
+        gradients: of these, after a backward.
+
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        space: ParamSpace,
+        theta: Tensor,
+        mask: Tensor,
+        split: Sequence[Piece],
+        losses: Losses,
+        forward: Forward,
+    ) -> None:
+        assert theta.grad is not None
+        self.net, self.space, self.row, self.grad = net, space, theta[0], theta.grad[0]
+        self.losses, self.forward = losses, forward
+        self.gradients: list[Tensor] = []
+        self.pieces = [replace(piece, mask=None) for piece in split]
+        self.views = [piece.of(self.row) for piece in split]
+        self.trained = {name for name, marks in space.unflatten(mask).items() if bool(marks.any())}
+        masks = {piece.name: piece.mask for piece in split if piece.name and piece.mask is not None}
+        self.units = trained_units(net, masks) if forward is net else {}  # compiled code adds to no .grad
+        self.apart = {piece.name for piece in split if piece.name} - self.units.keys()
+        for view, piece in zip(self.views, split, strict=True):
+            view.grad = None if piece.name in self.apart else piece.of(self.grad)
+
+    def bind(self) -> None:
+        """Make the network's parameters and gradients views of the row's, and let its layers skip what is frozen."""
+        trained, apart = self.trained.__contains__, self.apart.__contains__
+        self.binding: Binding = self.space.bind(self.net, self.row, self.grad, trained, apart)
+        compute_units_only(self.net, self.units)
+        gradients = dict(zip(self.binding.names, self.binding.gradients, strict=True))
+        self.by_unit = [(gradients.pop(name), index) for name, index in self.units.items()]
+        self.swept = list(gradients.values()) if len(gradients) < len(self.space.names) else [self.grad]
+        named = zip(self.pieces, self.views, strict=True)
+        self.taken = [(self.net.get_parameter(p.name), view) for p, view in named if p.name in self.apart]
+
+    def backward(self, x: Tensor, y: Tensor, count: Sequence[int], scale: Tensor | None) -> Tensor:
+        """Compute the gradient of the mean loss over the real samples.
+
+        Args:
+            x: inputs (B, ...).
+            y: labels (B,).
+            count: real samples, of the one client.
+            scale: factor of the loss (1,), or None.
+
+        Returns:
+            The mean loss (), not scaled.
+
+        """
+        real = count[0]
+        if real < len(y):
+            x, y = x[:real], y[:real]
+        losses = self.losses(self.forward, x, y)
+        weight = losses.new_full((real,), 1 / real)  # as mean().backward(), two kernels shorter
+        losses.backward(weight if scale is None else weight * scale)
+        self._collect()
+        return losses.detach().mean()
+
+    def _collect(self) -> None:
+        """Hand the gradients that a backward made anew to the optimizer's pieces."""
+        for parameter, view in self.taken:
+            view.grad = torch.zeros_like(view) if parameter.grad is None else parameter.grad
+        self.gradients = [view.grad for view in self.views if view.grad is not None]
+
+    def parts(self, row: Tensor) -> list[Tensor]:
+        """View a row (P,) or (1, P) piece by piece, as ``views`` and ``gradients`` are."""
+        return [piece.of(row.view(-1)) for piece in self.pieces]
+
+    def intact(self) -> bool:
+        """Whether the network is still bound to the row."""
+        return self.binding.intact()
+
+    def clear(self) -> None:
+        """Forget the gradients: none where the next backward makes them anew, else zero what this one wrote."""
+        self.gradients = []
+        for parameter, view in self.taken:
+            parameter.grad = view.grad = None
+        if self.swept:
+            torch._foreach_zero_(self.swept)
+        for gradient, index in self.by_unit:
+            gradient.index_fill_(0, index, 0.0)
+
+    def release(self) -> None:
+        """Give the network's layers their own backward again."""
+        compute_all_units(self.net)

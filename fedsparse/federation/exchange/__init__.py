@@ -1,0 +1,36 @@
+"""What travels between clients and server: which coordinates, as which bytes, and what both sides know without them."""
+
+from fedsparse.federation.exchange.downlink import Downlink
+from fedsparse.federation.exchange.exchange import Exchange, Full
+from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip, feedback, precision, sign_flip
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.exchange.link import Link
+from fedsparse.federation.exchange.scores import select
+from fedsparse.federation.exchange.sparsifiers import Layers, Pattern, RandomK, Threshold, TopK
+from fedsparse.federation.exchange.update import Payload, Update
+from fedsparse.federation.exchange.wire import PayloadError, decode, encode
+
+__all__ = [
+    "Downlink",
+    "Exchange",
+    "Feedback",
+    "Full",
+    "Layers",
+    "Ledger",
+    "Link",
+    "Pattern",
+    "Payload",
+    "PayloadError",
+    "Precision",
+    "RandomK",
+    "SignFlip",
+    "Threshold",
+    "TopK",
+    "Update",
+    "decode",
+    "encode",
+    "feedback",
+    "precision",
+    "select",
+    "sign_flip",
+]

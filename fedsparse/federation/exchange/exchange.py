@@ -1,0 +1,289 @@
+"""What of an update is sent, and what the receiver reads.
+
+Shapes: K clients of the cohort, P coordinates of which n train, Q buffer values. An update holds trained coordinates
+only: nothing else can change. Nothing here knows of the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedsparse.core.space import ParamSpace
+from fedsparse.federation.exchange.admission import admit, finite, refuse
+from fedsparse.federation.exchange.scores import select
+from fedsparse.federation.exchange.sparsifiers import Layout, Rule, Sender
+from fedsparse.federation.exchange.update import Payload, Update
+from fedsparse.federation.exchange.wire.message import Message, encode, known_size, read, split_size
+from fedsparse.federation.stores.store import ClientStore
+
+__all__ = ["Exchange", "Filter", "Full", "select"]
+
+OwnMasks = Callable[[Sequence[int]], Tensor | None]
+PAYLOADS = ("change", "value")
+
+
+Send = Callable[[Update], Payload]
+
+
+class Filter(Protocol):
+    """Changes an update on its way; the first of a list sees it first and hears last what became of it."""
+
+    def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
+        """Send an update on; ``exchange.decode`` says what the receiver reads."""
+
+
+class Exchange:
+    """Turns updates into payloads and back.
+
+    Without a rule every trained coordinate is sent; both sides know the mask, so no positions travel. Where each client
+    has a mask of its own, it sends the coordinates of that, and receives those that anybody trains.
+
+    Args:
+        trained: bool (P,), which coordinates train, of some client at least; both sides know it.
+        local: bool (P,), which coordinates stay with the client.
+        masks: gives the own masks of K clients, bool (K, P); None if all train the same coordinates.
+        rule: chooses what each client sends; None for all that it may.
+        payload: ``change``, or ``value`` for what the coordinates are now.
+        filters: by name, in the order in which they see an update; None is left out.
+        compat: ``original`` takes what was not sent of a tensor as values of 0, as FL4Health's sparse exchanger does.
+        space: the tensors' names; None where no rule asks for them.
+
+    Attributes:
+        size: coordinates that may travel: those that train and do not stay with the client.
+        own: whether clients send different coordinates, so that each is averaged over those who sent it.
+
+    Raises:
+        ValueError: an unknown payload, or a compatibility that needs another one.
+
+    """
+
+    def __init__(
+        self,
+        trained: Tensor,
+        local: Tensor,
+        masks: OwnMasks | None = None,
+        rule: Rule | None = None,
+        payload: str = "change",
+        filters: Mapping[str, Filter | None] | None = None,
+        compat: str | None = None,
+        space: ParamSpace | None = None,
+    ) -> None:
+        if payload not in PAYLOADS:
+            raise ValueError(f"exchange.payload is {payload!r}; it must be change or value")
+        if compat and payload != "value":
+            raise ValueError("exchange.compat=original sends values: set exchange.payload=value and no feedback")
+        self.masks, self.rule, self.payload, self.compat = masks, rule, payload, compat
+        self.filters = [chosen for chosen in (filters or {}).values() if chosen is not None]
+        self.local, self.space = local, space
+        self.own = masks is not None or rule is not None
+        self.follow(trained)
+
+    def follow(self, trained: Tensor) -> None:
+        """Let these coordinates train from now on, bool (P,); updates lie on its device."""
+        local = self.local.to(trained.device)
+        self.trained, self.travels = trained, ~local[trained]
+        self.still = self._still(int((~trained & ~local).sum()))
+        self.all, self.size = bool(self.travels.all()), int(self.travels.sum())
+        self.layout = _layout(self.space, trained)
+
+    def _still(self, frozen: int) -> int:
+        """Count the frozen coordinates that are sent all the same, as zeros behind the others."""
+        return 0
+
+    @property
+    def feedback(self) -> bool:
+        """Whether what is not sent is carried over to the next round."""
+        return any(getattr(chosen, "carries", False) for chosen in self.filters)
+
+    def stores(self) -> dict[str, ClientStore]:
+        """What the clients keep for the filters, by name."""
+        return {name: store for chosen in self.filters for name, store in getattr(chosen, "stores", {}).items()}
+
+    def keep_in(self, make: Callable[[str], ClientStore]) -> None:
+        """Let the clients keep what filters need in other stores, made by name."""
+        for chosen in self.filters:
+            held = getattr(chosen, "stores", {})
+            held |= {name: make(name) for name in held}
+
+    def kept(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        """Rows that the clients of the last update keep, by the store's name."""
+        return {name: kept for chosen in self.filters for name, kept in getattr(chosen, "kept", {}).items()}
+
+    def encode(self, update: Update) -> Payload:
+        """Send an update through the filters."""
+        send: Send = self._send
+        for chosen in reversed(self.filters):
+            send = partial(chosen, send=send, exchange=self)
+        return send(update)
+
+    def decode(self, payload: Payload, known: Update | None = None) -> Update:
+        """Read what the clients changed; what was not sent is zero, and who cannot be believed does not count.
+
+        Args:
+            payload: what they send.
+            known: what the receiver knows of them without being told, by which their claims are judged; None: what the
+                payload says beside its messages.
+
+        Raises:
+            PayloadError: a message is broken.
+
+        """
+        update = self._received(payload) if payload.written else payload.update
+        update = _absent_is_zero(update, self.layout) if self.compat else update
+        return admit(update, payload.update if known is None else known)
+
+    def messages(self, payload: Payload) -> list[bytes]:
+        """Write each client's message, where ``encode`` had no need to."""
+        if payload.written:
+            return list(payload.written)
+        return [self._message(payload.update, k) for k in range(len(payload.update.clients))]
+
+    def _send(self, update: Update) -> Payload:
+        if self.filters:  # which may have made of finite values others, that have no order and no 8-bit steps
+            update = finite(update)
+        if self.rule is None and update.dtype in (None, update.rows.dtype) and self.payload == "change":
+            return self._in_place(update)
+        written = tuple(self._message(update, k) for k in range(len(update.clients)))
+        return Payload(update, tuple(split_size(message) for message in written), written)
+
+    def _in_place(self, update: Update) -> Payload:
+        """Leave the values where they are; only count them."""
+        held = self._held(update.clients)
+        extra = update.buffers.shape[1]
+        if held is None:
+            sizes = (known_size(self.size + self.still, extra, update.rows.dtype),) * len(update.clients)
+        else:
+            sizes = tuple(known_size(count, extra, update.rows.dtype) for count in held.sum(1).tolist())
+        if held is None and self.all:
+            return Payload(update, sizes)
+        rows = torch.where(self.travels if held is None else held, update.rows, 0.0)
+        return Payload(replace(update, rows=rows, sent=held), sizes)
+
+    def _message(self, update: Update, k: int) -> bytes:
+        """Write one client's message."""
+        index = self._known(update.clients[k])
+        change, anchor = _at(update.rows[k], index), _at(update.start[k], index)
+        own = None if self.filters else update.values  # filters may have changed the change
+        theta = anchor + change if own is None else _at(own[k], index)
+        marks = self._marks(theta, anchor, index, update, k)
+        values = change if self.payload == "change" else theta
+        if self.rule is not None and self.rule.shared:
+            assert marks is not None
+            values, marks = values[marks], None
+        values = torch.nn.functional.pad(values, (0, self.still)) if self.still else values
+        return encode(
+            values,
+            marks,
+            dtype=update.dtype,
+            buffers=update.buffers[k],
+            weight=update.weight[k],
+            loss=update.loss[k],
+        )
+
+    def _marks(self, theta: Tensor, anchor: Tensor, index: Tensor | None, update: Update, k: int) -> Tensor | None:
+        """What the rule chooses of what a client may send."""
+        if self.rule is None:
+            return None
+        layout = self.layout.at(index)
+        return self.rule.mark(theta, anchor, layout, Sender(max(0, update.clients[k]), update.round))
+
+    def _received(self, payload: Payload) -> Update:
+        """Read messages, with what both sides know."""
+        update = payload.update
+        parts = [self._read(message, update, k) for k, message in enumerate(payload.written)]
+        sent = torch.stack([part for _, part, _ in parts])
+        said, none = [message for _, _, message in parts], update.buffers.new_zeros(update.buffers.shape[1])
+        other = {k: len(m.buffers) for k, m in enumerate(said) if len(m.buffers) != len(none)}
+        received = replace(
+            update,
+            rows=torch.stack([row for row, _, _ in parts]),
+            sent=sent if self.own else None,
+            buffers=torch.stack([none if k in other else m.buffers.to(none) for k, m in enumerate(said)]),
+            weight=tuple(message.weight for message in said),
+            loss=tuple(message.loss for message in said),
+        )
+        model = f"buffer values, where the model has {len(none)}"
+        return refuse(received, {k: f"{count} {model}" for k, count in other.items()})
+
+    def _read(self, message: bytes, update: Update, k: int) -> tuple[Tensor, Tensor, Message]:
+        """Read one client's message: change (n,), sent bool (n,), and all that it says."""
+        like = update.rows[k]
+        index, anchor = self._known(update.clients[k]), update.start[k]
+        shared = self._shared(index, update, k)
+        places = index if shared is None else (shared.nonzero().squeeze(1) if index is None else index[shared])
+        said = read(message, (len(like) if places is None else len(places)) + self.still, dtype=like.dtype)
+        values, marks = (part[: len(part) - self.still].to(like.device) for part in (said.values, said.sent))
+        if self.payload == "value":
+            values = torch.where(marks, values - _at(anchor, places), 0.0)
+        row, sent = torch.zeros_like(like), torch.zeros(len(like), dtype=torch.bool, device=like.device)
+        if places is None:
+            return values, marks, said
+        row[places], sent[places] = values, marks
+        return row, sent, said
+
+    def _shared(self, index: Tensor | None, update: Update, k: int) -> Tensor | None:
+        """What the receiver knows of a rule's choice without being told; it needs no values for that."""
+        if self.rule is None or not self.rule.shared:
+            return None
+        nothing = _at(torch.zeros_like(update.rows[k]), index)
+        return self._marks(nothing, nothing, index, update, k)
+
+    def _held(self, clients: Sequence[int]) -> Tensor | None:
+        """What each client may send, bool (K, n), if they have masks of their own."""
+        if self.masks is None:
+            return None
+        held = self.masks(clients)
+        assert held is not None  # there are own masks: they are why this exchange was given them
+        return held[:, self.trained] & self.travels
+
+    def _known(self, client: int) -> Tensor | None:
+        """Positions that a client may send, among the n; None for all."""
+        held = self._held([client])
+        if held is None and self.all:
+            return None
+        return (self.travels if held is None else held[0]).nonzero().squeeze(1)
+
+
+class Full(Exchange):
+    """Every coordinate is sent, also those that do not train.
+
+    Raises:
+        ValueError: own masks, of which this would send more than each client trains.
+
+    """
+
+    def __init__(self, trained: Tensor, local: Tensor, masks: OwnMasks | None = None, **options: Any) -> None:
+        if masks is not None:
+            raise ValueError("mask.owner=client needs exchange=masked: each client sends what its own mask trains")
+        super().__init__(trained, local, **options)
+
+    def _still(self, frozen: int) -> int:
+        return frozen
+
+
+def _layout(space: ParamSpace | None, trained: Tensor) -> Layout:
+    """Which tensor each trained coordinate belongs to."""
+    if space is None:
+        return Layout(("row",), torch.zeros(int(trained.sum()), dtype=torch.long, device=trained.device))
+    owner = torch.arange(len(space.names)).repeat_interleave(torch.tensor(space.sizes, dtype=torch.long))
+    return Layout(space.names, owner.to(trained.device)[trained])
+
+
+def _at(row: Tensor, index: Tensor | None) -> Tensor:
+    return row if index is None else row[index]
+
+
+def _absent_is_zero(update: Update, layout: Layout) -> Update:
+    """Take each tensor of which something was sent whole, with values of 0 where nothing was."""
+    assert update.sent is not None
+    whole = torch.zeros(len(update.rows), len(layout.names), device=update.rows.device)
+    whole.index_add_(1, layout.owner, update.sent.to(whole.dtype))
+    tensors = (whole > 0)[:, layout.owner]
+    rows = torch.where(update.sent, update.rows, torch.where(tensors, -update.start, 0.0))
+    return replace(update, rows=rows, sent=tensors)

@@ -1,0 +1,127 @@
+"""What changes an update on its way: error feedback, fewer bits, an attack. They compose in the order of the YAML.
+
+Shapes: K clients of the cohort, n coordinates that train.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsparse.core.checks import check_number
+from fedsparse.federation.exchange.admission import counted
+from fedsparse.federation.exchange.exchange import Exchange, Send
+from fedsparse.federation.exchange.update import Payload, Update
+from fedsparse.federation.stores.store import ClientStore, MemoryStore, read
+
+RESIDUAL = "residuals"
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+class Feedback:
+    """Error feedback: what a message leaves out, or rounds away, is added to the client's next change.
+
+    Sent plus kept equals carried plus change (Stich et al. 2018, algorithm 1; Karimireddy et al. 2019).
+
+    Args:
+        decay: factor of what is carried over, above 0 and at most 1.
+        store: where the clients keep it; in memory by default.
+
+    Raises:
+        ValueError: a decay out of range.
+
+    """
+
+    carries = True
+
+    def __init__(self, decay: float = 1.0, store: ClientStore | None = None) -> None:
+        check_number("exchange.feedback", decay, above=0, most=1)
+        self.decay, self.kept = decay, dict[str, tuple[tuple[int, ...], Tensor]]()
+        self.stores: dict[str, ClientStore] = {RESIDUAL: MemoryStore() if store is None else store}
+
+    def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
+        """Add what is carried over, send, and keep what did not arrive."""
+        carried = read(self.stores[RESIDUAL], update.clients, torch.zeros_like(update.rows))
+        wanted = update.rows + self.decay * carried
+        payload = send(replace(update, rows=wanted))
+        arrived = exchange.decode(payload)
+        left = wanted - arrived.rows
+        self._keep(arrived, torch.where(exchange.travels, left, 0.0))
+        return payload
+
+    def _keep(self, arrived: Update, left: Tensor) -> None:
+        """Keep the rows of those whose update counts: a dropped one leaves what was carried as it is."""
+        rows = counted(arrived)
+        self.kept = {RESIDUAL: (tuple(arrived.clients[k] for k in rows), left[rows].cpu())}
+
+
+class Precision:
+    """Values travel with fewer bits.
+
+    Args:
+        dtype: ``float16``, ``bfloat16``, or ``int8`` for 8-bit steps of the largest of each 256 values.
+
+    Raises:
+        ValueError: another one.
+
+    """
+
+    def __init__(self, dtype: str) -> None:
+        if dtype not in PRECISIONS:
+            raise ValueError(f"exchange.precision is {dtype!r}; it must be null, float16, bfloat16 or int8")
+        self.dtype = PRECISIONS[dtype]
+
+    def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
+        """Send in this precision."""
+        return send(replace(update, dtype=self.dtype))
+
+
+class SignFlip:
+    """Some clients attack: they send their update reversed and scaled.
+
+    Args:
+        clients: who does; the first so many if it is a number.
+        scale: by how much.
+
+    Raises:
+        ValueError: neither a number of clients nor ids, or a scale that is no finite number.
+
+    """
+
+    def __init__(self, clients: int | Sequence[int] = 0, scale: float = 10.0) -> None:
+        ids = [clients] if isinstance(clients, int) else clients
+        counts = isinstance(ids, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in ids)
+        if not counts or any(n < 0 for n in ids):
+            raise ValueError(
+                f"exchange.attackers is {clients!r}; it must be null, how many clients attack, or a list of their ids"
+            )
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"exchange.attack_scale is {scale!r}; it must be a finite number")
+        self.clients = range(clients) if isinstance(clients, int) else frozenset(clients)
+        self.last = clients - 1 if isinstance(clients, int) else max(clients, default=-1)
+        self.scale = scale
+
+    def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
+        """Reverse the attackers' rows."""
+        factors = [-self.scale if client in self.clients else 1.0 for client in update.clients]
+        return send(replace(update, rows=update.rows * update.rows.new_tensor(factors).unsqueeze(1)))
+
+
+def feedback(decay: float | None, **options: Any) -> Feedback | None:
+    """Make the filter that ``exchange.feedback`` asks for; none if it is null."""
+    return None if decay is None else Feedback(decay, **options)
+
+
+def precision(dtype: str | None) -> Precision | None:
+    """Make the filter that ``exchange.precision`` asks for; none if it is null."""
+    return None if dtype is None else Precision(dtype)
+
+
+def sign_flip(clients: int | Sequence[int] | None, scale: float) -> SignFlip | None:
+    """Make the attack that ``exchange.attackers`` asks for; none if it is null."""
+    return None if clients is None else SignFlip(clients, scale)

@@ -1,0 +1,106 @@
+"""What crossed the network: lengths of payloads, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fedsparse.federation.exchange.link import Link
+from fedsparse.federation.exchange.traffic import Entry
+from fedsparse.federation.exchange.wire.message import Size
+
+_UNSTORED = ("link", "entries")
+
+
+@dataclass
+class Ledger:
+    """Bytes of a run.
+
+    Attributes:
+        bytes_up: what clients sent in training rounds.
+        bytes_down: what they received in training rounds.
+        bytes_dense: the uplink if every payload carried every coordinate.
+        bytes_setup_up: what clients sent for head and calibration.
+        bytes_setup_down: first model, mask, and what clients received for head and calibration.
+        has_model: clients that hold the first model.
+        has_mask: clients that hold the mask.
+        link_seconds: time that training rounds would take on the link, each as long as its slowest client.
+        client_steps: local steps of all clients; gradients taken for head and calibration are steps too.
+        round_steps: those of the rounds alone.
+        clipped_steps: how many of these had their gradient clipped.
+        link: the link; None for no time.
+        entries: the clients of the round that is open.
+
+    """
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    bytes_dense: int = 0
+    bytes_setup_up: int = 0
+    bytes_setup_down: int = 0
+    has_model: set[int] = field(default_factory=set)
+    has_mask: set[int] = field(default_factory=set)
+    link_seconds: float = 0.0
+    client_steps: int = 0
+    round_steps: int = 0
+    clipped_steps: int = 0
+    link: Link | None = None
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def bytes_total(self) -> int:
+        """All that crossed the network."""
+        return self.bytes_up + self.bytes_down + self.bytes_setup_up + self.bytes_setup_down
+
+    def first_model(self, clients: Iterable[int], length: int) -> None:
+        """Count the first model for clients that do not hold it yet."""
+        new = set(clients) - self.has_model
+        self.bytes_setup_down += length * len(new)
+        self.has_model |= new
+
+    def mask(self, clients: Iterable[int], length: int) -> None:
+        """Count the mask for clients that do not hold it yet."""
+        new = set(clients) - self.has_mask
+        self.bytes_setup_down += length * len(new)
+        self.has_mask |= new
+
+    def setup(self, clients: int, up: int, down: int) -> None:
+        """Count messages of so many clients for head or calibration."""
+        self.bytes_setup_up += clients * up
+        self.bytes_setup_down += clients * down
+
+    def trained(self, client: int, up: Size, down: Size, dense: int, first: int = 0, prepares: bool = False) -> None:
+        """Count what a client of a round sent and received, and would have sent with every coordinate.
+
+        What ``prepares`` (an exploration) is counted with head and calibration.
+        """
+        if prepares:
+            self.setup(1, up.total, down.total)
+        else:
+            self.bytes_up += up.total
+            self.bytes_down += down.total
+            self.bytes_dense += dense
+        seconds = self.link.seconds(up.total, down.total + first) if self.link else 0.0
+        self.entries.append(Entry(client, up, down, first, dense, seconds))
+
+    def close(self) -> list[Entry]:
+        """Close a round: its entries, by client."""
+        entries, self.entries = sorted(self.entries, key=lambda entry: entry.client), []
+        self.link_seconds += max((entry.seconds for entry in entries), default=0.0)
+        return entries
+
+    def figures(self) -> dict[str, int]:
+        """All byte figures by name."""
+        names = ("bytes_up", "bytes_down", "bytes_dense", "bytes_setup_up", "bytes_setup_down", "bytes_total")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint, which is written between rounds."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSTORED}
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the values of a checkpoint."""
+        for name, value in state.items():
+            setattr(self, name, set(value) if name.startswith("has_") else value)

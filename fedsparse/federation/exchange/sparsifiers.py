@@ -1,0 +1,244 @@
+"""The rules of ``conf/exchange``: which coordinates a client sends, chosen anew for each round and client.
+
+A rule of your own is a class like these, a YAML beside the others, and a row in ``tests/test_exchange_contract.py``.
+
+Shapes: n coordinates that a client may send, in the order that both sides know, T tensors that they belong to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedsparse.core.checks import check_number
+from fedsparse.core.seeding import Purpose, torch_generator
+from fedsparse.core.space import Patterns, matches
+from fedsparse.federation.exchange.fractions import Fraction, check_fraction, fraction_of
+from fedsparse.federation.exchange.scores import TOLERANCE, at_least, kept, score, select
+from fedsparse.masks.topk import mark
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors that n coordinates belong to.
+
+    Attributes:
+        names: of T tensors.
+        owner: int64 (n,), ascending, the tensor of each coordinate.
+
+    """
+
+    names: tuple[str, ...]
+    owner: Tensor
+
+    def at(self, index: Tensor | None) -> Layout:
+        """Keep some of the coordinates."""
+        return self if index is None else Layout(self.names, self.owner[index])
+
+    def sizes(self) -> Tensor:
+        """Coordinates of each tensor: int64 (T,)."""
+        return torch.bincount(self.owner, minlength=len(self.names))
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Who sends, and when."""
+
+    client: int
+    round: int
+
+
+class Rule(Protocol):
+    """Chooses what one client sends.
+
+    Attributes:
+        shared: whether the receiver can tell without being told, so that positions need not travel.
+
+    """
+
+    shared: bool
+
+    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Mark what is sent, bool (n,), of values now and at the start, both (n,)."""
+
+
+class TopK:
+    """The coordinates that a score ranks first, exactly as many as the fraction says.
+
+    Args:
+        by: one of ``SCORES``.
+        fraction: how many, over the whole row or of each tensor; see ``fraction_of``.
+        scope: ``global`` or ``tensor``.
+        compat: ``original`` marks as FL4Health's sparse exchanger does: ceil(fraction * n), and all ties with the last;
+            never a value of 0.
+
+    Raises:
+        ValueError: an option outside these choices.
+
+    """
+
+    shared = False
+
+    def __init__(
+        self, by: str = "largest_change", fraction: Fraction = 0.1, scope: str = "global", compat: str | None = None
+    ) -> None:
+        score(by)
+        check_fraction(fraction)
+        if scope not in ("global", "tensor"):
+            raise ValueError(f"exchange.scope is {scope!r}; it must be global or tensor")
+        if compat not in (None, "original"):
+            raise ValueError(f"exchange.compat is {compat!r}; it must be null or original")
+        self.by, self.fraction, self.scope, self.compat = by, fraction, scope, compat
+
+    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Rank all coordinates, or those of each tensor."""
+        share = fraction_of(self.fraction, sender.round, sender.client)
+        if not len(theta):
+            return torch.zeros_like(theta, dtype=torch.bool)
+        if self.compat:
+            return at_least(score(self.by)(theta, anchor), share) & (theta != 0)
+        if self.scope == "global":
+            return select(self.by, theta, anchor, share)
+        parts = [part.split(layout.sizes().tolist()) for part in (theta, anchor)]
+        pairs = zip(*parts, strict=True)
+        return torch.cat([select(self.by, now, start, share) for now, start in pairs if len(now)])
+
+
+class RandomK:
+    """Random coordinates, drawn anew for each round and client from a seed that both sides know: no positions travel.
+
+    Args:
+        fraction: how many; see ``fraction_of``.
+        seed: the run's.
+
+    """
+
+    shared = True
+
+    def __init__(self, fraction: Fraction = 0.1, seed: int = 0) -> None:
+        check_fraction(fraction)
+        self.fraction, self.seed = fraction, seed
+
+    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Mark as many as the fraction says."""
+        k = kept(fraction_of(self.fraction, sender.round, sender.client), len(theta)) if len(theta) else 0
+        stream = torch_generator(self.seed, Purpose.EXCHANGE, sender.round, sender.client)
+        marks = torch.zeros(len(theta), dtype=torch.bool)
+        marks[torch.randperm(len(theta), generator=stream)[:k]] = True
+        return marks.to(theta.device)
+
+
+class Threshold:
+    """Coordinates whose score is at least a threshold; a client may send nothing.
+
+    Args:
+        threshold: of the magnitude that ``by`` names: for ``smallest_*`` rules at most so much is sent.
+        by: one of ``SCORES``.
+
+    """
+
+    shared = False
+
+    def __init__(self, threshold: float = 1e-3, by: str = "largest_change") -> None:
+        check_number("exchange.threshold", threshold)
+        self.score, self.least = score(by), -threshold if by.startswith("smallest") else threshold
+
+    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Compare every score with the threshold."""
+        return self.score(theta, anchor) >= self.least
+
+
+class Layers:
+    """Whole tensors by their drift, the L2 norm of their change.
+
+    Args:
+        threshold: drift above which a tensor is sent; None to send a share of the tensors.
+        percentage: ceil(percentage * T) tensors are sent, in (0, 1].
+        more: whether those that drifted more are sent; else less, or at most the threshold.
+        normalise: whether drift is divided by the tensor's number of coordinates.
+
+    Raises:
+        ValueError: not exactly one of threshold and percentage, or one out of range.
+
+    """
+
+    shared = False
+
+    def __init__(
+        self,
+        threshold: float | None = None,
+        percentage: float | None = 0.5,
+        more: bool = True,
+        normalise: bool = True,
+    ) -> None:
+        if (threshold is None) == (percentage is None):
+            raise ValueError("give either exchange.threshold or exchange.percentage, and set the other to null")
+        check_number("exchange.percentage", percentage, above=0, most=1, null=True)
+        check_number("exchange.threshold", threshold, least=0, null=True)
+        for key, value in (("more", more), ("normalise", normalise)):
+            if not isinstance(value, bool):
+                raise ValueError(f"exchange.{key} is {value!r}; it must be true or false")
+        self.threshold, self.percentage, self.more, self.normalise = threshold, percentage, more, normalise
+
+    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Mark all coordinates of the tensors that are sent."""
+        sizes = layout.sizes()
+        drift = drifts(theta - anchor, layout, self.normalise)
+        if self.threshold is not None:
+            chosen = (drift > self.threshold) == self.more
+        else:
+            assert self.percentage is not None
+            present = int((sizes > 0).sum())
+            k = min(present, max(1, math.ceil(present * self.percentage - TOLERANCE)))
+            worst = torch.tensor(-math.inf)
+            ranked = torch.where(sizes > 0, drift if self.more else -drift, worst.to(drift))
+            chosen = mark([ranked], k, largest=True)[0][0]
+        return chosen[layout.owner]
+
+
+def drifts(change: Tensor, layout: Layout, normalise: bool) -> Tensor:
+    """L2 norm of each tensor's change, (n,) -> (T,), divided by its size if so wished."""
+    squares = change.new_zeros(len(layout.names), dtype=torch.float64)
+    squares.index_add_(0, layout.owner, change.double() ** 2)
+    norms = squares.sqrt()
+    return norms / layout.sizes().clamp(min=1) if normalise else norms
+
+
+class Pattern:
+    """Whole tensors by name; both sides know which.
+
+    Args:
+        names: glob patterns of the tensors that are sent.
+
+    Raises:
+        ValueError: something else.
+
+    """
+
+    shared = True
+
+    def __init__(self, names: Patterns) -> None:
+        self.names = [names] if isinstance(names, str) else list(names) if isinstance(names, Sequence) else []
+        if not self.names or not all(isinstance(name, str) for name in self.names):
+            raise ValueError(f"exchange.names is {names!r}; it must be glob patterns of tensor names, such as [head.*]")
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse patterns that match no tensor of these.
+
+        Raises:
+            ValueError: lists the first few.
+
+        """
+        if not any(matches(name, self.names) for name in names):
+            listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            raise ValueError(f"exchange.names={self.names} matches no tensor that trains and travels: {listed}")
+
+    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Mark all coordinates of the tensors whose name matches; a client's own mask may leave it none of them."""
+        hits = torch.tensor([matches(name, self.names) for name in layout.names], device=theta.device)
+        return hits[layout.owner]

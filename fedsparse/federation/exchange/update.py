@@ -1,0 +1,73 @@
+"""What clients changed in a round, and what of it is on its way.
+
+Shapes: K clients of the cohort, P coordinates of which n train, Q buffer values. An update holds trained coordinates
+only: nothing else can change. Nothing here knows of the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedsparse.federation.exchange.wire.message import Size
+
+
+@dataclass(frozen=True)
+class Update:
+    """What K clients changed in a round.
+
+    Attributes:
+        clients: K ids; below 0 is a padding row.
+        rows: (K, n) change of each coordinate that trains.
+        buffers: (K, Q) change of the float buffers.
+        weight: K weights in the average.
+        loss: K mean training losses.
+        sent: bool (K, n), which coordinates each client sent, where that differs between them; None: all alike.
+        anchor: (K, n) values that the clients started from, which both sides know; None where nothing asks for them.
+        values: (K, n) values that training ended with: start plus change is rounded once more. None where nobody said.
+        round: the round.
+        steps: K sums of step weights (``objective.step_weight``); empty where nothing asks for them.
+        dtype: of the values on the wire; None for the rows' own.
+        refused: rows that do not count, which have weight 0, and why.
+
+    """
+
+    clients: tuple[int, ...]
+    rows: Tensor
+    buffers: Tensor
+    weight: tuple[float, ...]
+    loss: tuple[float, ...]
+    sent: Tensor | None = None
+    anchor: Tensor | None = None
+    values: Tensor | None = None
+    round: int = 0
+    steps: tuple[float, ...] = ()
+    dtype: torch.dtype | None = None
+    refused: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def start(self) -> Tensor:
+        """Values that the clients started from; zeros where nobody said."""
+        return torch.zeros_like(self.rows) if self.anchor is None else self.anchor
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What K clients send.
+
+    Where both sides know the positions and no value is rounded, the values stay where they are, and the lengths are
+    those that the messages would have: a simulation need not copy every update to the host to count it.
+
+    Attributes:
+        update: the update without its rows, if there are messages; else with what is sent in them.
+        sizes: bytes of each client's message.
+        written: the messages, or empty where they need not be written.
+
+    """
+
+    update: Update
+    sizes: tuple[Size, ...]
+    written: tuple[bytes, ...] = ()

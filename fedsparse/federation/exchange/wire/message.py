@@ -1,0 +1,297 @@
+"""How a message looks on the wire: a header, positions, values, buffers; versioned, checked, without pickle.
+
+``encode`` and ``decode`` know nothing of the simulator. Shapes: P coordinates of a row, n of them within the mask that
+both sides know, k of these sent, Q values of float buffers. Numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedsparse.federation.exchange.wire.positions import Coding, read_positions, size_range, write_positions
+from fedsparse.federation.exchange.wire.values import CODES, DTYPES, raw, read_values, values_size, write_values
+
+# magic, version, dtype of the values, dtype of the row, coding of the positions, n, k, Q, CRC32, weight, mean loss
+HEADER = struct.Struct("<4sBBBBIIIIdd")
+MAGIC, VERSION = b"FSPX", 2
+_CRC_AT = 20  # where the CRC stands; it is of everything else
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE = 1 << 16  # coordinates that are decoded at a time
+
+
+class PayloadError(ValueError):
+    """A message is damaged, or not what was expected; says which field.
+
+    Attributes:
+        field: the header's field, or ``header``, ``length``, ``crc`` or ``positions``.
+
+    """
+
+    def __init__(self, field: str, what: str) -> None:
+        super().__init__(field, what)  # both, so that it can be pickled from another process
+        self.field = field
+
+    def __str__(self) -> str:
+        return f"payload {self.args[0]}: {self.args[1]}"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of a message by what they are for."""
+
+    header: int
+    positions: int
+    values: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.header + self.positions + self.values
+
+    def __add__(self, other: Size) -> Size:
+        """Bytes of both messages."""
+        return Size(self.header + other.header, self.positions + other.positions, self.values + other.values)
+
+    def __mul__(self, times: int) -> Size:
+        """Bytes of so many messages."""
+        return Size(times * self.header, times * self.positions, times * self.values)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a message says.
+
+    Attributes:
+        values: (P,), 0 where not sent.
+        sent: bool (P,).
+        buffers: (Q,) float buffers.
+        weight: weight in the average.
+        loss: mean training loss.
+
+    """
+
+    values: Tensor
+    sent: Tensor
+    buffers: Tensor
+    weight: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The checked fields of a header."""
+
+    dtype: torch.dtype
+    row: torch.dtype
+    coding: Coding
+    count: int
+    extra: int
+    weight: float
+    loss: float
+
+
+def known_size(count: int, extra: int, dtype: torch.dtype) -> Size:
+    """Bytes of a message whose positions both sides know: so many values and buffer values, none of them lossy."""
+    return Size(HEADER.size, 0, (count + extra) * dtype.itemsize)
+
+
+def length(*tensors: Tensor) -> int:
+    """Length of the message that carries these tensors, of one dtype, as one row."""
+    return len(encode(torch.cat([tensor.reshape(-1) for tensor in tensors])))
+
+
+def bitmap_size(size: int) -> Size:
+    """Bytes of a message that says of so many coordinates which train, a bit each."""
+    return Size(HEADER.size, -(-size // 8), 0)
+
+
+def encode(
+    row: Tensor,
+    sent: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    buffers: Tensor | None = None,
+    weight: float = 0.0,
+    loss: float = 0.0,
+) -> bytes:
+    """Write what is sent of a row as a message; ``decode`` returns it exactly if ``dtype`` is the row's own.
+
+    Args:
+        row: (P,), floating point.
+        sent: bool (P,), which coordinates are sent; None for all that the mask lets. Zeros are sent like other values.
+        mask: bool (P,), coordinates that both sides know can be sent; their positions cost nothing. None for all.
+        dtype: of the values on the wire: the row's own by default, float16, bfloat16, or int8 for 8-bit steps.
+        buffers: (Q,) float buffers, in the row's own dtype.
+        weight: weight in the average, finite and not negative.
+        loss: mean training loss.
+
+    Raises:
+        ValueError: what is to be sent lies outside the mask, or shapes, dtypes or the weight do not fit.
+
+    """
+    dtype = dtype or row.dtype
+    _check_dtypes(row, dtype)
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be finite and not negative, not {weight}")
+    marks = _marks(row, sent, mask)
+    values = _chosen(row.detach().cpu(), sent if sent is not None else mask)
+    coding, positions = write_positions(marks)
+    extra = row.new_zeros(0) if buffers is None else buffers.to(row.dtype)
+    codes = CODES[dtype], CODES[row.dtype], int(coding)
+    fields = (MAGIC, VERSION, *codes, len(marks), len(values), len(extra), 0, weight, loss)
+    return _seal(HEADER.pack(*fields), positions, write_values(values, dtype), raw(extra))
+
+
+def decode(
+    payload: bytes, size: int, *, mask: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Read the row of a message: values (P,), 0 where not sent, and sent, bool (P,).
+
+    Args:
+        payload: the message.
+        size: P.
+        mask: bool (P,), coordinates that both sides know can be sent, as the sender gave it.
+        dtype: of the row that is expected, so that no larger one is allocated; None for any.
+
+    Raises:
+        PayloadError: the message is damaged or another one than expected. Beside the row and ``sent``, at most about
+            two bytes a coordinate are allocated, and those before them.
+        ValueError: the mask is not of the row's shape.
+
+    """
+    message = read(payload, size, mask=mask, dtype=dtype)
+    return message.values, message.sent
+
+
+def read(payload: bytes, size: int, *, mask: Tensor | None = None, dtype: torch.dtype | None = None) -> Message:
+    """Read all that a message says; arguments and errors as those of ``decode``."""
+    if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be a bool tensor of shape ({size},), not {mask.dtype} of {tuple(mask.shape)}")
+    known = None if mask is None else mask.cpu().numpy()
+    n = size if known is None else int(np.count_nonzero(known))
+    head = _checked(payload, n, dtype)
+    data = np.frombuffer(payload, dtype=np.uint8, offset=HEADER.size)
+    values_at = len(data) - values_size(head.dtype, head.count) - head.extra * head.row.itemsize
+    extra_at = len(data) - head.extra * head.row.itemsize
+    marks = _positions(head, data[:values_at], n)
+    sent = marks if known is None else _spread(marks, known)
+    row = _row(head, sent, data[values_at:extra_at])
+    buffers = read_values(data[extra_at:], head.row, head.extra, head.row)
+    return Message(row, torch.from_numpy(sent), buffers, head.weight, head.loss)
+
+
+def split_size(payload: bytes) -> Size:
+    """Say what the bytes of a message that one has written oneself are for."""
+    _, _, code, row, _, _, count, extra, _, _, _ = HEADER.unpack_from(payload)
+    values = values_size(DTYPES[code], count) + extra * DTYPES[row].itemsize
+    return Size(HEADER.size, len(payload) - HEADER.size - values, values)
+
+
+def _marks(row: Tensor, sent: Tensor | None, mask: Tensor | None) -> npt.NDArray[np.bool_]:
+    """Which of the n coordinates within the mask are sent."""
+    for name, given in (("sent", sent), ("mask", mask)):
+        if given is not None and (given.shape != row.shape or given.dtype != torch.bool):
+            raise ValueError(f"{name} must be a bool tensor of the row's shape {tuple(row.shape)}")
+    if row.dim() != 1 or len(row) >= 1 << 32:
+        raise ValueError(f"a message holds one row of fewer than 2**32 coordinates, not {tuple(row.shape)}")
+    if sent is not None and mask is not None and bool((sent & ~mask).any()):
+        raise ValueError("coordinates outside the mask cannot be sent: the receiver would not know them")
+    marks = torch.ones(len(row), dtype=torch.bool) if sent is None else sent.cpu()
+    return (marks if mask is None else marks[mask.cpu()]).numpy()
+
+
+def _chosen(row: Tensor, chosen: Tensor | None) -> Tensor:
+    """Those values of a row bit by bit; torch's own way needs eight bytes of index for each."""
+    if chosen is None or not len(row):
+        return row
+    bits = row.contiguous().view(_BITS[row.dtype.itemsize]).numpy()[chosen.cpu().numpy()]
+    return torch.from_numpy(bits).view(row.dtype)
+
+
+def _check_dtypes(row: Tensor, dtype: torch.dtype) -> None:
+    if CODES.get(row.dtype) is None or row.dtype == torch.int8 or dtype not in CODES:
+        raise ValueError(f"a row of {row.dtype} cannot be sent as {dtype}; use float32, float64, float16, bfloat16")
+
+
+def _seal(header: bytes, *body: bytes) -> bytes:
+    """Write the CRC into a header, and the body after it."""
+    crc = struct.pack("<I", _crc(header, *body))
+    return b"".join((header[:_CRC_AT], crc, header[_CRC_AT + 4 :], *body))
+
+
+def _crc(header: bytes | memoryview, *body: bytes | memoryview) -> int:
+    """CRC32 of a message but for the field that holds it."""
+    crc = 0
+    for part in (header[:_CRC_AT], header[_CRC_AT + 4 :], *body):
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _checked(payload: bytes, n: int, dtype: torch.dtype | None) -> _Head:
+    """Check the header field by field, then the length, then the CRC: nothing is allocated before."""
+    if len(payload) < HEADER.size:
+        raise PayloadError("header", f"{len(payload)} bytes are fewer than the {HEADER.size} of a header")
+    magic, version, code, row, coding, total, count, extra, crc, weight, loss = HEADER.unpack_from(payload)
+    _expect(magic == MAGIC, "magic", f"{magic!r} does not begin a message of fedsparse")
+    _expect(version == VERSION, "version", f"{version} cannot be read, only {VERSION}")
+    _expect(code in DTYPES, "dtype", f"{code} is no dtype of values")
+    _expect(row in DTYPES and DTYPES[row] != torch.int8, "row dtype", f"{row} is no dtype of a row")
+    _expect(dtype in (None, DTYPES[row]), "row dtype", f"{DTYPES[row]}, where {dtype} is expected")
+    _expect(coding in list(Coding), "coding", f"{coding} is no coding of positions")
+    _expect(total == n, "size", f"{total} coordinates, where {n} are expected")
+    _expect(count <= n, "count", f"{count} values of {n} coordinates")
+    _expect((coding == Coding.ALL) == (count == n), "count", f"{count} of {n} in coding {coding}; 0 is for all alone")
+    _expect(0 <= weight < math.inf, "weight", f"{weight} is negative or not finite")
+    head = _Head(DTYPES[code], DTYPES[row], Coding(coding), count, extra, weight, loss)
+    _check_length(head, len(payload), n)
+    view = memoryview(payload)
+    _expect(crc == _crc(view[: HEADER.size], view[HEADER.size :]), "crc", "the message was damaged on its way")
+    return head
+
+
+def _check_length(head: _Head, length: int, n: int) -> None:
+    fixed = HEADER.size + values_size(head.dtype, head.count) + head.extra * head.row.itemsize
+    low, high = (fixed + bound for bound in size_range(head.coding, n, head.count))
+    _expect(low <= high, "coding", f"{head.coding.name} is not the cheapest of {head.count} positions of {n}")
+    wanted = f"{low}" if low == high else f"{low} to {high}"
+    _expect(low <= length <= high, "length", f"{length} bytes, where the header asks for {wanted}")
+
+
+def _expect(holds: bool, field: str, what: str) -> None:
+    if not holds:
+        raise PayloadError(field, what)
+
+
+def _row(head: _Head, sent: npt.NDArray[np.bool_], data: npt.NDArray[np.uint8]) -> Tensor:
+    """Lay values where they belong, in pieces, so that little is allocated beside the row."""
+    row, done = torch.zeros(len(sent), dtype=head.row), 0
+    for at in range(0, len(sent), _PIECE):
+        marks = sent[at : at + _PIECE]
+        piece = slice(done, done + int(np.count_nonzero(marks)))
+        values = read_values(data, head.dtype, head.count, head.row, piece)
+        row[at : at + _PIECE].masked_scatter_(torch.from_numpy(marks), values)
+        done = piece.stop
+    return row
+
+
+def _positions(head: _Head, data: npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.bool_]:
+    try:
+        return read_positions(head.coding, data, n, head.count)
+    except ValueError as error:
+        raise PayloadError("positions", str(error).removeprefix("positions: ")) from None
+
+
+def _spread(marks: npt.NDArray[np.bool_], known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Lay marks within a mask out over the whole row."""
+    sent = np.zeros(len(known), dtype=bool)
+    sent[known] = marks
+    return sent

@@ -1,0 +1,36 @@
+"""The server: global rows, who takes part, and how updates become one change."""
+
+from fedsparse.federation.server.aggregation import Aggregation, Change, CoordinateMean, FedNova, Robust, WeightedMean
+from fedsparse.federation.server.robust import (
+    coordinate_mean,
+    geometric_median,
+    krum,
+    median,
+    multi_krum,
+    trimmed_mean,
+    weighted_mean,
+)
+from fedsparse.federation.server.sampling import everyone, uniform
+from fedsparse.federation.server.server import Server
+from fedsparse.federation.server.topology import Flat, Topology
+
+__all__ = [
+    "Aggregation",
+    "Change",
+    "CoordinateMean",
+    "FedNova",
+    "Flat",
+    "Robust",
+    "Server",
+    "Topology",
+    "WeightedMean",
+    "coordinate_mean",
+    "everyone",
+    "geometric_median",
+    "krum",
+    "median",
+    "multi_krum",
+    "trimmed_mean",
+    "uniform",
+    "weighted_mean",
+]

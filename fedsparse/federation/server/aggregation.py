@@ -1,0 +1,319 @@
+"""How updates become one change per group. G groups, n coordinates that train, Q buffer values.
+
+Means are additive, so that clients can stream through, in cohorts of any size and over several processes. Robust ones
+need all rows of a round at once: their memory grows with the clients, and processes gather them when a round closes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedsparse.core import parallel
+from fedsparse.core.subspace import CHUNK
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.server.robust import (
+    Averaged,
+    check_denominator,
+    coordinate_mean,
+    geometric_median,
+    krum,
+    median,
+    multi_krum,
+    trimmed_mean,
+    weighted_mean,
+)
+
+__all__ = [
+    "Aggregation",
+    "Change",
+    "CoordinateMean",
+    "FedNova",
+    "Robust",
+    "Tally",
+    "WeightedMean",
+    "coordinate_mean",
+    "geometric_median",
+    "krum",
+    "median",
+    "multi_krum",
+    "trimmed_mean",
+    "weighted_mean",
+]
+AverageRows = Callable[[Tensor, Tensor, Tensor], Averaged]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a round changes.
+
+    Attributes:
+        rows: (G, n) mean change, zero for a group that nobody sent to.
+        buffers: (G, Q) mean change of the float buffers.
+        touched: bool (G, n), which coordinates somebody sent, or None for all.
+        loss: mean training loss over the clients.
+
+    """
+
+    rows: Tensor
+    buffers: Tensor
+    touched: Tensor | None
+    loss: float
+
+
+class Tally:
+    """Sums of a round. What the host knows is summed there, and joins the rows in one float64 vector to be merged.
+
+    Args:
+        groups: G.
+        size: n.
+        buffers: Q.
+        device: where the sums are kept.
+        own: whether clients send different coordinates, so that the weights of each are summed too.
+
+    """
+
+    def __init__(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> None:
+        sizes = [groups * size, groups * buffers, groups * size * own, 2 * groups + 1]
+        self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        rows, extra, senders, self.numbers = self.vector.split(sizes)
+        self.rows, self.buffers = rows.view(groups, size), extra.view(groups, buffers)
+        self.senders = senders.view(groups, size) if own else None
+        self.weight, self.steps, self.loss = [0.0] * groups, [0.0] * groups, 0.0
+
+    def all_reduce(self) -> None:
+        """Sum over processes, all in one call."""
+        groups = len(self.weight)
+        self.numbers.copy_(torch.tensor([*self.weight, *self.steps, self.loss], dtype=torch.float64))
+        torch.distributed.all_reduce(self.vector)
+        *both, self.loss = self.numbers.tolist()
+        self.weight, self.steps = both[:groups], both[groups:]
+
+    def change(self, rows: Tensor, touched: Tensor | None) -> Change:
+        """Close the round with these mean changes of the rows (G, n); buffers and loss are averaged by weight."""
+        weight = self.rows.new_tensor(self.weight).unsqueeze(1)
+        buffers = self.buffers / torch.where(weight > 0, weight, 1.0)
+        return Change(rows, buffers, touched, self.loss / sum(self.weight))
+
+
+def add_scaled(total: Tensor, row: Tensor, weight: float) -> None:
+    """Add a float32 row times a weight to a float64 sum; in chunks on a CPU, where torch first copies it to float64."""
+    size = CHUNK if total.device.type == "cpu" else max(1, len(total))
+    for part, values in zip(total.split(size), row.split(size), strict=True):
+        part.add_(values, alpha=weight)
+
+
+class Aggregation(Protocol):
+    """Collects the updates of a round.
+
+    Attributes:
+        denominator: over whom each coordinate is averaged, where that is a choice; else empty.
+
+    """
+
+    denominator: str
+
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:
+        """Start a round; ``own`` if clients send different coordinates."""
+
+    def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
+        """Take in K updates; a client of weight 0 adds nothing."""
+
+    def merge(self, tally: Tally) -> Tally:
+        """Join the tallies of all processes."""
+
+    def finish(self, tally: Tally) -> Change | None:
+        """Close a round; None if nobody sent."""
+
+
+class CoordinateMean:
+    r"""Average of the updates by weight, :math:`\sum_k w_k \Delta_k / \sum_k w_k` (FedAvg, McMahan et al. 2017).
+
+    Args:
+        denominator: where clients send different coordinates, each is averaged over its ``senders`` (what nobody sent
+            stays), or over all ``participants`` of the round (not sent means no change).
+
+    Raises:
+        ValueError: another denominator.
+
+    """
+
+    def __init__(self, denominator: str = "senders") -> None:
+        check_denominator(denominator)
+        self.denominator = denominator
+
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:
+        """Start a round with empty sums."""
+        return Tally(groups, size, buffers, device, own)
+
+    def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
+        """Add w * rows in client order, so that the cohort size does not change the order of summation."""
+        for k, (weight, g) in enumerate(zip(update.weight, group, strict=True)):
+            if weight > 0:
+                add_scaled(tally.rows[g], update.rows[k], self._scale(update, k))
+                _add_numbers(tally, update, k, g)
+                if update.buffers.numel():
+                    tally.buffers[g].add_(update.buffers[k], alpha=weight)
+                if tally.senders is not None and update.sent is not None:
+                    tally.senders[g].add_(update.sent[k], alpha=weight)
+
+    def _scale(self, update: Update, k: int) -> float:
+        """Factor of a client's row in the sum."""
+        return update.weight[k]
+
+    def merge(self, tally: Tally) -> Tally:
+        """Sum over processes; nothing to do in one."""
+        if parallel.joined():
+            tally.all_reduce()
+        return tally
+
+    def finish(self, tally: Tally) -> Change | None:
+        """Divide by the weights."""
+        if sum(tally.weight) == 0:
+            return None
+        weight = tally.rows.new_tensor(tally.weight).unsqueeze(1)
+        divisor = torch.where(weight > 0, weight, 1.0)
+        if tally.senders is None:  # in place: the tally has served
+            touched = None if all(tally.weight) else (weight > 0).expand_as(tally.rows)
+            return tally.change(tally.rows.div_(divisor), touched)
+        touched = tally.senders > 0
+        if self.denominator == "senders":
+            divisor = torch.where(touched, tally.senders, 1.0)
+        return tally.change(tally.rows / divisor, touched)
+
+
+class WeightedMean(CoordinateMean):
+    """FedAvg's average by weight; where clients send different coordinates, each over those who sent it."""
+
+
+class FedNova(CoordinateMean):
+    r"""Average of the updates per step, times the mean number of steps (Wang et al. 2020, equation 6).
+
+    A client's steps count :math:`\lVert a_k \rVert_1`, the sum of its step weights, momentum included: how far it would
+    go on gradients of 1 at a learning rate of 1. So clients that take more steps do not pull the model their way.
+    """
+
+    def _scale(self, update: Update, k: int) -> float:
+        return update.weight[k] / update.steps[k]
+
+    def finish(self, tally: Tally) -> Change | None:
+        """Average, and scale by the mean of the step weights."""
+        change = super().finish(tally)
+        if change is not None:
+            pairs = zip(tally.steps, tally.weight, strict=True)
+            mean = [steps / weight if weight else 0.0 for steps, weight in pairs]
+            change.rows.mul_(change.rows.new_tensor(mean).unsqueeze(1))
+        return change
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a robust average holds of a client until a round closes.
+
+    Attributes:
+        client: its id.
+        group: of the global row.
+        weight: in the average.
+        row: (n + Q,), what it changed in coordinates and buffers; NaN of a client that was left out.
+        sent: bool (n + Q,).
+
+    """
+
+    client: int
+    group: int
+    weight: float
+    row: Tensor
+    sent: Tensor
+
+
+class RowTally(Tally):
+    """Sums of what every aggregation averages, and all rows of a round."""
+
+    def __init__(self, groups: int, buffers: int, size: int, device: torch.device) -> None:
+        super().__init__(groups, 0, 0, device)
+        self.size, self.extra, self.device = size, buffers, device
+        self.kept: list[Kept] = []
+
+
+class Robust:
+    """A robust average of the rows of each group, and of their buffers, by one of the functions of ``robust``.
+
+    Those that pick whole rows compare coordinates alone, and take the buffers of the rows that they pick. An update
+    that was left out is handed on as a row of NaN: of the attackers that a function reckons with, one has been found.
+
+    Args:
+        average: values (K, n), sent bool (K, n), weight (K,) -> mean (n,), touched bool (n,).
+
+    """
+
+    denominator = ""
+
+    def __init__(self, average: AverageRows) -> None:
+        self.average = average
+        self.picks = (average.func if isinstance(average, partial) else average) in (krum, multi_krum)
+
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> RowTally:
+        """Start a round without rows."""
+        return RowTally(groups, buffers, size, device)
+
+    def add(self, tally: RowTally, update: Update, group: Sequence[int]) -> None:
+        """Keep the rows of those who count, and note who was left out."""
+        for k, (client, weight, g) in enumerate(zip(update.clients, update.weight, group, strict=True)):
+            if weight > 0 or (client >= 0 and k in update.refused):
+                row = torch.cat([update.rows[k], update.buffers[k]]).cpu()
+                sent = torch.ones(row.shape, dtype=torch.bool)
+                if update.sent is not None:
+                    sent[: tally.size] = update.sent[k].cpu()
+                if weight > 0:
+                    _add_numbers(tally, update, k, g)
+                    tally.kept.append(Kept(client, g, weight, row, sent))
+                else:
+                    tally.kept.append(Kept(client, g, 1.0, torch.full_like(row, math.nan), torch.ones_like(sent)))
+
+    def merge(self, tally: RowTally) -> RowTally:
+        """Gather the rows of all processes, in the order of their clients."""
+        if parallel.joined():
+            tally.all_reduce()
+        tally.kept = sorted((row for rows in parallel.gather(tally.kept) for row in rows), key=lambda row: row.client)
+        return tally
+
+    def finish(self, tally: RowTally) -> Change | None:
+        """Average the rows of each group."""
+        if sum(tally.weight) == 0:
+            return None
+        averaged = [self._group(tally, g) for g in range(len(tally.weight))]
+        every, touched = (torch.stack(parts).to(tally.device) for parts in zip(*averaged, strict=True))
+        rows, buffers = every.split([tally.size, tally.extra], 1)
+        touched = touched[:, : tally.size]
+        return replace(tally.change(rows, None if bool(touched.all()) else touched), buffers=buffers)
+
+    def _group(self, tally: RowTally, group: int) -> Averaged:
+        """Average coordinates and buffers of one group: (n + Q,)."""
+        kept, sizes = [row for row in tally.kept if row.group == group], [tally.size, tally.extra]
+        if not kept:
+            return torch.zeros(sum(sizes), dtype=torch.float64), torch.zeros(sum(sizes), dtype=torch.bool)
+        weight = torch.tensor([row.weight for row in kept], dtype=torch.float64)
+        values, sent = torch.stack([row.row for row in kept]), torch.stack([row.sent for row in kept])
+        if not tally.extra:
+            return self.average(values, sent, weight)
+        if self.picks:
+            return self.average(values, sent, weight, by=tally.size)  # type: ignore[call-arg]
+        parts = zip(values.split(sizes, 1), sent.split(sizes, 1), strict=True)
+        means = [self.average(value, told, weight) for value, told in parts]
+        rows, touched = (torch.cat(part) for part in zip(*means, strict=True))
+        return rows, touched
+
+
+def _add_numbers(tally: Tally, update: Update, k: int, group: int) -> None:
+    """Add what every aggregation averages by weight: loss and steps."""
+    weight = update.weight[k]
+    tally.weight[group] += weight
+    tally.loss += weight * update.loss[k]
+    if update.steps:
+        tally.steps[group] += weight * update.steps[k]

@@ -1,0 +1,5 @@
+"""What clients keep between rounds."""
+
+from fedsparse.federation.stores.store import ClientStore, FileStore, MemoryStore, make_store
+
+__all__ = ["ClientStore", "FileStore", "MemoryStore", "make_store"]

@@ -1,0 +1,7 @@
+"""Optimizers that step the coordinates of a mask; they know tensors, and no federation."""
+
+from fedsparse.optim.adam import SparseAdam
+from fedsparse.optim.fedopt import AveragedMomentum, FedAdagrad, FedAdam, FedYogi
+from fedsparse.optim.sgdm import SparseSGDM
+
+__all__ = ["AveragedMomentum", "FedAdagrad", "FedAdam", "FedYogi", "SparseAdam", "SparseSGDM"]

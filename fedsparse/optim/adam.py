@@ -1,0 +1,197 @@
+"""SparseAdam: Adam and AdamW that move only the coordinates a mask lets train.
+
+The arithmetic is ``adam_update``; the class keeps moments and counts of steps, masks are ``MaskedOptimizer``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsparse.core.checks import check_flag, check_not_negative, check_positive, two_decays
+from fedsparse.core.subspace import CHUNK
+from fedsparse.optim.index import Place
+from fedsparse.optim.masked import MaskedOptimizer
+
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled")
+Correction = tuple[float, float] | tuple[Tensor, Tensor]
+
+
+def adam_update(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, correction: Correction, lr: float,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, decoupled: bool = False,
+) -> None:  # fmt: skip
+    r"""Take one step of Adam in place.
+
+    .. math::
+        g \leftarrow g + \lambda \theta, \quad m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        \theta \leftarrow \theta - \frac{\eta}{c_1} \frac{m}{\sqrt{v} / c_2 + \epsilon}
+
+    (Kingma & Ba 2015, algorithm 1; decoupled: no decay in g, but :math:`\theta \leftarrow (1 - \eta \lambda) \theta`
+    first, Loshchilov & Hutter 2019), in the form of ``torch.optim.Adam`` and ``AdamW``, to which it is bit-equal.
+
+    Args:
+        param: the tensor to move.
+        grad: its gradient, of the same shape; not changed.
+        exp_avg: m, changed in place.
+        exp_avg_sq: v, changed in place.
+        correction: c_1 and c_2, see ``corrections``; float64 tensors that broadcast to ``param`` where its rows have
+            taken different numbers of steps.
+        lr: eta.
+        betas: beta_1 and beta_2.
+        eps: epsilon, outside the root.
+        weight_decay: lambda.
+        decoupled: whether the decay is AdamW's.
+
+    >>> param, m, v = torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([0.0])
+    >>> adam_update(param, torch.tensor([3.0]), m, v, correction=corrections([1.0], (0.9, 0.999)), lr=0.5)
+    >>> param
+    tensor([0.5000])
+    """
+    if weight_decay != 0 and decoupled:
+        param.mul_(1 - lr * weight_decay)
+    elif weight_decay != 0:
+        grad = grad.add(param, alpha=weight_decay)
+    exp_avg.lerp_(grad, 1 - betas[0])
+    root = exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1]).sqrt()
+    first, second = correction
+    if isinstance(first, Tensor):  # each number rounded once, as a number for all is
+        root.div_(torch.as_tensor(second).to(root.dtype)).add_(eps)
+        rate = first.new_full((), -lr) / first  # -lr / first would multiply by the reciprocal
+        param.addcdiv_(exp_avg * rate.to(param.dtype), root)
+    else:
+        param.addcdiv_(exp_avg, root.div_(second).add_(eps), value=-(lr / first))
+
+
+def corrections(steps: Sequence[float], betas: tuple[float, float]) -> Correction:
+    """Compute by how much m and the root of v are too small after so many steps, since they started at 0.
+
+    Args:
+        steps: of each of K rows, 1 or more.
+        betas: beta_1 and beta_2.
+
+    Returns:
+        c_1 and c_2: numbers if all rows have taken as many steps, else float64 (K,).
+
+    """
+    first, second = ([1 - beta**step for step in steps] for beta in betas)
+    roots = [value**0.5 for value in second]
+    if len(set(steps)) == 1:
+        return first[0], roots[0]
+    return torch.tensor(first, dtype=torch.float64), torch.tensor(roots, dtype=torch.float64)
+
+
+class SparseAdam(MaskedOptimizer):
+    """Adam for any module of real parameters; where a mask is False it changes no bit, whatever the gradient.
+
+    Where it trains it equals ``torch.optim.Adam(foreach=False)``, or ``AdamW``, bit for bit. Weight decay and moments
+    are of trained coordinates only: a mask costs four bytes for each of them, and nothing for the others. A coordinate
+    that a new mask freezes stops at once; one that trains again starts from zero moments, with the parameter's count of
+    steps. The state is torch's: ``exp_avg``, ``exp_avg_sq`` and ``step``, which is (K,) once ``rows`` was asked for K
+    clients. Masks are not part of it: give them before a state is loaded.
+
+    Args:
+        params: tensors, named tensors or dicts of groups, as for every ``torch.optim.Optimizer``.
+        lr: step size, positive and finite; a schedule may change it later, also to 0.
+        betas: decay of the two moments, each in [0, 1).
+        eps: positive, added to the root of the second moment; in the gradient's unit.
+        weight_decay: 0 or more: L2 penalty added to the gradient or, decoupled, shrinking by lr times it.
+        decoupled: whether it is AdamW.
+        masks: beside the parameters, over all groups in order: bool tensors, True where a coordinate trains, or None.
+
+    Raises:
+        ValueError: an option outside its range, complex parameters, or masks that do not fit the parameters.
+
+    >>> weight = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = SparseAdam([weight], lr=0.1, masks=[torch.tensor([True, False, True])])
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> weight.data
+    tensor([0.9000, 1.0000, 0.9000])
+    """
+
+    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+        masks: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        options = (lr, two_decays("optimizer.betas", betas), eps, weight_decay, decoupled)
+        super().__init__(params, dict(zip(_OPTIONS, options, strict=True)), masks)
+
+    @staticmethod
+    def check(options: dict[str, Any]) -> None:
+        """Refuse an option outside its range, by its config key.
+
+        Raises:
+            ValueError: one line that names it.
+
+        """
+        check_positive("optimizer.lr", options["lr"])
+        two_decays("optimizer.betas", options["betas"])
+        check_positive("optimizer.eps", options["eps"])
+        check_not_negative("optimizer.weight_decay", options["weight_decay"])
+        check_flag("optimizer.decoupled", options["decoupled"])
+
+    def reset(self) -> None:
+        """Forget moments and steps, so that the next step is a first step; their memory is kept."""
+        for state in self.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+
+    def _begin(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
+        """Make the moments where there are none, and count the steps of each client by itself."""
+        state = self._started(param)
+        if state["step"].numel() != clients or state["step"].dim() == 0:
+            state["step"] = state["step"].expand(clients).clone()
+
+    def _started(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        for name in self.moments:
+            moment = self._moment(param, name)
+            state[name] = self._zeros(param) if moment is None else moment
+        state.setdefault("step", torch.zeros(()))
+        return state
+
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """Step one parameter where it trains."""
+        state, options = self._started(param), {name: group[name] for name in _OPTIONS}
+        state["step"] += 1
+        correction = corrections(state["step"].view(-1).tolist(), options["betas"])
+        place, m, v = self._places.get(param), *(state[name] for name in self.moments)
+        if place is None:
+            for theta, g, *parts in _pieces(param, grad, m, v, whole=isinstance(correction[0], Tensor)):
+                adam_update(theta, g, *parts, correction=_beside(correction, param), **options)
+            return
+        for theta, g, moments, index in place.trained(param, grad, m, v):
+            adam_update(theta, g, *moments, correction=_beside(correction, param, place, index), **options)
+
+
+def _pieces(*tensors: Tensor, whole: bool) -> Iterator[Sequence[Tensor]]:
+    """Split a large parameter and what is beside it into pieces that stay in a CPU's cache."""
+    if whole or tensors[0].device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
+        return iter([tensors])
+    return zip(*(t.view(-1).split(CHUNK) for t in tensors), strict=True)
+
+
+def _beside(
+    correction: Correction, param: Tensor, place: Place | None = None, index: Tensor | None = None
+) -> Correction:
+    """Lay the corrections of K clients beside their rows, or beside what trains of them; numbers are as they are."""
+    if not isinstance(correction[0], Tensor):
+        return correction
+    first, second = (torch.as_tensor(values, device=param.device) for values in correction)
+    if place is None or index is None:
+        column = (-1, *[1] * (param.dim() - 1))
+        return first.view(column), second.view(column)
+    return place.of_clients(first, index), place.of_clients(second, index)

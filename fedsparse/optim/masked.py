@@ -1,0 +1,241 @@
+"""What client optimizers share: masks beside the parameters, and moments of the coordinates that train alone.
+
+Shapes: n coordinates of a parameter train; K clients may be its first dimension.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+
+from fedsparse.core.checks import check_tensors
+from fedsparse.optim.index import Place, laid_like
+
+
+class MaskedOptimizer(torch.optim.Optimizer):
+    """An optimizer that changes no bit where a mask is False; the masks are not part of its state, but it knows them.
+
+    Args:
+        params: tensors, named tensors or dicts of groups, as for every ``torch.optim.Optimizer``.
+        defaults: the options.
+        masks: beside the parameters, over all groups in order: bool tensors, True where a coordinate trains, or None.
+
+    Attributes:
+        moments: what the state holds for each coordinate that trains, by its key.
+        real: whether complex parameters would be stepped wrongly.
+
+    Raises:
+        ValueError: an option outside its range, parameters of another kind, or masks that do not fit them.
+
+    """
+
+    moments: ClassVar[tuple[str, ...]]
+    real: ClassVar[bool] = True
+
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], masks: Sequence[Tensor | None] | None = None
+    ) -> None:
+        self.check(defaults)
+        self._places: dict[Tensor, Place] = {}
+        super().__init__(params, defaults)
+        if masks is not None:
+            self.set_masks(masks)
+
+    @staticmethod
+    @abstractmethod
+    def check(options: dict[str, Any]) -> None:
+        """Refuse an option outside its range, by its config key."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget the state, so that the next step is a first step; its memory is kept."""
+
+    @abstractmethod
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """Step one parameter where it trains."""
+
+    @abstractmethod
+    def _begin(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
+        """Give a parameter the state of so many clients, zeros where none has stepped."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own; they train whole until the next ``set_masks``.
+
+        Raises:
+            ValueError: an option outside its range, or parameters of another kind.
+
+        """
+        self.check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        check_tensors(type(self).__name__, self.param_groups[-1]["params"], self.real)
+
+    @torch.no_grad()
+    def set_masks(self, masks: Sequence[Tensor | None]) -> None:
+        """Let only these coordinates train from now on, and forget the moments of the others.
+
+        Args:
+            masks: beside the parameters, over all groups in order: bool of the parameter's shape; None trains all.
+
+        Raises:
+            ValueError: their number, a shape or a dtype is wrong; the masks then stay as they were.
+
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(masks) != len(params):
+            raise ValueError(f"masks has {len(masks)} entries, but there are {len(params)} parameters; give one each")
+        for index, (mask, param) in enumerate(zip(masks, params, strict=True)):
+            _check_mask(index, mask, param)
+        partial = {p: m for p, m in zip(params, masks, strict=True) if m is not None and not bool(m.all())}
+        before, self._places = self._places, {p: Place.of(m, p) for p, m in partial.items()}
+        for param in params:
+            state, place = self.state.get(param, {}), self._places.get(param)
+            for name in [name for name in self.moments if state.get(name) is not None]:
+                whole = _spread(state[name], before.get(param), param)
+                state[name] = whole if place is None else place.gather(whole)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes that the masks cost, beside the moments of what trains."""
+        return sum(place.index.nbytes for place in self._places.values())
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Move every parameter that has a gradient; gradients stay as they are.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Do what ``step`` does, without torch's hooks and profiler range, which cost more than a small step itself."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, param.grad, group)
+
+    @torch.no_grad()
+    def rows(self, count: int) -> list[list[Tensor]]:
+        """View the state of each of K clients, who are the first dimension of every parameter.
+
+        For a step that some clients do not take: copy their views before it and write the copies back after it, with
+        their rows of the parameters. That holds for a first step too: what does not exist yet is made, and what was
+        reset is zero, before it is viewed. The views are good until the next ``set_masks``.
+
+        Args:
+            count: K.
+
+        Returns:
+            K lists; views of any shape, as clients may train different numbers of coordinates.
+
+        """
+        found: list[list[Tensor]] = [[] for _ in range(count)]
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._begin(param, group, count)
+                for views in self._views(param, count):
+                    for own, view in zip(found, views, strict=True):
+                        own.append(view)
+        return found
+
+    def _views(self, param: Tensor, clients: int) -> Iterator[Sequence[Tensor]]:
+        """Split each tensor of a parameter's state by clients."""
+        state, place = self.state[param], self._places.get(param)
+        for name in self.moments:
+            if name in state:
+                yield state[name].unbind(0) if place is None else place.by_client(state[name], clients)
+        if "step" in state:
+            yield state["step"].unbind(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give torch's state, and by which masks its moments are laid out: the masks' fingerprints, not the masks."""
+        found = super().state_dict()
+        for group, own in zip(found["param_groups"], self.param_groups, strict=True):
+            group["masks"] = [self._fingerprint(param) for param in own["params"]]
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state.
+
+        Raises:
+            ValueError: moments that were stored under another mask than the one that is set.
+
+        """
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        stored = [mask for group in groups for mask in group.pop("masks", [None] * len(group["params"]))]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, (before, param) in enumerate(zip(stored, params, strict=False)):
+            place = self._places.get(param)
+            kept = index in state_dict["state"]
+            if kept and before is not None and place is not None and before != place.fingerprint:
+                raise ValueError(
+                    f"the moments of parameter {index} were stored under another mask; give that one before loading"
+                )
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def _fingerprint(self, param: Tensor) -> int | None:
+        """Fingerprint of the mask that a parameter's moments are laid out by; None without moments or mask."""
+        place, state = self._places.get(param), self.state.get(param, {})
+        return place.fingerprint if place is not None and any(name in state for name in self.moments) else None
+
+    def _moment(self, param: Tensor, name: str) -> Tensor | None:
+        """Find a moment as its parameter trains now; one that was stored without a mask is gathered."""
+        values, place = self.state[param].get(name), self._places.get(param)
+        if values is None or values.shape == (param.shape if place is None else place.gathered):
+            return values
+        return _spread(values, None, param) if place is None else place.gather(_spread(values, None, param))
+
+    def _zeros(self, param: Tensor) -> Tensor:
+        """Make a moment of what trains."""
+        place = self._places.get(param)
+        return torch.zeros_like(param) if place is None else param.new_zeros(place.gathered)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the masks in a ``copy.deepcopy``; ``state_dict`` leaves them out."""
+        return {**super().__getstate__(), "_places": self._places}
+
+
+def _spread(moment: Tensor, place: Place | None, param: Tensor) -> Tensor:
+    """Lay a moment out like its parameter, zero where nothing trained.
+
+    Raises:
+        ValueError: momentum of another number of coordinates: it was stored under another mask.
+
+    """
+    if moment.numel() != (param.numel() if place is None else place.numel):
+        raise ValueError(
+            f"momentum of {moment.numel()} coordinates does not fit a parameter of {param.numel()}: it was stored "
+            "under another mask; give that one before loading"
+        )
+    return laid_like(moment, param) if place is None else place.scatter(moment, param)
+
+
+def _check_mask(index: int, mask: Any, param: Tensor) -> None:
+    """Refuse a mask that does not fit its parameter."""
+    if mask is None:
+        return
+    kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+    if kind != torch.bool:
+        raise ValueError(f"masks[{index}] is {kind}; it must be a bool tensor of shape {tuple(param.shape)}, or None")
+    if mask.shape != param.shape:
+        raise ValueError(f"masks[{index}] has shape {tuple(mask.shape)}; its parameter has {tuple(param.shape)}")
+    if sum((size - 1) * step for size, step in zip(param.shape, param.stride(), strict=True)) + 1 > param.numel() > 0:
+        raise ValueError(f"masks[{index}] is for a parameter with gaps in its memory; give a contiguous one, or None")

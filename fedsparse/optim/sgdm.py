@@ -1,0 +1,226 @@
+"""SparseSGDM: stochastic gradient descent with momentum that moves only the coordinates a mask lets train.
+
+The arithmetic is ``sgdm_update``; the class keeps the momentum; masks are ``MaskedOptimizer``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsparse.core.checks import check_flag, check_not_negative, check_positive, check_share
+from fedsparse.optim.index import Place
+from fedsparse.optim.masked import MaskedOptimizer
+
+_WORTH = 1 << 14  # coordinates from which one sweep beats the overhead of its kernel
+_REGISTERS = 64  # coordinates; a multiple of what any processor's registers hold
+_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
+
+
+def sgdm_update(
+    param: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    fresh: bool = False,
+) -> Tensor | None:
+    r"""Take one step of SGD with momentum in place.
+
+    .. math::
+        d = g + \lambda \theta, \quad b \leftarrow \mu b + (1 - \tau) d, \quad
+        \theta \leftarrow \theta - \eta b \quad (\text{nesterov: } \theta - \eta (d + \mu b))
+
+    with :math:`b = d` in the first step (Sutskever et al. 2013, in the form of ``torch.optim.SGD``, to which it is
+    bit-equal).
+
+    Args:
+        param: the tensor to move.
+        grad: its gradient, of the same shape; not changed.
+        buffer: momentum so far, changed in place; None before the first step and without momentum.
+        lr: eta.
+        momentum: mu.
+        dampening: tau.
+        weight_decay: lambda.
+        nesterov: whether to look ahead.
+        fresh: whether to overwrite ``buffer`` as a first step does.
+
+    Returns:
+        The momentum for the next step; None without momentum.
+
+    >>> param = torch.tensor([1.0, 2.0])
+    >>> sgdm_update(param, torch.tensor([1.0, 0.0]), lr=0.5)
+    >>> param
+    tensor([0.5000, 2.0000])
+    """
+    if _one_sweep(param, grad, buffer, momentum):
+        options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        _update_in_one_sweep(param, grad, buffer, nesterov=nesterov, fresh=fresh, **options)
+        return buffer
+    direction = grad if weight_decay == 0 else grad.add(param, alpha=weight_decay)
+    if momentum != 0:
+        buffer = _accumulate(buffer, direction, momentum, dampening, fresh)
+        direction = direction.add(buffer, alpha=momentum) if nesterov else buffer
+    param.add_(direction, alpha=-float(lr))  # -float: an integer lr of 0 would add +0.0, which changes -0.0
+    return buffer
+
+
+def _accumulate(buffer: Tensor | None, direction: Tensor, momentum: float, dampening: float, fresh: bool) -> Tensor:
+    """Take the direction into the momentum, as ``torch.optim.SGD`` does: two roundings, not one fused."""
+    if buffer is None:
+        return direction.clone()
+    if fresh:
+        return buffer.copy_(direction)
+    return buffer.mul_(momentum).add_(direction, alpha=1 - dampening)
+
+
+def _one_sweep(param: Tensor, grad: Tensor, buffer: Tensor | None, momentum: float) -> bool:
+    """Whether torch's fused kernel can take the step, and is worth its overhead."""
+    if param.numel() < max(_WORTH, _REGISTERS) or param.device.type != "cpu" or (buffer is None and momentum != 0):
+        return False
+    tensors = [param, grad, *([] if buffer is None else [buffer])]
+    return all(t.is_contiguous() and t.dtype == param.dtype in (torch.float32, torch.float64) for t in tensors)
+
+
+def _update_in_one_sweep(
+    param: Tensor, grad: Tensor, buffer: Tensor | None, *, momentum: float, fresh: bool, **options: Any
+) -> None:
+    """Take a step in one sweep over the memory.
+
+    The kernel makes the bits of the separate operations where it works on whole registers. The rest of a tensor it
+    would round otherwise, so that is left to them.
+    """
+    whole = param.numel() - param.numel() % _REGISTERS
+    parts = [t.view(-1)[:whole] for t in (param, grad)]
+    momenta = [buffer.view(-1)[:whole]] if buffer is not None and momentum != 0 else []
+    torch._fused_sgd_(
+        [parts[0]], [parts[1]], momenta, momentum=momentum, maximize=False, is_first_step=fresh, **options
+    )
+    if whole < param.numel():
+        rest = None if buffer is None else buffer.view(-1)[whole:]
+        sgdm_update(param.view(-1)[whole:], grad.view(-1)[whole:], rest, momentum=momentum, fresh=fresh, **options)
+
+
+class SparseSGDM(MaskedOptimizer):
+    """SGD with momentum for any module; where a mask is False it changes no bit, whatever the gradient.
+
+    Where it trains it equals ``torch.optim.SGD(foreach=False)`` bit for bit. Weight decay and momentum act on trained
+    coordinates only, and only they have momentum: a mask costs four bytes for each of them, and nothing for the others.
+    A coordinate that a new mask freezes stops at once; one that trains again starts from zero momentum. The optimizer's
+    state is the momentum; masks are not part of it: give them before a state is loaded.
+
+    Args:
+        params: tensors, named tensors or dicts of groups, as for every ``torch.optim.Optimizer``.
+        lr: step size, positive and finite; a schedule may change it later, also to 0.
+        momentum: in [0, 1).
+        dampening: share of the gradient that momentum ignores, 0 or more; not in the first step.
+        weight_decay: L2 penalty, 0 or more, added to the gradient.
+        nesterov: needs momentum and no dampening.
+        masks: beside the parameters, over all groups in order: bool tensors, True where a coordinate trains, or None.
+
+    Raises:
+        ValueError: an option outside its range, or masks that do not fit the parameters.
+
+    >>> weight = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = SparseSGDM([weight], lr=0.1, masks=[torch.tensor([True, False, True])])
+    >>> weight.sum().backward()
+    >>> optimizer.step()
+    >>> weight.data
+    tensor([0.9000, 1.0000, 0.9000])
+    """
+
+    moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    real: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        masks: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        options = (lr, momentum, dampening, weight_decay, nesterov)
+        super().__init__(params, dict(zip(_OPTIONS, options, strict=True)), masks)
+
+    @staticmethod
+    def check(options: dict[str, Any]) -> None:
+        """Refuse an option outside its range, by its config key.
+
+        Raises:
+            ValueError: one line that names it.
+
+        """
+        momentum, dampening = options["momentum"], options["dampening"]
+        check_positive("optimizer.lr", options["lr"])
+        check_share("optimizer.momentum", momentum)
+        check_flag("optimizer.nesterov", options["nesterov"])
+        for name in ("dampening", "weight_decay"):
+            check_not_negative(f"optimizer.{name}", options[name])
+        if options["nesterov"] and (momentum == 0 or dampening != 0):
+            raise ValueError("optimizer.nesterov needs optimizer.momentum above 0 and optimizer.dampening=0")
+
+    def reset(self) -> None:
+        """Forget the momentum, so that the next step is a first step; its memory is kept and overwritten then."""
+        for state in self.state.values():
+            state["fresh"] = True
+
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """Step one parameter where it trains, with its momentum if it has any."""
+        options = {name: group[name] for name in _OPTIONS}
+        if not options["momentum"]:
+            self._move(param, grad, None, False, options)
+            return
+        state, buffer = self.state[param], self._moment(param, "momentum_buffer")
+        state["momentum_buffer"] = self._move(param, grad, buffer, state.get("fresh", False), options)
+        state["fresh"] = False
+
+    def _move(
+        self, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
+    ) -> Tensor | None:
+        place = self._places.get(param)
+        if place is None:
+            return _update_whole(param, grad, buffer, fresh, options)
+        return _update_at(place, param, grad, buffer, fresh, options)
+
+    def _begin(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
+        """Make the momentum, or zero it if it was reset; who has any still takes the next step as a first one.
+
+        So a client whose first step comes later than the others' starts from zero momentum. Only with dampening is
+        that another step than a first one.
+        """
+        if not group["momentum"]:
+            return
+        state, buffer = self.state[param], self._moment(param, "momentum_buffer")
+        if buffer is None or state.get("fresh", False):
+            buffer, state["fresh"] = self._zeros(param) if buffer is None else buffer.zero_(), True
+        state["momentum_buffer"] = buffer
+
+
+def _update_whole(
+    param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
+) -> Tensor | None:
+    """Step a parameter that trains whole."""
+    if buffer is None and options["momentum"] and param.numel() >= _WORTH:
+        buffer, fresh = torch.empty_like(param), True  # to be written in the same sweep
+    return sgdm_update(param, grad, buffer, fresh=fresh, **options)
+
+
+def _update_at(
+    place: Place, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
+) -> Tensor | None:
+    """Step what trains of a parameter, a chunk after the other; the momentum of what trains, if any."""
+    if buffer is None and options["momentum"]:
+        buffer, fresh = param.new_empty(place.gathered), True
+    for values, steep, (part,), _ in place.trained(param, grad, buffer):
+        sgdm_update(values, steep, part, fresh=fresh, **options)
+    return buffer

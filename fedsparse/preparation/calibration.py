@@ -1,0 +1,258 @@
+"""Calibration: what a mask rule measures on the clients before the first round, and the masks that come of it.
+
+Does not depend on the cohort size: fixed chunks, sums in float64, clients in their order.
+
+Shapes: ``P`` coordinates of the space, ``N`` clients, ``B`` = ceil(P / 8) bytes of a bitmap.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsparse.core.checks import check_number
+from fedsparse.core.seeding import Purpose, generator, torch_generator
+from fedsparse.core.space import Patterns
+from fedsparse.data.datasets import Split
+from fedsparse.federation.exchange.wire.message import bitmap_size, known_size
+from fedsparse.federation.reports import Diverged, left_out
+from fedsparse.masks import Mask, MaskRule, Sparsity
+from fedsparse.masks.bitmaps import pack
+from fedsparse.preparation.setting import Setting
+
+log = logging.getLogger("fedsparse")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How scores are measured (``conf/calibration``).
+
+    Args:
+        where: ``clients`` scores on the clients' own shards and sums; ``server`` scores on the validation split.
+        batches: at most so many batches per client and calibration round.
+        rounds: calibration rounds, each with freshly sampled clients.
+        fisher: read by the mask rule; see ``masks.rules.Fisher``.
+        labels: read by the mask rule.
+        head_steps: federated SGD steps of the head alone, with ``head.init=probe``.
+        head_lr: their learning rate.
+        cache: folder where calibrated masks are kept and found again, or None.
+
+    Raises:
+        ValueError: an unknown place, or a number out of range.
+
+    """
+
+    where: str = "clients"
+    batches: int = 10
+    rounds: int = 1
+    fisher: str = "sample"
+    labels: str = "data"
+    head_steps: int = 20
+    head_lr: float = 0.1
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.where not in ("clients", "server"):
+            raise ValueError(f"calibration.where is {self.where!r}; it must be clients or server")
+        for key in ("batches", "rounds"):
+            check_number(f"calibration.{key}", getattr(self, key), whole=True, least=1)
+        check_number("calibration.head_steps", self.head_steps, whole=True, least=0)
+        check_number("calibration.head_lr", self.head_lr, above=0)
+        if not isinstance(self.cache, str | None):
+            raise ValueError(f"calibration.cache is {self.cache!r}; it must be a folder, or null")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration found.
+
+    Attributes:
+        mask: the coordinates that train; with ``mask.owner=client`` those that some client trains.
+        bitmaps: uint8 (N, B), each client's own mask; empty with ``mask.owner=global``.
+        overlap: Jaccard index with the final mask of what the rule would have given after each earlier round.
+        observed: what the rule knows in the end, (P,), for masks that are chosen later; None without calibration.
+
+    """
+
+    mask: Mask
+    bitmaps: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.uint8))
+    overlap: tuple[float, ...] = ()
+    observed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A calibration: of which rule, to which sparsity, how.
+
+    Attributes:
+        rule: scores the coordinates.
+        sparsity: how many train.
+        calibration: how scores are measured.
+        head: names of the head's parameters.
+
+    Raises:
+        ValueError: the mask is to be chosen anew later, which the rule cannot.
+
+    """
+
+    rule: MaskRule
+    sparsity: Sparsity
+    calibration: Calibration
+    head: Patterns
+
+    def __post_init__(self) -> None:
+        """Refuse what the rule cannot do."""
+        again = self.sparsity.schedule is not None or self.sparsity.renew_every is not None
+        if again and not self.rule.renewable:
+            raise ValueError(
+                f"the mask rule {type(self.rule).__name__} chooses once, in its own rounds; with it "
+                "sparsity.schedule and sparsity.renew_every must be null"
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples of one client or of the server, and who it is for the random streams."""
+
+    split: Split
+    part: np.ndarray
+    owner: int
+
+
+def calibrate(setting: Setting, work: Work) -> Calibrated:
+    """Choose one mask for all clients."""
+    masks, state = [], None
+    for state in _rounds(setting, work):
+        masks.append(_mask(setting, work, state, ()))
+    overlap = tuple(mask.overlap(masks[-1]) for mask in masks[:-1])
+    return Calibrated(masks[-1], overlap=overlap, observed=None if state is None else state.cpu())
+
+
+def calibrate_clients(setting: Setting, work: Work) -> Calibrated:
+    """Let every client that holds data choose its own mask on its own shard; each bitmap is sent up once.
+
+    The server answers with the bitmap of what anybody trains: those coordinates it will send down.
+
+    Raises:
+        ValueError: ``calibration.where=server``, which has no client's data.
+
+    """
+    if work.calibration.where == "server":
+        raise ValueError("mask.owner=client scores on each client's own data; set calibration.where=clients")
+    space, clients = setting.space, setting.eligible
+    bitmaps = torch.zeros(len(setting.parts), -(-space.size // 8), dtype=torch.uint8)
+    union = torch.zeros(space.size, dtype=torch.bool)
+    lost = {}
+    for client in clients:
+        try:
+            observed = observe(setting, work, client)
+        except Diverged as error:  # it trains nothing
+            lost[client] = error
+            continue
+        row = _mask(setting, work, observed, (client,)).row(space)
+        bitmaps[client], union = pack(row), union | row
+    if len(lost) == len(clients):
+        raise lost[clients[0]]
+    if lost:
+        log.warning("calibration: %s", left_out(lost, "NaN or infinity in what is observed"))
+    length = bitmap_size(space.size).total
+    setting.ledger.first_model(clients, setting.model_length)
+    setting.ledger.setup(len(clients), up=length, down=length)
+    setting.ledger.has_mask |= set(clients)
+    name = {"rule": type(work.rule).__name__, "owner": "client", **work.sparsity.at(0).words}
+    return Calibrated(Mask.of(space, union, **name), bitmaps)
+
+
+def observe(setting: Setting, work: Work, client: int | None = None) -> Tensor | None:
+    """Let the rule observe in all calibration rounds: what it then knows, or None if it needs no data."""
+    *_, state = _rounds(setting, work, client)
+    return state
+
+
+def _rounds(setting: Setting, work: Work, client: int | None = None) -> Iterator[Tensor | None]:
+    """What the rule knows after each calibration round: of one client's data, or of those sampled in each round."""
+    alone = work.rule.iterations
+    if not (work.rule.needs_data or alone):
+        yield None
+        return
+    net, space, state = setting.net, setting.space, None
+    row, rounds = space.read(net), alone or work.calibration.rounds
+    for round in range(rounds):
+        space.write(net, work.rule.view(row, state))
+        total = work.rule.start(row, state)
+        if alone:
+            _observe_alone(setting, work, total)
+        else:
+            sources = _sources(setting, work, round, state) if client is None else [_own(setting, client)]
+            _observe(setting, work, round, sources, total)
+        space.write(net, row)
+        state = work.rule.take(state, total, space=space, sparsity=work.sparsity, round=round, rounds=rounds)
+        if not alone or round == rounds - 1:
+            yield state
+
+
+def _observe_alone(setting: Setting, work: Work, total: Tensor) -> None:
+    """Add what the rule observes of the network alone; the validation split gives the shape of an input, no more."""
+    x, y = setting.take(setting.dataset.val, np.arange(1))
+    work.rule.observe(
+        setting.net, setting.space, torch.zeros_like(x), torch.zeros_like(y), loss=setting.losses, into=total
+    )
+
+
+def _observe(setting: Setting, work: Work, round: int, sources: Sequence[Source], total: Tensor) -> None:
+    """Add what the rule observes on the batches of all sources to a sum in float64 (P,), where that is finite."""
+    before, lost = torch.empty_like(total), set[int]()
+    for source in sources:
+        before.copy_(total)
+        order = generator(setting.seed, Purpose.CALIBRATION, round, source.owner).permutation(source.part)
+        labels = torch_generator(setting.seed, Purpose.CALIBRATION, round, source.owner)
+        for x, y in setting.batches(source.split, order, work.calibration.batches):
+            work.rule.observe(setting.net, setting.space, x, y, loss=setting.losses, generator=labels, into=total)
+        if not bool(total.isfinite().all()):
+            total.copy_(before)
+            lost.add(source.owner)
+    if len(lost) == len(sources):
+        raise Diverged(
+            "calibration: what is observed is NaN or infinite everywhere, so the run stops; try a smaller "
+            "calibration.head_lr, and look at the data's range"
+        )
+    if lost:
+        log.warning("calibration: %s", left_out(lost, "NaN or infinity in what is observed"))
+
+
+def _own(setting: Setting, client: int) -> Source:
+    return Source(setting.dataset.train, setting.parts[client], client)
+
+
+def _sources(setting: Setting, work: Work, round: int, state: Tensor | None) -> list[Source]:
+    """The server's validation split, or the shards of the clients sampled in this round, whose messages are counted."""
+    if work.calibration.where == "server":
+        return [Source(setting.dataset.val, np.arange(len(setting.dataset.val.y)), 0)]
+    clients = setting.sample(round, Purpose.CALIBRATION)
+    up, down = work.rule.traffic(setting.space, state)
+    head = int(setting.space.where(work.head).sum())
+    setting.ledger.first_model(clients, setting.model_length)
+    setting.ledger.client_steps += sum(_batches(setting, work, client) for client in clients)
+    dtype = setting.space.tensors(setting.net)[0].dtype  # scores travel in it too, and traffic counts float32
+    sent, told = (known_size(count, 0, dtype).total for count in (up // 4, head))
+    setting.ledger.setup(len(clients), up=sent, down=told + down)
+    return [_own(setting, client) for client in clients]
+
+
+def _batches(setting: Setting, work: Work, client: int) -> int:
+    """Count the batches that a client goes through in a calibration round."""
+    return min(work.calibration.batches, -(-len(setting.parts[client]) // setting.batch_size))
+
+
+def _mask(setting: Setting, work: Work, state: Tensor | None, owner: tuple[int, ...]) -> Mask:
+    """Choose the coordinates of one mask; random rules draw from a stream of their own for each owner."""
+    row = setting.space.read(setting.net).cpu()
+    observed = None if state is None else state.cpu()
+    stream = torch_generator(setting.seed, Purpose.MASK, *owner)
+    return work.rule.mask(setting.space, row, work.sparsity.at(0), observed=observed, generator=stream)

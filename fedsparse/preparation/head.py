@@ -1,0 +1,177 @@
+"""The head before anything else: as built, trained alone by the clients, or solved exactly from sums they send.
+
+Shapes: ``D`` features that the head is given, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsparse.core.checks import check_number
+from fedsparse.core.seeding import Purpose, generator
+from fedsparse.core.space import Patterns, matches
+from fedsparse.federation.exchange.wire.message import length
+from fedsparse.federation.reports import Diverged, left_out
+from fedsparse.models.head import Statistics, features, head_of, temperature
+from fedsparse.models.modes import evaluating
+from fedsparse.preparation.setting import Setting
+
+log = logging.getLogger("fedsparse")
+DIVERGED = "{}, so the run stops; try a smaller calibration.head_lr, or head.init=closed_form"
+INITS = ("random", "probe", "closed_form")
+
+
+@dataclass(frozen=True)
+class Head:
+    """How the head starts (``conf/head``).
+
+    Args:
+        init: ``random``: as the model was built; ``probe``: ``calibration.head_steps`` federated steps of the head
+            alone; ``closed_form``: ridge regression, solved exactly in one round.
+        frozen: whether the head stays as prepared, and is never sent.
+        ridge: L2 penalty of ``closed_form``, 0 or more.
+
+    Raises:
+        ValueError: an option outside these choices.
+
+    """
+
+    init: str = "probe"
+    frozen: bool = False
+    ridge: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.init not in INITS:
+            raise ValueError(f"head.init is {self.init!r}; it must be one of {', '.join(INITS)}")
+        if not isinstance(self.frozen, bool):
+            raise ValueError(f"head.frozen is {self.frozen!r}; it must be true or false")
+        check_number("head.ridge", self.ridge, least=0)
+
+
+def prepare_head(setting: Setting, head: Head, patterns: Patterns, steps: int, lr: float) -> None:
+    """Let the head start as ``head.init`` says.
+
+    Args:
+        setting: what to work on; the network's head is changed.
+        head: how.
+        patterns: names of the head's parameters.
+        steps: federated steps of ``probe``.
+        lr: their learning rate.
+
+    """
+    if head.init == "probe":
+        probe(setting, patterns, steps, lr)
+    elif head.init == "closed_form":
+        solve(setting, patterns, head.ridge)
+
+
+def probe(setting: Setting, head: Patterns, steps: int, lr: float) -> None:
+    """Take federated SGD steps of the head alone: each client sends the gradient of one batch, the server averages.
+
+    All runs start from the same head so, whatever their mask rule; and a head of zeros, or a random one, would make the
+    Fisher information of the backbone vanish, or mislead it. A gradient that is not finite is left out, and named.
+
+    Raises:
+        Diverged: no client's gradient is finite, or the head that comes of them is not.
+
+    """
+    parameters = [p for name, p in setting.net.named_parameters() if matches(name, head)]
+    message, lost = length(*parameters), set[int]()
+    with evaluating(setting.net):
+        for step in range(steps):
+            clients = setting.sample(step, Purpose.HEAD)
+            gradients, bad = _mean_gradient(setting, parameters, step, clients)
+            lost |= bad
+            if bad == set(clients):
+                why = f"head step {step + 1}: the loss or gradient of every client is NaN or infinite"
+                raise Diverged(DIVERGED.format(why))
+            _descend(parameters, gradients, lr)
+            setting.ledger.first_model(clients, setting.model_length)
+            setting.ledger.setup(len(clients), up=message, down=message)
+            setting.ledger.client_steps += len(clients)
+    if not all(bool(p.isfinite().all()) for p in parameters):
+        raise Diverged(DIVERGED.format("the head became NaN or infinite"))
+    if lost:
+        log.warning("head: %s", left_out(lost, "NaN or infinity in loss or gradient"))
+
+
+@torch.no_grad()
+def _descend(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], lr: float) -> None:
+    """Take one step of plain SGD."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.sub_((lr * gradient).to(parameter.dtype))
+
+
+def _mean_gradient(
+    setting: Setting, parameters: list[nn.Parameter], step: int, clients: Sequence[int]
+) -> tuple[list[Tensor], set[int]]:
+    """Mean gradient of the head over one batch of each client, by samples held, in float64; and whose is not finite."""
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    finite: list[Tensor] = []  # asked for once a step: the host waits for the device then
+    for client in clients:
+        part = setting.parts[client]
+        batch = generator(setting.seed, Purpose.HEAD, step, client).permutation(part)[: setting.batch_size]
+        x, y = setting.take(setting.dataset.train, batch)
+        gradients = torch.autograd.grad(setting.losses(setting.net, x, y).mean(), parameters)
+        finite.append(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+        for total, gradient in zip(sums, gradients, strict=True):
+            total.add_(torch.where(finite[-1], gradient, 0.0), alpha=len(part))
+    lost = {client for client, good in zip(clients, torch.stack(finite).tolist(), strict=True) if not good}
+    held = sum(len(setting.parts[client]) for client in clients if client not in lost)
+    return [total / max(1, held) for total in sums], lost
+
+
+def solve(setting: Setting, patterns: Patterns, ridge: float) -> None:
+    """Set the head to the ridge regression on all clients' features, from sums that each sends once (Fed3R).
+
+    Fanì, Camoriano, Caputo and Ciccone 2024, "Accelerating Heterogeneous Federated Learning with Closed-form
+    Classifiers". The solution is that on the pooled data, whoever holds what. For training, its logits are divided by
+    the temperature with the smallest cross-entropy on the validation split: least squares aims at 0 and 1, which as
+    logits say nearly nothing.
+
+    Sums that are not finite are left out, and their clients named.
+
+    Raises:
+        ValueError: the head is not one linear layer, or the equations are singular at ``head.ridge=0``.
+        Diverged: no client's sums are finite.
+
+    """
+    layer = head_of(setting.net, patterns)
+    clients = setting.eligible
+    sums = {client: _statistics(setting, layer, setting.parts[client]) for client in clients}
+    good = [client for client in clients if all(bool(part.isfinite().all()) for part in sums[client].tensors)]
+    if not good:
+        raise Diverged("the features of every client are NaN or infinite, so the run stops; look at the data's range")
+    if lost := set(clients) - set(good):
+        log.warning("head: %s", left_out(lost, "NaN or infinity in the features"))
+    weight, bias = reduce(add, (sums[client] for client in good)).solve(ridge)
+    everything = np.arange(len(setting.dataset.val.y))
+    pairs = [(features(setting.net, layer, x), y) for x, y in setting.batches(setting.dataset.val, everything)]
+    x, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    heat = temperature(x.double() @ weight.T + bias, y)
+    with torch.no_grad():
+        layer.weight.copy_(weight / heat)
+        if layer.bias is not None:
+            layer.bias.copy_(bias / heat)
+    down = length(*layer.parameters())
+    setting.ledger.first_model(clients, setting.model_length)
+    setting.ledger.setup(len(clients), up=length(*sums[good[0]].tensors), down=down)
+
+
+def _statistics(setting: Setting, layer: nn.Linear, part: np.ndarray) -> Statistics:
+    """Sums of one client over all its samples, batch by batch."""
+    classes = layer.out_features
+    parts = (
+        Statistics.of(features(setting.net, layer, x), y, classes)
+        for x, y in setting.batches(setting.dataset.train, part)
+    )
+    return reduce(add, parts)

@@ -1,0 +1,70 @@
+"""What is prepared before the first round works on this: the network, the clients' data, and the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsparse.core.seeding import Purpose
+from fedsparse.core.space import ParamSpace
+from fedsparse.data.datasets import Dataset, Split
+from fedsparse.data.images import unchanged
+from fedsparse.federation.exchange.ledger import Ledger
+
+Losses = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+Sample = Callable[[int, Purpose], Sequence[int]]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What head and mask are prepared on.
+
+    Attributes:
+        net: the network; its head moves, the rest stays.
+        space: its federated tensors.
+        dataset: the splits.
+        parts: sample indices of every client.
+        sample: which clients take part, by round and purpose.
+        losses: per-sample losses of a batch (``ClientModule.losses``).
+        batch_size: samples of a batch.
+        seed: the run's seed.
+        ledger: counts bytes.
+        model_length: bytes of the first model.
+        inputs: turns images into what the network takes.
+        device: where to compute; the network is there already.
+
+    """
+
+    net: nn.Module
+    space: ParamSpace
+    dataset: Dataset
+    parts: Sequence[np.ndarray]
+    sample: Sample
+    losses: Losses
+    batch_size: int
+    seed: int
+    ledger: Ledger
+    model_length: int
+    inputs: Callable[[Tensor], Tensor] = unchanged
+    device: torch.device = CPU
+
+    @property
+    def eligible(self) -> list[int]:
+        """Clients that hold data."""
+        return [client for client, part in enumerate(self.parts) if len(part)]
+
+    def take(self, split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Gather samples by index, as the network takes them: x (n, C, H, W), y (n,). Never augmented."""
+        index = torch.from_numpy(np.asarray(indices))
+        return self.inputs(split.x[index].to(self.device)), split.y[index].to(self.device)
+
+    def batches(self, split: Split, indices: np.ndarray, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Gather samples batch by batch, at most ``limit`` batches."""
+        end = len(indices) if limit is None else min(len(indices), limit * self.batch_size)
+        for start in range(0, end, self.batch_size):
+            yield self.take(split, indices[start : start + self.batch_size])

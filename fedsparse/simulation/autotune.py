@@ -1,0 +1,121 @@
+"""``federation.cohort=auto``: how many clients train stacked, found by trying a few sizes for a second or two.
+
+Shapes: K clients of a cohort, B samples of a step, P coordinates.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fedsparse.simulation.module import ClientModule
+
+SECONDS = 2.0
+GAIN = 0.97  # a larger cohort has to take less than this share of a smaller one's time: clocks are noisy
+ROWS = 3  # values, gradient and change of each client, beside the optimizer's moments
+SHARE = 0.5  # of the free memory that a cohort may take
+
+Make = Callable[[int], ClientModule]
+Batch = tuple[Tensor, Tensor]
+
+
+def choose(seconds: Mapping[int, float]) -> int:
+    """Choose the size with the least seconds a client; a larger one only if it is clearly faster.
+
+    >>> choose({1: 1.0, 2: 0.8, 4: 0.79})
+    2
+    """
+    best = min(seconds)
+    for size in sorted(seconds):
+        if seconds[size] < GAIN * seconds[best]:
+            best = size
+    return best
+
+
+def sizes(clients: int) -> Iterator[int]:
+    """Powers of two below the clients of a round, and all of them.
+
+    >>> list(sizes(10))
+    [1, 2, 4, 8, 10]
+    """
+    size = 1
+    while size < clients:
+        yield size
+        size *= 2
+    yield clients
+
+
+def measure(make: Make, batch: Batch, clients: int, budget: float = SECONDS) -> dict[int, float]:
+    """Measure a local step with several sizes of cohort: seconds a client, by size.
+
+    A size is left out if it would not fit in memory, or if trying it would take longer than the time that is left.
+
+    Args:
+        make: builds a module of K clients that trains nothing else.
+        batch: x (B, ...) and y (B,) of one step.
+        clients: of a round, the largest size.
+        budget: seconds for all sizes.
+
+    """
+    found: dict[int, float] = {}
+    end, room = time.perf_counter() + budget, free_memory(batch[0].device)
+    needed, size_limit = 0, clients
+    for size in sizes(clients):
+        left = end - time.perf_counter()
+        if found and (3 * size * found[1] > left or size > size_limit):
+            break
+        module = make(size)
+        if size == 1:
+            needed = client_bytes(module, batch)
+            size_limit = max(1, int(SHARE * room) // needed)
+        found[size] = _seconds(module, batch, size, left / 4)
+    return found
+
+
+def _seconds(module: ClientModule, batch: Batch, size: int, budget: float) -> float:
+    """Median seconds of a local step a client; at least two are taken, and the first does not count."""
+    step = _step(module, batch, size)
+    step()
+    times: list[float] = []
+    while not times or (sum(times) < budget and len(times) < 50):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) / size
+
+
+def _step(module: ClientModule, batch: Batch, size: int) -> Callable[[], None]:
+    """One local step of so many clients, to its end on the device."""
+    x, y = batch if size == 1 else tuple(part.expand(size, *part.shape).contiguous() for part in batch)
+
+    def step() -> None:
+        module.local_step(x, y, (len(batch[1]),) * size).tolist()
+
+    return step
+
+
+def client_bytes(module: ClientModule, batch: Batch) -> int:
+    """Bytes that a client needs: its rows, and what a forward keeps for the backward."""
+    kept: dict[int, int] = {}
+    rows = module.theta.untyped_storage().data_ptr()
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() != rows:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _step(module, batch, 1)()
+    return (ROWS + len(module.local.moments)) * module.theta.nbytes + sum(kept.values())
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,66 @@
+"""A copy of the network that is evaluated while the network itself trains, so that neither disturbs the other."""
+
+from __future__ import annotations
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from fedsparse.models.copies import copied
+from fedsparse.simulation.module import ClientModule
+
+
+class CopiedNet:
+    """The copy, in evaluation mode and without gradients.
+
+    Args:
+        net: the network, before its parameters become views of a row.
+
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = copied(net).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def load(self, module: ClientModule, row: Tensor | None = None) -> None:
+        """Take the network's parameters and buffers as they are now, and in their place those of a row (P,)."""
+        for mine, its in zip(_values(self.net), _values(module.net), strict=True):
+            mine.copy_(its)
+        if row is not None:
+            module.space.write(self.net, row)
+
+    @torch.no_grad()
+    def outputs(
+        self, trainer: lightning.Trainer, module: ClientModule, samples: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run it, in the precision of a validation, over samples of the test split.
+
+        Args:
+            trainer: its data module holds the split.
+            module: prepares inputs and knows the loss.
+            samples: indices of the split, int64 (N,).
+
+        Returns:
+            Logits (N, classes), labels (N,) and losses (N,), on the CPU.
+
+        """
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        logits, labels, losses = list[Tensor](), list[Tensor](), list[Tensor]()
+        for batch in samples.split(data.eval_batch_size):
+            x, y = (values[batch].to(module.device) for values in (data.dataset.test.x, data.dataset.test.y))
+            with trainer.precision_plugin.val_step_context():
+                found = self.net(module.inputs(x))
+                losses.append(_single(module.losses(lambda _: found, x, y)))  # noqa: B023  (called at once)
+            logits.append(_single(found))
+            labels.append(y.cpu())
+        return torch.cat(logits), torch.cat(labels), torch.cat(losses)
+
+
+def _single(values: Tensor) -> Tensor:
+    """Take what a network gave to the CPU, out of half precision."""
+    return values.to("cpu", torch.promote_types(values.dtype, torch.float32))
+
+
+def _values(net: nn.Module) -> list[Tensor]:
+    """List everything that a forward reads."""
+    return [*net.parameters(), *net.buffers()]

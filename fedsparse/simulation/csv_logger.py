@@ -1,0 +1,163 @@
+"""metrics.csv: one row a round, never torn, and after a resume each round stands once."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from fedsparse.core import files
+
+KEY = "round"
+
+
+def read_rows(path: str | Path) -> list[dict[str, float]]:
+    """Read a table of rounds; integers stay integers, and an empty cell leaves its column out of the row.
+
+    A damaged file is read as far as it goes: up to the first line that has no end, or does not fit the header.
+
+    Args:
+        path: the file, as ``RoundCSV`` writes it.
+
+    Returns:
+        The rows in the order of the file, each with its ``round``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]  # what follows the last line end may be half a number
+    return list(_parse(whole))
+
+
+class RoundCSV(Logger):
+    """Lightning logger of one CSV file. Columns stand in the order of their first appearance, after ``round``.
+
+    A new last row of known columns is appended, whole or not at all; every other change writes the whole file anew.
+    An existing file is read and continued. In a run of several processes the first one writes.
+
+    Args:
+        folder: where the file lies; made when the first row is written.
+        filename: its name.
+
+    """
+
+    def __init__(self, folder: str | Path, filename: str = "metrics.csv") -> None:
+        super().__init__()
+        self.path = Path(folder) / filename
+        known = read_rows(self.path) if self.path.is_file() else []
+        self._rows: dict[int, dict[str, float]] = {int(row[KEY]): row for row in known}
+        self._whole = False  # whether the file is what was written here, so that a line may be appended
+        self._format()
+
+    @property
+    def name(self) -> str:
+        """Empty: Lightning would take it for the name of a folder."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty: a run folder holds one run."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The folder of the file."""
+        return str(self.path.parent)
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """Copies of the rows, by round."""
+        return [dict(self._rows[step]) for step in sorted(self._rows)]
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write a round's row, or add to it what is new.
+
+        Args:
+            metrics: figures by name; numbers, or tensors of one element.
+            step: the round; by default the one after the last.
+
+        """
+        step = max(self._rows, default=0) + 1 if step is None else step
+        last = step > max(self._rows, default=step)
+        row = self._rows.setdefault(step, {KEY: step})
+        row.update({name: _number(value) for name, value in metrics.items() if name != KEY})
+        known = row.keys() <= self._columns.keys()
+        if known:
+            self._lines[step] = self._line(row)
+        else:
+            self._format()
+        self._append(step) if known and last and self._whole else self._write()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the config lies in the run folder."""
+
+    @rank_zero_only
+    def drop_from(self, step: int) -> None:
+        """Forget the rows of this round and after it, as a resume that repeats them needs.
+
+        Args:
+            step: first round to forget.
+
+        """
+        kept = {round_: row for round_, row in self._rows.items() if round_ < step}
+        if len(kept) < len(self._rows):
+            self._rows = kept
+            self._format()
+            self._write()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Do nothing: every change is in the file already."""
+
+    def _format(self) -> None:
+        """Find the columns, and make the text of every line; a row of known columns makes only its own again."""
+        self._columns = dict.fromkeys([KEY, *(name for row in self._rows.values() for name in row)])
+        self._lines = {step: self._line(row) for step, row in self._rows.items()}
+
+    def _line(self, row: Mapping[str, float]) -> str:
+        return ",".join([repr(row[name]) if name in row else "" for name in self._columns]) + "\n"
+
+    def _append(self, step: int) -> None:
+        files.append(self.path, self._lines[step].encode())
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(self._columns)
+        files.write(self.path, text.getvalue() + "".join([self._lines[step] for step in sorted(self._lines)]))
+        self._whole = True
+
+
+def _parse(text: str) -> Iterator[dict[str, float]]:
+    """Yield rows until a line does not fit."""
+    reader = csv.reader(io.StringIO(text))
+    try:
+        header = next(reader, [])
+        for cells in reader:
+            row = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+            yield {KEY: int(row.pop(KEY)), **{name: _value(cell) for name, cell in row.items()}}
+    except (ValueError, KeyError, csv.Error):
+        return
+
+
+def _value(text: str) -> float:
+    """Read an integer as an integer, anything else as a float."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _number(value: Any) -> float:
+    """Make a plain number of whatever number it is."""
+    return int(value) if isinstance(value, Integral) else float(value)

@@ -1,0 +1,102 @@
+"""The global model on validation and test, and on every client's part of the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from fedsparse.core import parallel
+
+SPLITS = ("val", "test")
+
+
+def client_figures(correct: np.ndarray, tests: Sequence[np.ndarray]) -> dict[str, float]:
+    """Accuracy per client: its mean, the mean of the worst tenth of the clients, and the standard deviation.
+
+    Args:
+        correct: bool (N,), whether each sample of the test split was classified rightly.
+        tests: for every client the indices of its test part; a client without one is left out.
+
+    >>> figures = client_figures(np.array([1, 1, 0, 0]), [np.array([0, 1]), np.array([1, 2])])
+    >>> figures["client/acc_mean"], figures["client/acc_worst10"], figures["client/acc_std"]
+    (0.75, 0.5, 0.25)
+    """
+    held = [part for part in tests if len(part)]
+    if not held:
+        return {}
+    sizes = np.array([len(part) for part in held])
+    hits = np.add.reduceat(correct[np.concatenate(held)].astype(np.float64), sizes.cumsum() - sizes)
+    accuracies = np.sort(hits / sizes)
+    worst = accuracies[: max(1, len(accuracies) // 10)]
+    return {
+        "client/acc_mean": float(accuracies.mean()),
+        "client/acc_worst10": float(worst.mean()),
+        "client/acc_std": float(accuracies.std()),
+    }
+
+
+def split_figures(name: str, logits: Tensor, y: Tensor, losses: Tensor) -> dict[str, float]:
+    """Loss and accuracy of one split: logits (N, classes), labels (N,), losses (N,)."""
+    accuracy = multiclass_accuracy(logits, y, num_classes=logits.shape[1], average="micro")
+    return {f"{name}/loss": float(losses.double().mean()), f"{name}/acc": float(accuracy)}
+
+
+class Evaluation(lightning.Callback):
+    """Collects what ``validation_step`` returns and offers the figures as callback metrics.
+
+    After each validation ``figures`` holds ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``, ``client/acc_mean``,
+    ``client/acc_worst10`` and ``client/acc_std``.
+
+    Args:
+        tests: for every client the indices of its test part.
+        own: samples at the end of the test split that are clients' own: test/loss and test/acc leave them out.
+
+    """
+
+    def __init__(self, tests: Sequence[np.ndarray] = (), own: int = 0) -> None:
+        self.tests, self.own = tests, own
+        self.figures: dict[str, float] = {}
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Let the last round be evaluated, also when ``eval_every`` does not divide the rounds."""
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Forget the last evaluation."""
+        self.seen: list[list[dict[str, Tensor]]] = [[], []]
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep a batch's logits, labels and losses."""
+        self.seen[dataloader_idx].append(outputs)
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Compute the figures and hand them to checkpoints and early stopping."""
+        self.figures = {}
+        for name, seen in zip(SPLITS, self._of_all(trainer), strict=True):
+            whole = {key: torch.cat([batch[key] for batch in seen]) for key in ("logits", "y", "losses")}
+            common = len(whole["y"]) - (self.own if name == "test" else 0)
+            self.figures |= split_figures(name, **{key: value[:common] for key, value in whole.items()})
+        correct = (whole["logits"].argmax(1) == whole["y"]).cpu().numpy()
+        self.figures |= client_figures(correct, self.tests)
+        pl_module.log_dict(self.figures, logger=False, batch_size=1)
+
+    def _of_all(self, trainer: lightning.Trainer) -> list[list[dict[str, Tensor]]]:
+        """Batches of both splits in their order; of several processes each has seen every n-th."""
+        if not parallel.joined():
+            return self.seen
+        own = [[{key: value.cpu() for key, value in batch.items()} for batch in seen] for seen in self.seen]
+        everyone, loaders = parallel.gather(own), trainer.val_dataloaders
+        turns = len(everyone)
+        return [
+            [everyone[batch % turns][split][batch // turns] for batch in range(loader.total)]
+            for split, loader in enumerate(loaders)  # type: ignore[arg-type]
+        ]

@@ -1,0 +1,183 @@
+"""Every client's own figures, as AutoFLIP reports them: its local model and the global one, on its own test part."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+
+from fedsparse.core import parallel
+from fedsparse.core.checks import check_number
+from fedsparse.core.lines import RoundLines
+from fedsparse.core.seeding import Purpose, generator
+from fedsparse.data.rounds import Cohort
+from fedsparse.federation.figures import (
+    AVERAGES,
+    GLOBAL,
+    GROUPS,
+    LOCAL,
+    METRICS,
+    OTHERS,
+    PARTICIPANTS,
+    START,
+    Row,
+    columns,
+    metrics_of,
+)
+from fedsparse.simulation.copied import CopiedNet
+from fedsparse.simulation.module import ClientModule
+
+CLIENTS = "clients.csv"
+
+
+class Personal(lightning.Callback):
+    """Evaluates models on the clients' own parts of the test split, without touching the training.
+
+    A participant's part sees the global model that it received, its own model after training, and the new global
+    model; that of a client that does not take part sees the global models alone. Whoever has no test part is left out,
+    and so is a model that is not finite. It stands after the protocol, and ``before`` it stands what looks at the rows
+    while they are still the clients'. Coordinates and buffers that never leave a client are the client's own where it
+    trains, and the server's elsewhere.
+
+    After a round that is due ``figures`` holds what ``client_figures.columns`` names.
+
+    Args:
+        metrics: some of loss, top1, top5, f1, precision, recall.
+        average: of the last three over classes: weighted (the original's) | macro | micro.
+        every: rounds between evaluations; the last round is always evaluated.
+        who: participants, non_participants or both.
+        fraction: of the non-participants, in (0, 1]; drawn anew each time.
+        seed: the run's seed.
+        path: the table of clients; None writes none.
+
+    Raises:
+        ValueError: an option is none of its choices; one line says which.
+
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str] = METRICS,
+        average: str = "weighted",
+        every: int = 1,
+        who: Sequence[str] = GROUPS,
+        fraction: float = 1.0,
+        seed: int = 0,
+        path: Path | None = None,
+    ) -> None:
+        _check_some("metrics", metrics, METRICS)
+        _check_some("who", who, GROUPS)
+        _check(average, every, fraction)
+        self.metrics, self.average, self.every = [m for m in METRICS if m in metrics], average, every
+        self.who, self.fraction, self.seed = who, fraction, seed
+        self.table = RoundLines(",".join(["round,client,group,model,n", *self.metrics]), path)
+        self.before = BeforeClosing(self)
+        self.figures: dict[str, float] = {}
+        self.due = False
+
+    def on_train_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
+        """Take a copy of the network, before its parameters become views of a row."""
+        self.copied = CopiedNet(module.net)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
+        """Open the round: who does not take part is evaluated on the global model."""
+        self.figures, self.found = {}, list[Row]()
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        self.due = ((trainer.current_epoch + 1) % self.every == 0 or last) and not module.explores
+        if self.due:
+            self.groups = self._groups(trainer.datamodule, trainer.current_epoch)  # type: ignore[attr-defined]
+            self._all(trainer, module, {OTHERS: self.groups.get(OTHERS, [])}, START)
+
+    def on_train_batch_start(  # type: ignore[override]
+        self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, batch_idx: int
+    ) -> None:
+        """Evaluate what the cohort has received."""
+        self.cohort(trainer, module, batch, START)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
+    ) -> None:
+        """Evaluate the new global model after the last cohort, and write the round down."""
+        if self.due and trainer.is_last_batch:
+            self._all(trainer, module, self.groups, GLOBAL)
+            self._close(trainer.current_epoch + 1)
+
+    def cohort(self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, model: str) -> None:
+        """Evaluate the rows of a cohort, each on its client's test part."""
+        for row, client in batch.members if self.due and PARTICIPANTS in self.who else ():
+            self.copied.load(module, module.theta[row])
+            self._evaluate(trainer, module, client, PARTICIPANTS, model)
+
+    def _all(self, trainer: Any, module: ClientModule, groups: dict[str, list[int]], model: str) -> None:
+        """Evaluate the global model for clients of all groups, shared out among the processes."""
+        self.copied.load(module)
+        listed = [(client, group) for group, clients in groups.items() for client in clients]
+        for client, group in listed[parallel.process() :: parallel.processes()]:
+            self._evaluate(trainer, module, client, group, model)
+
+    def _groups(self, data: Any, round: int) -> dict[str, list[int]]:
+        """Find who is evaluated in this round, by group; as every process finds it."""
+        taking_part = set(data.plan.sample(round))
+        others = [client for client, part in enumerate(data.tests) if len(part) and client not in taking_part]
+        found = {PARTICIPANTS: sorted(taking_part), OTHERS: _some(others, self.fraction, self.seed, round)}
+        return {group: found[group] for group in self.who}
+
+    def _evaluate(self, trainer: Any, module: ClientModule, client: int, group: str, model: str) -> None:
+        """Note the metrics of the copy on a client's test part."""
+        part = trainer.datamodule.tests[client]
+        if not len(part):
+            return
+        logits, y, losses = self.copied.outputs(trainer, module, torch.as_tensor(part))
+        if bool(logits.isfinite().all()):
+            figures = metrics_of(logits, y, losses, self.metrics, self.average)
+            self.found.append(Row(client, group, model, len(part), figures))
+
+    def _close(self, round: int) -> None:
+        """Gather what the processes have found, and write it down in an order that does not depend on them."""
+        rows = sorted((row for rows in parallel.gather(self.found) for row in rows), key=lambda row: row.place)
+        self.table.append(row.line(round, self.metrics) for row in rows)
+        self.figures = columns(rows, self.metrics)
+
+
+class BeforeClosing(lightning.Callback):
+    """Stands before the protocol, which puts the new global row where the last cohort's rows were.
+
+    Args:
+        personal: evaluates them.
+
+    """
+
+    def __init__(self, personal: Personal) -> None:
+        self.personal = personal
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
+    ) -> None:
+        """Evaluate the clients' own models."""
+        self.personal.cohort(trainer, module, batch, LOCAL)
+
+
+def _some(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
+    """Draw a fraction of clients, at least one of those there are, sorted."""
+    count = min(len(clients), max(1, floor(fraction * len(clients) + 0.5)))
+    rng = generator(seed, Purpose.PERSONAL, round)
+    return [clients[place] for place in np.sort(rng.permutation(len(clients))[:count])]
+
+
+def _check_some(key: str, given: Any, choices: Collection[str]) -> None:
+    """Refuse anything but some of the choices."""
+    if not isinstance(given, list | tuple) or not given or any(name not in choices for name in given):
+        raise ValueError(f"evaluation.{key} is {given}; it must be a list of some of {', '.join(choices)}")
+
+
+def _check(average: Any, every: Any, fraction: Any) -> None:
+    """Refuse single values that cannot be meant."""
+    if average not in AVERAGES:
+        raise ValueError(f"evaluation.average is {average!r}; it must be {', '.join(AVERAGES[:-1])} or {AVERAGES[-1]}")
+    check_number("evaluation.every", every, whole=True, least=1)
+    check_number("evaluation.fraction", fraction, above=0, most=1)

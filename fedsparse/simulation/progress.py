@@ -1,0 +1,127 @@
+"""What a person watches: one bar over the whole run on a terminal, one line a round elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedsparse.data.rounds import Cohort
+from fedsparse.simulation.callback import FederatedRounds
+from fedsparse.simulation.evaluation import Evaluation
+
+log = logging.getLogger("fedsparse")
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes for people, in powers of 1,000.
+
+    >>> human_bytes(16_400), human_bytes(8_200_000), human_bytes(999_900_000_000)
+    ('16.4 kB', '8.2 MB', '999.9 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class RoundProgress(lightning.Callback):
+    """Progress bar with round, client, loss, accuracy, bytes and time left.
+
+    Args:
+        rounds: loss and bytes are read from it.
+        evaluation: accuracy is read from it.
+        clients: counts the clients of a round.
+        console: where to write; standard error by default.
+        shared: whether other runs write there at the same time; then rounds go to run.log alone.
+
+    """
+
+    def __init__(
+        self,
+        rounds: FederatedRounds,
+        evaluation: Evaluation,
+        clients: Callable[[int], int],
+        console: Console | None = None,
+        shared: bool = False,
+    ) -> None:
+        self.rounds, self.evaluation, self.clients = rounds, evaluation, clients
+        self.console = console or Console(file=sys.stderr)
+        self.bar = self.console.is_terminal and not shared
+        self.lines = not self.console.is_terminal and not shared
+        self.accuracy = math.nan
+        self.began = time.perf_counter()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Show the bar, from the round that training starts or goes on at."""
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.bar,
+            refresh_per_second=5,
+        )
+        total, done = self._clients(int(trainer.max_epochs or 0)), self._clients(trainer.current_epoch)
+        self.task = self.progress.add_task("round", total=total, completed=done, status="")
+        self.progress.start()
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note the time and start counting clients."""
+        self.seen, self.began = 0, time.perf_counter()
+        self.before, self.total = self._clients(trainer.current_epoch), self.clients(trainer.current_epoch)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Cohort, batch_idx: int
+    ) -> None:
+        """Move the bar by the cohort's clients."""
+        self.seen += len(batch.members)
+        if self.bar:
+            where = f"{self._where()}, client {self.seen:>2}/{self.total}"
+            self.progress.update(self.task, completed=self.before + self.seen, description=where, status=self._status())
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write a line to run.log, and to where there is no terminal."""
+        self.accuracy = self.evaluation.figures.get("val/acc", self.accuracy)
+        seconds = time.perf_counter() - self.began
+        line = f"{self._where()}  {self._status()}  {seconds:.1f} s"
+        log.info(line)
+        if self.lines:
+            print(line, file=self.console.file, flush=True)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Leave the finished bar on the screen."""
+        self.progress.update(self.task, status=self._status())
+        self.progress.stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give the terminal back."""
+        if hasattr(self, "progress"):
+            self.progress.stop()
+
+    def _clients(self, rounds: int) -> int:
+        """Count the clients of so many rounds."""
+        return sum(self.clients(round) for round in range(rounds))
+
+    def _where(self) -> str:
+        """Name the round that is open or has just closed; a learning round is called a round."""
+        phase, own = self.rounds.phase, self.rounds.own
+        return f"{'round' if phase.name == 'learn' else phase.name} {own + 1}/{phase.rounds}"
+
+    def _status(self) -> str:
+        """Loss of the last closed round, last validation accuracy, bytes sent so far."""
+        loss, accuracy = self.rounds.loss, self.accuracy
+        shown = [f"loss {loss:.3f}" if loss == loss else "loss  -   "]
+        shown.append(f"val acc {accuracy:6.2%}" if accuracy == accuracy else "val acc   -   ")
+        return "  ".join([*shown, f"sent up {human_bytes(self.rounds.ledger.bytes_up)}"])

@@ -1,0 +1,131 @@
+"""One row a round to every logger, and a clean stop when a signal asks for it."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import lightning
+
+from fedsparse.core import parallel
+from fedsparse.core.signals import CLUSTER, TERMINAL, Stopped, stopped
+from fedsparse.simulation.callback import FederatedRounds
+from fedsparse.simulation.evaluation import Evaluation
+from fedsparse.simulation.personal import Personal
+
+SIGNALS = CLUSTER  # what is handed on to the handler that stood before
+
+
+class RoundLog(lightning.Callback):
+    """Writes the figures of a closed round once, with x = rounds closed so far.
+
+    Args:
+        rounds: whose figures.
+        evaluation: the last evaluation.
+        personal: what it found of every client; None if nobody asked.
+
+    """
+
+    def __init__(self, rounds: FederatedRounds, evaluation: Evaluation, personal: Personal | None = None) -> None:
+        self.rounds, self.evaluation, self.personal = rounds, evaluation, personal
+        self.row: dict[str, float] = {}
+        self.seconds = 0.0
+        self.open = False
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note when the round began."""
+        self.evaluation.figures = {}
+        self.open, self.began = True, time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the row; Lightning may call this again on resume, without a round: then nothing is written."""
+        if not self.open:
+            return
+        self.open = False
+        seconds = time.perf_counter() - self.began
+        self.seconds += seconds
+        self.row = self.figures() | {"seconds": seconds}
+        for logger in trainer.loggers:
+            logger.log_metrics(self.row, step=trainer.current_epoch + 1)
+            logger.save()
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the round: loss, learning rate, bytes so far, dropped updates so far, evaluation."""
+        rounds = self.rounds
+        assert rounds.phases is not None
+        training = {"train/loss": rounds.loss, "lr": rounds.lr}
+        if len(rounds.phases.rounds) > 1:
+            training["phase"] = rounds.phases.rounds.index(rounds.phase)
+        personal = {} if self.personal is None else self.personal.figures
+        counted = rounds.ledger.figures() | {
+            "client_steps": rounds.ledger.client_steps,
+            "dropped_updates": len(rounds.dropped),
+        }
+        return training | self.evaluation.figures | personal | counted
+
+    def state_dict(self) -> dict[str, Any]:
+        """Training seconds so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the seconds of a checkpoint."""
+        self.seconds = state["seconds"]
+
+
+class GracefulStop(lightning.Callback):
+    """On SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or Ctrl-C the round closes, is saved, and training stops.
+
+    A cluster sends the first three before it takes a machine away: SLURM what ``--signal`` names, submitit SIGUSR2. A
+    second Ctrl-C ends at once. What is ignored, as under nohup, stays so.
+
+    Args:
+        limit: seconds after which training stops in the same way; None: no limit.
+
+    Attributes:
+        received: the signals, for the caller to hand on.
+        overtime: whether the limit is reached.
+
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit = math.inf if limit is None else limit
+        self.received: list[signal.Signals] = []
+        self.overtime = False
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Take the signals over; Lightning, which would stop in the middle of a round, puts older handlers back."""
+        self.began = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in [*CLUSTER, *TERMINAL]:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            if number in self.received:
+                raise Stopped(number)
+            with suppress(OSError):  # not print, which may have been interrupted
+                os.write(2, b"fedsparse: SIGINT: the round closes and is saved; once more ends at once\n")
+        self.received.append(signal.Signals(number))
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Stop after this round, all processes of a run if one of them is asked to."""
+        found = parallel.gather((self.received, time.monotonic() - self.began >= self.limit))
+        self.received = [number for numbers, _ in found for number in numbers]
+        self.overtime = any(over for _, over in found)
+        if self.received or self.overtime:
+            trainer.should_stop = True
+
+
+def hand_on(received: Sequence[signal.Signals]) -> None:
+    """Call the handlers that stand for some signals; submitit's queues the job again and exits."""
+    for number in [number for number in received if number in SIGNALS]:
+        handler = signal.getsignal(number)
+        if callable(handler) and handler is not stopped:
+            handler(number, None)
