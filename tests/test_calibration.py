@@ -205,6 +205,13 @@ def test_a_kept_mask_is_used_again_with_the_bytes_of_its_calibration(setting, tm
     assert fresh.ledger.state_dict() == counted
 
 
+def test_the_folder_of_kept_masks_is_made_with_those_above_it(setting, tmp_path):
+    folder = tmp_path / "not" / "there"
+    for number in (1, 2):  # at the second it is there
+        Cache(folder).calibrated(setting, {"number": number}, lambda: calibrate(setting, work(Random())))
+    assert len(list(folder.iterdir())) == 2
+
+
 def test_own_masks_are_kept_too_and_a_damaged_file_is_made_again(setting, tmp_path):
     def make():
         return calibrate_clients(setting, work(Random()))

@@ -6,6 +6,7 @@ import copy
 import math
 from functools import partial
 
+import lightning
 import pytest
 import torch
 from plain_sparse import train
@@ -41,6 +42,64 @@ def deviation(small, clients, lr=0.2, momentum=0.9):
         if weight:
             mean += weight * (train(small.net, start, data, batches, lr=lr, momentum=momentum) - start) ** 2 / whole
     return mean
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kind": "learn", "informs_mask": False},
+        {"kind": "explore"},
+        {"kind": "explore", "updates_model": False},
+        {"kind": "explore", "informs_mask": False},
+        {"kind": "head", "updates_model": False, "informs_mask": False},
+        {"local_steps": 3},
+        {"local_epochs": 3},
+        {"local_epochs": 3, "patience": 2},
+        {"weight": "held"},
+        {"weight": "processed"},
+        {"weight": "equal"},
+        {"lr": 1e-9},
+    ],
+    ids=str,
+)
+def test_options_of_a_phase_that_go_together(options):
+    phase = Phase("a", **options)
+    assert {key: getattr(phase, key) for key in options} == options
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"updates_model": False}, "phases.a.updates_model is false"),
+        ({"updates_model": False, "informs_mask": False}, "phases.a.updates_model is false"),
+        ({"kind": "explore", "updates_model": False, "informs_mask": False}, "does nothing"),
+        ({"local_steps": 3, "local_epochs": 3}, "give either phases.a.local_steps or phases.a.local_epochs"),
+        ({"patience": 2}, "phases.a.patience counts epochs"),
+        ({"local_steps": 3, "patience": 2}, "phases.a.patience counts epochs"),
+        ({"weight": "all"}, "phases.a.weight is 'all'"),
+        ({"lr": 0.0}, "phases.a.lr is 0"),
+    ],
+    ids=str,
+)
+def test_options_of_a_phase_that_do_not_go_together_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        Phase("a", **options)
+
+
+def test_a_state_that_is_saved_before_a_round_counts_the_rounds_that_are_closed(tmp_path):
+    """Where a checkpoint is written as training starts, and where it goes on."""
+
+    class Start(lightning.Callback):
+        def on_train_start(self, *_):
+            states.append(small.rounds.state_dict()["phases"])
+
+    states, small = [], staged([explore(), LEARN])
+    small.callbacks.append(Start())
+    trainer = small.fit(2, tmp_path).trainer
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(small.module, trainer.datamodule)
+    assert states == [[], [["explore", 1], ["learn", 1]]]
 
 
 @pytest.mark.parametrize("cohort", [1, 3, 20])

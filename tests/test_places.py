@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.core.subspace import Coordinates
+from fedsparse.core.subspace import Coordinates, narrow
 from fedsparse.models.units import compute_all_units, compute_units_only, linear_layers
 from fedsparse.optim import index
 from fedsparse.optim.index import Place, pieces
@@ -64,20 +64,32 @@ UNITS = torch.tensor([[False] * 3, [True] * 3, [False] * 3, [True] * 3])
 @pytest.mark.parametrize(
     ("mask", "shape", "dim", "index", "of_clients"),
     [
-        # rows of four clients whose numbers are 0, 10, 20 and 30, laid beside what trains
+        # rows of clients whose numbers are 0, 10, 20 and 30, laid beside what trains
         (UNITS, (4, 3), 0, [1, 3], [[10.0], [30.0]]),
         (UNITS | torch.eye(4, 3).bool(), (12,), 0, [0, 3, 4, 5, 8, 9, 10, 11], [0.0, *[10.0] * 3, 20.0, *[30.0] * 3]),
         (torch.tensor([True, False, True]).expand(4, 3), (4, 3), 1, [0, 2], [[0.0], [10.0], [20.0], [30.0]]),
+        (torch.tensor([True, False, True]).expand(4, 3)[:1], (3,), 0, [0, 2], [0.0, 0.0]),  # nobody shares it
+        (torch.tensor([True, False, True]).expand(2, 3), (2, 3), 1, [0, 2], [[0.0], [10.0]]),
         (torch.tensor([True, False, False, True]), (4,), 0, [0, 3], [0.0, 30.0]),
     ],
-    ids=["units", "coordinates", "one row for all", "a vector"],
+    ids=["units", "coordinates", "one row for all", "one row of one", "one row for two", "a vector"],
 )
 def test_the_coarsest_entries_that_a_mask_does_not_cut_by_hand(mask, shape, dim, index, of_clients):
     place = Place.of(mask, torch.zeros(mask.shape))
     assert (place.shape, place.dim, place.index.tolist(), place.index.dtype) == (shape, dim, index, torch.int32)
     assert place.numel == int(mask.sum())
-    values = torch.tensor([0.0, 10.0, 20.0, 30.0])
+    values = torch.tensor([0.0, 10.0, 20.0, 30.0])[: len(mask)]
     assert place.of_clients(values, place.index).tolist() == of_clients
+
+
+@pytest.mark.parametrize(
+    ("total", "dtype"), [(1, torch.int32), (2**31 - 1, torch.int32), (2**31, torch.int64), (2**32, torch.int64)]
+)
+def test_positions_take_four_bytes_where_their_number_fits_into_them(total, dtype):
+    """The number itself too: it ends the last client's share."""
+    index = narrow(torch.tensor([0, total - 1]), total)
+    assert index.tolist() == [0, total - 1]
+    assert index.dtype == dtype
 
 
 def test_coordinates_are_gathered_and_put_back():

@@ -97,6 +97,22 @@ def test_a_loss_that_overflows_at_the_usual_scale_is_scaled_less_and_not_skipped
     assert float(moved.abs().max()) > 1e-5
 
 
+@pytest.mark.parametrize(("precision", "tries"), [("32-true", 1), ("bf16-mixed", 1), ("16-mixed", 19)])
+def test_only_float16_tries_a_gradient_that_is_not_finite_again(tmp_path, precision, tries):
+    """From 1024 down to 2**-8, each scale half of the one before: 19 of them."""
+    small, seen = a_small(count=7), []
+    small.dataset.train.x[torch.from_numpy(small.parts[6])] = torch.inf
+
+    def counted(forward, x, y):
+        seen.append(bool(x.isfinite().all()))
+        return torch.nn.functional.cross_entropy(forward(x), y, reduction="none")
+
+    small.module.losses = counted
+    small.fit(1, tmp_path, limit_val_batches=0, **options(precision))
+    assert seen.count(True) == 6 * 3  # six clients, three steps each
+    assert seen.count(False) == 3 * tries
+
+
 @pytest.mark.parametrize("cohort", [1, 3])
 def test_a_client_that_diverges_is_dropped_and_the_others_train(tmp_path, cohort):
     small = a_small(cohort, count=7)

@@ -246,6 +246,7 @@ def test_strided_rows_and_those_of_a_graph():
     [
         ({"row": torch.zeros(2, 2)}, "one row"),
         ({"row": torch.tensor(1.0)}, "one row"),
+        ({"row": torch.zeros(1).expand(1 << 32)}, "fewer than 2..32 coordinates"),  # takes the memory of one
         ({"row": torch.zeros(4, dtype=torch.int64)}, "float32"),
         ({"row": torch.zeros(4), "dtype": torch.int32}, "float32"),
         ({"row": torch.zeros(4), "sent": torch.ones(3, dtype=torch.bool)}, "sent must be a bool"),
