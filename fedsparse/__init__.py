@@ -4,10 +4,58 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from fedsparse.core.lazy import lazily
 
 __version__ = "0.1.0"
-__all__ = ["run"]
+__all__ = [
+    "Aggregation",
+    "ClientModule",
+    "Clients",
+    "Exchange",
+    "FederatedDataModule",
+    "FederatedRounds",
+    "Federation",
+    "Mask",
+    "MaskRule",
+    "ParamSpace",
+    "Server",
+    "SparseAdam",
+    "SparseSGDM",
+    "Sparsity",
+    "Topology",
+    "run",
+]
+
+if TYPE_CHECKING:
+    from fedsparse.core.space import ParamSpace
+    from fedsparse.data import FederatedDataModule
+    from fedsparse.federation import Clients, Federation
+    from fedsparse.federation.exchange import Exchange
+    from fedsparse.federation.server import Aggregation, Server, Topology
+    from fedsparse.masks import Mask, MaskRule, Sparsity
+    from fedsparse.optim import SparseAdam, SparseSGDM
+    from fedsparse.simulation import ClientModule, FederatedRounds
+else:  # ``import fedsparse`` costs nothing
+    _HOMES = {
+        "Aggregation": "fedsparse.federation.server",
+        "ClientModule": "fedsparse.simulation",
+        "Clients": "fedsparse.federation",
+        "Exchange": "fedsparse.federation.exchange",
+        "FederatedDataModule": "fedsparse.data",
+        "FederatedRounds": "fedsparse.simulation",
+        "Federation": "fedsparse.federation",
+        "Mask": "fedsparse.masks",
+        "MaskRule": "fedsparse.masks",
+        "ParamSpace": "fedsparse.core.space",
+        "Server": "fedsparse.federation.server",
+        "SparseAdam": "fedsparse.optim",
+        "SparseSGDM": "fedsparse.optim",
+        "Sparsity": "fedsparse.masks",
+        "Topology": "fedsparse.federation.server",
+    }
+    __getattr__, __dir__ = lazily(__name__, _HOMES)
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:

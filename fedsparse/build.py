@@ -19,7 +19,7 @@ from fedsparse.core import parallel
 from fedsparse.core.precisions import dtype_of
 from fedsparse.core.seeding import Purpose
 from fedsparse.core.space import ParamSpace
-from fedsparse.core.subspace import Coordinates
+from fedsparse.core.subspace import Subspace
 from fedsparse.core.weights import distinct
 from fedsparse.data.augment import augment
 from fedsparse.data.checks import checked_integer
@@ -40,6 +40,7 @@ from fedsparse.models.heads import attentions
 from fedsparse.nets import build_net, check_classes, check_fit, check_kind
 from fedsparse.preparation.calibration import Calibration
 from fedsparse.shares import build_clients
+from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.personal import Personal
 
@@ -48,7 +49,7 @@ AUTO = "auto"  # federation.cohort, to be measured
 
 
 @dataclass(frozen=True)
-class Federation:
+class Parts:
     """Data, model and clients of a run, before anything is trained."""
 
     dataset: Dataset
@@ -76,7 +77,7 @@ class Federation:
         return known_size(sum(tensor.numel() for tensor in tensors), 0, dtype).total
 
 
-def build_federation(cfg: DictConfig) -> Federation:
+def build_federation(cfg: DictConfig) -> Parts:
     """Load the data, deal it to the clients, and build the model.
 
     Raises:
@@ -111,7 +112,7 @@ def build_federation(cfg: DictConfig) -> Federation:
     phased = PhasedPlan(plans, plan)
     learn = [own for phase, (_, own, _) in zip(phases.rounds, plans, strict=True) if not phase.explores]
     _try_parts(cfg, dataset, parts, space, min(len(own.sample(0)) for own in learn))
-    return Federation(dataset, parts, tests, net, space, count, plan, phased, phases, sample, inputs)
+    return Parts(dataset, parts, tests, net, space, count, plan, phased, phases, sample, inputs)
 
 
 def build_dataset(cfg: DictConfig) -> Dataset:
@@ -169,7 +170,7 @@ def _try_parts(
     check_pruning(exchange, cfg.sparsity.mode)
     check_sizes(exchange, aggregation, [len(part) > 0 for part in parts], taking_part)
     check_names(exchange, space, torch.ones_like(space.local))
-    server = Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Coordinates(one), cfg.server.untouched)
+    server = Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Subspace(one), cfg.server.untouched)
     check_server(server.optimizer)
     instantiate(cfg.link)
     build_personal(cfg)
@@ -188,7 +189,7 @@ def own_masks(cfg: DictConfig) -> bool:
 
 
 def build_module(
-    cfg: DictConfig, federation: Federation, net: nn.Module | None = None, cohort: int | None = None
+    cfg: DictConfig, federation: Parts, net: nn.Module | None = None, cohort: int | None = None
 ) -> ClientModule:
     """Build the clients of a cohort; everything trains until a mask is set.
 
@@ -204,13 +205,14 @@ def build_module(
         federation.space,
         torch.ones(federation.space.size, dtype=torch.bool),
         instantiate(cfg.optimizer.build),
-        instantiate(cfg.server.optimizer),
         cohort=cohort or federation.cohort,
         clip_norm=cfg.optimizer.clip_norm,
         inputs=federation.inputs,
         compile=cfg.federation.get("compile", False),
         objective=build_objective(cfg, federation.parts),
-        untouched=cfg.server.untouched,
+        buffers=cfg.federation.buffers,
+        groups=instantiate(cfg.topology).groups,
+        seed=cfg.seed,
     )
 
 
@@ -238,8 +240,8 @@ def build_exchange(
     return exchange
 
 
-def build_personal(cfg: DictConfig, path: Path | None = None) -> Personal | None:
-    """Build what evaluates every client, if it is asked for; its table lies at ``path``.
+def build_personal(cfg: DictConfig, path: Path | None = None, rounds: FederatedRounds | None = None) -> Personal | None:
+    """Build what evaluates every client while they learn, if it is asked for; its table lies at ``path``.
 
     Raises:
         ValueError: an option is none of its choices.
@@ -248,7 +250,7 @@ def build_personal(cfg: DictConfig, path: Path | None = None) -> Personal | None
     chosen = cfg.get("evaluation")  # a run stored before there was a choice has none
     if chosen and "_target_" not in chosen:
         raise ValueError(f"evaluation.{next(iter(chosen))} needs evaluation=per_client")
-    return instantiate(chosen, _convert_="all")(seed=cfg.seed, path=path) if chosen else None
+    return instantiate(chosen, _convert_="all")(seed=cfg.seed, path=path, rounds=rounds) if chosen else None
 
 
 def streaming(cfg: DictConfig) -> dict[str, Any]:

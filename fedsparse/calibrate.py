@@ -60,7 +60,7 @@ def execute(job: Job) -> dict[str, Any]:
     return facts | {"folder": str(job.folder)}
 
 
-def figures(job: Job, federation: build.Federation, found: Calibrated) -> dict[str, Any]:
+def figures(job: Job, federation: build.Parts, found: Calibrated) -> dict[str, Any]:
     """Gather what is known of the masks: densities, and overlaps with those of earlier rounds and between clients."""
     space, mask = federation.space, found.mask
     always = space.where(job.cfg.sparsity.always_train)

@@ -8,18 +8,20 @@ import lightning
 import torch
 from omegaconf import DictConfig
 
-from fedsparse.build import AUTO, Federation, build_module
+from fedsparse.build import AUTO, Parts, build_module
 from fedsparse.core.precisions import HALF
 from fedsparse.devices import accelerator
+from fedsparse.federation.client.training import Clients, can_stack
+from fedsparse.federation.exchange.update import Start
 from fedsparse.models.copies import copied
 from fedsparse.simulation.autotune import choose, measure
-from fedsparse.simulation.module import ClientModule, can_stack
+from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.trial import obstacle
 
 log = logging.getLogger("fedsparse")
 
 
-def settle_cohort(cfg: DictConfig, federation: Federation, module: ClientModule, stored: int | None) -> None:
+def settle_cohort(cfg: DictConfig, federation: Parts, module: ClientModule, stored: int | None) -> None:
     """Fix the size of cohorts if ``federation.cohort=auto`` leaves it open.
 
     Args:
@@ -34,13 +36,13 @@ def settle_cohort(cfg: DictConfig, federation: Federation, module: ClientModule,
     set_cohort(federation, module, stored or _fastest(cfg, federation, module))
 
 
-def set_cohort(federation: Federation, module: ClientModule, bound: int) -> None:
+def set_cohort(federation: Parts, module: ClientModule, bound: int) -> None:
     """Let at most so many clients train stacked."""
     federation.plan.bound = bound
     module.cohort = federation.cohort
 
 
-def _fastest(cfg: DictConfig, federation: Federation, module: ClientModule) -> int:
+def _fastest(cfg: DictConfig, federation: Parts, module: ClientModule) -> int:
     """Measure a local step with several sizes, on copies of the network."""
     if federation.dataset.tokens or not can_stack(federation.net) or len(torch.as_tensor(module.bitmaps)):
         return 1
@@ -48,13 +50,13 @@ def _fastest(cfg: DictConfig, federation: Federation, module: ClientModule) -> i
     fabric = lightning.Fabric(accelerator=accelerator(cfg), devices=1, precision=precision)
     split, size = federation.dataset.train, cfg.data.batch_size
 
-    def trial(cohort: int) -> ClientModule:
+    def trial(cohort: int) -> Clients:
         tried = build_module(cfg, federation, copied(federation.net), cohort).to(fabric.device).train()
         tried.set_mask(torch.as_tensor(module.mask))
-        tried.configure_optimizers()
-        tried.rows.bind()
-        tried.start(tried.server.broadcast((0,) * cohort), clients=range(cohort))
-        return tried
+        clients = tried.form()
+        values = clients.subspace.of(clients.theta.detach()).clone()
+        clients.begin(Start(values, clients.lr, (0,) * cohort), range(cohort))
+        return clients
 
     few = torch.arange(min(size, len(split.y)))
     batch = (split.x[few].to(fabric.device), split.y[few].to(fabric.device))

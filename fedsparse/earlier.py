@@ -23,7 +23,7 @@ _MOVED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "federation.selection": _RULES,
     },
     "fedsparse.federation.server": {
-        "federation.aggregation": ("CoordinateMean", "FedNova", "Robust", "WeightedMean"),
+        "federation.aggregation": ("FedNova", "Robust", "WeightedMean"),
         "federation.robust": ("geometric_median", "krum", "median", "multi_krum", "trimmed_mean"),
         "federation.sampling": ("everyone", "uniform"),
         "federation.topology": ("Flat",),
@@ -46,6 +46,7 @@ TARGETS: Mapping[str, str] = {
         f"fedsparse.federation.exchange.{name}": "fedsparse.federation.exchange.Exchange"
         for name in ("Masked", "Sparse")
     },
+    "fedsparse.federation.aggregation.CoordinateMean": "fedsparse.federation.server.WeightedMean",
 }
 # by target, the keys that came since, with the value that does what was done then
 KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_client": {"even": False}}

@@ -151,7 +151,7 @@ def follow() -> None:
         return  # the leading process says so
 
 
-def _start(job: Job, federation: build.Federation, module: ClientModule) -> Start:
+def _start(job: Job, federation: build.Parts, module: ClientModule) -> Start:
     """Prepare a run's first round, or find what a resumed one goes on from."""
     ledger, checkpoint = Ledger(), _checkpoint(job, federation)
     if checkpoint is None:
@@ -166,7 +166,7 @@ def _start(job: Job, federation: build.Federation, module: ClientModule) -> Star
     return Start(found, ledger, net, federation.plan.bound, checkpoint)
 
 
-def _train(job: Job, federation: build.Federation, module: ClientModule, start: Start) -> Training:
+def _train(job: Job, federation: build.Parts, module: ClientModule, start: Start) -> Training:
     """Train to the last round."""
     closed, leads = 0, parallel.process() == 0
     if start.checkpoint is not None:
@@ -176,8 +176,7 @@ def _train(job: Job, federation: build.Federation, module: ClientModule, start: 
             f"{closed} rounds are closed already; with federation.rounds={job.cfg.federation.rounds} the run has fewer"
         )
     choice = _choice(job, federation, start.found, leads)
-    rounds = fitting.build_rounds(job.cfg, federation, choice, start.ledger, module, job.folder)
-    rounds.traffic.drop_from(closed + 1)
+    rounds = fitting.build_rounds(job.cfg, federation, choice, start.ledger, module, job.folder, closed)
     callbacks = fitting.build_callbacks(job.cfg, rounds, federation, choice, job.folder, _beside_others() or not leads)
     if callbacks.personal is not None:
         callbacks.personal.table.drop_from(closed + 1)
@@ -187,7 +186,7 @@ def _train(job: Job, federation: build.Federation, module: ClientModule, start: 
     return Training(trainer, rounds, callbacks, choice)
 
 
-def _choice(job: Job, federation: build.Federation, found: Calibrated, leads: bool) -> MaskChoice:
+def _choice(job: Job, federation: build.Parts, found: Calibrated, leads: bool) -> MaskChoice:
     """Make what chooses masks while clients train; the leading process writes them down."""
     tell = partial(record, job) if leads else _silent
     rule, sparsity = instantiate(job.cfg.mask_rule), build.build_sparsity(job.cfg, federation.net)
@@ -212,7 +211,7 @@ def _stopped(job: Job, training: Training) -> None:
         _say(received[0], f"round {closed} is closed and saved", job)
         hand_on(received)
         raise signals.Stopped(received[0], said=True)
-    if training.callbacks.stop.overtime and closed < training.rounds.phases.total:  # type: ignore[union-attr]
+    if training.callbacks.stop.overtime and closed < training.rounds.federation.phases.total:
         training.callbacks.artifacts.close(training.trainer.loggers)
         limit = f"trainer.max_time={job.cfg.trainer.max_time}"
         raise Unfinished(f"{limit}: round {closed} is closed and saved; go on with resume={job.folder}")
@@ -225,7 +224,7 @@ def _say(number: signal.Signals, state: str, job: Job) -> None:
     print(f"fedsparse: {line}", file=sys.stderr, flush=True)
 
 
-def _summary(job: Job, federation: build.Federation, found: Calibrated, training: Training) -> dict[str, Any]:
+def _summary(job: Job, federation: build.Parts, found: Calibrated, training: Training) -> dict[str, Any]:
     """Gather what summary.json holds."""
     always, mask = federation.space.where(job.cfg.sparsity.always_train), training.choice.mask
     return results.summarise(
@@ -239,8 +238,8 @@ def _summary(job: Job, federation: build.Federation, found: Calibrated, training
         processes=parallel.processes(),
         head=job.cfg.head.init,
         sparsity=sparsity_of(mask, always, federation.space),
-        client_steps=training.rounds.ledger.client_steps,
-        **_chance(job, federation, training.rounds.ledger),
+        client_steps=training.rounds.federation.ledger.client_steps,
+        **_chance(job, federation, training.rounds.federation.ledger),
         **_pruned(job, federation),
         mask_overlap_rounds=list(found.overlap),
         mask_overlap_clients=mean_client_overlap(found, federation.space),
@@ -249,7 +248,7 @@ def _summary(job: Job, federation: build.Federation, found: Calibrated, training
     )
 
 
-def _chance(job: Job, federation: build.Federation, ledger: Ledger) -> dict[str, float | None]:
+def _chance(job: Job, federation: build.Parts, ledger: Ledger) -> dict[str, float | None]:
     """What a reader wants to know of a run that learned nothing: chance, clipping and rate."""
     clip_norm, labels = job.cfg.optimizer.clip_norm, federation.dataset.common_test.y
     clipped = None if clip_norm is None else ledger.clipped_steps / max(1, ledger.round_steps)
@@ -257,7 +256,7 @@ def _chance(job: Job, federation: build.Federation, ledger: Ledger) -> dict[str,
     return {"chance": chance, "clipped_fraction": clipped, "clip_norm": clip_norm, "lr": job.cfg.optimizer.lr}
 
 
-def _pruned(job: Job, federation: build.Federation) -> dict[str, float]:
+def _pruned(job: Job, federation: build.Parts) -> dict[str, float]:
     """What pruning leaves of the model, where the run prunes."""
     if job.cfg.sparsity.mode != "prune":
         return {}
@@ -291,7 +290,7 @@ def _exchanged(job: Job) -> dict[str, Any]:
     return found | {"exchange_rule": options.get("by", chosen) if ruled else None}
 
 
-def _stored(job: Job, federation: build.Federation, checkpoint: Path) -> Calibrated:
+def _stored(job: Job, federation: build.Parts, checkpoint: Path) -> Calibrated:
     """Take the masks of a checkpoint, under the words of the run's mask file."""
     state = read_checkpoint(checkpoint, federation.space)["state_dict"]
     path = job.folder / MASK
@@ -300,7 +299,7 @@ def _stored(job: Job, federation: build.Federation, checkpoint: Path) -> Calibra
     return Calibrated(Mask(federation.space.unflatten(state["mask"]), words), state["bitmaps"], overlap)
 
 
-def _checkpoint(job: Job, federation: build.Federation) -> Path | None:
+def _checkpoint(job: Job, federation: build.Parts) -> Path | None:
     """Choose what a resumed run goes on from."""
     if not job.resumed:
         return None

@@ -14,23 +14,24 @@ from hydra.utils import instantiate
 from lightning.pytorch.plugins.precision import Precision
 from omegaconf import DictConfig, OmegaConf
 
-from fedsparse.build import Federation, build_exchange, build_personal, streaming
+from fedsparse.build import Parts, build_exchange, build_personal, streaming
 from fedsparse.core import files, parallel
 from fedsparse.core.precisions import DOUBLE, HALF
 from fedsparse.data.augment import augment
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.devices import accelerator, build_device
-from fedsparse.federation.client.buffers import Buffers
+from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.combinations import check_names
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.exchange.traffic import Traffic
-from fedsparse.federation.masking import MaskChoice, length_of
+from fedsparse.federation.federation import Federation
+from fedsparse.federation.masking import MaskChoice
+from fedsparse.federation.phases import Phases
 from fedsparse.federation.stores.store import ClientStore, make_store
 from fedsparse.limits import seconds_of
-from fedsparse.masks import Mask
 from fedsparse.simulation import strategy
 from fedsparse.simulation.artifacts import Artifacts, begun
-from fedsparse.simulation.callback import BUFFERS, LOCAL, FederatedRounds
+from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.simulation.csv_logger import RoundCSV
 from fedsparse.simulation.evaluation import Evaluation
@@ -45,35 +46,39 @@ TRAFFIC = "traffic.csv"
 
 def build_rounds(
     cfg: DictConfig,
-    federation: Federation,
+    parts: Parts,
     choice: MaskChoice,
     ledger: Ledger,
     module: ClientModule,
     folder: Path,
+    closed: int = 0,
 ) -> FederatedRounds:
-    """Build the protocol of a round; what clients keep may lie in the run folder."""
+    """Build the rounds; what clients keep may lie in the run folder, whose tables hold so many rounds already."""
     row = torch.as_tensor(module.mask).cpu()
-    exchange = build_exchange(cfg, row, federation.space.local, module.own_masks, federation.space)
-    check_names(exchange, federation.space, row)
+    exchange = build_exchange(cfg, row, parts.space.local, module.own_masks, parts.space)
+    check_names(exchange, parts.space, row)
     make = partial(_store, cfg.federation.store, folder)
     exchange.keep_in(make)
-    module.objective.stores |= {name: make(name) for name in module.objective.stores}
+    module.keep_in(make)
     ledger.link = instantiate(cfg.link)
-    return FederatedRounds(
+    traffic = Traffic(folder / TRAFFIC if parallel.process() == 0 else None)
+    traffic.drop_from(closed + 1)
+    federate = partial(
+        Federation,
         exchange=exchange,
         aggregation=instantiate(cfg.aggregation),
         topology=instantiate(cfg.topology),
-        buffers=Buffers(cfg.federation.buffers, make(BUFFERS)),
-        ledger=ledger,
-        store=make(LOCAL),
+        make_server=instantiate(cfg.server.optimizer),
+        untouched=cfg.server.untouched,
+        phases=parts.phases,
         schedule=instantiate(cfg.schedule),
-        seed=cfg.seed,
-        model_length=federation.model_length,
-        mask_length=length_of(Mask.of(federation.space, row)),
-        phases=federation.phases,
         choice=choice,
-        traffic=Traffic(folder / TRAFFIC if parallel.process() == 0 else None),
+        store=make(LOCAL),
+        ledger=ledger,
+        traffic=traffic,
+        model_length=parts.model_length,
     )
+    return FederatedRounds(federate)
 
 
 def _store(kind: str, folder: Path, name: str) -> ClientStore:
@@ -81,8 +86,10 @@ def _store(kind: str, folder: Path, name: str) -> ClientStore:
     return make_store(kind, folder / f"{name}.bin")
 
 
-def build_checkpoints(cfg: DictConfig, folder: Path) -> list[lightning.Callback]:
-    """Best by validation, and last; both written when a round closes."""
+def build_checkpoints(
+    cfg: DictConfig, folder: Path, rounds: FederatedRounds, phases: Phases
+) -> list[lightning.Callback]:
+    """Best by validation, and last; both written when a round closes, and the rounds are told of the last."""
     shared: dict[str, Any] = {
         "dirpath": folder / "checkpoints",
         "save_top_k": 1,
@@ -90,8 +97,9 @@ def build_checkpoints(cfg: DictConfig, folder: Path) -> list[lightning.Callback]
         "save_on_train_epoch_end": True,
     }
     every = cfg.federation.checkpoint_every
-    best = RoundCheckpoint(**shared, monitor="val/acc", mode="max", filename="best")
-    return [best, RoundCheckpoint(**shared, filename=LAST.removesuffix(".ckpt"), every_n_epochs=every)]
+    best = RoundCheckpoint(phases.explores, **shared, monitor="val/acc", mode="max", filename="best")
+    last = RoundCheckpoint(told=rounds.saved, **shared, filename=LAST.removesuffix(".ckpt"), every_n_epochs=every)
+    return [best, last]
 
 
 @dataclass(frozen=True)
@@ -115,20 +123,21 @@ class Callbacks:
 def build_callbacks(
     cfg: DictConfig,
     rounds: FederatedRounds,
-    federation: Federation,
+    federation: Parts,
     choice: MaskChoice,
     folder: Path,
     shared: bool = False,
 ) -> Callbacks:
     """Build all callbacks; ``shared`` if other runs write to the same terminal at the same time."""
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    evaluation = Evaluation(federation.tests, federation.dataset.own)
+    topology = instantiate(cfg.topology)
+    evaluation = Evaluation(federation.tests, federation.dataset.own, *[topology.group] * (topology.groups > 1))
     progress = RoundProgress(rounds, evaluation, lambda round: len(federation.phased.sample(round)), shared=shared)
     chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     artifacts = Artifacts(folder, config, lambda: choice.mask.by_layer())
-    others = [progress, *chosen, *build_checkpoints(cfg, folder)]
+    others = [progress, *chosen, *build_checkpoints(cfg, folder, rounds, federation.phases)]
     stop = GracefulStop(seconds_of(OmegaConf.to_container(cfg.trainer, resolve=True).get("max_time")))  # type: ignore[union-attr]
-    personal = build_personal(cfg, folder / CLIENTS if parallel.process() == 0 else None)
+    personal = build_personal(cfg, folder / CLIENTS if parallel.process() == 0 else None, rounds)
     return Callbacks(rounds, RoundLog(rounds, evaluation, personal), stop, artifacts, others, personal)
 
 
@@ -181,7 +190,7 @@ def _own_precision(cfg: DictConfig) -> Precision | None:
     return DoublePrecision() if cfg.trainer.precision == DOUBLE else None
 
 
-def build_datamodule(cfg: DictConfig, federation: Federation) -> FederatedDataModule:
+def build_datamodule(cfg: DictConfig, federation: Parts) -> FederatedDataModule:
     """Build the loaders of cohorts and splits."""
     chosen = augment(cfg.data.augment)
     return FederatedDataModule(

@@ -47,13 +47,13 @@ PICTURE = "mask.png"
 OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed run reports it too
 
 
-def prepare(job: Job, federation: build.Federation, module: ClientModule, ledger: Ledger) -> Calibrated:
+def prepare(job: Job, federation: build.Parts, module: ClientModule, ledger: Ledger) -> Calibrated:
     """Go through the phases that come before the first round, and write what they found into the run folder."""
     with made_in(dtype_of(job.cfg.trainer.precision)):
         return _prepare(job, federation, module, ledger)
 
 
-def _prepare(job: Job, federation: build.Federation, module: ClientModule, ledger: Ledger) -> Calibrated:
+def _prepare(job: Job, federation: build.Parts, module: ClientModule, ledger: Ledger) -> Calibrated:
     phases, rule = federation.phases, instantiate(job.cfg.mask_rule)
     check_phases(phases, rule, job.cfg)
     if job.cfg.pictures:
@@ -135,7 +135,7 @@ def draw(job: Job, mask: Mask) -> None:
         results.picture(job.folder / PICTURE, lambda: mask_figure(mask, title=title))
 
 
-def build_setting(cfg: DictConfig, federation: build.Federation, ledger: Ledger, module: ClientModule) -> Setting:
+def build_setting(cfg: DictConfig, federation: build.Parts, ledger: Ledger, module: ClientModule) -> Setting:
     """Gather what head and mask are prepared on, and move the network to its device."""
     device = build_device(cfg)
     return Setting(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsparse.analysis.curves import curves_figure
 from fedsparse.analysis.partition_plot import partition_figure
-from fedsparse.build import Federation
+from fedsparse.build import Parts
 from fedsparse.core import files
 from fedsparse.masks import Mask
 from fedsparse.simulation.callback import FederatedRounds
@@ -42,7 +42,7 @@ def picture(path: Path, draw: Callable[[], Figure]) -> None:
         log.warning("%s is left out (%s: %s)", path.name, type(error).__name__, " ".join(str(error).split()))
 
 
-def save_partition(federation: Federation, title: str, path: Path) -> None:
+def save_partition(federation: Parts, title: str, path: Path) -> None:
     """Draw clients x classes."""
     labels = federation.dataset.train.y.cpu().numpy()
     picture(path, lambda: partition_figure(labels, federation.parts, federation.dataset.classes, title))
@@ -59,7 +59,7 @@ def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
 
 
 def summarise(
-    federation: Federation, rounds: FederatedRounds, mask: Mask, rows: Sequence[Mapping[str, float]], **facts: Any
+    federation: Parts, rounds: FederatedRounds, mask: Mask, rows: Sequence[Mapping[str, float]], **facts: Any
 ) -> dict[str, Any]:
     """Gather the figures of ``summary.json``.
 
@@ -82,9 +82,9 @@ def summarise(
         "rounds_asked": federation.phases.total,
         "num_parameters": parameters,
         "trainable_fraction": int(mask.row(space).sum()) / parameters,
-        **rounds.ledger.figures(),
-        "link_seconds": rounds.ledger.link_seconds,
-        "dropped_updates": len(rounds.dropped),
+        **rounds.federation.ledger.figures(),
+        "link_seconds": rounds.federation.ledger.link_seconds,
+        "dropped_updates": len(rounds.federation.dropped),
         "global_sha256": sha256(space.read(net)),
         "data_fingerprint": federation.dataset.fingerprint or None,
         **facts,

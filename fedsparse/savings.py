@@ -27,6 +27,8 @@ from fedsparse.bench.problems import vit_small
 from fedsparse.core import files
 from fedsparse.core.signals import command
 from fedsparse.core.space import ParamSpace
+from fedsparse.federation.client.drift import Term
+from fedsparse.federation.client.training import Clients
 from fedsparse.masks import Sparsity
 from fedsparse.masks.select import select
 from fedsparse.optim.sgdm import SparseSGDM
@@ -74,17 +76,13 @@ def build_net() -> nn.Module:
     return vit_small(CLASSES)
 
 
-def client(name: str) -> ClientModule:
+def client(name: str) -> Clients:
     """Build a single client with one of ``MASKS``, ready for its local steps."""
     net = build_net()
     space, (ratio, unit) = ParamSpace.of(net), MASKS[name]
     scores = torch.rand(space.size, generator=torch.Generator().manual_seed(0))
     mask = select(scores, space, Sparsity(ratio, unit=unit, always_train="head.*"), largest=True)
-    optimizers = partial(SparseSGDM, lr=LR, momentum=MOMENTUM), partial(torch.optim.SGD, lr=1.0)
-    module = ClientModule(net, space, mask, *optimizers)
-    module.configure_optimizers()
-    module.rows.bind()
-    return module
+    return ClientModule(net, space, mask, partial(SparseSGDM, lr=LR, momentum=MOMENTUM)).form()
 
 
 def batch(samples: int) -> tuple[Tensor, Tensor]:
@@ -112,10 +110,10 @@ def torch_sgd(fused: bool) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM, **({"fused": True} if fused else {}))
 
 
-def state_bytes(module: ClientModule) -> int:
+def state_bytes(clients: Clients) -> int:
     """Count the bytes of momentum and index after a step."""
-    momentum = [state["momentum_buffer"].nbytes for state in module.local.state.values()]
-    return sum(momentum) + module.local.index_bytes
+    momentum = [state["momentum_buffer"].nbytes for state in clients.optimizer.state.values()]
+    return sum(momentum) + clients.optimizer.index_bytes
 
 
 def grown(name: str, samples: int) -> int:
@@ -130,20 +128,20 @@ def print_growth(name: str, samples: int) -> None:
     torch.set_num_threads(1)
     x, y = batch(samples)
     before = resident("VmRSS")
-    module = client(name)
+    clients = client(name)
     forget_peak()  # choosing the mask had its own
     for _ in range(3):
-        module.local_step(x, y, [len(y)])
+        clients.step(x, y, [len(y)], Term())
     print(resident("VmHWM") - before)
 
 
 def measure(pairs: int, samples: int) -> list[Saving]:
     """Measure all masks."""
     (x, y), clients = batch(samples), {name: client(name) for name in MASKS}
-    steps = interleaved({n: partial(m.local_step, x, y, [len(y)]) for n, m in clients.items()}, pairs)
-    updates = {n: m.local.update for n, m in clients.items()}
-    for module in clients.values():  # a step clears its gradients; any will do here
-        for view in module.rows.views:
+    steps = interleaved({n: partial(m.step, x, y, [len(y)], Term()) for n, m in clients.items()}, pairs)
+    updates = {n: m.optimizer.update for n, m in clients.items()}
+    for formed in clients.values():  # a step clears its gradients; any will do here
+        for view in formed.rows.views:
             view.grad = torch.full_like(view, 1e-6)
     alone = interleaved({**updates, "fused": torch_sgd(True).step, "default": torch_sgd(False).step}, 5 * pairs)
     memory = {name: grown(name, 1) for name in MASKS}
@@ -153,10 +151,10 @@ def measure(pairs: int, samples: int) -> list[Saving]:
             *_spread(steps[name], steps["dense"]),
             _spread(alone[name], alone["fused"])[0],
             _spread(alone[name], alone["default"])[0],
-            state_bytes(module) / module.space.size,
+            state_bytes(formed) / formed.space.size,
             memory[name] / memory["dense"],
         )
-        for name, module in clients.items()
+        for name, formed in clients.items()
     ]
 
 

@@ -9,12 +9,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fedsparse.build import Federation
+from fedsparse.build import Parts
 from fedsparse.core.weights import check_savable
 from fedsparse.federation.client.buffers import check_integers, freeze, integers
 
 
-def check_trainable(cfg: DictConfig, federation: Federation) -> None:
+def check_trainable(cfg: DictConfig, federation: Parts) -> None:
     """Try whether the model can be saved, and take a step of every size that a client will take.
 
     Raises:
@@ -29,7 +29,7 @@ def check_trainable(cfg: DictConfig, federation: Federation) -> None:
         _try_steps(cfg, federation, single)
 
 
-def _try_steps(cfg: DictConfig, federation: Federation, single: tuple[int, str] | None) -> None:
+def _try_steps(cfg: DictConfig, federation: Parts, single: tuple[int, str] | None) -> None:
     """Let a copy of the network see two samples, and one alone if some step holds no more."""
     net = copy.deepcopy(federation.net).cpu().train()
     if cfg.federation.buffers == "frozen":
@@ -54,12 +54,12 @@ def _try_one(net: nn.Module, x: Tensor, client: int, remedy: str) -> None:
         ) from error
 
 
-def _samples(federation: Federation, count: int) -> Tensor:
+def _samples(federation: Parts, count: int) -> Tensor:
     """Take the first samples as the network takes them."""
     return federation.inputs(federation.dataset.train.x[torch.arange(min(count, len(federation.dataset.train.y)))])
 
 
-def _singles(cfg: DictConfig, federation: Federation) -> Iterator[tuple[int, str]]:
+def _singles(cfg: DictConfig, federation: Parts) -> Iterator[tuple[int, str]]:
     """Find clients that would take a step on one sample, and what would mend that."""
     size = cfg.data.batch_size
     for _, plan, _ in federation.phased.stages:

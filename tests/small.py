@@ -15,13 +15,15 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.rounds import LocalWork, RoundPlan
-from fedsparse.federation.client.buffers import Buffers
 from fedsparse.federation.client.drift import Plain
 from fedsparse.federation.exchange.exchange import Exchange
+from fedsparse.federation.federation import Federation
+from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.schedule import constant
 from fedsparse.federation.server.aggregation import WeightedMean
 from fedsparse.federation.server.sampling import uniform
 from fedsparse.federation.server.topology import Flat
+from fedsparse.federation.watcher import Watcher
 from fedsparse.optim.sgdm import SparseSGDM
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.module import ClientModule
@@ -45,6 +47,16 @@ def uneven_parts(n=150, clients=7):
     edges = np.cumsum(np.arange(1, clients + 1) ** 1.5)
     edges = np.concatenate([[0], np.floor(edges / edges[-1] * n)]).astype(int)
     return [np.arange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+class Ending(Watcher):
+    """Calls a function with each round that ends: the server has stepped, and the network shows the new model."""
+
+    def __init__(self, see):
+        self.see = see
+
+    def close(self, round, reports, change):
+        self.see(round)
 
 
 @dataclass
@@ -76,6 +88,7 @@ class Small:
     process: int = 0
     seed: int = 0
     client: Any = ClientModule
+    topology: Any = field(default_factory=Flat)
     callbacks: list = field(default_factory=list)
     first: list = field(default_factory=list)
     data: dict = field(default_factory=dict)
@@ -92,19 +105,45 @@ class Small:
             self.space,
             row,
             make,
-            self.server,
             cohort=self.plan.cohort_size(self.count),
             clip_norm=self.clip,
             compile=self.compile,
             objective=self.objective(),
-            untouched=self.untouched,
+            buffers=self.buffers,
+            groups=self.topology.groups,
+            seed=self.seed,
         )
-        exchange = self.exchange(trained=row, local=self.space.local, space=self.space)
-        self.rounds = FederatedRounds(
-            exchange, self.aggregation(), Flat(), Buffers(self.buffers), schedule=self.schedule, seed=self.seed
-        )
+        self.given = {
+            "exchange": self.exchange(trained=row, local=self.space.local, space=self.space),
+            "aggregation": self.aggregation(),
+            "topology": self.topology,
+            "make_server": self.server,
+            "untouched": self.untouched,
+            "schedule": self.schedule,
+        }  # as keywords of the federation
+        self.rounds = FederatedRounds(lambda clients: Federation(clients, **self.given))
+
+    @property
+    def federation(self):
+        return self.rounds.federation
+
+    def once_made(self, change):
+        """Call ``change(federation)`` when the federation is made, before the first round."""
+        make = self.rounds.federate
+
+        def federate(clients):
+            federation = make(clients)
+            change(federation)
+            return federation
+
+        self.rounds.federate = federate
+
+    def after_rounds(self, see):
+        """Call ``see(round)`` when a round ends."""
+        self.given.setdefault("watchers", []).append(Ending(see))
 
     def fit(self, rounds, folder, **options):
+        self.given.setdefault("phases", Phases([Phase("learn", rounds=rounds)]))
         trainer = lightning.Trainer(
             max_epochs=rounds,
             accelerator="cpu",

@@ -11,6 +11,7 @@ from small import Small, small_data, small_net, uneven_parts
 from fedsparse.core.seeding import Purpose
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
+from fedsparse.federation.exchange.traffic import Traffic
 from fedsparse.federation.masking import MaskChoice, zero
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.server.sampling import uniform
@@ -34,10 +35,10 @@ def staged(phases, rule=None, sparsity=None, net=None, explorers=7, start=None, 
         own = RoundPlan(plan.parts, work, sample, plan.bound, plan.seed, *place, purpose, alone)
         stages.append((phase.rounds, own, 0))  # one phase of each kind
     small.plan = PhasedPlan(stages, plan)
-    small.rounds.phases = Phases(phases)
+    small.given["phases"] = Phases(phases)
     row = torch.ones(small.space.size, dtype=torch.bool) if start is None else start
     rule, sparsity = AutoFLIP() if rule is None else rule, Sparsity(0.8) if sparsity is None else sparsity
-    small.rounds.choice = MaskChoice(rule, sparsity, small.space, small.seed, Mask.of(small.space, row))
+    small.given["choice"] = MaskChoice(rule, sparsity, small.space, small.seed, Mask.of(small.space, row))
     if sparsity.mode == "prune":
         zero(small.net, small.space, row)
     return small
@@ -64,10 +65,20 @@ def masks_by_round(small):
 
     def spy(trainer, module):
         start(trainer, module)
-        seen.append(torch.as_tensor(module.mask).clone())
+        seen.append(module.clients.subspace.mask.clone())
+        assert torch.equal(torch.as_tensor(module.mask), seen[-1])
 
     small.rounds.on_train_epoch_start = spy
     return seen
+
+
+def entries_by_round(small):
+    """Record what each client of a round sent and received, by the round from 0."""
+    entries, traffic = {}, Traffic()
+    write = traffic.write
+    traffic.write = lambda round, rows: (entries.update({round - 1: list(rows)}), write(round, rows))
+    small.given["traffic"] = traffic
+    return entries
 
 
 class DensePlain:

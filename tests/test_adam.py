@@ -312,7 +312,7 @@ def _small(owner, cohort, options):
     )  # fmt: skip
     if owner == "client":
         small.module.set_mask(rows.any(0), torch.stack([pack(row) for row in rows]))
-        small.rounds.exchange = Exchange(rows.any(0), small.space.local, small.module.own_masks)
+        small.given["exchange"] = Exchange(rows.any(0), small.space.local, small.module.own_masks)
     return small
 
 

@@ -14,7 +14,7 @@ from small import Small, small_data, small_net, uneven_parts
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client.drift import VARIATES, Scaffold
 from fedsparse.federation.exchange.admission import NOT_FINITE, admit, counted, finite, finite_rows, of_those
-from fedsparse.federation.exchange.exchange import Exchange
+from fedsparse.federation.exchange.exchange import Exchange, Filter
 from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip
 from fedsparse.federation.exchange.sparsifiers import RandomK, Threshold, TopK
 from fedsparse.federation.exchange.update import Update
@@ -70,7 +70,7 @@ def test_values_whose_sum_is_beyond_the_dtype_are_finite():
 @pytest.mark.parametrize("weight", [1e308, 1e300, 20.0001, 0.0, -1.0, -INF, INF, NAN])
 def test_a_weight_that_cannot_be_is_refused_and_named(weight):
     received = replace(an_update(), weight=(10.0, weight, 30.0))
-    found = admit(received, an_update())
+    found = admit(received, HELD, between=True)
     assert found.weight == (10.0, 0.0, 30.0)
     assert found.refused == {1: f"a weight of {weight:g}, where at most 20 can be"}
     assert torch.equal(found.rows[[0, 2]], received.rows[[0, 2]])
@@ -78,7 +78,7 @@ def test_a_weight_that_cannot_be_is_refused_and_named(weight):
 
 @pytest.mark.parametrize("weight", [5e-324, 1.0, 20.0])
 def test_a_weight_up_to_the_known_one_is_the_clients_own_affair(weight):
-    found = admit(replace(an_update(), weight=(10.0, weight, 30.0)), an_update())
+    found = admit(replace(an_update(), weight=(10.0, weight, 30.0)), HELD, between=True)
     assert found.refused == {}
     assert found.weight == (10.0, weight, 30.0)
 
@@ -86,7 +86,7 @@ def test_a_weight_up_to_the_known_one_is_the_clients_own_affair(weight):
 def test_nobody_counts_who_did_not_before():
     """Padding, and what was refused earlier, for its own reason."""
     known = replace(an_update(), clients=(4, 9, -1), weight=(10.0, 0.0, 0.0), refused={1: "late"})
-    found = admit(replace(known, weight=(10.0, 5.0, 5.0)), known)
+    found = admit(replace(known, weight=(10.0, 5.0, 5.0)), known.weight, between=True)
     assert found.weight == (10.0, 0.0, 0.0)
     assert found.refused[1] == "late"
 
@@ -138,10 +138,11 @@ def test_undeclared_buffers_of_a_model_without_any():
     assert found.buffers.shape == (K, 0)
 
 
-class Claims:
+class Claims(Filter):
     """Some clients say something of themselves that is not so."""
 
     def __init__(self, says, clients):
+        super().__init__()
         self.says, self.clients = says, clients
 
     def __call__(self, update, send, exchange):
@@ -181,11 +182,11 @@ def as_if_silent(tmp_path, caplog, make, attack):
         bad.fit(2, tmp_path)
     muted.fit(2, tmp_path)
     wanted = {(r, c) for r in range(2) for c in bad.plan.sample(r) if c in VICTIMS}
-    assert {(d.round, d.client) for d in bad.rounds.dropped} == wanted
+    assert {(d.round, d.client) for d in bad.federation.dropped} == wanted
     assert len(wanted) >= 2
     torch.testing.assert_close(bad.row, muted.row, rtol=0, atol=2e-6)
-    for name, store in muted.rounds.stores.items():
-        assert set(bad.rounds.stores[name].rows) == set(store.rows)
+    for name, store in muted.federation.stores.items():
+        assert set(bad.federation.stores[name].rows) == set(store.rows)
     return bad, [record.getMessage() for record in caplog.records if record.name == "fedsparse"]
 
 
@@ -229,8 +230,8 @@ def test_an_attack_that_overflows_is_dropped_after_it_was_sent(tmp_path, caplog,
         return build(filters=[*filters, *last], cohort=cohort, **options)
 
     small, _ = as_if_silent(tmp_path, caplog, make, partial(SignFlip, sorted(VICTIMS), 1e45))
-    assert all(d.why == NOT_FINITE for d in small.rounds.dropped)
-    for store in small.rounds.stores.values():
+    assert all(d.why == NOT_FINITE for d in small.federation.dropped)
+    for store in small.federation.stores.values():
         assert all(row.isfinite().all() for row in store.rows.values())
 
 
@@ -239,7 +240,7 @@ def test_if_all_are_dropped_after_they_were_sent_the_server_does_not_step(tmp_pa
     before = small.row.clone()
     with pytest.raises(EveryUpdateDropped, match="round 1: the loss or update of every client became NaN or infinite"):
         small.fit(1, tmp_path)
-    assert torch.equal(small.module.server.rows[0], before)
+    assert torch.equal(small.federation.server.rows[0], before)
 
 
 def test_if_all_claim_too_much_the_line_says_so(tmp_path):
@@ -251,13 +252,13 @@ def test_if_all_claim_too_much_the_line_says_so(tmp_path):
 def test_a_residual_that_overflows_is_not_kept(tmp_path):
     """Carried and changed are finite, their sum is not."""
     travels, update = exchange(TopK(fraction=0.5), filters={"f": Feedback()}), an_update(0)
-    (store,) = travels.stores().values()
+    (store,) = travels.stores.values()
     carried = torch.zeros(SIZE)
     carried[3] = update.rows[1, 3] = MOST
     store.write((9,), carried.unsqueeze(0))
-    found = travels.decode(travels.encode(update), update)
-    assert found.refused == {1: NOT_FINITE}
-    assert travels.kept()["residuals"][0] == (4, 2)
+    payload = travels.encode(update)
+    assert travels.decode(payload, update.weight).refused == {1: NOT_FINITE}
+    assert payload.kept["residuals"][0] == (4, 2)
 
 
 def test_a_variate_that_overflows_is_not_kept(tmp_path):
@@ -266,7 +267,7 @@ def test_a_variate_that_overflows_is_not_kept(tmp_path):
     small.net[1].weight.data.zero_()  # there the change of 1e-44 is seen
     small.fit(1, tmp_path)
     assert small.module.objective.mean.isfinite().all()
-    assert all(row.isfinite().all() for row in small.rounds.stores[VARIATES].rows.values())
+    assert all(row.isfinite().all() for row in small.federation.stores[VARIATES].rows.values())
 
 
 def test_a_server_step_that_overflows_names_its_own_rate(tmp_path):
@@ -298,5 +299,5 @@ def test_krum_goes_on_when_clients_diverge(tmp_path, rule):
     """Five clients of whom two may attack: one or two that are lost leave fewer rows than attackers + 3."""
     small = build(filters=[partial(SignFlip, 3, 1e45)], aggregation=partial(Robust, partial(rule, attackers=2)))
     small.fit(2, tmp_path)
-    assert 2 <= len(small.rounds.dropped) <= 6
+    assert 2 <= len(small.federation.dropped) <= 6
     assert small.row.isfinite().all()

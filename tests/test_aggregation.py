@@ -9,7 +9,6 @@ import torch
 
 from fedsparse.federation.exchange.update import Update
 from fedsparse.federation.server.aggregation import (
-    CoordinateMean,
     FedNova,
     Robust,
     Tally,
@@ -59,7 +58,7 @@ def test_each_group_has_its_own_mean_by_hand():
 @pytest.mark.parametrize(("denominator", "wanted"), [("senders", [3.0, 5.0, 0.0]), ("participants", [3.0, 1.25, 0.0])])
 def test_coordinates_that_some_sent_by_hand(denominator, wanted):
     given = update([[3.0, 0.0, 0.0], [3.0, 5.0, 0.0]], [0.75, 0.25], sent=[[True, False, False], [True, True, False]])
-    change = closed(CoordinateMean(denominator), given, [0, 0], own=True)
+    change = closed(WeightedMean(denominator), given, [0, 0], own=True)
     assert change.rows.tolist() == [wanted, [0.0] * 3]
     assert change.touched.tolist() == [[True, True, False], [False] * 3]
 
@@ -117,14 +116,14 @@ def test_sums_are_of_double_precision_by_hand():
 def test_a_zero_that_was_sent_counts():
     given = update([[0.0], [0.0], [6.0]], [1.0] * 3, sent=[[True], [True], [True]])
     assert closed(Robust(median), given, [0] * 3, groups=1).rows.tolist() == [[0.0]]
-    assert closed(CoordinateMean(), given, [0] * 3, groups=1, own=True).rows.tolist() == [[2.0]]
+    assert closed(WeightedMean(), given, [0] * 3, groups=1, own=True).rows.tolist() == [[2.0]]
 
 
 def test_who_sent_what_is_summed_up_only_where_it_is_asked_for():
     given = update([[3.0], [0.0]], [1.0, 2.0], sent=[[True], [False]])
-    change = closed(CoordinateMean(), given, [0, 0], groups=1)
+    change = closed(WeightedMean(), given, [0, 0], groups=1)
     assert (change.rows.tolist(), change.touched) == ([[1.0]], None)
-    assert CoordinateMean().zero(2, 3, 1, CPU).senders is None
+    assert WeightedMean().zero(2, 3, 1, CPU).senders is None
     assert Tally(2, 3, 1, CPU).senders is None
 
 
@@ -136,4 +135,4 @@ def test_rows_are_taken_in_the_order_of_their_clients():
 
 def test_another_denominator_is_refused():
     with pytest.raises(ValueError, match="aggregation.denominator is 'everyone'; it must be senders or participants"):
-        CoordinateMean("everyone")
+        WeightedMean("everyone")

@@ -248,7 +248,7 @@ BAD_EXCHANGE = [
     ),
     ("aggregation=trimmed_mean aggregation.average.trim=much", "aggregation.average.trim is 'much'"),
     ("aggregation=coordinate_mean aggregation.denominator=all", "aggregation.denominator is 'all'; it must be senders"),
-    ("server.untouched=maybe", "server.untouched is 'maybe'; it must be one of step, hold, freeze"),
+    ("server.untouched=maybe", "server.untouched is 'maybe'; it must be step, hold or freeze"),
     ("server=fedadam server.tau=-1", "server.tau is -1.*; it must be a finite number above 0"),
     ("server=fedyogi server.betas=[0.9,1.5]", "server.betas is .*; it must be two numbers"),
     ("link.up=0", "link.up is 0; it must be a finite number of 1e-09 or more"),

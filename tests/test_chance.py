@@ -5,24 +5,23 @@ from __future__ import annotations
 import torch
 
 from fedsparse import results
-from fedsparse.simulation.module import ClientModule
+from fedsparse.federation.client.training import Clients
 
 BASE = ["mask_rule=random", "pictures=false", "optimizer.clip_norm=0.6", "federation.local_steps=5"]
 
 
 def counting(monkeypatch):
     """Note, before each step is clipped, the norm of every client's gradient over what trains -> list of norms."""
-    norms, clip = [], ClientModule._clip
+    norms, clip = [], Clients._clip
 
     def noted(self):
         rows = torch.cat([g.detach().reshape(self.cohort, -1) for g in self.rows.gradients], 1)
-        kept = torch.cat(
-            [part.reshape(self.cohort, -1) for part in self.rows.parts(self.mask.expand_as(self.theta))], 1
-        )
+        mask = self.subspace.mask.expand_as(self.theta)
+        kept = torch.cat([part.reshape(self.cohort, -1) for part in self.rows.parts(mask)], 1)
         norms.extend(float(row[marks].double().norm()) for row, marks in zip(rows, kept, strict=True))
         clip(self)
 
-    monkeypatch.setattr(ClientModule, "_clip", noted)
+    monkeypatch.setattr(Clients, "_clip", noted)
     return norms
 
 

@@ -12,7 +12,7 @@ import torch
 from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.core.subspace import Coordinates
+from fedsparse.core.subspace import Subspace
 from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.downlink import Downlink
 from fedsparse.federation.exchange.exchange import Exchange, Full
@@ -21,7 +21,7 @@ from fedsparse.federation.exchange.link import Link
 from fedsparse.federation.exchange.sparsifiers import Threshold, TopK
 from fedsparse.federation.exchange.traffic import COLUMNS, Traffic
 from fedsparse.federation.exchange.wire.message import HEADER, Size, encode
-from fedsparse.federation.server.aggregation import Change, CoordinateMean
+from fedsparse.federation.server.aggregation import Change, WeightedMean
 from fedsparse.federation.server.server import Server
 from fedsparse.optim.fedopt import FedAdam, FedYogi
 
@@ -118,13 +118,8 @@ def build(**options):
 def test_bytes_down_of_five_rounds_are_those_of_real_messages(tmp_path, server):
     """Each client that was here before gets what differs between the model it started from and the one of now."""
     small = build(exchange=partial(Exchange, rule=TopK(fraction=0.05)), server=server)
-    models, start = [small.row.clone()], small.rounds._settle
-
-    def spy(module):
-        models.append(module.server.rows[0].clone())
-        start(module)
-
-    small.rounds._settle = spy
+    models = [small.row.clone()]
+    small.after_rounds(lambda round: models.append(round.federation.server.rows[0].clone()))
     small.fit(5, tmp_path)
     last, wanted = {}, 0
     for r in range(5):
@@ -134,14 +129,15 @@ def test_bytes_down_of_five_rounds_are_those_of_real_messages(tmp_path, server):
                 marks = (between != between[0]).any(0)  # also what went and came back
                 wanted += min(len(encode(models[r], marks)), H + 8 * SIZE)
             last[client] = r
-    assert small.rounds.ledger.bytes_down == wanted > 0
+    assert small.federation.ledger.bytes_down == wanted > 0
 
 
 def test_first_contact_is_the_first_model_and_the_mask(tmp_path):
     small = build()
-    small.rounds.model_length, small.rounds.mask_length = 1000, 30
+    small.given["model_length"] = 1000
+    small.once_made(lambda federation: setattr(federation.bytes, "mask_length", 30))
     small.fit(1, tmp_path)
-    ledger = small.rounds.ledger
+    ledger = small.federation.ledger
     assert ledger.bytes_down == 0
     assert ledger.bytes_setup_down == 5 * 1030
     assert ledger.bytes_up == ledger.bytes_dense == 5 * (H + 8 * SIZE)
@@ -151,11 +147,12 @@ def test_first_contact_is_the_first_model_and_the_mask(tmp_path):
 def test_who_holds_the_model_from_before_gets_the_row_of_now(tmp_path):
     """Head and calibration sent the model, and changed it since: which coordinates, nobody noted."""
     small = build()
-    small.rounds.model_length = 1000
-    small.rounds.ledger.first_model(small.plan.sample(0)[:2], 1000)
+    small.given["model_length"] = 1000
+    small.given["ledger"] = Ledger()
+    small.given["ledger"].first_model(small.plan.sample(0)[:2], 1000)
     small.fit(1, tmp_path)
-    assert small.rounds.ledger.bytes_down == 2 * (H + 8 * SIZE)
-    assert small.rounds.ledger.bytes_setup_down == 5 * 1000
+    assert small.federation.ledger.bytes_down == 2 * (H + 8 * SIZE)
+    assert small.federation.ledger.bytes_setup_down == 5 * 1000
 
 
 def test_a_ledger_by_hand():
@@ -211,10 +208,10 @@ OPTIONS = {
 @pytest.mark.parametrize("case", list(OPTIONS))
 def test_the_lines_of_traffic_sum_up_to_the_summary(tmp_path, case):
     small = build(**OPTIONS[case])
-    small.rounds.traffic, small.rounds.model_length = Traffic(tmp_path / "traffic.csv"), 1000
-    small.rounds.ledger.link = link = Link(up=9.0, down=18.0, latency=0.01)
+    link = Link(up=9.0, down=18.0, latency=0.01)
+    small.given |= {"traffic": Traffic(tmp_path / "traffic.csv"), "model_length": 1000, "ledger": Ledger(link=link)}
     small.fit(4, tmp_path)
-    rows, ledger = rows_of(tmp_path / "traffic.csv"), small.rounds.ledger
+    rows, ledger = rows_of(tmp_path / "traffic.csv"), small.federation.ledger
 
     def total(row, way):
         return sum(row[f"{way}_{part}"] for part in ("header", "positions", "values"))
@@ -316,10 +313,10 @@ def by_hand(rule, untouched):
 def test_what_nobody_sent_by_hand(name, untouched):
     rule, make = SERVERS[name]
     row = torch.tensor([START], dtype=torch.float64)
-    server = Server(row, make, Coordinates(torch.ones(4, dtype=torch.bool)), untouched)
+    server = Server(row, make, Subspace(torch.ones(4, dtype=torch.bool)), untouched)
     for change, sent, wanted in zip(CHANGES, SENT, by_hand(rule, untouched), strict=True):
         rows = torch.tensor([change], dtype=torch.float64)
-        server.step(Change(rows, torch.zeros(1, 0), torch.tensor([sent]), 0.0))
+        server.step(Change(rows, torch.zeros(1, 0), torch.tensor([sent]), 0.0, (True,)))
         assert row[0].tolist() == pytest.approx(wanted, rel=1e-12)
     assert row[0, 3] == 2.0
 
@@ -338,16 +335,16 @@ def test_if_all_is_sent_the_choice_does_not_matter(untouched):
     rows = []
     for choice in (untouched, "step"):
         row = torch.tensor([START], dtype=torch.float64)
-        server = Server(row, SERVERS["yogi"][1], Coordinates(torch.ones(4, dtype=torch.bool)), choice)
+        server = Server(row, SERVERS["yogi"][1], Subspace(torch.ones(4, dtype=torch.bool)), choice)
         for change in CHANGES:
-            server.step(Change(torch.tensor([change], dtype=torch.float64), torch.zeros(1, 0), None, 0.0))
+            server.step(Change(torch.tensor([change], dtype=torch.float64), torch.zeros(1, 0), None, 0.0, (True,)))
         rows.append(row)
     assert torch.equal(*rows)
 
 
 def test_an_unknown_choice_is_refused_in_one_line():
-    with pytest.raises(ValueError, match="server.untouched is 'stay'; it must be one of step, hold, freeze") as error:
-        Server(torch.zeros(1, 4), torch.optim.SGD, Coordinates(torch.ones(4, dtype=torch.bool)), "stay")
+    with pytest.raises(ValueError, match="server.untouched is 'stay'; it must be step, hold or freeze") as error:
+        Server(torch.zeros(1, 4), torch.optim.SGD, Subspace(torch.ones(4, dtype=torch.bool)), "stay")
     assert "\n" not in str(error.value)
 
 
@@ -356,12 +353,12 @@ def test_an_unknown_choice_is_refused_in_one_line():
 def test_a_federation_under_yogi_moves_only_what_was_sent(tmp_path, untouched, denominator):
     small = build(
         exchange=partial(Exchange, rule=TopK(fraction=0.02)),
-        aggregation=partial(CoordinateMean, denominator),
+        aggregation=partial(WeightedMean, denominator),
         server=partial(FedYogi, lr=0.01),
         untouched=untouched,
     )
-    before, seen, finish = small.row.clone(), [], small.rounds.aggregation.finish
-    small.rounds.aggregation.finish = lambda tally: seen.append(finish(tally)) or seen[-1]
+    before, seen, finish = small.row.clone(), [], small.given["aggregation"].finish
+    small.given["aggregation"].finish = lambda tally: seen.append(finish(tally)) or seen[-1]
     after = small.fit(4, tmp_path).row
     touched = torch.stack([change.touched[0] for change in seen]).any(0)
     assert torch.equal(after != before, touched)
@@ -370,8 +367,8 @@ def test_a_federation_under_yogi_moves_only_what_was_sent(tmp_path, untouched, d
 
 def test_masked_exchange_steps_everything_that_trains(tmp_path):
     small = build(exchange=Exchange, server=partial(torch.optim.SGD, lr=1.0, momentum=0.9))
-    seen, finish = [], small.rounds.aggregation.finish
-    small.rounds.aggregation.finish = lambda tally: seen.append(finish(tally)) or seen[-1]
+    seen, finish = [], small.given["aggregation"].finish
+    small.given["aggregation"].finish = lambda tally: seen.append(finish(tally)) or seen[-1]
     small.fit(1, tmp_path)
     assert seen[0].touched is None
 
@@ -380,10 +377,12 @@ def test_freeze_leaves_no_momentum_of_a_first_step_by_hand():
     """Weight decay 1/2 would give a velocity of 1 to the second of 2, which nobody sent; it begins at 0 instead."""
     row = torch.tensor([[2.0, 2.0]], dtype=torch.float64)
     make = partial(torch.optim.SGD, lr=1.0, momentum=0.5, weight_decay=0.5)
-    server = Server(row, make, Coordinates(torch.ones(2, dtype=torch.bool)), "freeze")
+    server = Server(row, make, Subspace(torch.ones(2, dtype=torch.bool)), "freeze")
     path = []
     for sent in ([True, False], [True, True]):
-        server.step(Change(torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 0), torch.tensor([sent]), 0.0))
+        server.step(
+            Change(torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 0), torch.tensor([sent]), 0.0, (True,))
+        )
         path.append(row[0].tolist())
     # first: v = 1, 2 - 1 = 1; then v = 0.5 + 0.5, 1 - 1 = 0. second: stays; then v = 1, 2 - 1 = 1
     assert path == [[1.0, 2.0], [0.0, 1.0]]

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fedsparse.core.subspace import Coordinates, Move
+from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.exchange.downlink import Downlink
 from fedsparse.federation.exchange.wire.message import HEADER, Size, encode
 
@@ -30,9 +30,10 @@ def close(downlink, round, training, places):
     downlink.close(round, before, after)
 
 
-def follow(downlink, before, after, round, **options):
-    masks = [Coordinates(torch.tensor(marks_of(training))) for training in (before, after)]
-    downlink.follow(Move(*masks), round, **options)
+def follow(downlink, before, after, round, zeros=False):
+    """Let others train after a round."""
+    masks = [Subspace(torch.tensor(marks_of(training))) for training in (before, after)]
+    downlink.move(Carry(*masks, round + 1, zeros))
 
 
 def size(downlink, client, training):

@@ -20,7 +20,7 @@ def test_accuracies_per_client_equal_a_loop(sizes, seed):
     rng = np.random.default_rng(seed)
     correct = rng.random(30) < 0.7
     tests = [rng.choice(30, size, replace=False) for size in sizes]
-    figures = client_figures(correct, tests)
+    figures = client_figures(correct[:, None], tests)
     each = sorted(sum(bool(correct[i]) for i in part) / len(part) for part in tests if len(part))
     if not each:
         assert figures == {}
@@ -41,7 +41,8 @@ def test_figures_of_both_splits_and_of_clients_by_hand():
 
     def batch(*logits, losses):
         logits = torch.tensor(logits)
-        return {"logits": logits, "y": torch.ones(len(logits), dtype=torch.long), "losses": torch.tensor(losses)}
+        y, losses = torch.ones(len(logits), dtype=torch.long), torch.tensor(losses).unsqueeze(1)
+        return {"logits": logits.unsqueeze(1), "y": y, "losses": losses}  # of one global model
 
     evaluation.on_validation_start(None, module)
     evaluation.on_validation_batch_end(None, None, batch(right, wrong, losses=[1.0, 3.0]), None, 0, 0)
@@ -52,6 +53,23 @@ def test_figures_of_both_splits_and_of_clients_by_hand():
     assert (told["val/acc"], told["val/loss"]) == (0.5, 2.0)
     assert (told["test/acc"], told["test/loss"]) == (1.0, 1.5)
     assert (told["client/acc_mean"], told["client/acc_worst10"]) == (2 / 3, 0.0)  # two of two, none of one, one of one
+
+
+def test_each_client_has_the_accuracy_of_its_own_global_model_and_the_splits_the_mean_of_all():
+    module = SimpleNamespace(log_dict=lambda figures, **_: None)
+    tests = [np.array([0, 1]), np.array([0, 1]), np.array([1])]
+    evaluation = Evaluation(tests, group=lambda clients: tuple(client % 2 for client in clients))
+    right, wrong = [0.0, 1.0], [1.0, 0.0]  # every label is 1
+    logits = torch.tensor([[right, wrong], [right, right]])  # the first model is right twice, the second once
+    batch = {"logits": logits, "y": torch.ones(2, dtype=torch.long), "losses": torch.tensor([[1.0, 2.0], [3.0, 6.0]])}
+    evaluation.on_validation_start(None, module)
+    for split in (0, 1):
+        evaluation.on_validation_batch_end(None, None, batch, None, 0, split)
+    evaluation.on_validation_epoch_end(None, module)
+    figures = evaluation.figures
+    assert (figures["test/acc"], figures["test/loss"]) == (0.75, 3.0)
+    assert figures["client/acc_mean"] == pytest.approx((1.0 + 0.5 + 1.0) / 3)
+    assert figures["client/acc_worst10"] == 0.5
 
 
 @pytest.mark.parametrize(("epoch", "every"), [(0, 5), (6, 5), (7, 1)])

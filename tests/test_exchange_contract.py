@@ -12,15 +12,16 @@ from plain_sparse import original_mean, rounds_of, top_change_mean
 from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.core.subspace import Coordinates
+from fedsparse.core.subspace import Subspace
 from fedsparse.data.rounds import LocalWork
+from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip
 from fedsparse.federation.exchange.scores import SCORES
 from fedsparse.federation.exchange.sparsifiers import Layers, Pattern, RandomK, Threshold, TopK
 from fedsparse.federation.exchange.update import Update
 from fedsparse.federation.server import robust
-from fedsparse.federation.server.aggregation import CoordinateMean, FedNova, Robust, WeightedMean
+from fedsparse.federation.server.aggregation import FedNova, Robust, WeightedMean
 from fedsparse.federation.server.server import Server
 from fedsparse.masks import top_fraction
 
@@ -68,9 +69,8 @@ LOSSY = {
 }
 EXCHANGES = EXACT | LOSSY
 AGGREGATIONS = {
-    "weighted": WeightedMean,
-    "senders": CoordinateMean,
-    "participants": partial(CoordinateMean, "participants"),
+    "senders": WeightedMean,
+    "participants": partial(WeightedMean, "participants"),
     "fednova": FedNova,
     "fednova participants": partial(FedNova, "participants"),
     "trimmed": partial(Robust, robust.trimmed_mean),
@@ -87,7 +87,7 @@ def half_mask():
     return top_fraction(torch.rand(SIZE, generator=torch.Generator().manual_seed(3)), 0.4)
 
 
-def build(exchange="masked", aggregation="weighted", **options):
+def build(exchange="masked", aggregation="senders", **options):
     """Ragged: clients hold 1 to 38 samples and pass over them twice."""
     made = {"exchange": EXCHANGES.get(exchange, exchange), "aggregation": AGGREGATIONS[aggregation]}
     options = {"work": LocalWork(8, None, 2), "lr": 0.1, **made, **options}
@@ -170,7 +170,7 @@ def test_every_exchange_trains_the_same_in_every_cohort(tmp_path, exchange):
     assert one.row.isfinite().all()
     for other in others:
         torch.testing.assert_close(other.row, one.row, rtol=0, atol=1e-9)
-        assert other.rounds.ledger.figures() == one.rounds.ledger.figures()
+        assert other.federation.ledger.figures() == one.federation.ledger.figures()
 
 
 @aggregations
@@ -197,10 +197,10 @@ def test_a_client_that_is_not_finite_is_dropped_as_if_silent(tmp_path, exchange,
     muted.plan.sample = lambda r: [c for c in sample(r) if c != victim]
     poisoned(bad, victim, value).fit(2, tmp_path)
     muted.fit(2, tmp_path)
-    assert {d.client for d in bad.rounds.dropped} == {victim}
+    assert {d.client for d in bad.federation.dropped} == {victim}
     torch.testing.assert_close(bad.row, muted.row, rtol=0, atol=1e-9)
-    for name, store in muted.rounds.exchange.stores().items():
-        kept = bad.rounds.exchange.stores()[name].rows
+    for name, store in muted.federation.exchange.stores.items():
+        kept = bad.federation.exchange.stores[name].rows
         assert set(kept) == set(store.rows)
         for client, row in store.rows.items():
             torch.testing.assert_close(kept[client], row, rtol=0, atol=1e-9)
@@ -209,10 +209,10 @@ def test_a_client_that_is_not_finite_is_dropped_as_if_silent(tmp_path, exchange,
 def test_a_dropped_clients_local_coordinates_stay_what_they_were(tmp_path):
     small = build(cohort=3)
     small.space.local |= small.space.where("3.*")
-    small.rounds.exchange = Exchange(torch.ones(SIZE, dtype=torch.bool), small.space.local)
+    small.given["exchange"] = Exchange(torch.ones(SIZE, dtype=torch.bool), small.space.local)
     victim = small.plan.sample(0)[1]
     poisoned(small, victim, float("nan")).fit(2, tmp_path)
-    kept = small.rounds.store.rows
+    kept = small.federation.stores[LOCAL].rows
     assert victim not in kept
     assert kept
     assert all(row.isfinite().all() for row in kept.values())
@@ -271,7 +271,7 @@ ALL = {
 
 
 @pytest.mark.parametrize("rule", list(ALL))
-@pytest.mark.parametrize(("aggregation", "masked"), [("weighted", True), ("participants", False), ("fednova", True)])
+@pytest.mark.parametrize(("aggregation", "masked"), [("senders", True), ("participants", False), ("fednova", True)])
 def test_a_rule_that_sends_all_is_dense(tmp_path, rule, aggregation, masked):
     mask = half_mask() if masked else None
     dense, all_sent = (build(e, aggregation, mask=mask, cohort=3) for e in ("masked", sparse(ALL[rule])))
@@ -289,7 +289,7 @@ def test_other_ways_to_send_all_are_dense_too(tmp_path, same):
 @exchanges
 def test_the_ledger_counts_what_real_messages_take(tmp_path, exchange):
     small = build(exchange, cohort=3, mask=half_mask())
-    travels, written = small.rounds.exchange, []
+    travels, written = small.given["exchange"], []
     encode = travels.encode
 
     def spy(update):
@@ -301,7 +301,7 @@ def test_the_ledger_counts_what_real_messages_take(tmp_path, exchange):
     travels.encode = spy
     small.fit(2, tmp_path)
     assert len(written) == 2 * small.count
-    assert small.rounds.ledger.bytes_up == sum(map(len, written)) > 0
+    assert small.federation.ledger.bytes_up == sum(map(len, written)) > 0
 
 
 @pytest.mark.parametrize("exchange", list(EXACT))
@@ -362,7 +362,7 @@ def test_as_the_original_what_all_say_is_zero_is_zero_in_float32():
     rule = WeightedMean()
     tally = rule.zero(1, 5000, 0, torch.device("cpu"), travels.own)
     rule.add(tally, travels.decode(travels.encode(update)), [0] * 7)
-    server = Server(row.clone(), partial(torch.optim.SGD, lr=1.0), Coordinates(torch.ones(5000, dtype=torch.bool)))
+    server = Server(row.clone(), partial(torch.optim.SGD, lr=1.0), Subspace(torch.ones(5000, dtype=torch.bool)))
     server.step(rule.finish(tally))
     assert server.rows[0].nonzero().flatten().tolist() == [3]
     assert server.rows[0, 3] == pytest.approx(float(row[0, 3]) + 9.0, rel=1e-6)

@@ -15,7 +15,7 @@ from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.federation.exchange.filters import Feedback, Precision
 from fedsparse.federation.exchange.sparsifiers import RandomK, TopK
-from fedsparse.federation.server.aggregation import CoordinateMean, FedNova, Robust
+from fedsparse.federation.server.aggregation import FedNova, Robust, WeightedMean
 from fedsparse.federation.server.robust import median
 from fedsparse.optim.fedopt import FedYogi
 
@@ -27,7 +27,7 @@ def sparse(rule, *filters, **options):
 CASES = {
     "feedback": {
         "exchange": sparse(TopK(fraction=0.1), Feedback, partial(Precision, "int8")),
-        "aggregation": partial(CoordinateMean, "participants"),
+        "aggregation": partial(WeightedMean, "participants"),
         "server": partial(FedYogi, lr=0.01),
         "untouched": "freeze",
     },
@@ -47,10 +47,11 @@ def build(case, **place):
 
 
 def outcome(small):
-    stores = {name: dict(store.rows) for name, store in small.rounds.stores.items()}
+    stores = {name: dict(store.rows) for name, store in small.federation.stores.items()}
     mean = getattr(small.module.objective, "mean", None)
-    down = [small.rounds.downlink.size(client, small.rounds.row, 0) for client in range(7)]
-    return small.row, stores, mean, small.rounds.ledger.figures(), down, small.rounds.dropped
+    (downlink,), values = small.federation.bytes.downlinks, small.federation.server.values[0]
+    down = [downlink.size(client, values, 0) for client in range(7)]
+    return small.row, stores, mean, small.federation.ledger.figures(), down, small.federation.dropped
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.core.space import ParamSpace
 from fedsparse.data.rounds import LocalWork
+from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.masks import top_fraction
 from fedsparse.optim import index
@@ -141,7 +142,7 @@ def test_frozen_coordinates_keep_their_bits(tmp_path, cohort, server, exchange):
     end = small.rounds.on_train_batch_end
 
     def spy(trainer, module, outputs, batch, index):
-        seen.extend(module.theta.detach().clone().view(torch.int64))
+        seen.extend(module.clients.theta.detach().clone().view(torch.int64))
         end(trainer, module, outputs, batch, index)
 
     small.rounds.on_train_batch_end = spy
@@ -158,13 +159,13 @@ def test_only_what_trains_is_differentiated_stepped_averaged_and_kept(tmp_path, 
     small = build(masked="units", server=partial(torch.optim.Adam, lr=0.05))
     products, multiply = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a.shape) or multiply(a, b))
-    zero, tallies = small.rounds.aggregation.zero, []
-    monkeypatch.setattr(small.rounds.aggregation, "zero", lambda *a: tallies.append(zero(*a)) or tallies[-1])
+    zero, tallies = small.given["aggregation"].zero, []
+    monkeypatch.setattr(small.given["aggregation"], "zero", lambda *a: tallies.append(zero(*a)) or tallies[-1])
     small.fit(1, tmp_path)
     trained, module = int(small.mask.sum()), small.module
-    (state,) = module.server.optimizer.state.values()
+    (state,) = small.federation.server.optimizer.state.values()
     assert tallies[0].rows.shape == state["exp_avg"].shape == (1, trained)
-    assert sum(s["momentum_buffer"].numel() for s in module.local.state.values()) == trained
+    assert sum(s["momentum_buffer"].numel() for s in module.clients.optimizer.state.values()) == trained
     assert [p.requires_grad for p in small.net.parameters()] == [True, True, True, False]
     assert set(products) == {(5, 8)}  # units x samples; the first layer's inputs take no gradient
     assert "forward" not in vars(small.net[1])
@@ -185,7 +186,7 @@ def test_a_client_that_becomes_nan_is_dropped_and_named(tmp_path, cohort):
     muted.plan.sample = lambda r: [c for c in sample(r) if c != victim]
     bad.fit(1, tmp_path)
     muted.fit(1, tmp_path)
-    assert [(d.round, d.client) for d in bad.rounds.dropped] == [(0, victim)]
+    assert [(d.round, d.client) for d in bad.federation.dropped] == [(0, victim)]
     assert bad.row.isfinite().all()
     torch.testing.assert_close(bad.row, muted.row, rtol=0, atol=1e-12)
 
@@ -197,7 +198,7 @@ def test_if_every_client_is_dropped_the_run_stops_and_the_model_stays(tmp_path, 
     before = small.row
     with pytest.raises(RuntimeError, match="round 1: the loss or update of every client became NaN"):
         small.fit(2, tmp_path)
-    assert torch.equal(small.module.server.rows[0], before)
+    assert torch.equal(small.federation.server.rows[0], before)
 
 
 def test_global_step_counts_rounds(tmp_path):
@@ -258,16 +259,16 @@ def test_local_coordinates_stay_with_the_client(tmp_path):
     net = small_net()
     small = Small(net, small_data(), uneven_parts(), cohort=3)
     small.space.local |= small.space.where("3.*")
-    small.rounds.exchange = Full(torch.ones(small.space.size, dtype=torch.bool), small.space.local)
+    small.given["exchange"] = Full(torch.ones(small.space.size, dtype=torch.bool), small.space.local)
     start = small.row[small.space.local]
     small.fit(ROUNDS, tmp_path)
     assert torch.equal(small.row[small.space.local], start)
-    kept = small.rounds.store.rows
+    kept = small.federation.stores[LOCAL].rows
     assert set(kept) <= set(range(7))
     assert not torch.equal(kept[next(iter(kept))], start)
     sent = small.space.size - int(small.space.local.sum())
-    assert small.rounds.ledger.bytes_up < 8 * small.space.size * 5 * ROUNDS
-    assert small.rounds.exchange.size == sent
+    assert small.federation.ledger.bytes_up < 8 * small.space.size * 5 * ROUNDS
+    assert small.federation.exchange.size == sent
 
 
 class CountsSamples(torch.nn.Module):

@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fedsparse.core.subspace import Coordinates
+from fedsparse.core.subspace import Subspace
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.server.server import Server
 from fedsparse.optim.fedopt import AveragedMomentum, FedAdagrad, FedAdam, FedYogi
@@ -229,7 +229,7 @@ def server_of(name, row, **options):
     """The server as the configuration makes it."""
     cfg = OmegaConf.create({"server": OmegaConf.merge(OmegaConf.load(conf_dir() / f"server/{name}.yaml"), options)})
     make = instantiate(cfg.server.optimizer)
-    return Server(row, make, Coordinates(torch.ones(row.shape[1], dtype=torch.bool)))
+    return Server(row, make, Subspace(torch.ones(row.shape[1], dtype=torch.bool)))
 
 
 @pytest.mark.parametrize(("name", "kind"), list(zip(NAMES, KINDS, strict=True)))
@@ -240,7 +240,7 @@ def test_the_server_of_each_configuration_is_the_papers(name, kind):
     expected = columns(paper, kind, 0.01, betas, 1e-3)
     for change, wanted in zip(CHANGES, expected, strict=True):
         rows = torch.tensor([change], dtype=torch.float64)
-        server.step(Change(rows, torch.zeros(1, 0), None, 0.0))
+        server.step(Change(rows, torch.zeros(1, 0), None, 0.0, (True,)))
         assert row[0].tolist() == pytest.approx(wanted, rel=1e-12)
 
 
@@ -266,7 +266,7 @@ def test_the_server_of_averaged_momentum_is_autoflips(lr):
     row = start().unsqueeze(0)
     server, wanted, v = server_of("fedavgm_ema", row, lr=lr, beta=0.75), list(START), [0.0] * len(START)
     for change in CHANGES:
-        server.step(Change(torch.tensor([change], dtype=torch.float64), torch.zeros(1, 0), None, 0.0))
+        server.step(Change(torch.tensor([change], dtype=torch.float64), torch.zeros(1, 0), None, 0.0, (True,)))
         v = [0.75 * old + 0.25 * -d for old, d in zip(v, change, strict=True)]  # G is the negative change
         wanted = [x - lr * step for x, step in zip(wanted, v, strict=True)]
         assert row[0].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-15)
@@ -299,10 +299,10 @@ def test_averaged_momentum_without_gradients_changes_nothing():
 def test_a_coordinate_that_nobody_sent_under_averaged_momentum(untouched):
     row = torch.zeros(1, 2, dtype=torch.float64)
     make = lambda params: AveragedMomentum(params, lr=1.0, beta=0.5)  # noqa: E731
-    server = Server(row, make, Coordinates(torch.ones(2, dtype=torch.bool)), untouched)
+    server = Server(row, make, Subspace(torch.ones(2, dtype=torch.bool)), untouched)
     for touched in ([True, True], [True, False], [True, True]):
         rows = torch.tensor([[1.0, 1.0 * touched[1]]], dtype=torch.float64)
-        server.step(Change(rows, torch.zeros(1, 0), torch.tensor([touched]), 0.0))
+        server.step(Change(rows, torch.zeros(1, 0), torch.tensor([touched]), 0.0, (True,)))
     # v: 0.5, 0.75, 0.875 where all is sent. Else 0.5, then 0.25 or, frozen, 0.5, then 0.625 or 0.75
     second = {"step": 0.5 + 0.25 + 0.625, "hold": 0.5 + 0.625, "freeze": 0.5 + 0.75}[untouched]
     assert row[0].tolist() == pytest.approx([0.5 + 0.75 + 0.875, second])

@@ -26,7 +26,7 @@ from fedsparse.federation.exchange.filters import (
 )
 from fedsparse.federation.exchange.sparsifiers import RandomK, Threshold, TopK
 from fedsparse.federation.exchange.update import Update
-from fedsparse.federation.server.aggregation import CoordinateMean, FedNova, Robust, WeightedMean
+from fedsparse.federation.server.aggregation import FedNova, Robust, WeightedMean
 from fedsparse.federation.server.robust import krum, median, multi_krum
 from fedsparse.federation.stores.store import MemoryStore
 from fedsparse.optim.sgdm import SparseSGDM
@@ -53,8 +53,15 @@ def random_rows(round, dtype=torch.float32, count=3, size=N):
 
 
 def carried_of(exchange, count=3, size=N):
-    rows = exchange.stores()[RESIDUAL].rows
+    rows = exchange.stores[RESIDUAL].rows
     return torch.stack([rows.get(client, torch.zeros(size)) for client in range(count)])
+
+
+def sent(exchange, update):
+    """Send an update, and store what is kept of it as the federation would; what arrives."""
+    payload = exchange.encode(update)
+    exchange.stores[RESIDUAL].write(*payload.kept[RESIDUAL])
+    return exchange.decode(payload)
 
 
 def exchange_rounds(exchange, rounds, decay=1.0, dtype=torch.float32):
@@ -62,10 +69,11 @@ def exchange_rounds(exchange, rounds, decay=1.0, dtype=torch.float32):
     for r in range(rounds):
         rows = random_rows(r, dtype)
         wanted = rows + decay * carried_of(exchange).to(dtype)
-        arrived = exchange.decode(exchange.encode(update_of(rows, r))).rows
-        clients, kept = exchange.kept()[RESIDUAL]
+        payload = exchange.encode(update_of(rows, r))
+        arrived = exchange.decode(payload).rows
+        clients, kept = payload.kept[RESIDUAL]
         assert clients == (0, 1, 2)
-        exchange.stores()[RESIDUAL].write(clients, kept)
+        exchange.stores[RESIDUAL].write(clients, kept)
         yield wanted, arrived, kept
 
 
@@ -104,8 +112,7 @@ def test_after_all_rounds_nothing_is_lost():
     exchange, changed, heard = exchange_of(TopK(fraction=0.05), Feedback()), 0.0, 0.0
     for r in range(20):
         rows = random_rows(r).double()
-        arrived = exchange.decode(exchange.encode(update_of(rows, r))).rows
-        exchange.stores()[RESIDUAL].write(*exchange.kept()[RESIDUAL])
+        arrived = sent(exchange, update_of(rows, r)).rows
         changed, heard = changed + rows, heard + arrived
     torch.testing.assert_close(heard + carried_of(exchange), changed, rtol=0, atol=1e-9)
 
@@ -115,10 +122,9 @@ def test_three_rounds_of_one_coordinate_by_hand():
     exchange = exchange_of(TopK(fraction=1 / 3), Feedback(), size=3)
     rows, heard = torch.tensor([[3.0, 2.0, 1.0]]), []
     for r in range(3):
-        heard.append(exchange.decode(exchange.encode(update_of(rows, r))).rows[0].tolist())
-        exchange.stores()[RESIDUAL].write(*exchange.kept()[RESIDUAL])
+        heard.append(sent(exchange, update_of(rows, r)).rows[0].tolist())
     assert heard == [[3, 0, 0], [0, 4, 0], [6, 0, 0]]
-    assert exchange.stores()[RESIDUAL].rows[0].tolist() == [0, 2, 3]
+    assert exchange.stores[RESIDUAL].rows[0].tolist() == [0, 2, 3]
 
 
 class InTurn:
@@ -132,13 +138,12 @@ class InTurn:
 
 def speed(denominator, rule, size=1, rounds=100, changes=0.1):
     """Mean way of the model in a round, of the later half, if ten clients want to go 0.1."""
-    exchange, mean = exchange_of(rule, Feedback(), size=size), CoordinateMean(denominator)
+    exchange, mean = exchange_of(rule, Feedback(), size=size), WeightedMean(denominator)
     gone = torch.zeros(size, dtype=torch.float64)
     rows = torch.full((10, size), changes, dtype=torch.float64)
     for r in range(rounds):
         tally = mean.zero(1, size, 0, torch.device("cpu"), exchange.own)
-        mean.add(tally, exchange.decode(exchange.encode(update_of(rows, r))), [0] * 10)
-        exchange.stores()[RESIDUAL].write(*exchange.kept()[RESIDUAL])
+        mean.add(tally, sent(exchange, update_of(rows, r)), [0] * 10)
         gone += mean.finish(tally).rows[0] if r >= rounds // 2 else 0.0
     return gone / (rounds - rounds // 2)
 
@@ -162,7 +167,7 @@ def test_three_rounds_of_a_federation_equal_a_plain_loop(tmp_path):
         work=LocalWork(8, None, 2),
         lr=0.1,
         cohort=3,
-        aggregation=partial(CoordinateMean, "participants"),
+        aggregation=partial(WeightedMean, "participants"),
         exchange=lambda **given: Exchange(**given, rule=TopK(fraction=0.1), filters={"feedback": Feedback(0.9)}),
     )
     row, left = small.row.clone(), {}
@@ -179,7 +184,7 @@ def test_three_rounds_of_a_federation_equal_a_plain_loop(tmp_path):
         row = row + change
     small.fit(3, tmp_path)
     torch.testing.assert_close(small.row, row, rtol=0, atol=1e-9)
-    kept = small.rounds.stores[RESIDUAL].rows
+    kept = small.federation.stores[RESIDUAL].rows
     assert set(kept) == set(left)
     for client, rest in left.items():
         torch.testing.assert_close(kept[client], rest, rtol=0, atol=1e-9)
@@ -187,14 +192,13 @@ def test_three_rounds_of_a_federation_equal_a_plain_loop(tmp_path):
 
 def test_a_dropped_client_keeps_its_residual():
     exchange = exchange_of(TopK(fraction=0.1), Feedback())
-    exchange.encode(update_of(random_rows(0)))
-    exchange.stores()[RESIDUAL].write(*exchange.kept()[RESIDUAL])
+    sent(exchange, update_of(random_rows(0)))
     before = carried_of(exchange).clone()
     rows = random_rows(1)
     rows[1] = 0.0  # as the federation hands over what was not finite
-    exchange.encode(update_of(rows, 1, weight=(1.0, 0.0, 1.0)))
-    clients, _ = exchange.kept()[RESIDUAL]
-    exchange.stores()[RESIDUAL].write(*exchange.kept()[RESIDUAL])
+    payload = exchange.encode(update_of(rows, 1, weight=(1.0, 0.0, 1.0)))
+    clients, kept = payload.kept[RESIDUAL]
+    exchange.stores[RESIDUAL].write(clients, kept)
     assert clients == (0, 2)
     assert torch.equal(carried_of(exchange)[1], before[1])
     assert not torch.equal(carried_of(exchange)[0], before[0])
@@ -205,9 +209,9 @@ def test_padding_keeps_nothing_and_local_coordinates_are_not_carried():
     local = torch.tensor([False, True, False, False])
     exchange = Exchange(every, local, rule=TopK(fraction=1 / 3), filters={"feedback": Feedback()})
     rows = torch.tensor([[1.0, 9.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
-    arrived = exchange.decode(exchange.encode(update_of(rows, weight=(1.0, 0.0), clients=(5, -1)))).rows
-    assert arrived.tolist() == [[0, 0, 3, 0], [0, 0, 0, 0]]
-    (clients, kept) = exchange.kept()[RESIDUAL]
+    payload = exchange.encode(update_of(rows, weight=(1.0, 0.0), clients=(5, -1)))
+    assert exchange.decode(payload).rows.tolist() == [[0, 0, 3, 0], [0, 0, 0, 0]]
+    clients, kept = payload.kept[RESIDUAL]
     assert (clients, kept.tolist()) == ((5,), [[1, 0, 0, 2]])
 
 
@@ -216,7 +220,7 @@ def test_what_is_held_back_is_kept_where_the_exchange_is_told():
     exchange = exchange_of(TopK(fraction=0.5), Precision("float16"), Feedback(), size=2)
     exchange.keep_in(lambda name: made.setdefault(name, MemoryStore()))
     assert list(made) == [RESIDUAL]
-    assert exchange.stores() == made
+    assert exchange.stores == made
     made[RESIDUAL].write([0], torch.tensor([[0.0, 4.0]]))  # carried over from another round
     assert exchange.decode(exchange.encode(update_of(torch.tensor([[3.0, 1.0]])))).rows.tolist() == [[0, 5]]
 
@@ -225,8 +229,9 @@ def test_an_attack_is_carried_as_it_is_sent():
     """The attack comes first in the YAML: what the attacker would have sent, -3 times its change, is carried."""
     exchange = exchange_of(TopK(fraction=0.5), SignFlip([1], 3.0), Feedback(), size=2)
     rows = torch.tensor([[2.0, 1.0], [2.0, 1.0]])
-    assert exchange.decode(exchange.encode(update_of(rows))).rows.tolist() == [[2, 0], [-6, 0]]
-    assert exchange.kept()[RESIDUAL][1].tolist() == [[0, 1], [0, -3]]
+    payload = exchange.encode(update_of(rows))
+    assert exchange.decode(payload).rows.tolist() == [[2, 0], [-6, 0]]
+    assert payload.kept[RESIDUAL][1].tolist() == [[0, 1], [0, -3]]
 
 
 def test_filters_that_are_not_asked_for_are_none():
@@ -251,7 +256,7 @@ def own_masks(clients):
 
 scaffold = partial(Scaffold, 4)
 original = TopK(compat="original")
-participants = partial(CoordinateMean, "participants")
+participants = partial(WeightedMean, "participants")
 REFUSED = {
     "feedback over senders": (together(TopK(), Feedback()), "aggregation.denominator=participants"),
     "feedback of a median": (together(TopK(), Feedback(), aggregation=partial(Robust, median)), "coordinate_mean"),

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fedsparse.federation.guide import Guide
+from fedsparse.federation.masking import Guide
 
 CPU = torch.device("cpu")
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fedsparse import export
 from fedsparse.data.datamodule import SplitLoader
 from fedsparse.data.datasets import Split
+from fedsparse.federation.client.drift import Term
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.masks import Sparsity
 from fedsparse.masks.rules import Fisher
@@ -119,17 +120,14 @@ def test_a_step_that_is_done_again_after_an_overflow(tmp_path, cohort):
         steep = net(first)
         steep[4].weight.data *= 1e4
         small = Small(steep, small_data(), uneven_parts(), cohort=cohort)
-        module = small.module
-        module.configure_optimizers()
-        module.rows.bind()
-        module.loss_scale = 2.0**1023  # the gradients overflow until it is smaller
+        clients = small.module.form(loss_scale=2.0**1023)  # the gradients overflow until it is smaller
         x, y = small.dataset.train.x[: 8 * cohort].clone(), small.dataset.train.y[: 8 * cohort]
-        calls, backward = [], module.rows.backward
-        module.rows.backward = lambda *args: calls.append(1) or backward(*args)  # noqa: B023
+        calls, backward = [], clients.rows.backward
+        clients.rows.backward = lambda *args: calls.append(1) or backward(*args)  # noqa: B023
         shape = (8,) if cohort == 1 else (2, 8)
-        losses = module.local_step(x.view(*shape, 1, 3, 4), y.view(shape), (8,) * cohort)
+        losses = clients.step(x.view(*shape, 1, 3, 4), y.view(shape), (8,) * cohort, Term())
         assert len(calls) > 1
-        found.append((losses, module.theta.detach().clone()))
+        found.append((losses, clients.theta.detach().clone()))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
 

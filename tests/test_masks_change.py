@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from small import small_net
-from staged import DensePlain, dealt, masks_by_round, staged
+from staged import DensePlain, dealt, entries_by_round, masks_by_round, staged
 
 from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.core.space import ParamSpace
@@ -19,7 +19,7 @@ from fedsparse.federation.exchange.sparsifiers import TopK
 from fedsparse.federation.exchange.wire.message import read
 from fedsparse.federation.exchange.wire.positions import write_positions
 from fedsparse.federation.phases import Phase
-from fedsparse.federation.server.aggregation import CoordinateMean
+from fedsparse.federation.server.aggregation import WeightedMean
 from fedsparse.masks import MaskRule, Sparsity
 from fedsparse.masks.gradual import Gradual
 from fedsparse.masks.rules import AutoFLIP, Magnitude, Movement, Random
@@ -32,7 +32,7 @@ EXPLORE = Phase("explore", updates_model=False, local_epochs=1)
 LEARN = Phase("learn", rounds=ROUNDS)
 FEEDBACK = {
     "exchange": lambda **given: Exchange(**given, rule=TopK(fraction=0.3), filters={"feedback": Feedback()}),
-    "aggregation": partial(CoordinateMean, "participants"),
+    "aggregation": partial(WeightedMean, "participants"),
     "server": partial(torch.optim.SGD, lr=1.0, momentum=0.9),
 }
 STATES = {  # options of the federation, and of the plain loop
@@ -79,7 +79,7 @@ def deviation(small, clients):
 
 def plain_run(small, phases, sparsity, **options):
     """The whole run by hand: rows after each round, and the mask of each learning round."""
-    rule, explores = small.rounds.choice.rule, len(phases) > 1
+    rule, explores = small.given["choice"].rule, len(phases) > 1
     plain = DensePlain(small, prune=sparsity.mode == "prune", **options)
     observed = deviation(small, dealt(small.plan, 0)) if explores else None
     memory, rows, masks = None, [], []
@@ -113,8 +113,7 @@ def test_everything_that_lasts_follows_the_mask(tmp_path, state, rule, mode, coh
     small, phases, sparsity = build(rule, mode, cohort=cohort, **options)
     plain, rows, masks = plain_run(small, phases, sparsity, **plainly)
     seen, after = masks_by_round(small), []
-    close = small.rounds._close
-    small.rounds._close = lambda module: (close(module), after.append(small.row.clone()))
+    small.after_rounds(lambda _: after.append(small.row.clone()))
     small.fit(ROUNDS + len(phases) - 1, tmp_path)
     size = small.space.size
     for round, mask in enumerate(masks):
@@ -130,37 +129,40 @@ def test_everything_that_lasts_follows_the_mask(tmp_path, state, rule, mode, coh
 
 def same_states(small, plain):
     """Moments, residuals and variates, laid out over all coordinates, are those of the dense row."""
-    module, spread = small.module, small.module.trained.spread
-    moments = module.server.optimizer.state.get(module.server.values, {})
+    server, spread = small.federation.server, small.federation.server.subspace.spread
+    moments = server.optimizer.state.get(server.parameters[0], {})
     if plain.adam:
         torch.testing.assert_close(spread(moments["exp_avg"][0]), plain.m, rtol=0, atol=1e-9)
         torch.testing.assert_close(spread(moments["exp_avg_sq"][0]), plain.v, rtol=0, atol=1e-9)
         assert int(moments["step"]) == ROUNDS
     if plain.beta:
         torch.testing.assert_close(spread(-moments["momentum_buffer"][0]), plain.m, rtol=0, atol=1e-9)
-    stores = small.rounds.stores
+    stores = small.federation.stores
     if plain.fraction is not None:
         rows = stores["residuals"].rows
         assert set(rows) == {c for c, row in plain.left.items() if bool(row.any())}
         for client, row in rows.items():
             torch.testing.assert_close(spread(row), plain.left[client], rtol=0, atol=1e-9)
     if plain.scaffold:
-        torch.testing.assert_close(spread(module.objective.mean), plain.common, rtol=0, atol=1e-9)
+        torch.testing.assert_close(spread(small.federation.objective.mean), plain.common, rtol=0, atol=1e-9)
         for client, row in stores["variates"].rows.items():
             torch.testing.assert_close(spread(row), plain.own[client], rtol=0, atol=1e-9)
 
 
-def test_the_trainer_keeps_the_optimizers_of_the_new_mask(tmp_path):
-    small, *_ = build("random", server=partial(torch.optim.Adam, lr=0.05))
+@pytest.mark.parametrize("cohort", [1, 3])
+def test_the_federation_keeps_the_optimizers_of_the_new_mask(tmp_path, cohort):
+    small, *_ = build("random", server=partial(torch.optim.Adam, lr=0.05), cohort=cohort)
     small.fit(ROUNDS, tmp_path)
-    assert small.trainer.optimizers == [small.module.local, small.module.server.optimizer]
+    clients, server = small.module.clients, small.federation.server
+    for optimizer, own in ((clients.optimizer, clients.rows.views), (server.optimizer, server.parameters)):
+        (group,) = optimizer.param_groups
+        assert [id(tensor) for tensor in group["params"]] == [id(tensor) for tensor in own]
     path = tmp_path / "saved.ckpt"
     small.trainer.save_checkpoint(path)
     saved = torch.load(path, weights_only=True)
-    assert saved["optimizer_states"][1]["state"][0]["exp_avg"].shape == (
-        1,
-        int(torch.as_tensor(small.module.mask).sum()),
-    )
+    state = saved["callbacks"]["FederatedRounds"]["server"]["optimizer"]["state"]
+    assert list(state) == [0]
+    assert state[0]["exp_avg"].shape == (1, int(torch.as_tensor(small.module.mask).sum()))
     assert torch.equal(saved["state_dict"]["mask"], torch.as_tensor(small.module.mask))
 
 
@@ -172,12 +174,16 @@ class Watch:
 
     def __init__(self, small):
         self.small, self.steps, self.batches, self.messages = small, 0, 0, 0
-        module, rounds = small.module, small.rounds
-        step, end = module.local_step, rounds.on_train_batch_end
-        module.local_step = lambda *args: self.after(step(*args), self.rows)
+        rounds, exchange = small.rounds, small.given["exchange"]
+        end = rounds.on_train_batch_end
         rounds.on_train_batch_end = lambda *args: self.after(end(*args), self.server)
-        self.encode = rounds.exchange.encode
-        rounds.exchange.encode = self.send
+        self.encode = exchange.encode
+        exchange.encode = self.send
+        small.once_made(self.watch_steps)
+
+    def watch_steps(self, federation):
+        step = federation.clients.step
+        federation.clients.step = lambda *args: self.after(step(*args), self.rows)
 
     def after(self, result, look):
         look()
@@ -189,18 +195,18 @@ class Watch:
 
     def rows(self):
         self.steps += 1
-        assert not bool(self.small.module.theta.detach()[:, self.pruned].any())
+        assert not bool(self.small.module.clients.theta.detach()[:, self.pruned].any())
 
     def server(self):
         self.batches += 1
         module = self.small.module
-        assert not bool(module.server.rows[:, self.pruned].any())
+        assert not bool(self.small.federation.server.rows[:, self.pruned].any())
         if module.cohort > 1 or self.small.trainer_is_last():
             assert not bool(module.space.read(module.net)[self.pruned].any())
 
     def send(self, update):
-        payload, exchange = self.encode(update), self.small.rounds.exchange
-        count = int(exchange.trained.sum())
+        payload, exchange = self.encode(update), self.small.federation.exchange
+        count = int(exchange.sendable.trained.sum())
         assert update.rows.shape[1] == count
         for message in exchange.messages(payload):
             self.messages += 1
@@ -222,6 +228,22 @@ def test_what_is_pruned_is_zero_after_every_step_and_every_round(tmp_path, rule,
     assert 0 < int(watch.pruned.sum()) < small.space.size
 
 
+def around_the_choice(small, look):
+    """Call ``look(federation, choose)`` when a round begins: to choose its mask is left to it."""
+
+    def watch(federation):
+        begin = federation.open
+
+        def spy(number):
+            opened = []
+            look(federation, lambda: opened.append(begin(number)))
+            return opened[0]
+
+        federation.open = spy
+
+    small.once_made(watch)
+
+
 class Wandering(MaskRule):
     """Other scores at every choice, so that coordinates stop and come back."""
 
@@ -238,16 +260,17 @@ class Wandering(MaskRule):
 def test_what_grows_back_starts_from_zero(tmp_path, untouched, cohort):
     options = {"server": partial(torch.optim.SGD, lr=1.0, momentum=0.9), "weight_decay": 0.1, "untouched": untouched}
     small = staged([LEARN], Wandering(), Sparsity(0.5, mode="prune", renew_every=1), cohort=cohort, **options)
-    seen, choose = [], small.rounds._choose
+    seen = []
 
-    def spy(trainer, module):
-        before, row = torch.as_tensor(module.mask).clone(), module.server.rows[0].clone()
-        choose(trainer, module)
-        server = module.server
-        moments = server.optimizer.state[server.values].get("momentum_buffer", torch.zeros_like(server.values))[0]
-        seen.append((before, torch.as_tensor(module.mask).clone(), row, server.rows[0].clone(), moments.clone()))
+    def spy(federation, choose):
+        server = federation.server
+        before, row = server.subspace.mask.clone(), server.rows[0].clone()
+        choose()
+        state = server.optimizer.state[server.parameters[0]]
+        moments = state.get("momentum_buffer", torch.zeros_like(server.values))[0]
+        seen.append((before, server.subspace.mask.clone(), row, server.rows[0].clone(), moments.clone()))
 
-    small.rounds._choose = spy
+    around_the_choice(small, spy)
     small.fit(ROUNDS, tmp_path)
     grown_twice = 0
     seen = seen[1:]  # before the first round nothing changes
@@ -273,18 +296,16 @@ def test_bytes_down_after_a_change_by_hand(tmp_path, mode):
     What is pruned it knows to be zero, from the mask.
     """
     small = staged([LEARN], Wandering(), Sparsity(0.8, mode=mode, renew_every=2), momentum=0.0)
-    small.rounds.model_length = 10_000
-    size, rounds = small.space.size, small.rounds
-    entries, write = {}, rounds.traffic.write
-    rounds.traffic.write = lambda round, rows: (entries.update({round - 1: list(rows)}), write(round, rows))
-    masks, starts, choose = [], [], rounds._choose
+    small.given["model_length"] = 10_000
+    size, entries = small.space.size, entries_by_round(small)
+    masks, starts = [], []
 
-    def spy(trainer, module):
-        choose(trainer, module)
-        masks.append(torch.as_tensor(module.mask).clone())
-        starts.append(module.server.rows[0].clone())
+    def spy(federation, choose):
+        choose()
+        masks.append(federation.server.subspace.mask.clone())
+        starts.append(federation.server.rows[0].clone())
 
-    rounds._choose = spy
+    around_the_choice(small, spy)
     small.fit(ROUNDS, tmp_path)
     holds, masked, stopped = {}, set(range(7)), 0
     for round in range(ROUNDS):

@@ -16,7 +16,7 @@ from fedsparse.federation.client.drift import VARIATES, FedProx, Plain, Scaffold
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.federation.exchange.sparsifiers import TopK
 from fedsparse.federation.exchange.wire.message import HEADER
-from fedsparse.federation.server.aggregation import CoordinateMean, FedNova
+from fedsparse.federation.server.aggregation import FedNova, WeightedMean
 from fedsparse.masks import top_fraction
 from fedsparse.optim.sgdm import SparseSGDM
 
@@ -70,11 +70,11 @@ def test_fedprox_in_two_steps_by_hand():
         def parts(self, row):
             return [row]
 
-    rows, prox, path = Rows(), FedProx(0.5), []
-    prox.start(rows.views[0], (0,), None)
+    rows, path = Rows(), []
+    term = FedProx(0.5).begin(rows.views[0], (0,), None)
     for _ in range(2):
         rows.gradients[0].fill_(1.0)
-        prox.correct(rows)
+        term.correct(rows)
         rows.views[0] -= 0.5 * rows.gradients[0]
         path.append(rows.views[0].item())
     assert path == [3.5, 3.125]
@@ -119,7 +119,7 @@ def test_scaffold_equals_a_plain_loop_variates_and_all(tmp_path, momentum, maske
     trained = torch.ones(SIZE, dtype=torch.bool) if small.mask is None else small.mask
     small.fit(ROUNDS, tmp_path)
     torch.testing.assert_close(small.row, row, rtol=0, atol=1e-9)
-    objective, kept = small.module.objective, small.rounds.stores[VARIATES].rows
+    objective, kept = small.module.objective, small.federation.stores[VARIATES].rows
     torch.testing.assert_close(objective.mean, server[trained], rtol=0, atol=1e-9)
     assert set(kept) == {client for r in range(ROUNDS) for client in small.plan.sample(r)}
     for client in kept:
@@ -132,14 +132,9 @@ def test_scaffold_resumes_with_its_variates(tmp_path):
     whole.fit(2, tmp_path)
     state = whole.rounds.state_dict()
     again = build(cohort=3, objective=partial(Scaffold, CLIENTS))
-    again.rounds.load_state_dict(state)
-    again.rounds.objective = again.module.objective
-    again.rounds.stores = again.module.objective.stores | {
-        name: store for name, store in whole.rounds.stores.items() if name != VARIATES
-    }
-    again.rounds._resume()
+    again.rounds.federate(again.module.form()).load_state_dict(state)
     assert torch.equal(again.module.objective.mean, whole.module.objective.mean)
-    kept, wanted = again.module.objective.stores[VARIATES].rows, whole.rounds.stores[VARIATES].rows
+    kept, wanted = again.module.objective.stores[VARIATES].rows, whole.federation.stores[VARIATES].rows
     assert set(kept) == set(wanted)
     assert all(torch.equal(kept[client], wanted[client]) for client in kept)
 
@@ -154,17 +149,17 @@ def test_a_client_that_scaffold_loses_leaves_every_variate_as_it_was(tmp_path, c
     bad.dataset.train.x[bad.parts[victim][0]] = float("nan")
     for small in (bad, muted):
         small.fit(2, tmp_path)
-    assert {d.client for d in bad.rounds.dropped} == {victim}
+    assert {d.client for d in bad.federation.dropped} == {victim}
     torch.testing.assert_close(bad.row, muted.row, rtol=0, atol=1e-9)
     torch.testing.assert_close(bad.module.objective.mean, muted.module.objective.mean, rtol=0, atol=1e-9)
-    assert victim not in bad.rounds.stores[VARIATES].rows
+    assert victim not in bad.federation.stores[VARIATES].rows
 
 
 @pytest.mark.parametrize(("exchange", "masked"), [(Full, False), (Exchange, False), (Full, True), (Exchange, True)])
 def test_bytes_of_the_variates_by_hand(tmp_path, exchange, masked):
     """One more message each way for each client of a round: a header, and eight bytes for each that trains."""
     plain, more = (
-        build(masked, cohort=3, exchange=exchange, objective=o).fit(ROUNDS, tmp_path).rounds.ledger
+        build(masked, cohort=3, exchange=exchange, objective=o).fit(ROUNDS, tmp_path).federation.ledger
         for o in (Plain, partial(Scaffold, CLIENTS))
     )
     trained = int(half_mask().sum()) if masked else SIZE
@@ -237,7 +232,7 @@ def test_fednova_of_as_many_steps_each_is_the_mean(tmp_path, denominator):
         build(
             work=work, cohort=3, aggregation=partial(kind, denominator), exchange=partial(Exchange, rule=TopK())
         ).fit(ROUNDS, tmp_path).row
-        for kind in (FedNova, CoordinateMean)
+        for kind in (FedNova, WeightedMean)
     ]  # fmt: skip
     torch.testing.assert_close(*rows, rtol=0, atol=1e-12)
 

@@ -57,7 +57,7 @@ def test_each_coordinate_is_averaged_over_those_who_hold_it(tmp_path, cohort):
     expected = plain_rounds(small, rows, 3, small.lr)
     union = rows.any(0)
     small.module.set_mask(union, torch.stack([pack(row) for row in rows]))
-    small.rounds.exchange = Exchange(union, small.space.local, small.module.own_masks)
+    small.given["exchange"] = Exchange(union, small.space.local, small.module.own_masks)
     start = small.row
     got = small.fit(3, tmp_path).row
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
@@ -70,15 +70,15 @@ def test_bytes_are_those_of_each_clients_own_mask_by_hand(tmp_path):
     rows = own_rows(len(small.parts), small.space.size)
     union = rows.any(0)
     small.module.set_mask(union, torch.stack([pack(row) for row in rows]))
-    small.rounds.exchange = Exchange(union, small.space.local, small.module.own_masks)
+    small.given["exchange"] = Exchange(union, small.space.local, small.module.own_masks)
     small.fit(2, tmp_path)
-    assert small.rounds.ledger.bytes_up == 2 * small.count * (HEADER.size + 8 * 40)
+    assert small.federation.ledger.bytes_up == 2 * small.count * (HEADER.size + 8 * 40)
     again = set(small.plan.sample(0)) & set(small.plan.sample(1))  # the others got the model, of no bytes here
     moved = rows[list(small.plan.sample(0))].any(0)[union]
     whole, positions = 8 * len(moved), min(math.ceil(len(moved) / 8), int(moved.sum()))
     assert 0 < int(moved.sum()) < len(moved)
     one = HEADER.size + min(whole, 8 * int(moved.sum()) + positions)
-    assert small.rounds.ledger.bytes_down == len(again) * one > 0
+    assert small.federation.ledger.bytes_down == len(again) * one > 0
 
 
 def test_bitmaps_round_trip():

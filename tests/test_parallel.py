@@ -29,6 +29,7 @@ from test_federation import MASKS, WORK, batchnorm_net
 from fedsparse.core import parallel
 from fedsparse.core.space import ParamSpace
 from fedsparse.data.rounds import PADDING, deal
+from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.server.aggregation import Tally
 
 ROUNDS = 3
@@ -58,8 +59,8 @@ CASES = {
 
 def outcome(small):
     """What must not depend on the number of processes."""
-    ledger = small.rounds.ledger
-    kept = {client: row.tolist() for client, row in sorted(small.rounds.store.rows.items())}
+    ledger = small.federation.ledger
+    kept = {client: row.tolist() for client, row in sorted(small.federation.stores[LOCAL].rows.items())}
     state = {name: value.clone() for name, value in small.net.state_dict().items()}
     return state, ledger.figures(), ledger.has_model, kept, small.rounds.loss
 
@@ -131,13 +132,13 @@ def test_a_dropped_update_is_known_to_all_processes(tmp_path):
         small = build("dense", **place())
         small.dataset.train.x[small.parts[6]] = math.nan
         fit(small, 2, tmp_path / str(parallel.process()))
-        return [(d.round, d.client) for d in small.rounds.dropped], small.row
+        return [(d.round, d.client) for d in small.federation.dropped], small.row
 
     first, second = in_processes(work, 2, tmp_path)
     single = build("dense")
     single.dataset.train.x[single.parts[6]] = math.nan
     single.fit(2, tmp_path)
-    assert first[0] == second[0] == [(d.round, d.client) for d in single.rounds.dropped] != []
+    assert first[0] == second[0] == [(d.round, d.client) for d in single.federation.dropped] != []
     assert torch.equal(first[1], second[1])
     torch.testing.assert_close(first[1], single.row, rtol=0, atol=1e-9)
 

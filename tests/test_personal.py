@@ -309,7 +309,7 @@ def test_a_local_model_that_is_not_finite_is_left_out(tmp_path):
     built = small(tmp_path / "clients.csv", count=4)
     built.dataset.train.x[built.parts[6]] = torch.nan
     built.fit(4, tmp_path)
-    rounds = {drop.round + 1 for drop in built.rounds.dropped}
+    rounds = {drop.round + 1 for drop in built.federation.dropped}
     assert rounds
     rows = [row for row in lines(tmp_path / "clients.csv") if row["client"] == "6" and int(row["round"]) in rounds]
     assert {row["model"] for row in rows} == {"start", "global"}

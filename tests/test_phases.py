@@ -11,20 +11,21 @@ import pytest
 import torch
 from plain_sparse import train
 from small import Small, small_data, small_net, uneven_parts
-from staged import dealt, masks_by_round, staged, total
+from staged import dealt, entries_by_round, masks_by_round, staged, total
 from test_federation import batchnorm_net
 
 from fedsparse.data.rounds import LocalWork
+from fedsparse.federation import masking
 from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.client.early_stopping import Patience
 from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.federation.exchange.wire.positions import write_positions
-from fedsparse.federation.guide import Guide
+from fedsparse.federation.masking import Guide
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import EveryUpdateDropped
 from fedsparse.federation.server.aggregation import FedNova
 from fedsparse.masks import Sparsity
-from fedsparse.masks.rules import AutoFLIP
+from fedsparse.masks.rules import AutoFLIP, Movement, Random
 
 LEARN = Phase("learn", rounds=2)
 SPARSE = Sparsity(0.8)
@@ -97,8 +98,9 @@ def test_a_state_that_is_saved_before_a_round_counts_the_rounds_that_are_closed(
     states, small = [], staged([explore(), LEARN])
     small.callbacks.append(Start())
     trainer = small.fit(2, tmp_path).trainer
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
     trainer.fit_loop.max_epochs = 3
-    trainer.fit(small.module, trainer.datamodule)
+    trainer.fit(small.module, trainer.datamodule, ckpt_path=tmp_path / "saved.ckpt")
     assert states == [[], [["explore", 1], ["learn", 1]]]
 
 
@@ -114,18 +116,12 @@ def test_what_is_told_is_the_mean_squared_deviation_and_the_model_stays(tmp_path
     else:
         held = [len(small.parts[client]) for client, *_ in clients]
         assert [w for *_, w in clients] == [n if weight == "held" else 2 * n for n in held]
-    close = small.rounds._close
-
-    def spy(module):
-        close(module)
-        rows.append((module.server.rows[0].clone(), small.row.clone()))
-
-    small.rounds._close = spy
+    small.after_rounds(lambda round: rows.append((round.federation.server.rows[0].clone(), small.row.clone())))
     seen = masks_by_round(small)
     small.fit(3, tmp_path)
     for row in rows[0]:
         assert torch.equal(row.view(torch.int64), start.view(torch.int64))
-    torch.testing.assert_close(small.rounds.choice.observed, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(small.federation.choice.observed, wanted, rtol=0, atol=1e-12)
     chosen = AutoFLIP().mask(small.space, start, SPARSE, observed=wanted).row(small.space)
     assert int(chosen.sum()) == math.floor(0.2 * small.space.size + 0.5)
     assert [bool(mask.all()) for mask in seen] == [True, False, False]
@@ -140,18 +136,18 @@ def test_two_rounds_of_exploration_count_alike(tmp_path):
     assert ids[0] != ids[1]
     found = [deviation(small, dealt(small.plan, round)) for round in (0, 1)]
     small.fit(total(phases), tmp_path)
-    torch.testing.assert_close(small.rounds.choice.observed, (found[0] + found[1]) / 2, rtol=0, atol=1e-12)
+    torch.testing.assert_close(small.federation.choice.observed, (found[0] + found[1]) / 2, rtol=0, atol=1e-12)
 
 
 def test_the_rate_of_an_exploration_is_its_own(tmp_path):
     small = staged([explore(lr=0.03), LEARN], schedule=lambda round, rounds: 0.5)
     wanted = deviation(small, dealt(small.plan, 0), lr=0.03)
     rates = []
-    small.rounds.on_train_batch_start = _then(
-        small.rounds.on_train_batch_start, lambda: rates.append(small.module.local.param_groups[0]["lr"])
+    small.rounds.on_train_batch_end = _then(
+        small.rounds.on_train_batch_end, lambda: rates.append(small.module.clients.optimizer.param_groups[0]["lr"])
     )
     small.fit(3, tmp_path)
-    torch.testing.assert_close(small.rounds.choice.observed, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(small.federation.choice.observed, wanted, rtol=0, atol=1e-12)
     assert set(rates[:7]) == {0.03}
     assert set(rates[7:]) == {0.2 * 0.5}
 
@@ -173,7 +169,7 @@ def test_learning_after_an_exploration_is_learning_with_that_mask_from_the_start
     assert [dealt(second.plan, round) for round in range(3)] == clients[1:]
     assert [batches for _, batches, _ in clients[0]] != [batches for _, batches, _ in clients[1]]
     assert torch.equal(second.fit(3, tmp_path).row, first.row)
-    assert second.rounds.ledger.bytes_up == first.rounds.ledger.bytes_up
+    assert second.federation.ledger.bytes_up == first.federation.ledger.bytes_up
 
 
 def test_batchnorms_statistics_stay_too(tmp_path):
@@ -182,7 +178,7 @@ def test_batchnorms_statistics_stay_too(tmp_path):
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     small = staged([explore(), Phase("learn", rounds=1)], net=net, work=LocalWork(8, 3, None))
     found = []
-    small.rounds._settle = lambda *_: found.append({n: b.clone() for n, b in net.named_buffers()})
+    small.after_rounds(lambda _: found.append({n: b.clone() for n, b in net.named_buffers()}))
     small.fit(2, tmp_path)
     for name, buffer in before.items():
         if "num_batches" not in name:  # the counter stays with the process, as in learning rounds
@@ -205,13 +201,12 @@ def test_with_keep_model_each_client_goes_on_from_the_one_before(tmp_path, cohor
     small = staged([explore(updates_model=True), LEARN], cohort=cohort)
     clients, rows = dealt(small.plan, 0), []
     row, mean = chain(small, clients)
-    close = small.rounds._close
-    small.rounds._close = lambda module: (close(module), rows.append(small.row.clone()))
+    small.after_rounds(lambda _: rows.append(small.row.clone()))
     small.fit(1, tmp_path)
     torch.testing.assert_close(rows[0], row, rtol=0, atol=1e-12)
-    small.rounds.choice.observed = None
+    small.federation.choice.observed = None
     again = staged([explore(updates_model=True), LEARN], cohort=cohort).fit(3, tmp_path)
-    torch.testing.assert_close(again.rounds.choice.observed, mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(again.federation.choice.observed, mean, rtol=0, atol=1e-12)
 
 
 def test_keep_model_hands_batchnorms_statistics_on(tmp_path):
@@ -225,8 +220,7 @@ def test_keep_model_hands_batchnorms_statistics_on(tmp_path):
             sgd.zero_grad()
             torch.nn.functional.cross_entropy(client(data.x[batch]), data.y[batch]).backward()
             sgd.step()
-    close = small.rounds._close
-    small.rounds._close = lambda module: (close(module), rows.append(copy.deepcopy(net.state_dict())))
+    small.after_rounds(lambda _: rows.append(copy.deepcopy(net.state_dict())))
     small.fit(1, tmp_path)
     for name, value in client.state_dict().items():
         if "num_batches" not in name:
@@ -247,12 +241,12 @@ def test_an_explorer_that_diverges_is_left_out(tmp_path, keep, cohort):
     clients = [(c, batches, 0.0 if c in (2, 4) else w) for c, batches, w in dealt(small.plan, 0)]
     good = [client for client in clients if client[2]]
     row, wanted = chain(small, good) if keep else (small.row.clone(), deviation(small, good))
-    rows, close = [], small.rounds._close
-    small.rounds._close = lambda module: (close(module), rows.append(small.row.clone()))
+    rows = []
+    small.after_rounds(lambda _: rows.append(small.row.clone()))
     small.fit(3, tmp_path)
-    torch.testing.assert_close(small.rounds.choice.observed, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(small.federation.choice.observed, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(rows[0], row, rtol=0, atol=1e-12)
-    assert sorted(d.client for d in small.rounds.dropped if d.round == 0) == [2, 4]
+    assert sorted(d.client for d in small.federation.dropped if d.round == 0) == [2, 4]
 
 
 def test_if_all_explorers_diverge_the_run_stops(tmp_path):
@@ -323,8 +317,8 @@ def test_an_exploration_with_patience_equals_a_plain_loop(tmp_path, cohort, weig
     mean = sum(w * (row - small.row) ** 2 for w, (row, *_) in zip(weights, ran, strict=True)) / sum(weights)
     learned = sum(len(batches) for _, batches, _ in dealt(small.plan, 1))
     small.fit(2, tmp_path)
-    assert small.rounds.ledger.client_steps == steps + learned
-    torch.testing.assert_close(small.rounds.choice.observed, mean, rtol=1e-9, atol=1e-12)
+    assert small.federation.ledger.client_steps == steps + learned
+    torch.testing.assert_close(small.federation.choice.observed, mean, rtol=1e-9, atol=1e-12)
 
 
 # bytes
@@ -340,13 +334,11 @@ def test_bytes_of_an_exploration_by_hand(tmp_path, prune, keep):
     """Rows of 8 bytes; 3 explore, 5 learn in each round; the first model is said to be 5000 bytes."""
     phases = [explore(updates_model=keep), LEARN]
     small = staged(phases, explorers=3, sparsity=Sparsity(0.8, mode="prune" if prune else "freeze"))
-    rounds, size = small.rounds, small.space.size
-    rounds.model_length = 5000
+    size = small.space.size
+    small.given["model_length"] = 5000
     ids = [[client for client, *_ in dealt(small.plan, round)] for round in range(3)]
-    entries, write, rows = {}, rounds.traffic.write, [small.row.clone()]
-    close = rounds._close
-    rounds._close = lambda module: (close(module), rows.append(small.row.clone()))
-    rounds.traffic.write = lambda round, rows: (entries.update({round - 1: list(rows)}), write(round, rows))
+    entries, rows = entries_by_round(small), [small.row.clone()]
+    small.after_rounds(lambda _: rows.append(small.row.clone()))
     small.fit(3, tmp_path)
     trained = int(torch.as_tensor(small.module.mask).sum())
     assert trained == math.floor(0.2 * size + 0.5)
@@ -375,7 +367,7 @@ def test_bytes_of_an_exploration_by_hand(tmp_path, prune, keep):
                 more = 0 if prune or not bool(late.any()) else 8 * int(late.sum()) + positions(late)
                 assert e.down.total == HEADER.size + min(8 * trained, some) + more
             holds[e.client] = round
-    ledger, learned = rounds.ledger, [*entries[1], *entries[2]]
+    ledger, learned = small.federation.ledger, [*entries[1], *entries[2]]
     assert ledger.bytes_up == sum(e.up.total for e in learned)
     assert ledger.bytes_down == sum(e.down.total for e in learned)
     assert ledger.bytes_setup_up == sum(e.up.total for e in entries[0])
@@ -387,16 +379,15 @@ def test_bytes_of_an_exploration_by_hand(tmp_path, prune, keep):
 def test_an_exploration_carries_no_variates(tmp_path):
     """They are all zero then: the explorers' messages are the guide alone, the learners' have a variate each way."""
     small = staged([explore(), LEARN], objective=partial(Scaffold, 7), momentum=0.0, sparsity=Sparsity(0.5))
-    entries, write = {}, small.rounds.traffic.write
-    small.rounds.traffic.write = lambda round, rows: (entries.update({round: list(rows)}), write(round, rows))
+    entries = entries_by_round(small)
     wanted = deviation(small, dealt(small.plan, 0), momentum=0.0)
     small.fit(3, tmp_path)
-    torch.testing.assert_close(small.rounds.choice.observed, wanted, rtol=0, atol=1e-12)
-    assert {e.up.total for e in entries[1]} == {HEADER.size + 8 * small.space.size}
-    assert {e.down.total for e in entries[1]} == {0}
+    torch.testing.assert_close(small.federation.choice.observed, wanted, rtol=0, atol=1e-12)
+    assert {e.up.total for e in entries[0]} == {HEADER.size + 8 * small.space.size}
+    assert {e.down.total for e in entries[0]} == {0}
     trained = int(torch.as_tensor(small.module.mask).sum())
-    assert {e.up.total for e in entries[2]} == {2 * (HEADER.size + 8 * trained)}
-    assert {e.down.total for e in entries[2]} == {HEADER.size + HEADER.size + 8 * trained}  # nothing has moved
+    assert {e.up.total for e in entries[1]} == {2 * (HEADER.size + 8 * trained)}
+    assert {e.down.total for e in entries[1]} == {HEADER.size + HEADER.size + 8 * trained}  # nothing has moved
 
 
 @pytest.mark.parametrize("cohort", [1, 3])
@@ -419,11 +410,13 @@ def test_fednova_counts_the_steps_that_patience_leaves(tmp_path, cohort):
 
 def test_nothing_is_summed_up_for_a_rule_that_does_not_listen(monkeypatch, tmp_path):
     sizes = []
-    monkeypatch.setattr(
-        "fedsparse.simulation.callback.Guide", lambda size, device: sizes.append(size) or Guide(size, device)
-    )
+    monkeypatch.setattr(masking, "Guide", lambda size, device: sizes.append(size) or Guide(size, device))
     Small(small_net(), small_data(), uneven_parts()).fit(2, tmp_path)
-    assert sizes == [0, 0]
+    staged([LEARN], Random()).fit(2, tmp_path)
+    assert sizes == []
+    small = staged([LEARN], Movement())
+    small.fit(2, tmp_path)
+    assert sizes == [small.space.size] * 2
 
 
 def test_a_checkpoint_names_the_rounds_that_are_closed(tmp_path):

@@ -18,7 +18,7 @@ from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.federation.exchange.filters import Feedback
 from fedsparse.federation.exchange.sparsifiers import TopK
 from fedsparse.federation.phases import Phase
-from fedsparse.federation.server.aggregation import CoordinateMean
+from fedsparse.federation.server.aggregation import WeightedMean
 from fedsparse.masks import Mask, Sparsity
 from fedsparse.masks.gradual import Gradual
 from fedsparse.masks.rules import AutoFLIP, Magnitude, Movement
@@ -28,7 +28,7 @@ LEARN = Phase("learn", rounds=4)
 GRADUAL = Gradual(steps=3)
 FEEDBACK = {
     "exchange": lambda **given: Exchange(**given, rule=TopK(fraction=0.3), filters={"feedback": Feedback()}),
-    "aggregation": partial(CoordinateMean, "participants"),
+    "aggregation": partial(WeightedMean, "participants"),
 }
 CASES = {
     "explore": ([EXPLORE, LEARN], AutoFLIP, Sparsity(0.7), {"work": LocalWork(8, None, 1)}),
@@ -59,11 +59,11 @@ def build(case, **place):
 
 
 def outcome(small):
-    stores = {name: dict(store.rows) for name, store in small.rounds.stores.items()}
-    choice, ledger = small.rounds.choice, small.rounds.ledger
+    stores = {name: dict(store.rows) for name, store in small.federation.stores.items()}
+    choice, ledger = small.federation.choice, small.federation.ledger
     whole = [small.row, torch.as_tensor(small.module.mask), choice.observed, choice.memory]
     counted = [ledger.figures(), ledger.client_steps, ledger.has_mask, ledger.has_model]
-    return whole, stores, [*counted, sorted((d.round, d.client) for d in small.rounds.dropped)]
+    return whole, stores, [*counted, sorted((d.round, d.client) for d in small.federation.dropped)]
 
 
 @pytest.fixture(scope="module")

@@ -94,13 +94,15 @@ def test_head_and_calibration_take_the_rounds_of_their_phase(run_in):
 
 
 def test_fine_tuning_has_a_rate_of_its_own_and_the_mask_stays(run_in, monkeypatch):
-    masks, start = [], FederatedRounds.on_train_epoch_start
+    masks, end = [], FederatedRounds.on_train_batch_end
 
-    def spy(self, trainer, module):
-        start(self, trainer, module)
-        masks.append((self.phase.name, torch.as_tensor(module.mask).clone(), module.local.param_groups[0]["lr"]))
+    def spy(self, trainer, module, *args):
+        if trainer.is_last_batch:
+            rate = module.clients.optimizer.param_groups[0]["lr"]
+            masks.append((self.phase.name, torch.as_tensor(module.mask).clone(), rate))
+        end(self, trainer, module, *args)
 
-    monkeypatch.setattr(FederatedRounds, "on_train_epoch_start", spy)
+    monkeypatch.setattr(FederatedRounds, "on_train_batch_end", spy)
     options = [
         *FAST,
         *("mask_rule=random", "phases=fine_tune", "phases.fine_tune.rounds=3", "phases.fine_tune.lr=0.02"),

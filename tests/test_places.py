@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.core.subspace import Coordinates, narrow
+from fedsparse.core.subspace import Subspace, narrow
 from fedsparse.models.units import compute_all_units, compute_units_only, linear_layers
 from fedsparse.optim import index
 from fedsparse.optim.index import Place, pieces
@@ -94,12 +94,12 @@ def test_positions_take_four_bytes_where_their_number_fits_into_them(total, dtyp
 
 def test_coordinates_are_gathered_and_put_back():
     mask = torch.arange(10) % 3 == 0
-    rows, some = torch.randn(2, 10), Coordinates(mask)
+    rows, some = torch.randn(2, 10), Subspace(mask)
     assert torch.equal(some.of(rows), rows[:, mask])
     before = rows.clone()
     some.write(rows, torch.ones(2, 4))
     assert torch.equal(rows, torch.where(mask, 1.0, before))
-    every = Coordinates(torch.ones(10, dtype=torch.bool))
+    every = Subspace(torch.ones(10, dtype=torch.bool))
     assert every.of(rows) is rows
     assert (some.size, every.size, some.index.dtype) == (4, 10, torch.int32)
 

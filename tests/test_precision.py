@@ -47,7 +47,7 @@ def test_it_trains_and_frozen_coordinates_keep_their_bits(tmp_path, precision, c
     after = small.row
     assert torch.equal(after.view(torch.int32)[~small.mask], before[~small.mask])
     assert not torch.equal(after.view(torch.int32)[small.mask], before[small.mask])
-    assert small.rounds.dropped == []
+    assert small.federation.dropped == []
     assert small.rounds.loss < 1.0  # chance is log 3 = 1.10
 
 
@@ -118,7 +118,7 @@ def test_a_client_that_diverges_is_dropped_and_the_others_train(tmp_path, cohort
     small = a_small(cohort, count=7)
     small.dataset.train.x[torch.from_numpy(small.parts[6])] = torch.inf
     small.fit(1, tmp_path, **options("16-mixed"))
-    assert {d.client for d in small.rounds.dropped} == {6}
+    assert {d.client for d in small.federation.dropped} == {6}
     assert small.row.isfinite().all()
 
 

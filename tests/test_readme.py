@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +56,21 @@ def test_a_mask_rule_in_three_steps(copy):
     assert int(re.search(r"(\d+) passed", report)[1]) >= 8
     options = ("model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=2")
     assert "mask rule most_salient" in call(copy, "-m", "fedsparse.train", "mask_rule=most_salient", *options)
+
+
+def test_a_federation_from_python_runs_as_printed(capsys):
+    """The model that it ends with is that of the script beside it, to the bit."""
+    section = README.split("## From Python, without Hydra")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert 12 <= len([line for line in block.splitlines() if line.strip()]) <= 20
+    printed = {}
+    torch.manual_seed(0)
+    exec(block, printed)
+    script = runpy.run_path(str(ROOT / "tests/examples/plain_federation.py"), run_name="__main__")
+    rows = [torch.cat([p.detach().flatten() for p in ran["net"].parameters()]) for ran in (printed, script)]
+    assert torch.equal(*rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert [f"{float(line):.3f}" for line in lines[:5]] == [line.split()[3].strip(",") for line in lines[5:]]
 
 
 def test_the_files_that_the_readme_names_exist():

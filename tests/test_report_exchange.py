@@ -30,7 +30,7 @@ def sparse(
     """A run of a sparse exchange, whose configuration and summary say so as train leaves them."""
     settings = {"by": by, "fraction": fraction, "feedback": feedback, "precision": precision}
     exchange = {"build": {"_target_": "exchange.Sparse", "rule": kind}} | settings | dict(more)
-    aggregation = sums or {"_target_": "CoordinateMean", "denominator": "participants" if feedback else "senders"}
+    aggregation = sums or {"_target_": "WeightedMean", "denominator": "participants" if feedback else "senders"}
     facts = {f"exchange_{key}": value for key, value in settings.items() if key != "by"}
     a_run(folder, figures.pop("rule", "dense"), exchange=exchange, aggregation=aggregation, **figures)
     edit(folder, exchange=kind, exchange_rule=by, exchange_payload="change", **facts)
@@ -106,7 +106,7 @@ def test_a_mask_stands_before_the_exchange_within_it(tmp_path):
 
 def test_exchanges_of_one_label_are_told_apart_by_what_differs_among_them(tmp_path):
     for who in ("senders", "participants"):
-        sparse(tmp_path / who, sums={"_target_": "CoordinateMean", "denominator": who})
+        sparse(tmp_path / who, sums={"_target_": "WeightedMean", "denominator": who})
     sparse(tmp_path / "half", precision="float16", sums={"_target_": "Other"})
     found = [row.name for row in table_of(tmp_path)]
     assert found == [

@@ -160,7 +160,7 @@ def test_a_loss_of_ones_own_sees_one_clients_batch(tmp_path):
     for cohort in (1, 3):
         small = Small(small_net(), small_data(), uneven_parts(), cohort=cohort, client=Doubled, count=6)
         rows.append(small.fit(2, tmp_path).row)
-        assert cohort == 1 or small.module.rows.stacked is None
+        assert cohort == 1 or small.module.clients.rows.stacked is None
     torch.testing.assert_close(rows[1], rows[0], rtol=0, atol=1e-9)
 
 
@@ -173,7 +173,7 @@ def test_what_has_no_stacked_form_trains_all_the_same(name, tmp_path):
     for cohort in (1, 3):
         small = Small(copy.deepcopy(net), small_data(), uneven_parts(), cohort=cohort)
         rows.append(small.fit(2, tmp_path).row)
-        assert cohort == 1 or small.module.rows.stacked is None
+        assert cohort == 1 or small.module.clients.rows.stacked is None
     torch.testing.assert_close(rows[1], rows[0], rtol=0, atol=1e-9)
 
 
@@ -182,8 +182,9 @@ def test_a_stacked_cohort_differentiates_what_trains_only(tmp_path):
     space = ParamSpace.of(net)
     small = Small(net, small_data(), uneven_parts(), cohort=3, mask=space.where("3.*"))
     small.fit(1, tmp_path)
-    assert small.module.rows.stacked is not None
-    assert [name for name, leaf in small.module.rows.leaves.items() if leaf.requires_grad] == ["3.weight", "3.bias"]
+    rows = small.module.clients.rows
+    assert rows.stacked is not None
+    assert [name for name, leaf in rows.leaves.items() if leaf.requires_grad] == ["3.weight", "3.bias"]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -211,7 +212,8 @@ def test_a_stacked_cohort_that_trains_units_computes_no_others(tmp_path):
     net = small_net()
     small = Small(net, small_data(), uneven_parts(), cohort=3, mask=unit_mask(net))
     small.fit(1, tmp_path)
-    assert {name: units.tolist() for name, units in small.module.rows.units.items()} == {"1.weight": [2, 3, 4, 5, 6]}
+    units = small.module.clients.rows.units
+    assert {name: trained.tolist() for name, trained in units.items()} == {"1.weight": [2, 3, 4, 5, 6]}
 
 
 def test_trying_out_moves_no_random_stream_and_no_mode():
@@ -239,10 +241,7 @@ def test_the_fastest_size_is_chosen_if_it_is_clearly_faster(seconds, best):
 
 
 def trial(size):
-    module = Small(small_net(), small_data(), uneven_parts(), cohort=size, count=size).module
-    module.configure_optimizers()
-    module.rows.bind()
-    return module
+    return Small(small_net(), small_data(), uneven_parts(), cohort=size, count=size).module.form()
 
 
 def a_batch():
@@ -261,29 +260,29 @@ def test_a_size_that_would_not_fit_is_not_tried(monkeypatch):
 
 
 def test_the_bytes_of_a_client_are_its_rows_and_what_the_backward_needs():
-    module = trial(1)
-    row, (x, y) = module.theta.nbytes, a_batch()
+    clients = trial(1)
+    row, (x, y) = clients.theta.nbytes, a_batch()
     hidden = 8 * 16 * 8  # eight samples, sixteen units, eight bytes: tanh keeps its output
-    assert 4 * row + hidden <= autotune.client_bytes(module, (x, y)) <= 4 * row + 4 * hidden
+    assert 4 * row + hidden <= autotune.client_bytes(clients, (x, y)) <= 4 * row + 4 * hidden
 
 
 def test_the_seconds_of_a_client_are_the_median_of_steps_after_the_first(monkeypatch):
     """A clock that only steps move: 9 s for the first, then 1, 5, 1, 5, ... s; a cohort shares them."""
-    clock, module = [0.0], trial(2)
+    clock, clients = [0.0], trial(2)
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
     taken = []
 
-    def local_step(x, y, count):
+    def step(x, y, count, term):
         taken.append((x.shape[:2], count))
         clock[0] += 9.0 if len(taken) == 1 else 1.0 + 4 * (len(taken) % 2)
         return torch.zeros(2)
 
-    module.local_step = local_step
-    assert autotune._seconds(module, a_batch(), 2, budget=11.0) == (1 + 5) / 2 / 2
+    clients.step = step
+    assert autotune._seconds(clients, a_batch(), 2, budget=11.0) == (1 + 5) / 2 / 2
     assert taken == [((2, 8), (8, 8))] * 5  # the first, and 1 + 5 + 1 + 5 s
     clock[0] = 0.0
     taken.clear()
-    assert autotune._seconds(module, a_batch(), 2, budget=1e9) == (1 + 5) / 2 / 2
+    assert autotune._seconds(clients, a_batch(), 2, budget=1e9) == (1 + 5) / 2 / 2
     assert len(taken) == 51
 
 

@@ -109,13 +109,13 @@ def test_the_checkpoint_before_the_last_keeps_its_rows_by_hand(tmp_path):
 
 def test_rows_of_another_length_only_in_memory(tmp_path):
     memory, file = MemoryStore(), FileStore(tmp_path / "clients.bin")
-    file.convert(lambda kept: kept[:2])  # nothing is kept yet
+    file.move(lambda kept: kept[:2])  # nothing is kept yet
     for store in (memory, file):
         store.write([3], row(1)[None])
-    memory.convert(lambda kept: kept[:2])
+    memory.move(lambda kept: kept[:2])
     assert memory.get(3, NONE).tolist() == [1.0, 2.0]
     with pytest.raises(ValueError, match="a mask that changes while .* needs federation.store=memory"):
-        file.convert(lambda kept: kept[:2])
+        file.move(lambda kept: kept[:2])
     assert file.get(3, NONE).tolist() == row(1).tolist()
 
 

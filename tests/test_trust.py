@@ -151,7 +151,7 @@ def test_one_refused_folder_leaves_the_others_to_the_report(folder, finished_run
 OWN = """
 from torch import nn
 
-from fedsparse.federation.client import ClientModule
+from fedsparse.simulation import ClientModule
 from fedsparse.masks.rules import Random
 from os import system
 

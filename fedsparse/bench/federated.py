@@ -21,6 +21,7 @@ from fedsparse.bench.rows import Row
 from fedsparse.core.space import ParamSpace
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation.exchange.exchange import Full
+from fedsparse.federation.federation import Federation
 from fedsparse.federation.server.aggregation import WeightedMean
 from fedsparse.federation.server.topology import Flat
 from fedsparse.optim.sgdm import SparseSGDM
@@ -62,21 +63,22 @@ def measure(problem: Problem, setting: str, folder: Path, cohort: int = 1) -> Ro
 
 def train(task: Task, feed: Feed, setting: str = BARE, folder: Path = Path()) -> Trained:
     """Run the federation."""
-    module, federation = _federation(task.net(), task.cohort)
+    module, rounds = _federation(task.net(), task.cohort)
     data = FederatedDataModule(task.dataset, task.plan(task.cohort))
-    _trainer(federation, Ticks(feed), task.rounds, setting, folder).fit(module, data)
+    _trainer(rounds, Ticks(feed), task.rounds, setting, folder).fit(module, data)
     if wandb.run is not None:
         wandb.run.finish()
-    return Trained(module.server.rows[0], federation.ledger.bytes_up // task.rounds)
+    return Trained(rounds.federation.server.rows[0], rounds.federation.ledger.bytes_up // task.rounds)
 
 
 def _federation(net: nn.Module, cohort: int) -> tuple[ClientModule, FederatedRounds]:
     """Build clients and protocol."""
     space = ParamSpace.of(net)
     trained = torch.ones(space.size, dtype=torch.bool)
-    optimizers = partial(SparseSGDM, lr=LR, momentum=MOMENTUM), partial(torch.optim.SGD, lr=1.0)
-    module = ClientModule(net, space, trained, *optimizers, cohort=cohort)
-    return module, FederatedRounds(Full(trained=trained, local=space.local), WeightedMean(), Flat())
+    module = ClientModule(net, space, trained, partial(SparseSGDM, lr=LR, momentum=MOMENTUM), cohort=cohort)
+    exchange = Full(trained=trained, local=space.local)
+    federate = partial(Federation, exchange=exchange, aggregation=WeightedMean(), topology=Flat())
+    return module, FederatedRounds(federate)
 
 
 def _trainer(federation: FederatedRounds, ticks: Ticks, rounds: int, setting: str, folder: Path) -> lightning.Trainer:
@@ -108,8 +110,8 @@ def _trainer(federation: FederatedRounds, ticks: Ticks, rounds: int, setting: st
 def _beside(federation: FederatedRounds, evaluation: Evaluation, validated: bool, folder: Path) -> list[Any]:
     """Build progress bar and checkpoints."""
     terminal = Console(file=io.StringIO(), force_terminal=True)
-    best = RoundCheckpoint(folder, "best", monitor="val/acc", mode="max", save_on_train_epoch_end=True)
-    last = RoundCheckpoint(folder, "last", save_on_train_epoch_end=True)
+    best = RoundCheckpoint(dirpath=folder, filename="best", monitor="val/acc", mode="max", save_on_train_epoch_end=True)
+    last = RoundCheckpoint(dirpath=folder, filename="last", save_on_train_epoch_end=True)
     return [
         RoundProgress(federation, evaluation, lambda round: CLIENTS, terminal),
         *([best] if validated else []),

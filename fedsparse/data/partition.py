@@ -21,6 +21,18 @@ from fedsparse.data import checks, dealing
 from fedsparse.data.checks import Floats, Ints
 from fedsparse.data.even import holders_of_one_more
 
+__all__ = [
+    "classes_per_client",
+    "client_tests",
+    "dirichlet",
+    "dirichlet_client",
+    "dirichlet_sampled",
+    "iid",
+    "natural",
+    "quantity",
+    "ratios",
+]
+
 # What the random numbers are for. Part of what a seed means: never changed, and apart from ``core.seeding.Purpose``.
 _IID, _CLASSES, _DIRICHLET, _DIRICHLET_CLIENT, _QUANTITY, _RATIOS, _TESTS, _MIXES, _DRAWS = range(101, 110)
 

@@ -1,27 +1,69 @@
 """The mask, chosen while clients train: after an exploration, and anew where the sparsity says so.
 
-Shapes: P coordinates.
+Shapes: P coordinates of which n train, K clients of the cohort.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fedsparse.core import parallel
 from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.core.space import ParamSpace
-from fedsparse.core.subspace import Coordinates
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.phases import Phases
+from fedsparse.federation.reports import Report
+from fedsparse.federation.server.aggregation import Change, add_scaled
+from fedsparse.federation.watcher import Watcher
 from fedsparse.masks import Mask, MaskRule, Sparsity
+
+if TYPE_CHECKING:
+    from fedsparse.federation.round import Round
 
 NOTHING = "this mask lets no weight train: lower sparsity.ratio, or let the head train (head.frozen)"
 
 
+class Guide:
+    """What clients tell the mask rule in a round: a weighted mean, in float64, additive over cohorts and processes.
+
+    Args:
+        size: n.
+        device: where the sums are kept.
+
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.vector = torch.zeros(size + 2, dtype=torch.float64, device=device)
+        self.weight = self.loss = 0.0
+
+    def add(self, told: Tensor, weight: Sequence[float], loss: Sequence[float]) -> None:
+        """Add what K clients tell, (K, n), in client order; one of weight 0 tells nothing.
+
+        What was too large for the dtype counts as its largest number, so that one client stays one.
+        """
+        for row, own, value in zip(told, weight, loss, strict=True):
+            if own > 0:
+                add_scaled(self.vector[:-2], torch.nan_to_num(row), own)
+                self.weight, self.loss = self.weight + own, self.loss + own * value
+
+    def finish(self) -> tuple[Tensor, float] | None:
+        """Divide by the weights of all processes: the mean (n,) and the mean loss; None if nobody told anything."""
+        if parallel.joined():
+            self.vector[-2:] = self.vector.new_tensor([self.weight, self.loss])
+            torch.distributed.all_reduce(self.vector)
+            self.weight, self.loss = self.vector[-2:].tolist()
+        if not self.weight:
+            return None
+        return self.vector[:-2] / self.weight, self.loss / self.weight
+
+
 @dataclass
-class MaskChoice:
+class MaskChoice(Watcher):
     """What a mask rule knows, and the masks that come of it; every process of a run comes to the same.
 
     Args:
@@ -33,6 +75,8 @@ class MaskChoice:
         tell: is handed each new mask, and gives it back with its words.
         observed: what calibration or exploration found, (P,), or None.
         memory: what the rule heard in learning rounds, (P,), or None.
+        explored: rounds of exploration that were taken in.
+        guide: what clients tell in the round that is open; None where the rule does not listen.
 
     """
 
@@ -45,11 +89,17 @@ class MaskChoice:
     observed: Tensor | None = None
     memory: Tensor | None = None
     explored: int = 0
+    guide: Guide | None = None
 
     @property
     def prunes(self) -> bool:
         """Whether what does not train is zero."""
         return self.sparsity.mode == "prune"
+
+    @property
+    def changes(self) -> bool:
+        """Whether a mask is chosen anew in some learning round."""
+        return self.sparsity.schedule is not None or self.sparsity.renew_every is not None
 
     def explore(self, found: Tensor) -> None:
         """Take in the mean squared deviation of a round of exploration, (P,); of several rounds the mean counts."""
@@ -58,11 +108,38 @@ class MaskChoice:
         before = torch.zeros_like(found) if fresh else self.observed.to(found.device)  # type: ignore[union-attr]
         self.observed = before + (found - before) / self.explored
 
-    def hear(self, told: Tensor, trained: Coordinates) -> None:
-        """Take in what clients told in a learning round of the coordinates that trained, (n,)."""
-        heard = trained.spread(told, self.rule.unheard(told))
-        memory = None if self.memory is None else self.memory.to(heard.device)  # of a checkpoint, on the CPU
-        self.memory = self.rule.remember(memory, heard)
+    def open(self, round: Round) -> None:
+        """Listen to what clients learn in this round, if the rule does and the phase lets it."""
+        listens = self.rule.listens and round.phase.informs_mask and not round.phase.explores
+        server = round.federation.server
+        self.guide = Guide(server.subspace.size, server.rows.device) if listens else None
+
+    def receive(self, round: Round, received: Update) -> None:
+        """Hear what a cohort learned."""
+        if self.guide is not None and (told := self.rule.hear(received.rows, received.start)) is not None:
+            self.guide.add(told, received.weight, received.loss)
+
+    def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
+        """Remember what all clients told of the coordinates that trained."""
+        told = None if self.guide is None else self.guide.finish()
+        self.guide = None
+        if told is not None:
+            subspace = round.federation.server.subspace
+            heard = subspace.spread(told[0], self.rule.unheard(told[0]))
+            memory = None if self.memory is None else self.memory.to(heard.device)  # of a checkpoint, on the CPU
+            self.memory = self.rule.remember(memory, heard)
+
+    def due(self, number: int, phases: Phases) -> bool:
+        """Whether a mask is chosen before a round: the first after an exploration, and where the sparsity says so.
+
+        Before a round, not after the one before: so a checkpoint holds what the choice is made of, and a run that is
+        given more rounds makes it too.
+        """
+        if not self.changes and phases.explore is None:
+            return False
+        phase, explored = phases.at(number)[0], number > 0 and phases.at(number - 1)[0].explores
+        renewed = phase.informs_mask and self.renews(phases.of_kind(number))
+        return not phase.explores and (explored or renewed)
 
     def renews(self, round: int) -> bool:
         """Whether a mask is chosen anew before this learning round."""
@@ -87,11 +164,6 @@ class MaskChoice:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it from a checkpoint."""
         self.observed, self.memory, self.explored = state["observed"], state["memory"], state["explored"]
-
-
-def length_of(mask: Mask) -> int:
-    """Bytes of a mask as it is sent: none if everything trains."""
-    return 0 if mask.density == 1 else len(mask.to_bytes())
 
 
 def zero(net: nn.Module, space: ParamSpace, mask: Tensor) -> None:

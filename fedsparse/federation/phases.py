@@ -157,6 +157,10 @@ class Phases:
             round -= phase.rounds
         return self.rounds[-1], round
 
+    def explores(self, round: int) -> bool:
+        """Whether clients explore in a round."""
+        return self.at(round)[0].explores
+
     def closed(self, rounds: int) -> list[list[Any]]:
         """Name the phases of the first rounds, and how many of each: plain values for a checkpoint."""
         names = [self.at(round)[0].name for round in range(rounds)]

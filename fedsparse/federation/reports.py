@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fedsparse.federation.exchange.admission import NOT_FINITE
+from fedsparse.federation.exchange.admission import NOT_FINITE, of_those
+from fedsparse.federation.exchange.update import Update
 from fedsparse.federation.exchange.wire.message import Size
 from fedsparse.federation.stores.store import Kept
 
@@ -25,20 +26,37 @@ class Report:
 
     Attributes:
         clients: who trained.
+        group: the global row of each.
         up: bytes that each sent.
         dropped: updates that were left out.
         kept: what clients keep, by the store's name: their ids, and a row each.
-        steps: local steps that they took, all together.
+        local_steps: that they took, all together.
         clipped: how many of these had their gradient clipped.
 
     """
 
     clients: tuple[int, ...]
+    group: tuple[int, ...]
     up: tuple[Size, ...]
     dropped: tuple[Dropped, ...]
     kept: Kept
-    steps: int = 0
+    local_steps: int = 0
     clipped: int = 0
+
+    @classmethod
+    def of(cls, received: Update, group: tuple[int, ...], sizes: tuple[Size, ...], kept: Kept) -> Report:
+        """Report an update as it was received; of padding rows nothing is said."""
+        members = [k for k, client in enumerate(received.clients) if client >= 0]
+        why = {k: received.refused[k] for k in members if k in received.refused}
+        return cls(
+            tuple(received.clients[k] for k in members),
+            tuple(group[k] for k in members),
+            tuple(sizes[k] for k in members),
+            tuple(Dropped(received.round, received.clients[k], reason) for k, reason in why.items()),
+            of_those(kept, received) if kept else {},
+            received.local_steps,
+            received.clipped,
+        )
 
 
 class Diverged(RuntimeError):

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from fedsparse.masks.compare import overlaps
 from fedsparse.masks.gradual import Gradual
+from fedsparse.masks.guidance import deviation, normalise
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.quantiles import above_quantile
 from fedsparse.masks.rule import MaskRule
+from fedsparse.masks.scores import fisher
 from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.topk import top_fraction
 
-__all__ = ["Gradual", "Mask", "MaskRule", "Sparsity", "above_quantile", "overlaps", "select", "top_fraction"]
+__all__ = [
+    "Gradual",
+    "Mask",
+    "MaskRule",
+    "Sparsity",
+    "above_quantile",
+    "deviation",
+    "fisher",
+    "normalise",
+    "overlaps",
+    "select",
+    "top_fraction",
+]

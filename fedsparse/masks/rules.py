@@ -17,9 +17,9 @@ from fedsparse.core.checks import check_flag
 from fedsparse.core.space import ParamSpace
 from fedsparse.masks.autoflip import AutoFLIP
 from fedsparse.masks.criteria import Movement, Snip, SynFlow
-from fedsparse.masks.fisher import Fisher
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.rule import MaskRule
+from fedsparse.masks.sensitivity import Fisher
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.talos import Talos, talos
 

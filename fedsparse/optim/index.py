@@ -102,7 +102,7 @@ class Place:
 
     @property
     def numel(self) -> int:
-        """Coordinates that train."""
+        """Subspace that train."""
         return math.prod(self.gathered)
 
     @cached_property

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedsparse.simulation.module import ClientModule
+from fedsparse.federation.client.drift import Term
+from fedsparse.federation.client.training import Clients
 
 SECONDS = 2.0
 GAIN = 0.97  # a larger cohort has to take less than this share of a smaller one's time: clocks are noisy
 ROWS = 3  # values, gradient and change of each client, beside the optimizer's moments
 SHARE = 0.5  # of the free memory that a cohort may take
 
-Make = Callable[[int], ClientModule]
+Make = Callable[[int], Clients]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -56,7 +57,7 @@ def measure(make: Make, batch: Batch, clients: int, budget: float = SECONDS) -> 
     A size is left out if it would not fit in memory, or if trying it would take longer than the time that is left.
 
     Args:
-        make: builds a module of K clients that trains nothing else.
+        make: forms K clients.
         batch: x (B, ...) and y (B,) of one step.
         clients: of a round, the largest size.
         budget: seconds for all sizes.
@@ -69,17 +70,17 @@ def measure(make: Make, batch: Batch, clients: int, budget: float = SECONDS) -> 
         left = end - time.perf_counter()
         if found and (3 * size * found[1] > left or size > size_limit):
             break
-        module = make(size)
+        formed = make(size)
         if size == 1:
-            needed = client_bytes(module, batch)
+            needed = client_bytes(formed, batch)
             size_limit = max(1, int(SHARE * room) // needed)
-        found[size] = _seconds(module, batch, size, left / 4)
+        found[size] = _seconds(formed, batch, size, left / 4)
     return found
 
 
-def _seconds(module: ClientModule, batch: Batch, size: int, budget: float) -> float:
+def _seconds(clients: Clients, batch: Batch, size: int, budget: float) -> float:
     """Median seconds of a local step a client; at least two are taken, and the first does not count."""
-    step = _step(module, batch, size)
+    step = _step(clients, batch, size)
     step()
     times: list[float] = []
     while not times or (sum(times) < budget and len(times) < 50):
@@ -89,20 +90,22 @@ def _seconds(module: ClientModule, batch: Batch, size: int, budget: float) -> fl
     return statistics.median(times) / size
 
 
-def _step(module: ClientModule, batch: Batch, size: int) -> Callable[[], None]:
+def _step(clients: Clients, batch: Batch, size: int) -> Callable[[], None]:
     """One local step of so many clients, to its end on the device."""
     x, y = batch if size == 1 else tuple(part.expand(size, *part.shape).contiguous() for part in batch)
 
+    term = Term()
+
     def step() -> None:
-        module.local_step(x, y, (len(batch[1]),) * size).tolist()
+        clients.step(x, y, (len(batch[1]),) * size, term).tolist()
 
     return step
 
 
-def client_bytes(module: ClientModule, batch: Batch) -> int:
+def client_bytes(clients: Clients, batch: Batch) -> int:
     """Bytes that a client needs: its rows, and what a forward keeps for the backward."""
     kept: dict[int, int] = {}
-    rows = module.theta.untyped_storage().data_ptr()
+    rows = clients.theta.untyped_storage().data_ptr()
 
     def note(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() != rows:
@@ -110,8 +113,8 @@ def client_bytes(module: ClientModule, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _step(module, batch, 1)()
-    return (ROWS + len(module.local.moments)) * module.theta.nbytes + sum(kept.values())
+        _step(clients, batch, 1)()
+    return (ROWS + len(clients.optimizer.moments)) * clients.theta.nbytes + sum(kept.values())
 
 
 def free_memory(device: torch.device) -> int:

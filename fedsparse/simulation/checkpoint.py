@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from fedsparse.core import files
 from fedsparse.core.space import ParamSpace
 
 LAST, PREVIOUS = "last.ckpt", "last.previous.ckpt"
+
+
+def _never(round: int) -> bool:
+    return False
+
+
+def _nothing() -> None:
+    pass
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -34,26 +43,43 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Load without unpickling objects, and to the CPU: a GPU's checkpoint goes on without one too."""
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return renewed(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def renewed(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Write a checkpoint of an earlier version as today's: there the server's optimizer was one of Lightning's."""
+    rounds = checkpoint.get("callbacks", {}).get("FederatedRounds")
+    if rounds is None or "server" in rounds:
+        return checkpoint
+    server = {"optimizer": checkpoint["optimizer_states"][1], "rows": torch.zeros(0)}
+    kept = {**rounds, "server": server, "downlink": [rounds["downlink"]]}
+    return {**checkpoint, "optimizer_states": [], "callbacks": {**checkpoint["callbacks"], "FederatedRounds": kept}}
 
 
 class RoundCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, whose folder may have been moved between a kill and the resume.
 
-    A callback with a method ``saved`` is told when the last round's checkpoint is whole on the disk.
+    Args:
+        explores: whether clients explore in a round: what is there before the mask is chosen is no result, and never
+            best.
+        told: is called when a checkpoint is whole on the disk.
+        options: of ModelCheckpoint.
+
     """
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save; a round that was not evaluated has no score to compare, and Lightning would take an old one.
+    def __init__(
+        self, explores: Callable[[int], bool] = _never, told: Callable[[], None] = _nothing, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.explores, self.told = explores, told
 
-        What is there before the mask is chosen is no result: while clients explore, nothing is best.
-        """
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save; a round that was not evaluated has no score to compare, and Lightning would take an old one."""
         evaluated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-        if self.monitor is None or (evaluated and not getattr(pl_module, "explores", False)):
+        if self.monitor is None or (evaluated and not self.explores(trainer.current_epoch)):
             super().on_train_epoch_end(trainer, pl_module)
-        if self.monitor is None and self._last_global_step_saved == trainer.global_step:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                getattr(callback, "saved", lambda: None)()
+        if self._last_global_step_saved == trainer.global_step:
+            self.told()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state with all its paths moved to today's folder."""

@@ -22,12 +22,14 @@ class CopiedNet:
         self.net = copied(net).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def load(self, module: ClientModule, row: Tensor | None = None) -> None:
-        """Take the network's parameters and buffers as they are now, and in their place those of a row (P,)."""
+    def load(self, module: ClientModule, row: Tensor | None = None, buffers: Tensor | None = None) -> None:
+        """Take the network's parameters and buffers as they are now, and in their place those of rows."""
         for mine, its in zip(_values(self.net), _values(module.net), strict=True):
             mine.copy_(its)
         if row is not None:
             module.space.write(self.net, row)
+        if buffers is not None:
+            module.clients.buffers.space.write(self.net, buffers)
 
     @torch.no_grad()
     def outputs(

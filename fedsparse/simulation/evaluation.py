@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
@@ -16,22 +16,25 @@ from fedsparse.core import parallel
 SPLITS = ("val", "test")
 
 
-def client_figures(correct: np.ndarray, tests: Sequence[np.ndarray]) -> dict[str, float]:
+def client_figures(correct: np.ndarray, tests: Sequence[np.ndarray], groups: Sequence[int] = ()) -> dict[str, float]:
     """Accuracy per client: its mean, the mean of the worst tenth of the clients, and the standard deviation.
 
     Args:
-        correct: bool (N,), whether each sample of the test split was classified rightly.
+        correct: bool (N, G), whether each sample of the test split was classified rightly by each global model.
         tests: for every client the indices of its test part; a client without one is left out.
+        groups: for every client its global model; empty if there is one.
 
-    >>> figures = client_figures(np.array([1, 1, 0, 0]), [np.array([0, 1]), np.array([1, 2])])
+    >>> figures = client_figures(np.array([[1], [1], [0], [0]]), [np.array([0, 1]), np.array([1, 2])])
     >>> figures["client/acc_mean"], figures["client/acc_worst10"], figures["client/acc_std"]
     (0.75, 0.5, 0.25)
     """
-    held = [part for part in tests if len(part)]
-    if not held:
+    holders = [client for client, part in enumerate(tests) if len(part)]
+    if not holders:
         return {}
-    sizes = np.array([len(part) for part in held])
-    hits = np.add.reduceat(correct[np.concatenate(held)].astype(np.float64), sizes.cumsum() - sizes)
+    sizes = np.array([len(tests[client]) for client in holders])
+    own = np.repeat([groups[client] if groups else 0 for client in holders], sizes)
+    right = correct[np.concatenate([tests[client] for client in holders]), own]
+    hits = np.add.reduceat(right.astype(np.float64), sizes.cumsum() - sizes)
     accuracies = np.sort(hits / sizes)
     worst = accuracies[: max(1, len(accuracies) // 10)]
     return {
@@ -42,9 +45,15 @@ def client_figures(correct: np.ndarray, tests: Sequence[np.ndarray]) -> dict[str
 
 
 def split_figures(name: str, logits: Tensor, y: Tensor, losses: Tensor) -> dict[str, float]:
-    """Loss and accuracy of one split: logits (N, classes), labels (N,), losses (N,)."""
-    accuracy = multiclass_accuracy(logits, y, num_classes=logits.shape[1], average="micro")
+    """Loss and accuracy of a split, means over G models: logits (N, G, classes), labels (N,), losses (N, G)."""
+    labels = y.unsqueeze(1).expand(logits.shape[:2]).flatten()
+    accuracy = multiclass_accuracy(logits.flatten(0, 1), labels, num_classes=logits.shape[2], average="micro")
     return {f"{name}/loss": float(losses.double().mean()), f"{name}/acc": float(accuracy)}
+
+
+def of_all(clients: Sequence[int]) -> Sequence[int]:
+    """Give all clients the one global model."""
+    return ()
 
 
 class Evaluation(lightning.Callback):
@@ -56,11 +65,14 @@ class Evaluation(lightning.Callback):
     Args:
         tests: for every client the indices of its test part.
         own: samples at the end of the test split that are clients' own: test/loss and test/acc leave them out.
+        group: the global model of each of some clients; by default all share one.
 
     """
 
-    def __init__(self, tests: Sequence[np.ndarray] = (), own: int = 0) -> None:
-        self.tests, self.own = tests, own
+    def __init__(
+        self, tests: Sequence[np.ndarray] = (), own: int = 0, group: Callable[[Sequence[int]], Sequence[int]] = of_all
+    ) -> None:
+        self.tests, self.own, self.group = tests, own, group
         self.figures: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -85,8 +97,8 @@ class Evaluation(lightning.Callback):
             whole = {key: torch.cat([batch[key] for batch in seen]) for key in ("logits", "y", "losses")}
             common = len(whole["y"]) - (self.own if name == "test" else 0)
             self.figures |= split_figures(name, **{key: value[:common] for key, value in whole.items()})
-        correct = (whole["logits"].argmax(1) == whole["y"]).cpu().numpy()
-        self.figures |= client_figures(correct, self.tests)
+        correct = (whole["logits"].argmax(2) == whole["y"].unsqueeze(1)).cpu().numpy()
+        self.figures |= client_figures(correct, self.tests, self.group(range(len(self.tests))))
         pl_module.log_dict(self.figures, logger=False, batch_size=1)
 
     def _of_all(self, trainer: lightning.Trainer) -> list[list[dict[str, Tensor]]]:

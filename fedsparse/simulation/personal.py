@@ -29,6 +29,7 @@ from fedsparse.federation.figures import (
     columns,
     metrics_of,
 )
+from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.copied import CopiedNet
 from fedsparse.simulation.module import ClientModule
 
@@ -41,7 +42,7 @@ class Personal(lightning.Callback):
     A participant's part sees the global model that it received, its own model after training, and the new global
     model; that of a client that does not take part sees the global models alone. Whoever has no test part is left out,
     and so is a model that is not finite. It stands after the protocol, and ``before`` it stands what looks at the rows
-    while they are still the clients'. Coordinates and buffers that never leave a client are the client's own where it
+    while they are still the clients'. Subspace and buffers that never leave a client are the client's own where it
     trains, and the server's elsewhere.
 
     After a round that is due ``figures`` holds what ``client_figures.columns`` names.
@@ -54,6 +55,7 @@ class Personal(lightning.Callback):
         fraction: of the non-participants, in (0, 1]; drawn anew each time.
         seed: the run's seed.
         path: the table of clients; None writes none.
+        rounds: whose models these are; while clients explore, nobody is evaluated. None: one model, the network's.
 
     Raises:
         ValueError: an option is none of its choices; one line says which.
@@ -69,12 +71,13 @@ class Personal(lightning.Callback):
         fraction: float = 1.0,
         seed: int = 0,
         path: Path | None = None,
+        rounds: FederatedRounds | None = None,
     ) -> None:
         _check_some("metrics", metrics, METRICS)
         _check_some("who", who, GROUPS)
         _check(average, every, fraction)
         self.metrics, self.average, self.every = [m for m in METRICS if m in metrics], average, every
-        self.who, self.fraction, self.seed = who, fraction, seed
+        self.who, self.fraction, self.seed, self.rounds = who, fraction, seed, rounds
         self.table = RoundLines(",".join(["round,client,group,model,n", *self.metrics]), path)
         self.before = BeforeClosing(self)
         self.figures: dict[str, float] = {}
@@ -88,7 +91,8 @@ class Personal(lightning.Callback):
         """Open the round: who does not take part is evaluated on the global model."""
         self.figures, self.found = {}, list[Row]()
         last = trainer.current_epoch + 1 == trainer.max_epochs
-        self.due = ((trainer.current_epoch + 1) % self.every == 0 or last) and not module.explores
+        explores = self.rounds is not None and self.rounds.phase.explores
+        self.due = ((trainer.current_epoch + 1) % self.every == 0 or last) and not explores
         if self.due:
             self.groups = self._groups(trainer.datamodule, trainer.current_epoch)  # type: ignore[attr-defined]
             self._all(trainer, module, {OTHERS: self.groups.get(OTHERS, [])}, START)
@@ -97,7 +101,13 @@ class Personal(lightning.Callback):
         self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, batch_idx: int
     ) -> None:
         """Evaluate what the cohort has received."""
-        self.cohort(trainer, module, batch, START)
+        received, clients = module.received, module.clients
+        assert received is not None  # the rounds stand before this
+        for place, client in batch.members if self.due and PARTICIPANTS in self.who else ():
+            row = clients.theta[0].detach().clone()  # what does not train is the same in all
+            clients.subspace.write(row, received.values[place])
+            self.copied.load(module, row, clients.buffers.of(client, received.group[place]))
+            self._evaluate(trainer, module, client, PARTICIPANTS, START)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
@@ -107,17 +117,20 @@ class Personal(lightning.Callback):
             self._all(trainer, module, self.groups, GLOBAL)
             self._close(trainer.current_epoch + 1)
 
-    def cohort(self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, model: str) -> None:
-        """Evaluate the rows of a cohort, each on its client's test part."""
+    def cohort(self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort) -> None:
+        """Evaluate the clients' own models, each on its test part, while the rows are still theirs."""
         for row, client in batch.members if self.due and PARTICIPANTS in self.who else ():
-            self.copied.load(module, module.theta[row])
-            self._evaluate(trainer, module, client, PARTICIPANTS, model)
+            self.copied.load(module, module.clients.theta[row])
+            self._evaluate(trainer, module, client, PARTICIPANTS, LOCAL)
 
     def _all(self, trainer: Any, module: ClientModule, groups: dict[str, list[int]], model: str) -> None:
         """Evaluate the global model for clients of all groups, shared out among the processes."""
         self.copied.load(module)
         listed = [(client, group) for group, clients in groups.items() for client in clients]
         for client, group in listed[parallel.process() :: parallel.processes()]:
+            if self.rounds is not None and module.groups > 1:
+                federation, own = self.rounds.federation, self.rounds.federation.topology.group([client])[0]
+                self.copied.load(module, federation.server.rows[own], federation.buffers.values[own])
             self._evaluate(trainer, module, client, group, model)
 
     def _groups(self, data: Any, round: int) -> dict[str, list[int]]:
@@ -159,7 +172,7 @@ class BeforeClosing(lightning.Callback):
         self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
     ) -> None:
         """Evaluate the clients' own models."""
-        self.personal.cohort(trainer, module, batch, LOCAL)
+        self.personal.cohort(trainer, module, batch)
 
 
 def _some(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:

@@ -124,4 +124,4 @@ class RoundProgress(lightning.Callback):
         loss, accuracy = self.rounds.loss, self.accuracy
         shown = [f"loss {loss:.3f}" if loss == loss else "loss  -   "]
         shown.append(f"val acc {accuracy:6.2%}" if accuracy == accuracy else "val acc   -   ")
-        return "  ".join([*shown, f"sent up {human_bytes(self.rounds.ledger.bytes_up)}"])
+        return "  ".join([*shown, f"sent up {human_bytes(self.rounds.federation.ledger.bytes_up)}"])

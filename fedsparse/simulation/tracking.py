@@ -57,15 +57,14 @@ class RoundLog(lightning.Callback):
 
     def figures(self) -> dict[str, float]:
         """Figures of the round: loss, learning rate, bytes so far, dropped updates so far, evaluation."""
-        rounds = self.rounds
-        assert rounds.phases is not None
+        rounds, federation = self.rounds, self.rounds.federation
         training = {"train/loss": rounds.loss, "lr": rounds.lr}
-        if len(rounds.phases.rounds) > 1:
-            training["phase"] = rounds.phases.rounds.index(rounds.phase)
+        if len(federation.phases.rounds) > 1:
+            training["phase"] = federation.phases.rounds.index(rounds.phase)
         personal = {} if self.personal is None else self.personal.figures
-        counted = rounds.ledger.figures() | {
-            "client_steps": rounds.ledger.client_steps,
-            "dropped_updates": len(rounds.dropped),
+        counted = federation.ledger.figures() | {
+            "client_steps": federation.ledger.client_steps,
+            "dropped_updates": len(federation.dropped),
         }
         return training | self.evaluation.figures | personal | counted
 

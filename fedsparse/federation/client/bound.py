@@ -61,6 +61,7 @@ class BoundRow:
         self.apart = {piece.name for piece in split if piece.name} - self.units.keys()
         for view, piece in zip(self.views, split, strict=True):
             view.grad = None if piece.name in self.apart else piece.of(self.grad)
+        self.bind()
 
     def bind(self) -> None:
         """Make the network's parameters and gradients views of the row's, and let its layers skip what is frozen."""
@@ -92,14 +93,10 @@ class BoundRow:
         losses = self.losses(self.forward, x, y)
         weight = losses.new_full((real,), 1 / real)  # as mean().backward(), two kernels shorter
         losses.backward(weight if scale is None else weight * scale)
-        self._collect()
-        return losses.detach().mean()
-
-    def _collect(self) -> None:
-        """Hand the gradients that a backward made anew to the optimizer's pieces."""
-        for parameter, view in self.taken:
+        for parameter, view in self.taken:  # the gradients that this backward made anew
             view.grad = torch.zeros_like(view) if parameter.grad is None else parameter.grad
         self.gradients = [view.grad for view in self.views if view.grad is not None]
+        return losses.detach().mean()
 
     def parts(self, row: Tensor) -> list[Tensor]:
         """View a row (P,) or (1, P) piece by piece, as ``views`` and ``gradients`` are."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedsparse.core.checks import check_choice
 from fedsparse.core.space import ParamSpace
-from fedsparse.federation.stores.store import ClientStore, MemoryStore
+from fedsparse.federation.stores.store import ClientStore, Kept, MemoryStore
 
+BUFFERS = "client_buffers"  # the store's name
 POLICIES = ("average", "local", "frozen")
 
 
@@ -21,76 +22,74 @@ class Buffers:
     """Float buffers of the network of a cohort of one.
 
     Args:
+        net: the network; its buffers are the global ones.
         policy: ``average`` sends their change with the update and averages it with the same weights; ``local`` keeps
             them with each client; ``frozen`` leaves them as they were pre-trained.
         store: where ``local`` keeps them; in memory by default.
+        groups: G, global models.
+
+    Attributes:
+        values: (G, all) global values of all float buffers.
+        size: Q, values that travel.
 
     Raises:
         ValueError: an unknown policy.
 
     """
 
-    def __init__(self, policy: str = "average", store: ClientStore | None = None) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"federation.buffers is {policy!r}; it must be one of {', '.join(POLICIES)}")
-        self.policy = policy
+    def __init__(
+        self, net: nn.Module, policy: str = "average", store: ClientStore | None = None, groups: int = 1
+    ) -> None:
+        check_choice("federation.buffers", policy, *POLICIES)
+        self.net, self.policy, self.space = net, policy, ParamSpace.of_buffers(net)
         self.store: ClientStore = MemoryStore() if store is None else store
-        self.space = ParamSpace((), ())
-        self.row = torch.zeros(0)
-
-    @property
-    def size(self) -> int:
-        """Q, values that travel."""
-        return self.row.numel()
-
-    def open(self, net: nn.Module) -> None:
-        """Take the network's buffers as the global ones; called when training starts or goes on."""
-        self.net, self.every = net, ParamSpace.of_buffers(net)
-        self.start = self.every.read(net)
+        self.values = self.space.read(net).to(next(net.parameters()).device).repeat(groups, 1)
+        self.size = self.space.size if policy == "average" else 0
         self.integers = integers(net)
-        self.space = self.every if self.policy == "average" else ParamSpace((), ())
-        self.row = self.space.read(net).to(next(net.parameters()).device)
 
-    def send(self, clients: Sequence[int]) -> None:
-        """Give a client the global buffers, or its own."""
-        if not self.every.size:
-            return
-        kept = self.store.get(clients[0], self.start) if self.policy == "local" else self.start
-        self.every.write(self.net, kept)
+    def of(self, client: int, group: int) -> Tensor:
+        """Values of all float buffers that a client starts with: the global ones of its group, or its own."""
+        return self.store.get(client, self.values[group]) if self.policy == "local" else self.values[group]
+
+    def start(self, clients: Sequence[int], groups: Sequence[int]) -> None:
+        """Give a client the values that it starts with."""
+        self.space.write(self.net, self.of(clients[0], groups[0]))
         if self.policy == "frozen":
             freeze(self.net)
 
-    def take(self, clients: int) -> Tensor:
-        """Change (K, Q) of the buffers that travel, for so many clients."""
-        if not self.space.size:
-            return self.row.expand(clients, 0)
-        return (self.space.read(self.net) - self.row).expand(clients, -1)  # stacked clients change none
+    def change(self, groups: Sequence[int]) -> Tensor:
+        """Change (K, Q) of the buffers that travel, of K clients of these groups."""
+        if not self.size:
+            return self.values[:, :0].new_zeros(len(groups), 0)
+        return (self.space.read(self.net) - self.values[groups[0]]).expand(len(groups), -1)  # stacked ones change none
 
-    def kept(self) -> Tensor | None:
-        """What the client that has just trained keeps (1, values), or None."""
-        local = self.policy == "local" and self.every.size
-        return self.every.read(self.net).unsqueeze(0).cpu() if local else None
+    def kept(self, clients: Sequence[int]) -> Kept:
+        """What the client that has just trained keeps of them."""
+        if self.policy != "local":
+            return {}
+        return {BUFFERS: (tuple(clients), self.space.read(self.net).unsqueeze(0).cpu())}
 
-    def hand_on(self) -> None:
+    def hand_on(self, group: int) -> None:
         """Let the next client, and the global model, have the buffers of the one that has just trained."""
-        if self.every.size and self.policy == "average":
-            self.row = self.start = self.every.read(self.net)
+        if self.size:
+            self.values[group] = self.space.read(self.net)
 
-    def close(self, change: Tensor) -> None:
-        """Add the mean change (G, Q) and put the global buffers into the network.
+    def step(self, change: Tensor, sent: Sequence[bool]) -> None:
+        """Add the mean change (G, Q) of the groups that somebody sent to.
 
         Raises:
             ValueError: an integer buffer other than a batch counter changed: it cannot be averaged.
 
         """
-        check_integers(self.net, self.integers)
-        if self.space.size:
-            self.row = self.start = self.row + change[0].to(self.row.dtype)
-        self.stay()
+        if self.integers:
+            check_integers(self.net, self.integers)
+        for group in range(len(sent)) if self.size else ():
+            if sent[group]:
+                self.values[group] += change[group].to(self.values.dtype)
 
-    def stay(self) -> None:
-        """Put the global buffers into the network as they are: adding a change of 0 would turn -0.0 into 0.0."""
-        self.every.write(self.net, self.start)
+    def show(self, group: int = 0) -> None:
+        """Put the global values of a group into the network."""
+        self.space.write(self.net, self.values[group])
 
 
 def integers(net: nn.Module) -> dict[str, Tensor]:

@@ -1,18 +1,19 @@
-"""What clients minimise beside their loss: terms that are added to their gradients.
+"""What keeps clients from drifting apart: terms that are added to the gradients of their loss.
 
 Shapes: K clients of the cohort, P coordinates of which n train, N clients in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_number
-from fedsparse.core.subspace import Coordinates, Move
+from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.client.bound import BoundRow
 from fedsparse.federation.client.stacked import StackedRows
 from fedsparse.federation.stores.store import ClientStore, Kept, MemoryStore, read
@@ -38,12 +39,23 @@ def step_weight(steps: int, momentum: float = 0.0, dampening: float = 0.0, neste
 
 def step_weights(count: Sequence[Sequence[int]], optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     """Sum the step weights of K clients: ``count`` [S][K] real samples of each step."""
-    options = {key: optimizer.defaults[key] for key in ("momentum", "dampening", "nesterov")}
+    options = {key: optimizer.defaults.get(key, 0) for key in ("momentum", "dampening", "nesterov")}
     return tuple(step_weight(sum(1 for n in steps if n), **options) for steps in zip(*count, strict=True))
 
 
-class Objective(Protocol):
-    """Adds to the clients' gradients.
+class Term:
+    """What is added to the gradients of K clients in one round: nothing, if no other says more."""
+
+    def correct(self, rows: Rows) -> None:
+        """Add to the gradients of a local step."""
+
+    def finish(self, change: Tensor, lr: float, steps: Sequence[float]) -> Kept:
+        """Say what the clients keep of a round in which they changed so much, (K, n)."""
+        return {}
+
+
+class Objective:
+    """What clients minimise beside their loss; one that adds nothing, for others to build on.
 
     Attributes:
         messages: rows of values that travel each way beside the update, counted as messages of their own.
@@ -51,70 +63,41 @@ class Objective(Protocol):
 
     """
 
-    messages: int
-    stores: dict[str, ClientStore]
-
-    def start(self, theta: Tensor, clients: Sequence[int], trained: Coordinates) -> None:
-        """Note where K clients start, rows (K, P)."""
-
-    def correct(self, rows: Rows) -> None:
-        """Add to the gradients of a local step."""
-
-    def finish(self, change: Tensor, clients: Sequence[int], lr: float, steps: Sequence[float]) -> Kept:
-        """Learn what K clients changed, (K, n): what they keep, by the store's name."""
-
-    def take(self, name: str, clients: Sequence[int], rows: Tensor) -> None:
-        """Learn what clients will keep, before the store is told."""
-
-    def close(self) -> None:
-        """End a round, when all clients have been heard."""
-
-    def follow(self, move: Move) -> None:
-        """Let other coordinates train from now on."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What lasts over rounds on the server."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it from a checkpoint."""
-
-
-class Plain:
-    """The loss alone."""
-
     messages = 0
 
     def __init__(self) -> None:
         self.stores: dict[str, ClientStore] = {}
 
-    def start(self, theta: Tensor, clients: Sequence[int], trained: Coordinates) -> None:
-        """Nothing to note."""
+    def keep_in(self, make: Callable[[str], ClientStore]) -> None:
+        """Let the clients keep what it needs in other stores, made by name."""
+        self.stores = {name: make(name) for name in self.stores}
 
-    def correct(self, rows: Rows) -> None:
-        """Nothing to add."""
+    def begin(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> Term:
+        """Make the term of K clients that start from rows (K, P)."""
+        return Term()
 
-    def finish(self, change: Tensor, clients: Sequence[int], lr: float, steps: Sequence[float]) -> Kept:
-        """Nothing is kept."""
-        return {}
-
-    def take(self, name: str, clients: Sequence[int], rows: Tensor) -> None:
-        """Nothing to learn."""
+    def hear(self, kept: Kept) -> None:
+        """Learn what clients will keep, before the stores are told."""
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End a round, when all clients have been heard."""
 
-    def follow(self, move: Move) -> None:
-        """Nothing to carry over."""
+    def move(self, carry: Carry) -> None:
+        """Let other coordinates train from now on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing lasts."""
+        """What lasts over rounds on the server."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take."""
+        """Take it from a checkpoint."""
 
 
-class FedProx(Plain):
+class Plain(Objective):
+    """The loss alone."""
+
+
+class FedProx(Objective):
     r"""A pull back to the global model, :math:`\mu / 2 \lVert \theta - \theta_0 \rVert^2` (Li et al. 2020, equation 2).
 
     What does not train does not move, and so is not pulled.
@@ -132,17 +115,25 @@ class FedProx(Plain):
         check_number("objective.mu", mu, least=0)
         self.mu = mu
 
-    def start(self, theta: Tensor, clients: Sequence[int], trained: Coordinates) -> None:
+    def begin(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> Term:
         """Keep the start."""
-        self.anchor = theta.detach().clone()
+        return Pull(theta.detach().clone(), self.mu)
+
+
+@dataclass(frozen=True)
+class Pull(Term):
+    """FedProx's term: ``mu`` times the way from the start, ``anchor`` (K, P)."""
+
+    anchor: Tensor
+    mu: float
 
     def correct(self, rows: Rows) -> None:
-        """Add mu times the way from the start."""
+        """Add it."""
         for gradient, value, anchor in zip(rows.gradients, rows.views, rows.parts(self.anchor), strict=True):
             gradient.add_(value.detach() - anchor, alpha=self.mu)
 
 
-class Scaffold(Plain):
+class Scaffold(Objective):
     r"""Gradients corrected by :math:`c - c_i`, against the drift of clients (Karimireddy et al. 2020, option II).
 
     A client's variate becomes :math:`c_i - c + (x - y_i) / (\eta \lVert a_i \rVert_1)`; all begin at 0, so that c is
@@ -167,30 +158,21 @@ class Scaffold(Plain):
         self.mean: Tensor | None = None
         self.moved: Tensor | None = None  # what c will change by when the round closes: all clients of one start alike
 
-    def start(self, theta: Tensor, clients: Sequence[int], trained: Coordinates) -> None:
+    def begin(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> Term:
         """Look the variates up; the correction of what does not train is 0."""
-        like = trained.of(theta.detach())
+        like = subspace.of(theta.detach())
         if self.mean is None:
             self.mean = torch.zeros(like.shape[1], dtype=torch.float64, device=like.device)
         self.mean = self.mean.to(like.device)
-        self.own = read(self.stores[VARIATES], clients, torch.zeros_like(like))
-        self.correction = torch.zeros_like(theta)
-        trained.write(self.correction, self.mean.to(like.dtype) - self.own)
+        own, mean = read(self.stores[VARIATES], clients, torch.zeros_like(like)), self.mean.to(like.dtype)
+        correction = torch.zeros_like(theta)
+        subspace.write(correction, mean - own)
+        return Control(tuple(clients), own, mean, correction)
 
-    def correct(self, rows: Rows) -> None:
-        """Add c - c_i."""
-        for gradient, part in zip(rows.gradients, rows.parts(self.correction), strict=True):
-            gradient.add_(part)
-
-    def finish(self, change: Tensor, clients: Sequence[int], lr: float, steps: Sequence[float]) -> Kept:
-        """Renew the clients' variates."""
-        assert self.mean is not None
-        far = change.new_tensor([lr * max(a, 1.0) for a in steps]).unsqueeze(1)
-        return {VARIATES: (tuple(clients), self.own - self.mean.to(change.dtype) - change / far)}
-
-    def take(self, name: str, clients: Sequence[int], rows: Tensor) -> None:
+    def hear(self, kept: Kept) -> None:
         """Sum what changes in the clients' variates."""
-        if name == VARIATES:
+        if VARIATES in kept:
+            clients, rows = kept[VARIATES]
             before = read(self.stores[VARIATES], clients, torch.zeros_like(rows))
             moved = (rows.double() - before.double()).sum(0) / self.num_clients
             self.moved = moved if self.moved is None else self.moved + moved
@@ -201,9 +183,9 @@ class Scaffold(Plain):
             self.mean += self.moved.to(self.mean.device)
         self.moved = None
 
-    def follow(self, move: Move) -> None:
+    def move(self, carry: Carry) -> None:
         """Carry the server's variate over; the clients' lie in their store."""
-        self.mean = None if self.mean is None else move(self.mean)
+        self.mean = None if self.mean is None else carry(self.mean)
 
     def state_dict(self) -> dict[str, Any]:
         """The server's variate."""
@@ -212,3 +194,23 @@ class Scaffold(Plain):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it."""
         self.mean = state["mean"]
+
+
+@dataclass(frozen=True)
+class Control(Term):
+    """SCAFFOLD's term of K clients: their variates ``own`` (K, n), c (n,), and c - c_i laid out as (K, P)."""
+
+    clients: tuple[int, ...]
+    own: Tensor
+    mean: Tensor
+    correction: Tensor
+
+    def correct(self, rows: Rows) -> None:
+        """Add c - c_i."""
+        for gradient, part in zip(rows.gradients, rows.parts(self.correction), strict=True):
+            gradient.add_(part)
+
+    def finish(self, change: Tensor, lr: float, steps: Sequence[float]) -> Kept:
+        """Renew the clients' variates."""
+        far = change.new_tensor([lr * max(a, 1.0) for a in steps]).unsqueeze(1)
+        return {VARIATES: (self.clients, self.own - self.mean - change / far)}

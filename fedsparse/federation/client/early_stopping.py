@@ -28,6 +28,7 @@ class Patience:
     """
 
     def __init__(self, counts: Counts, epochs: int, patience: int) -> None:
+        self.counts = counts
         steps = [sum(n > 0 for n in own) for own in zip(*counts, strict=True)]
         self.length = [max(1, total // epochs) for total in steps]  # steps of an epoch, by client
         self.patience = patience

@@ -6,7 +6,7 @@ Shapes: K clients of the cohort, n coordinates that train, Q buffer values.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,8 @@ def counted(update: Update) -> list[int]:
 def finite(update: Update) -> Update:
     """Refuse updates of which rows, buffers or loss are not finite."""
     pairs = enumerate(zip(finite_rows(update.rows, update.buffers), update.loss, strict=True))
-    return refuse(update, {k: NOT_FINITE for k, (good, loss) in pairs if not (good and math.isfinite(loss))})
+    why = {k: NOT_FINITE for k, (good, loss) in pairs if not (good and math.isfinite(loss))}
+    return refuse(update, why) if why else update
 
 
 def finite_rows(first: Tensor, *others: Tensor) -> list[bool]:
@@ -49,7 +50,7 @@ def of_those(kept: Kept, update: Update) -> Kept:
     return found
 
 
-def admit(received: Update, known: Update) -> Update:
+def admit(received: Update, weight: Sequence[float], between: bool) -> Update:
     """Refuse what cannot be true of a client, or cannot be averaged.
 
     A weight must be above 0, and at most the known one: the samples that the server knows the client to hold, those
@@ -57,13 +58,14 @@ def admit(received: Update, known: Update) -> Update:
 
     Args:
         received: what clients sent.
-        known: what the server knows of them without being told.
+        weight: what the server knows of their weights without being told.
+        between: whether anything has changed the values since the clients looked whether they are finite.
 
     """
-    if received is known:  # nothing came between
-        return received
-    pairs = enumerate(zip(received.weight, known.weight, strict=True))
-    return finite(refuse(received, {k: _claims(a, b) for k, (a, b) in pairs if not (0 < a <= b or a == 0 == b)}))
+    pairs = enumerate(zip(received.weight, weight, strict=True))
+    claims = {k: _claims(a, b) for k, (a, b) in pairs if not (0 < a <= b or a == 0 == b) and k not in received.refused}
+    admitted = refuse(received, claims) if claims else received
+    return finite(admitted) if between else admitted
 
 
 def _claims(weight: float, known: float) -> str:
@@ -72,8 +74,6 @@ def _claims(weight: float, known: float) -> str:
 
 def refuse(update: Update, why: Mapping[int, str]) -> Update:
     """Leave rows out: by selection, so that NaN never reaches a sum; what they were refused for first stays noted."""
-    if not why:
-        return update
     good = [k not in why for k in range(len(update.clients))]
     keep = torch.tensor(good, device=update.rows.device).unsqueeze(1)
     return replace(

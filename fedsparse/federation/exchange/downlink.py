@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsparse.core.subspace import Move
+from fedsparse.core.subspace import Carry
 from fedsparse.federation.exchange.wire.message import HEADER, Size, known_size
 from fedsparse.federation.exchange.wire.positions import write_positions
 
@@ -78,19 +78,19 @@ class Downlink:
             last = torch.full(moved.shape, self.moved) if isinstance(self.moved, int) else self.moved
             self.moved = torch.where(moved, round, last.to(moved.device)).int()
 
-    def follow(self, move: Move, round: int, zeros: bool = False) -> None:
-        """Let other coordinates train after a round; with ``zeros`` those that stop become zero.
+    def move(self, carry: Carry) -> None:
+        """Let other coordinates train, or become zero, before a round.
 
         What has moved for the last time, or has become zero, still has to reach who holds an older model.
         """
-        self.known, self.zeros = {}, zeros
+        self.known, self.zeros = {}, carry.zeros
         if isinstance(self.moved, int):
-            self.moved = torch.full((move.before.size,), self.moved, dtype=torch.int32)
-        last = move.before.spread(self.moved, _NEVER).cpu().clone()
+            self.moved = torch.full((carry.before.size,), self.moved, dtype=torch.int32)
+        last = carry.before.spread(self.moved, _NEVER).cpu().clone()
         last = last if self.stopped is None else torch.maximum(last, self.stopped)
-        goes_on = move.after.spread(torch.ones(move.after.size, dtype=torch.bool), False)
-        if zeros:
-            last[move.before.spread(torch.ones(move.before.size, dtype=torch.bool), False) & ~goes_on] = round
+        goes_on = carry.after.mask.cpu()
+        if carry.zeros:
+            last[carry.before.mask.cpu() & ~goes_on] = carry.round - 1
         self.moved = last[goes_on]
         self.stopped = last.masked_fill(goes_on, _NEVER)
 

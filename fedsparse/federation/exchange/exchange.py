@@ -7,14 +7,15 @@ only: nothing else can change. Nothing here knows of the simulator.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsparse.core.space import ParamSpace
+from fedsparse.core.subspace import Carry
 from fedsparse.federation.exchange.admission import admit, finite, refuse
 from fedsparse.federation.exchange.scores import select
 from fedsparse.federation.exchange.sparsifiers import Layout, Rule, Sender
@@ -31,11 +32,56 @@ PAYLOADS = ("change", "value")
 Send = Callable[[Update], Payload]
 
 
-class Filter(Protocol):
-    """Changes an update on its way; the first of a list sees it first and hears last what became of it."""
+class Filter:
+    """Changes an update on its way; the first of a list sees it first and hears last what became of it.
+
+    Attributes:
+        carries: whether what is not sent is carried over to the next round.
+        stores: what the clients keep for it, by name.
+
+    """
+
+    carries = False
+
+    def __init__(self) -> None:
+        self.stores: dict[str, ClientStore] = {}
+
+    def keep_in(self, make: Callable[[str], ClientStore]) -> None:
+        """Let the clients keep what it needs in other stores, made by name."""
+        self.stores = {name: make(name) for name in self.stores}
 
     def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
         """Send an update on; ``exchange.decode`` says what the receiver reads."""
+        return send(update)
+
+
+@dataclass(frozen=True)
+class Sendable:
+    """Which of the coordinates that train may travel.
+
+    Attributes:
+        trained: bool (P,), which coordinates train.
+        travels: bool (n,), which of these do not stay with the client.
+        layout: the tensors that they belong to.
+        all: whether all travel.
+        size: how many do.
+        frozen: coordinates that neither train nor stay with the client.
+
+    """
+
+    trained: Tensor
+    travels: Tensor
+    layout: Layout
+    all: bool
+    size: int
+    frozen: int
+
+    @classmethod
+    def of(cls, trained: Tensor, local: Tensor, space: ParamSpace | None) -> Sendable:
+        """Find them, for coordinates that train and those that stay with the client: bool (P,)."""
+        local = local.to(trained.device)
+        travels, frozen = ~local[trained], int((~trained & ~local).sum())
+        return cls(trained, travels, _layout(space, trained), bool(travels.all()), int(travels.sum()), frozen)
 
 
 class Exchange:
@@ -55,13 +101,17 @@ class Exchange:
         space: the tensors' names; None where no rule asks for them.
 
     Attributes:
-        size: coordinates that may travel: those that train and do not stay with the client.
+        sendable: which coordinates may travel.
+        size: how many of those that train.
+        still: how many that do not train are sent all the same, as zeros behind the others.
         own: whether clients send different coordinates, so that each is averaged over those who sent it.
 
     Raises:
         ValueError: an unknown payload, or a compatibility that needs another one.
 
     """
+
+    whole = False  # whether coordinates that do not train are sent too
 
     def __init__(
         self,
@@ -86,57 +136,52 @@ class Exchange:
 
     def follow(self, trained: Tensor) -> None:
         """Let these coordinates train from now on, bool (P,); updates lie on its device."""
-        local = self.local.to(trained.device)
-        self.trained, self.travels = trained, ~local[trained]
-        self.still = self._still(int((~trained & ~local).sum()))
-        self.all, self.size = bool(self.travels.all()), int(self.travels.sum())
-        self.layout = _layout(self.space, trained)
+        self.sendable = Sendable.of(trained, self.local, self.space)
+        self.size, self.still = self.sendable.size, self.sendable.frozen * self.whole
 
-    def _still(self, frozen: int) -> int:
-        """Count the frozen coordinates that are sent all the same, as zeros behind the others."""
-        return 0
+    def move(self, carry: Carry) -> None:
+        """Let other coordinates train, between two rounds."""
+        self.follow(carry.after.mask)
 
     @property
     def feedback(self) -> bool:
         """Whether what is not sent is carried over to the next round."""
-        return any(getattr(chosen, "carries", False) for chosen in self.filters)
+        return any(chosen.carries for chosen in self.filters)
 
+    @property
     def stores(self) -> dict[str, ClientStore]:
         """What the clients keep for the filters, by name."""
-        return {name: store for chosen in self.filters for name, store in getattr(chosen, "stores", {}).items()}
+        return {name: store for chosen in self.filters for name, store in chosen.stores.items()}
 
     def keep_in(self, make: Callable[[str], ClientStore]) -> None:
         """Let the clients keep what filters need in other stores, made by name."""
         for chosen in self.filters:
-            held = getattr(chosen, "stores", {})
-            held |= {name: make(name) for name in held}
-
-    def kept(self) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-        """Rows that the clients of the last update keep, by the store's name."""
-        return {name: kept for chosen in self.filters for name, kept in getattr(chosen, "kept", {}).items()}
+            chosen.keep_in(make)
 
     def encode(self, update: Update) -> Payload:
         """Send an update through the filters."""
+        if not self.filters:
+            return self._send(update)
         send: Send = self._send
         for chosen in reversed(self.filters):
             send = partial(chosen, send=send, exchange=self)
         return send(update)
 
-    def decode(self, payload: Payload, known: Update | None = None) -> Update:
+    def decode(self, payload: Payload, weight: Sequence[float] | None = None) -> Update:
         """Read what the clients changed; what was not sent is zero, and who cannot be believed does not count.
 
         Args:
             payload: what they send.
-            known: what the receiver knows of them without being told, by which their claims are judged; None: what the
-                payload says beside its messages.
+            weight: the most that the receiver knows that each may weigh, without being told; None: as the sender says.
 
         Raises:
             PayloadError: a message is broken.
 
         """
         update = self._received(payload) if payload.written else payload.update
-        update = _absent_is_zero(update, self.layout) if self.compat else update
-        return admit(update, payload.update if known is None else known)
+        update = _absent_is_zero(update, self.sendable.layout) if self.compat else update
+        between = bool(payload.written or self.filters or self.compat)
+        return admit(update, payload.update.weight if weight is None else weight, between)
 
     def messages(self, payload: Payload) -> list[bytes]:
         """Write each client's message, where ``encode`` had no need to."""
@@ -154,15 +199,15 @@ class Exchange:
 
     def _in_place(self, update: Update) -> Payload:
         """Leave the values where they are; only count them."""
-        held = self._held(update.clients)
+        held = None if self.masks is None else self._held(update.clients)
         extra = update.buffers.shape[1]
         if held is None:
             sizes = (known_size(self.size + self.still, extra, update.rows.dtype),) * len(update.clients)
         else:
             sizes = tuple(known_size(count, extra, update.rows.dtype) for count in held.sum(1).tolist())
-        if held is None and self.all:
+        if held is None and self.sendable.all:
             return Payload(update, sizes)
-        rows = torch.where(self.travels if held is None else held, update.rows, 0.0)
+        rows = torch.where(self.sendable.travels if held is None else held, update.rows, 0.0)
         return Payload(replace(update, rows=rows, sent=held), sizes)
 
     def _message(self, update: Update, k: int) -> bytes:
@@ -190,7 +235,7 @@ class Exchange:
         """What the rule chooses of what a client may send."""
         if self.rule is None:
             return None
-        layout = self.layout.at(index)
+        layout = self.sendable.layout.at(index)
         return self.rule.mark(theta, anchor, layout, Sender(max(0, update.clients[k]), update.round))
 
     def _received(self, payload: Payload) -> Update:
@@ -209,7 +254,7 @@ class Exchange:
             loss=tuple(message.loss for message in said),
         )
         model = f"buffer values, where the model has {len(none)}"
-        return refuse(received, {k: f"{count} {model}" for k, count in other.items()})
+        return refuse(received, {k: f"{count} {model}" for k, count in other.items()}) if other else received
 
     def _read(self, message: bytes, update: Update, k: int) -> tuple[Tensor, Tensor, Message]:
         """Read one client's message: change (n,), sent bool (n,), and all that it says."""
@@ -240,14 +285,14 @@ class Exchange:
             return None
         held = self.masks(clients)
         assert held is not None  # there are own masks: they are why this exchange was given them
-        return held[:, self.trained] & self.travels
+        return held[:, self.sendable.trained] & self.sendable.travels
 
     def _known(self, client: int) -> Tensor | None:
         """Positions that a client may send, among the n; None for all."""
         held = self._held([client])
-        if held is None and self.all:
+        if held is None and self.sendable.all:
             return None
-        return (self.travels if held is None else held[0]).nonzero().squeeze(1)
+        return (self.sendable.travels if held is None else held[0]).nonzero().squeeze(1)
 
 
 class Full(Exchange):
@@ -263,8 +308,7 @@ class Full(Exchange):
             raise ValueError("mask.owner=client needs exchange=masked: each client sends what its own mask trains")
         super().__init__(trained, local, **options)
 
-    def _still(self, frozen: int) -> int:
-        return frozen
+    whole = True
 
 
 def _layout(space: ParamSpace | None, trained: Tensor) -> Layout:

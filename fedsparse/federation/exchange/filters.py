@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedsparse.core.checks import check_number
 from fedsparse.federation.exchange.admission import counted
-from fedsparse.federation.exchange.exchange import Exchange, Send
+from fedsparse.federation.exchange.exchange import Exchange, Filter, Send
 from fedsparse.federation.exchange.update import Payload, Update
 from fedsparse.federation.stores.store import ClientStore, MemoryStore, read
 
@@ -23,7 +22,7 @@ RESIDUAL = "residuals"
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-class Feedback:
+class Feedback(Filter):
     """Error feedback: what a message leaves out, or rounds away, is added to the client's next change.
 
     Sent plus kept equals carried plus change (Stich et al. 2018, algorithm 1; Karimireddy et al. 2019).
@@ -41,8 +40,9 @@ class Feedback:
 
     def __init__(self, decay: float = 1.0, store: ClientStore | None = None) -> None:
         check_number("exchange.feedback", decay, above=0, most=1)
-        self.decay, self.kept = decay, dict[str, tuple[tuple[int, ...], Tensor]]()
-        self.stores: dict[str, ClientStore] = {RESIDUAL: MemoryStore() if store is None else store}
+        super().__init__()
+        self.decay = decay
+        self.stores[RESIDUAL] = MemoryStore() if store is None else store
 
     def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
         """Add what is carried over, send, and keep what did not arrive."""
@@ -50,17 +50,13 @@ class Feedback:
         wanted = update.rows + self.decay * carried
         payload = send(replace(update, rows=wanted))
         arrived = exchange.decode(payload)
-        left = wanted - arrived.rows
-        self._keep(arrived, torch.where(exchange.travels, left, 0.0))
-        return payload
-
-    def _keep(self, arrived: Update, left: Tensor) -> None:
-        """Keep the rows of those whose update counts: a dropped one leaves what was carried as it is."""
-        rows = counted(arrived)
-        self.kept = {RESIDUAL: (tuple(arrived.clients[k] for k in rows), left[rows].cpu())}
+        left = torch.where(exchange.sendable.travels, wanted - arrived.rows, 0.0)
+        rows = counted(arrived)  # a dropped update leaves what was carried as it is
+        kept = (tuple(arrived.clients[k] for k in rows), left[rows].cpu())
+        return replace(payload, kept=payload.kept | {RESIDUAL: kept})
 
 
-class Precision:
+class Precision(Filter):
     """Values travel with fewer bits.
 
     Args:
@@ -72,6 +68,7 @@ class Precision:
     """
 
     def __init__(self, dtype: str) -> None:
+        super().__init__()
         if dtype not in PRECISIONS:
             raise ValueError(f"exchange.precision is {dtype!r}; it must be null, float16, bfloat16 or int8")
         self.dtype = PRECISIONS[dtype]
@@ -81,7 +78,7 @@ class Precision:
         return send(replace(update, dtype=self.dtype))
 
 
-class SignFlip:
+class SignFlip(Filter):
     """Some clients attack: they send their update reversed and scaled.
 
     Args:
@@ -94,6 +91,7 @@ class SignFlip:
     """
 
     def __init__(self, clients: int | Sequence[int] = 0, scale: float = 10.0) -> None:
+        super().__init__()
         ids = [clients] if isinstance(clients, int) else clients
         counts = isinstance(ids, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in ids)
         if not counts or any(n < 0 for n in ids):

@@ -70,6 +70,12 @@ class Ledger:
         self.bytes_setup_up += clients * up
         self.bytes_setup_down += clients * down
 
+    def stepped(self, steps: int, clipped: int) -> None:
+        """Count local steps of a round, and how many of them were clipped."""
+        self.client_steps += steps
+        self.round_steps += steps
+        self.clipped_steps += clipped
+
     def trained(self, client: int, up: Size, down: Size, dense: int, first: int = 0, prepares: bool = False) -> None:
         """Count what a client of a round sent and received, and would have sent with every coordinate.
 
@@ -101,6 +107,9 @@ class Ledger:
         return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the values of a checkpoint."""
-        for name, value in state.items():
-            setattr(self, name, set(value) if name.startswith("has_") else value)
+        """Take the values of a checkpoint; an earlier version stored fewer."""
+        self.bytes_up, self.bytes_down, self.bytes_dense = (state[f"bytes_{what}"] for what in ("up", "down", "dense"))
+        self.bytes_setup_up, self.bytes_setup_down = state["bytes_setup_up"], state["bytes_setup_down"]
+        self.has_model, self.has_mask = set(state["has_model"]), set(state["has_mask"])
+        self.link_seconds, self.client_steps = state.get("link_seconds", 0.0), state.get("client_steps", 0)
+        self.round_steps, self.clipped_steps = state.get("round_steps", 0), state.get("clipped_steps", 0)

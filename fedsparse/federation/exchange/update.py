@@ -1,7 +1,7 @@
-"""What clients changed in a round, and what of it is on its way.
+"""What the server sends the clients of a cohort, what they changed, and what of that is on its way back.
 
-Shapes: K clients of the cohort, P coordinates of which n train, Q buffer values. An update holds trained coordinates
-only: nothing else can change. Nothing here knows of the simulator.
+Shapes: K clients of the cohort, P coordinates of which n train, Q buffer values. Rows hold trained coordinates only:
+nothing else can change. Nothing here knows of the simulator.
 """
 
 from __future__ import annotations
@@ -13,6 +13,27 @@ import torch
 from torch import Tensor
 
 from fedsparse.federation.exchange.wire.message import Size
+from fedsparse.federation.stores.store import Kept
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the server sends K clients.
+
+    Attributes:
+        values: (K, n) where each starts.
+        lr: their learning rate in this round.
+        group: the global row that each starts from.
+        patience: epochs without a better loss after which a client stops; None: none stops early.
+        epochs: passes over its samples that a client makes, which ``patience`` counts.
+
+    """
+
+    values: Tensor
+    lr: float
+    group: tuple[int, ...]
+    patience: int | None = None
+    epochs: int = 1
 
 
 @dataclass(frozen=True)
@@ -21,7 +42,7 @@ class Update:
 
     Attributes:
         clients: K ids; below 0 is a padding row.
-        rows: (K, n) change of each coordinate that trains.
+        rows: (K, n) change of each coordinate that trains; the next cohort's may lie in the same memory.
         buffers: (K, Q) change of the float buffers.
         weight: K weights in the average.
         loss: K mean training losses.
@@ -29,9 +50,12 @@ class Update:
         anchor: (K, n) values that the clients started from, which both sides know; None where nothing asks for them.
         values: (K, n) values that training ended with: start plus change is rounded once more. None where nobody said.
         round: the round.
-        steps: K sums of step weights (``objective.step_weight``); empty where nothing asks for them.
+        steps: K sums of step weights (``drift.step_weight``); empty where nobody said.
         dtype: of the values on the wire; None for the rows' own.
         refused: rows that do not count, which have weight 0, and why.
+        kept: what the clients keep for themselves if their update counts: their ids, and a row each, by the store.
+        local_steps: that they took, all together.
+        clipped: how many of these had their gradient clipped.
 
     """
 
@@ -47,6 +71,9 @@ class Update:
     steps: tuple[float, ...] = ()
     dtype: torch.dtype | None = None
     refused: Mapping[int, str] = field(default_factory=dict)
+    kept: Kept = field(default_factory=dict)
+    local_steps: int = 0
+    clipped: int = 0
 
     @property
     def start(self) -> Tensor:
@@ -65,9 +92,11 @@ class Payload:
         update: the update without its rows, if there are messages; else with what is sent in them.
         sizes: bytes of each client's message.
         written: the messages, or empty where they need not be written.
+        kept: what the clients keep of what they did not send, as ``Update.kept``.
 
     """
 
     update: Update
     sizes: tuple[Size, ...]
     written: tuple[bytes, ...] = ()
+    kept: Kept = field(default_factory=dict)

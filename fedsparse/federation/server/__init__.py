@@ -1,6 +1,6 @@
 """The server: global rows, who takes part, and how updates become one change."""
 
-from fedsparse.federation.server.aggregation import Aggregation, Change, CoordinateMean, FedNova, Robust, WeightedMean
+from fedsparse.federation.server.aggregation import Aggregation, Change, FedNova, Robust, WeightedMean
 from fedsparse.federation.server.robust import (
     coordinate_mean,
     geometric_median,
@@ -17,7 +17,6 @@ from fedsparse.federation.server.topology import Flat, Topology
 __all__ = [
     "Aggregation",
     "Change",
-    "CoordinateMean",
     "FedNova",
     "Flat",
     "Robust",

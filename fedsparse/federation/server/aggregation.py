@@ -33,7 +33,6 @@ from fedsparse.federation.server.robust import (
 __all__ = [
     "Aggregation",
     "Change",
-    "CoordinateMean",
     "FedNova",
     "Robust",
     "Tally",
@@ -58,6 +57,7 @@ class Change:
         buffers: (G, Q) mean change of the float buffers.
         touched: bool (G, n), which coordinates somebody sent, or None for all.
         loss: mean training loss over the clients.
+        sent: of each group, whether anybody sent to it.
 
     """
 
@@ -65,6 +65,7 @@ class Change:
     buffers: Tensor
     touched: Tensor | None
     loss: float
+    sent: tuple[bool, ...]
 
 
 class Tally:
@@ -87,6 +88,13 @@ class Tally:
         self.senders = senders.view(groups, size) if own else None
         self.weight, self.steps, self.loss = [0.0] * groups, [0.0] * groups, 0.0
 
+    def count(self, group: int, update: Update, k: int) -> None:
+        """Add what every aggregation averages by weight: a client's loss and steps."""
+        weight = update.weight[k]
+        self.weight[group] += weight
+        self.loss += weight * update.loss[k]
+        self.steps[group] += weight * update.steps[k] if update.steps else 0.0
+
     def all_reduce(self) -> None:
         """Sum over processes, all in one call."""
         groups = len(self.weight)
@@ -99,7 +107,8 @@ class Tally:
         """Close the round with these mean changes of the rows (G, n); buffers and loss are averaged by weight."""
         weight = self.rows.new_tensor(self.weight).unsqueeze(1)
         buffers = self.buffers / torch.where(weight > 0, weight, 1.0)
-        return Change(rows, buffers, touched, self.loss / sum(self.weight))
+        sent = tuple(own > 0 for own in self.weight)
+        return Change(rows, buffers, touched, self.loss / sum(self.weight), sent)
 
 
 def add_scaled(total: Tensor, row: Tensor, weight: float) -> None:
@@ -132,7 +141,7 @@ class Aggregation(Protocol):
         """Close a round; None if nobody sent."""
 
 
-class CoordinateMean:
+class WeightedMean:
     r"""Average of the updates by weight, :math:`\sum_k w_k \Delta_k / \sum_k w_k` (FedAvg, McMahan et al. 2017).
 
     Args:
@@ -143,6 +152,8 @@ class CoordinateMean:
         ValueError: another denominator.
 
     """
+
+    per_step = False  # whether a client's change is divided by its steps
 
     def __init__(self, denominator: str = "senders") -> None:
         check_denominator(denominator)
@@ -156,16 +167,12 @@ class CoordinateMean:
         """Add w * rows in client order, so that the cohort size does not change the order of summation."""
         for k, (weight, g) in enumerate(zip(update.weight, group, strict=True)):
             if weight > 0:
-                add_scaled(tally.rows[g], update.rows[k], self._scale(update, k))
-                _add_numbers(tally, update, k, g)
+                add_scaled(tally.rows[g], update.rows[k], weight / update.steps[k] if self.per_step else weight)
+                tally.count(g, update, k)
                 if update.buffers.numel():
                     tally.buffers[g].add_(update.buffers[k], alpha=weight)
                 if tally.senders is not None and update.sent is not None:
                     tally.senders[g].add_(update.sent[k], alpha=weight)
-
-    def _scale(self, update: Update, k: int) -> float:
-        """Factor of a client's row in the sum."""
-        return update.weight[k]
 
     def merge(self, tally: Tally) -> Tally:
         """Sum over processes; nothing to do in one."""
@@ -188,19 +195,14 @@ class CoordinateMean:
         return tally.change(tally.rows / divisor, touched)
 
 
-class WeightedMean(CoordinateMean):
-    """FedAvg's average by weight; where clients send different coordinates, each over those who sent it."""
-
-
-class FedNova(CoordinateMean):
+class FedNova(WeightedMean):
     r"""Average of the updates per step, times the mean number of steps (Wang et al. 2020, equation 6).
 
     A client's steps count :math:`\lVert a_k \rVert_1`, the sum of its step weights, momentum included: how far it would
     go on gradients of 1 at a learning rate of 1. So clients that take more steps do not pull the model their way.
     """
 
-    def _scale(self, update: Update, k: int) -> float:
-        return update.weight[k] / update.steps[k]
+    per_step = True
 
     def finish(self, tally: Tally) -> Change | None:
         """Average, and scale by the mean of the step weights."""
@@ -240,6 +242,11 @@ class RowTally(Tally):
         self.size, self.extra, self.device = size, buffers, device
         self.kept: list[Kept] = []
 
+    def all_gather(self) -> None:
+        """Gather the rows of all processes, in the order of their clients."""
+        everyone = parallel.gather(self.kept)
+        self.kept = sorted((row for rows in everyone for row in rows), key=lambda row: row.client)
+
 
 class Robust:
     """A robust average of the rows of each group, and of their buffers, by one of the functions of ``robust``.
@@ -271,7 +278,7 @@ class Robust:
                 if update.sent is not None:
                     sent[: tally.size] = update.sent[k].cpu()
                 if weight > 0:
-                    _add_numbers(tally, update, k, g)
+                    tally.count(g, update, k)
                     tally.kept.append(Kept(client, g, weight, row, sent))
                 else:
                     tally.kept.append(Kept(client, g, 1.0, torch.full_like(row, math.nan), torch.ones_like(sent)))
@@ -280,7 +287,7 @@ class Robust:
         """Gather the rows of all processes, in the order of their clients."""
         if parallel.joined():
             tally.all_reduce()
-        tally.kept = sorted((row for rows in parallel.gather(tally.kept) for row in rows), key=lambda row: row.client)
+        tally.all_gather()
         return tally
 
     def finish(self, tally: RowTally) -> Change | None:
@@ -308,12 +315,3 @@ class Robust:
         means = [self.average(value, told, weight) for value, told in parts]
         rows, touched = (torch.cat(part) for part in zip(*means, strict=True))
         return rows, touched
-
-
-def _add_numbers(tally: Tally, update: Update, k: int, group: int) -> None:
-    """Add what every aggregation averages by weight: loss and steps."""
-    weight = update.weight[k]
-    tally.weight[group] += weight
-    tally.loss += weight * update.loss[k]
-    if update.steps:
-        tally.steps[group] += weight * update.steps[k]

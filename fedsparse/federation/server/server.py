@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsparse.core.subspace import Coordinates, Move
+from fedsparse.core.checks import check_choice
+from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.server.aggregation import Change
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -15,16 +17,20 @@ UNTOUCHED = ("step", "hold", "freeze")
 
 
 class Server:
-    """Global rows (G, P) under an optimizer (FedOpt, Reddi et al. 2021, algorithm 2).
+    """Global rows (G, P) under one optimizer (FedOpt, Reddi et al. 2021, algorithm 2).
 
-    SGD with learning rate 1 is FedAvg. Its state is the optimizer's, which Lightning stores; its row is the network's.
+    SGD with learning rate 1 is FedAvg. Each group's row is a parameter of its own: what a group does in a round, and
+    its moments, are those of a federation of its own.
 
     Args:
         rows: (G, P) global rows; kept, not copied.
-        make_optimizer: builds the optimizer of a list of parameters.
-        trained: which n of the P coordinates train; the optimizer has only these.
+        make_optimizer: builds the optimizer of a list of G parameters (1, n).
+        subspace: which n of the P coordinates train; the optimizer has only these.
         untouched: what becomes of a coordinate that nobody sent: ``step``, the moments move it; ``hold``, they decay
             and the value stays; ``freeze``, both stay.
+
+    Attributes:
+        values: (G, n) what trains of the rows; the rows themselves if everything does.
 
     Raises:
         ValueError: another choice.
@@ -32,13 +38,13 @@ class Server:
     """
 
     def __init__(
-        self, rows: Tensor, make_optimizer: MakeOptimizer, trained: Coordinates, untouched: str = "hold"
+        self, rows: Tensor, make_optimizer: MakeOptimizer, subspace: Subspace, untouched: str = "hold"
     ) -> None:
-        if untouched not in UNTOUCHED:
-            raise ValueError(f"server.untouched is {untouched!r}; it must be one of {', '.join(UNTOUCHED)}")
-        self.rows, self.trained, self.untouched = rows, trained, untouched
-        self.values = trained.of(rows)  # (G, n); the rows themselves if everything trains
-        self.optimizer = make_optimizer([self.values])
+        check_choice("server.untouched", untouched, *UNTOUCHED)
+        self.rows, self.subspace, self.untouched = rows, subspace, untouched
+        self.values = subspace.of(rows)
+        self.parameters = list(self.values.split(1))
+        self.optimizer = make_optimizer(self.parameters)
 
     def broadcast(self, group: Sequence[int]) -> Tensor:
         """Trained values (K, n) that K clients of these groups start from."""
@@ -47,47 +53,70 @@ class Server:
         return self.values[torch.tensor(group, device=self.values.device)]
 
     @torch.no_grad()
-    def follow(self, trained: Coordinates) -> None:
-        """Let other coordinates train from now on: moments go along, and begin at 0 where a coordinate starts."""
-        move, before = Move(self.trained, trained), self.values
-        state = self.optimizer.state.pop(before, {})
-        self.trained, self.values = trained, trained.of(self.rows)
-        self.optimizer.param_groups[0]["params"] = [self.values]
-        moments = {key: isinstance(t, Tensor) and t.shape == before.shape for key, t in state.items()}
-        self.optimizer.state[self.values] = {key: move(t) if moments[key] else t for key, t in state.items()}
+    def move(self, carry: Carry) -> None:
+        """Let other coordinates train: moments go along, and begin at 0 where a coordinate starts."""
+        if carry.zeros:
+            self.rows.masked_fill_(~carry.after.mask, 0.0)
+        before = self.parameters
+        self.subspace, self.values = carry.after, carry.after.of(self.rows)
+        self.parameters = list(self.values.split(1))
+        self.optimizer.param_groups[0]["params"] = list(self.parameters)
+        for old, new in zip(before, self.parameters, strict=True):
+            state = self.optimizer.state.pop(old, {})
+            moments = {key: isinstance(t, Tensor) and t.shape == old.shape for key, t in state.items()}
+            self.optimizer.state[new] = {key: carry(t) if moments[key] else t for key, t in state.items()}
 
     @torch.no_grad()
     def put(self, values: Tensor) -> None:
         """Set the trained values (G, n) without a step of the optimizer."""
         self.values.copy_(values)
         if self.values is not self.rows:
-            self.trained.write(self.rows, self.values)
+            self.subspace.write(self.rows, self.values)
 
     @torch.no_grad()
     def step(self, change: Change) -> None:
-        """Take one server step along the mean change."""
+        """Take one step along the mean change of every group that somebody sent to."""
         touched = None if self.untouched == "step" else change.touched
-        before = [] if touched is None else [(tensor, tensor.clone()) for tensor in self._held()]
-        self.values.grad = change.rows.to(self.values.dtype, copy=True).neg_()
+        stepped = [group for group, sent in enumerate(change.sent) if sent]
+        held = [] if touched is None else [(group, t, t.clone()) for group in stepped for t in self._held(group)]
+        first = [group for group in stepped if touched is not None and not self._moments(group)]
+        for group in stepped:
+            change_of = change.rows[group : group + 1]
+            self.parameters[group].grad = change_of.to(self.values.dtype, copy=True).neg_()
         self.optimizer.step()
-        self.values.grad = None
-        for tensor, old in before:
-            tensor.copy_(torch.where(touched, tensor, old))  # type: ignore[arg-type]
-        if touched is not None and not before[1:] and self.untouched == "freeze":
-            self._forget(touched)
+        for group in stepped:
+            self.parameters[group].grad = None
+        for group, tensor, old in held:
+            tensor.copy_(torch.where(touched[group], tensor, old))  # type: ignore[index]
+        for group in first if self.untouched == "freeze" else ():
+            self._forget(group, touched[group])  # type: ignore[index]
         if self.values is not self.rows:
-            self.trained.write(self.rows, self.values)
+            self.subspace.write(self.rows, self.values)
 
-    def _held(self) -> list[Tensor]:
+    def _held(self, group: int) -> list[Tensor]:
         """What stays at a coordinate that nobody sent: its value, and with ``freeze`` its moments."""
-        return [self.values, *(self._moments() if self.untouched == "freeze" else [])]
+        return [self.parameters[group], *(self._moments(group) if self.untouched == "freeze" else [])]
 
-    def _moments(self) -> list[Tensor]:
+    def _moments(self, group: int) -> list[Tensor]:
         """The optimizer's tensors that have an entry for each coordinate."""
-        state = self.optimizer.state.get(self.values, {})
-        return [t for t in state.values() if isinstance(t, Tensor) and t.shape == self.values.shape]
+        parameter = self.parameters[group]
+        state = self.optimizer.state.get(parameter, {})
+        return [t for t in state.values() if isinstance(t, Tensor) and t.shape == parameter.shape]
 
-    def _forget(self, touched: Tensor) -> None:
+    def _forget(self, group: int, touched: Tensor) -> None:
         """Undo what a first step gave the moments of coordinates that nobody sent: they begin at 0."""
-        for moment in self._moments():
+        for moment in self._moments(group):
             moment.mul_(touched)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, and the rows but for the first, which is the network's."""
+        return {"optimizer": self.optimizer.state_dict(), "rows": self.rows[1:].cpu()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, whose first row the rows begin with."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if len(self.rows) > 1:
+            self.rows[1:] = state["rows"].to(self.rows.device)
+            if self.values is not self.rows:
+                self.values.copy_(self.subspace.of(self.rows))

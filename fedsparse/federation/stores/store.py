@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core import files
+from fedsparse.core.subspace import Carry
 
 KINDS = ("memory", "file")
 Kept = dict[str, tuple[tuple[int, ...], Tensor]]  # by the store's name: client ids, and a row each
@@ -32,8 +34,8 @@ class ClientStore(Protocol):
     def write(self, clients: Sequence[int], rows: Tensor) -> None:
         """Keep rows (K, n) of K clients; a padding row (id below 0) is not kept."""
 
-    def convert(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every kept row (n,) by what ``change`` makes of it, of another length maybe."""
+    def move(self, carry: Carry) -> None:
+        """Let every kept row (n,) follow a mask that changes."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to find the rows as they are now."""
@@ -43,6 +45,24 @@ class ClientStore(Protocol):
 
     def saved(self) -> None:
         """Be told that a checkpoint to resume from, with the last state, is whole on the disk."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of some of the coordinates that train.
+
+    Attributes:
+        store: of the rows.
+        marks: bool (P,), of which coordinates they are.
+
+    """
+
+    store: ClientStore
+    marks: Tensor
+
+    def move(self, carry: Carry) -> None:
+        """Let the rows follow a mask that changes."""
+        self.store.move(carry.within(self.marks))
 
 
 def read(store: ClientStore, clients: Sequence[int], default: Tensor) -> Tensor:
@@ -65,9 +85,9 @@ class MemoryStore:
         """Keep copies."""
         self.rows |= {client: rows[k].detach().cpu().clone() for k, client in enumerate(clients) if client >= 0}
 
-    def convert(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every row."""
-        self.rows = {client: change(row) for client, row in self.rows.items()}
+    def move(self, carry: Carry) -> None:
+        """Carry every row over."""
+        self.rows = {client: carry(row) for client, row in self.rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All rows."""
@@ -100,6 +120,8 @@ class FileStore:
         self.pinned: deque[list[int]] = deque([[], []], maxlen=2)
         self.held: set[int] = set()  # the pinned slots: what a write must not touch
         self.free: list[int] = []
+        self.file: Any = None  # both are opened with the first row
+        self.rows: Any = None
 
     def get(self, client: int, default: Tensor) -> Tensor:
         """Copy of the kept row of a client."""
@@ -138,7 +160,7 @@ class FileStore:
         self.file = files.change(self.path, self.shape[0] * self._length())
         self.rows = np.memmap(self.path, dtype=self.dtype, mode="r", shape=self.shape)
 
-    def convert(self, change: Callable[[Tensor], Tensor]) -> None:
+    def move(self, carry: Carry) -> None:
         """Do nothing if no row is kept yet; the file's rows have one length.
 
         Raises:

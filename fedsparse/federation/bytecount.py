@@ -1,0 +1,121 @@
+"""Counts what crosses the network in each round. Shapes: P coordinates, n of them train, G global rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fedsparse.core.subspace import Carry, Subspace
+from fedsparse.federation.exchange.downlink import Downlink
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.exchange.traffic import Traffic
+from fedsparse.federation.exchange.wire.message import HEADER, Size, known_size
+from fedsparse.federation.reports import Report
+from fedsparse.federation.server.aggregation import Change
+from fedsparse.federation.watcher import Watcher
+
+if TYPE_CHECKING:
+    from fedsparse.federation.round import Round
+
+NOTHING = Size(0, 0, 0)
+
+
+class ByteCount(Watcher):
+    """What each client of a round sent and received: the model at first contact, later what moved since.
+
+    Args:
+        ledger: the sums.
+        traffic: the table of clients.
+        subspace: what trains.
+        local: bool (P,), what stays with the clients.
+        groups: G.
+        model_length: bytes of the first model.
+        prunes: whether what does not train is zero, so that the mask tells its value.
+
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        traffic: Traffic,
+        subspace: Subspace,
+        local: Tensor,
+        groups: int = 1,
+        model_length: int = 0,
+        prunes: bool = False,
+    ) -> None:
+        self.ledger, self.traffic, self.local = ledger, traffic, local
+        self.model_length, self.mask_length, self.prunes = model_length, mask_length(subspace), prunes
+        self.downlinks = [Downlink() for _ in range(groups)]
+        self.travelling = self._travelling(subspace)
+        self.before: list[Tensor] = []
+
+    def _travelling(self, subspace: Subspace) -> Tensor | None:
+        """Mark which of the n coordinates travel, (n,); None if all do."""
+        travels = ~subspace.of(self.local.to(subspace.mask.device))
+        return None if bool(travels.all()) else travels
+
+    def move(self, carry: Carry) -> None:
+        """Follow a mask that changes, and send it to everybody anew."""
+        self.travelling = self._travelling(carry.after)
+        for downlink in self.downlinks:
+            downlink.move(carry.within(~self.local))
+        self.ledger.has_mask.clear()
+        self.mask_length = mask_length(carry.after)
+
+    def open(self, round: Round) -> None:
+        """Keep what travels of each global row, to compare it afterwards."""
+        self.before = [self._of(row) for row in round.federation.server.values]
+
+    def _of(self, values: Tensor) -> Tensor:
+        """Copy what travels of trained values (n,)."""
+        return values.clone() if self.travelling is None else values[self.travelling]
+
+    def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
+        """Count what clients sent and received, note what the round moved and who holds what, write the table."""
+        for report in reports:
+            for client, group, up in zip(report.clients, report.group, report.up, strict=True):
+                self._count(round, client, group, up)
+            self.ledger.stepped(report.local_steps, report.clipped)
+        for group, downlink in enumerate(self.downlinks):
+            downlink.close(round.number, self.before[group], self._of(round.federation.server.values[group]))
+        for report in reports:
+            for client, group in zip(report.clients, report.group, strict=True):
+                self.downlinks[group].told(client, round.number)
+        self.before = []
+        self.traffic.write(round.number + 1, self.ledger.close())
+
+    def _count(self, round: Round, client: int, group: int, up: Size) -> None:
+        """Count one client."""
+        federation, ledger, row = round.federation, self.ledger, self.before[group]
+        first, setup, trained = client not in ledger.has_model, ledger.bytes_setup_down, federation.server.subspace
+        zeros = self.prunes * (trained.total - trained.size) * row.element_size()
+        ledger.first_model([client], self.model_length - zeros)
+        ledger.mask([client], self.mask_length)
+        setup = ledger.bytes_setup_down - setup
+        down = NOTHING if first else self.downlinks[group].size(client, row, federation.buffers.size)
+        if federation.objective.messages and not round.phase.explores:
+            down += known_size(federation.exchange.size, 0, row.dtype) * federation.objective.messages
+        dense = (
+            HEADER.size
+            + federation.server.rows[0].nbytes
+            + federation.buffers.size * federation.buffers.values.element_size()
+        )
+        ledger.trained(client, up, down, dense, setup, prepares=round.phase.explores)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums, and what each client holds."""
+        return {"ledger": self.ledger.state_dict(), "downlink": [downlink.state_dict() for downlink in self.downlinks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.ledger.load_state_dict(state["ledger"])
+        for downlink, own in zip(self.downlinks, state["downlink"], strict=True):
+            downlink.load_state_dict(own)
+
+
+def mask_length(subspace: Subspace) -> int:
+    """Bytes of a mask as it is sent, a bit for each coordinate: none if everything trains."""
+    return 0 if subspace.index is None else -(-subspace.total // 8)

@@ -1,0 +1,328 @@
+"""K clients as rows of one tensor, and the whole of their local training: no Trainer, no data module, no server.
+
+Shapes: K clients of the cohort, P coordinates of which n train, S local steps, B samples of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedsparse.core.seeding import Purpose, number
+from fedsparse.core.space import ParamSpace
+from fedsparse.core.subspace import Carry, Subspace
+from fedsparse.data.images import unchanged
+from fedsparse.data.rounds import Cohort
+from fedsparse.federation.client.bound import BoundRow, Forward, Losses
+from fedsparse.federation.client.buffers import Buffers
+from fedsparse.federation.client.drift import Objective, Plain, Rows, Term, step_weights
+from fedsparse.federation.client.early_stopping import Counts, Patience
+from fedsparse.federation.client.stacked import StackedRows
+from fedsparse.federation.exchange.admission import finite
+from fedsparse.federation.exchange.update import Start, Update
+from fedsparse.masks.bitmaps import unpack
+from fedsparse.optim.index import Piece, pieces
+from fedsparse.optim.masked import MaskedOptimizer
+
+LOCAL = "clients"  # the store of local coordinates
+LOSS_SCALE, SMALLEST_SCALE = 1024.0, 2.0**-8
+
+Batch = tuple[Tensor, Tensor]
+MakeClientOptimizer = Callable[[list[Tensor]], MaskedOptimizer]
+
+
+class Clients:
+    """The clients of a cohort, one after the other or K together.
+
+    With K = 1 the network's parameters are views into the row, so that any module trains without a copy (``BoundRow``).
+    With K > 1 the rows train together (``StackedRows``).
+
+    Args:
+        net: the network, on the device where it trains.
+        space: which of its tensors are federated.
+        mask: bool (P,), True where a coordinate trains.
+        make_optimizer: builds the optimizer of a list of tensors, whose masks are set afterwards.
+        losses: of every sample of one client's batch: (forward, x, y) -> (B,).
+        fetch: the samples of a cohort's steps: x (K, S, B, ...) and y (K, S, B).
+        cohort: K.
+        clip_norm: largest L2 norm of a client's gradient over its trained coordinates, or None.
+        inputs: turns images of any leading dimensions into what the network takes.
+        compile: let torch compile the network for the local steps.
+        objective: adds to the gradients.
+        buffers: what becomes of float buffers.
+        bitmaps: uint8 (N, ceil(P / 8)), the own mask of each of N clients; empty if all train ``mask``.
+        per_sample: whether each loss depends on its own sample alone, so that stacked clients' batches may be joined.
+        loss_scale: factor of the loss in half precision, so that gradients do not vanish.
+        seed: the run's seed, for dropout.
+
+    Attributes:
+        theta: the rows (K, P).
+        subspace: what trains of them.
+        local: bool (n,), what of that stays with each client; ``keeps_local`` whether anything does.
+        lr: the learning rate that the optimizer was made with.
+
+    Raises:
+        ValueError: K > 1 with BatchNorm, whose running statistics cannot be stacked.
+
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        space: ParamSpace,
+        mask: Tensor,
+        make_optimizer: MakeClientOptimizer,
+        losses: Losses,
+        fetch: Callable[[Cohort], Batch],
+        *,
+        cohort: int = 1,
+        clip_norm: float | None = None,
+        inputs: Callable[[Tensor], Tensor] = unchanged,
+        compile: bool = False,
+        objective: Objective | None = None,
+        buffers: Buffers | None = None,
+        bitmaps: Tensor | None = None,
+        per_sample: bool = False,
+        loss_scale: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        check_stackable(net, cohort)
+        self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
+        self.make_optimizer, self.losses, self.fetch, self.inputs = make_optimizer, losses, fetch, inputs
+        self.forward: Forward = torch.compile(net, dynamic=False) if compile else net  # evaluation calls the net itself
+        self.objective = Plain() if objective is None else objective
+        self.buffers = Buffers(net) if buffers is None else buffers
+        self.bitmaps = torch.zeros(0, 0, dtype=torch.uint8) if bitmaps is None else bitmaps
+        self.per_sample, self.loss_scale, self.seed = per_sample, loss_scale, seed
+        self.factors: list[Tensor] = []  # by which each local step of a cohort multiplied its gradients, (K, 1)
+        self.change = torch.zeros(0)
+        self._form(mask, space.read(net))
+        self.lr: float = self.optimizer.defaults["lr"]
+
+    def _form(self, mask: Tensor, row: Tensor) -> None:
+        """Make K rows of these values (P,), the optimizer of what trains of them, and bind the network."""
+        self.subspace = Subspace(mask)
+        self.local = self.subspace.of(self.space.local.to(mask.device))
+        self.keeps_local = bool(self.local.any())
+        self.theta = row.repeat(self.cohort, 1)
+        self.theta.grad = zeros(self.theta)
+        self.frozen = self._frozen(mask)
+        self.rows, masks = self._single(mask) if self.cohort == 1 else self._several(mask)
+        self.optimizer = self.make_optimizer(self.rows.views)
+        self.optimizer.set_masks(masks)
+
+    def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
+        """One row, in the pieces that the optimizer steps, with the mask of each."""
+        split = [Piece("", 0, (self.space.size,), mask)] if len(self.bitmaps) else pieces(self.space, mask)
+        rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self.forward)
+        return rows, [piece.mask for piece in split]
+
+    def _several(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
+        """K rows, stepped as one tensor with the mask of all."""
+        rows = StackedRows(self.net, self.space, self.theta, mask, self.losses, self.forward, self.per_sample)
+        return rows, [None if self.subspace.index is None else mask.expand_as(self.theta)]
+
+    def move(self, carry: Carry) -> None:
+        """Let other coordinates train, between two rounds; what stops is zero from now on if the carry says so."""
+        self.rows.release()
+        row = self.space.read(self.net)  # the global one, which none of several clients' rows is
+        if carry.zeros:
+            self.space.write(self.net, row.masked_fill_(~carry.after.mask, 0.0))
+        self._form(carry.after.mask, row)
+
+    def train(self, start: Start, cohort: Cohort) -> Update:
+        """ClientUpdate(k, x): local steps of masked SGDM from the rows that K clients were sent; what each changed."""
+        term = self.begin(start, cohort.clients)
+        taken: Counts = cohort.count
+        if cohort.clients[0] >= 0:
+            seed_dropout(self.theta.device, number(self.seed, Purpose.DROPOUT, cohort.round, cohort.clients[0]))
+        x, y = self.fetch(cohort)
+        batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
+        if start.patience is None:
+            losses = [self.step(*batch, count, term) for batch, count in zip(batches, taken, strict=True)]
+        else:
+            losses, taken = self._patiently(batches, Patience(taken, start.epochs, start.patience), term)
+        values = self.subspace.of(self.theta.detach())
+        if self.change.shape != values.shape or self.change.device != values.device:
+            self.change = torch.empty_like(values)  # which the next cohort writes again
+        update = finite(
+            Update(
+                cohort.clients,
+                torch.sub(values, start.values, out=self.change),
+                self.buffers.change(start.group),
+                processed(taken) if cohort.processed and start.patience else cohort.weight,
+                mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), taken),
+                anchor=start.values,
+                values=values,
+                round=cohort.round,
+                steps=step_weights(taken, self.optimizer),
+                local_steps=sum(n > 0 for step in taken for n in step),
+                clipped=int((torch.cat(self.factors) < 1).sum()) if self.factors else 0,
+            )
+        )
+        kept = term.finish(update.rows, start.lr, update.steps)
+        if self.buffers.space.size:
+            kept |= self.buffers.kept(cohort.clients)
+        if self.keeps_local:
+            kept[LOCAL] = (cohort.clients, values[:, self.local])
+        return replace(update, kept=kept) if kept else update
+
+    def begin(self, start: Start, clients: Sequence[int]) -> Term:
+        """Let K clients start from what they were sent, with fresh optimizers, and masks of their own."""
+        self.subspace.write(self.theta, start.values)
+        term = self.objective.begin(self.theta, clients, self.subspace)
+        if len(self.bitmaps):
+            masks = unpack(self.bitmaps[torch.tensor([max(client, 0) for client in clients])], self.space.size)
+            self.frozen = self._frozen(masks)
+            self.optimizer.set_masks([masks if self.cohort > 1 else masks[0]])
+        for group in self.optimizer.param_groups:
+            group["lr"] = start.lr
+        self.optimizer.reset()
+        if not self.rows.intact():  # something has cleared the network's gradients
+            self.rows.bind()
+        if self.buffers.space.size:
+            self.buffers.start(clients, start.group)
+        self.factors.clear()
+        return term
+
+    def _patiently(self, batches: Iterable[Batch], stop: Patience, term: Term) -> tuple[list[Tensor], Counts]:
+        """Train until a client's loss has not improved for so many epochs: losses, and the samples of steps taken."""
+        losses = list[Tensor]()
+        for batch, count in zip(batches, stop.counts, strict=True):
+            losses.append(self.step(*batch, stop.allowed(count), term).view(-1))  # one client's loss has no dimension
+            stop.hear(losses[-1].tolist())
+        return losses, stop.taken
+
+    def step(self, x: Tensor, y: Tensor, count: Sequence[int], term: Term) -> Tensor:
+        """One step of all K clients, x (K, B, ...) and y (K, B), or of one client without K: the losses (K,) or ()."""
+        if not any(count):
+            return self.theta.new_zeros(self.cohort)
+        x = self.inputs(x)
+        scaled = self.loss_scale != 1.0
+        losses = self._scaled_backward(x, y, count) if scaled else self.rows.backward(x, y, count, None)
+        term.correct(self.rows)
+        if self.clip_norm is not None:
+            self._clip(self.clip_norm)
+        self.optimizer.update() if all(count) else self._step_where(count)
+        torch.clear_autocast_cache()  # one autocast around all steps may keep copies of weights that have moved now
+        self.rows.clear()
+        return losses
+
+    def _scaled_backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
+        """Gradients in half precision: each client's loss is scaled up, and its scale halved while they overflow.
+
+        The step is done again, not skipped, and every step starts from the same scale: so the scale is no state that a
+        resume or another cohort size would have to know. Who overflows at the smallest scale too has diverged.
+        """
+        scale = self.theta.new_full((self.cohort,), self.loss_scale)
+        while True:
+            losses = self.rows.backward(x.clone(), y.clone(), count, scale)  # which a network may write to
+            gradients = self._gradients()
+            done = torch.stack([g.isfinite().all(1) for g in gradients]).all(0) | (scale <= SMALLEST_SCALE)
+            if bool(done.all()):
+                for g in gradients:
+                    g.div_(scale.unsqueeze(1))
+                return losses
+            scale = torch.where(done, scale, scale / 2)
+            self.rows.clear()
+
+    def _gradients(self) -> list[Tensor]:
+        """Gradients of the last backward, each with a row for a client."""
+        return [g.view(self.cohort, -1) for g in self.rows.gradients]
+
+    def _clip(self, most: float) -> None:
+        """Clip each client's gradient over its trained coordinates, as ``torch.nn.utils.clip_grad_norm_`` does.
+
+        Whether it was is a number that the host reads once a cohort: a step itself waits for none.
+        """
+        if self.frozen is not None:
+            for g, frozen in zip(self.rows.gradients, self.rows.parts(self.frozen), strict=True):
+                g.masked_fill_(frozen, 0.0)
+        gradients = self._gradients()
+        norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients])
+        factor = (most / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0).unsqueeze(1)
+        for g in gradients:
+            g.mul_(factor)
+        self.factors.append(factor)
+
+    def _frozen(self, mask: Tensor) -> Tensor | None:
+        """Mark what clipping leaves out, if there is any clipping."""
+        return None if self.clip_norm is None or bool(mask.all()) else ~mask
+
+    def _step_where(self, count: Sequence[int]) -> None:
+        """Step the clients that have samples; the others keep row and state, by selection: NaN * 0 is NaN."""
+        dead, states = [k for k, n in enumerate(count) if n == 0], self.optimizer.rows(self.cohort)
+        before, kept = self.theta.detach()[dead], [(view, view.clone()) for k in dead for view in states[k]]
+        self.optimizer.update()
+        with torch.no_grad():
+            self.theta[dead] = before
+            for view, old in kept:
+                view.copy_(old)
+
+    def show(self, row: Tensor) -> None:
+        """Put a row (P,) into the network, for evaluation and checkpoints."""
+        self.space.write(self.net, row)
+
+    def release(self) -> None:
+        """Give the network's layers their own backward again, when training ends."""
+        self.rows.release()
+
+
+def no_samples(cohort: Cohort) -> Batch:
+    """Fetch nothing: for clients whose steps are taken one by one.
+
+    Raises:
+        ValueError: always.
+
+    """
+    raise ValueError("these clients hold no samples")
+
+
+def processed(taken: Counts) -> tuple[float, ...]:
+    """Weights of K clients by the samples that they have processed: ``taken`` [S][K]."""
+    return tuple(float(sum(counts)) for counts in zip(*taken, strict=True))
+
+
+def check_stackable(net: nn.Module, cohort: int) -> None:
+    """Refuse several clients that would share running statistics.
+
+    Raises:
+        ValueError: K > 1 with BatchNorm.
+
+    """
+    if cohort > 1 and not can_stack(net):
+        raise ValueError("federation.cohort above 1 cannot stack BatchNorm; use federation.cohort=1 or GroupNorm")
+
+
+def can_stack(net: nn.Module) -> bool:
+    """Whether several clients can share a forward: not with BatchNorm, whose running statistics are one client's."""
+    return not any(isinstance(module, _BatchNorm) for module in net.modules())
+
+
+def zeros(like: Tensor) -> Tensor:
+    """Make zeros; on a CPU numpy's, whose memory is taken when it is first written: frozen tensors' never is."""
+    if like.device.type != "cpu":
+        return torch.zeros_like(like)
+    return torch.from_numpy(np.zeros(like.shape, like.numpy().dtype))
+
+
+def mean_losses(losses: Sequence[Sequence[float]], count: Sequence[Sequence[int]]) -> tuple[float, ...]:
+    """Mean loss of each client over its samples: losses [S][K] of the steps, real samples [S][K] -> K numbers.
+
+    >>> mean_losses([[1.0, 2.0], [4.0, 0.0]], [[2, 2], [1, 0]])
+    (2.0, 2.0)
+    """
+    rows = zip(zip(*losses, strict=True), zip(*count, strict=True), strict=True)
+    return tuple(sum(v * n for v, n in zip(*row, strict=True)) / max(1, sum(row[1])) for row in rows)
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the one device that trains; ``torch.manual_seed`` seeds all there might be, at half a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

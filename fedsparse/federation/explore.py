@@ -1,0 +1,72 @@
+"""A round in which clients explore: what they found is told to the mask rule. Shapes: K clients, n coordinates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedsparse.data.rounds import Cohort
+from fedsparse.federation.exchange.admission import counted
+from fedsparse.federation.exchange.update import Payload, Start, Update
+from fedsparse.federation.exchange.wire.message import known_size
+from fedsparse.federation.masking import Guide
+from fedsparse.federation.phases import Phase
+from fedsparse.federation.reports import Report
+from fedsparse.federation.round import Round
+from fedsparse.federation.server.aggregation import Change
+
+if TYPE_CHECKING:
+    from fedsparse.federation.federation import Federation
+
+
+class Explore(Round):
+    """Clients start from the same row, and send the squares of what they changed.
+
+    Where the phase updates the model each goes on from where the last one stopped, and sends the model too.
+    """
+
+    def __init__(self, federation: Federation, number: int, phase: Phase, lr: float) -> None:
+        super().__init__(federation, number, phase, lr)
+        self.guide = Guide(federation.server.subspace.size, federation.server.rows.device)
+        self.chain: Tensor | None = None
+
+    def send(self, cohort: Cohort) -> Start:
+        """What the server sends K clients, which may start from what the client before has left."""
+        start = super().send(cohort)
+        if self.chain is None:
+            return start
+        values = self.chain.expand(len(cohort.clients), -1)
+        return replace(start, values=self.federation.restored(cohort.clients, values))
+
+    def encode(self, update: Update) -> Payload:
+        """Squared deviations where the mask rule is told, and the model where it is updated: only counted."""
+        f = self.federation
+        told = f.choice is not None and f.choice.rule.explores and self.phase.informs_mask
+        n, dtype = f.exchange.size, update.rows.dtype
+        size = known_size(n, 0, dtype) * told + known_size(n, f.buffers.size, dtype) * self.phase.updates_model
+        return Payload(update, (size,) * len(update.clients))
+
+    def receive(self, cohort: Cohort, payload: Payload) -> None:
+        """Add up the squared deviations, and hand the model on; clients keep nothing."""
+        update, group = payload.update, self.federation.topology.group(cohort.clients)
+        self.guide.add(update.rows.square(), update.weight, update.loss)
+        if self.phase.updates_model and counted(update):
+            assert update.values is not None
+            self.chain = update.values[:1].clone()
+            self.federation.buffers.hand_on(group[0])
+        self.reports.append(Report.of(update, group, payload.sizes, {}))
+
+    def _step(self) -> Change | None:
+        """Tell the mask rule the mean squared deviation; the global row stays, or is where the last client stopped."""
+        f, found = self.federation, self.guide.finish()
+        if found is None:
+            return None
+        if f.choice is not None and f.choice.rule.explores and self.phase.informs_mask:
+            f.choice.explore(f.server.subspace.spread(found[0]))
+        if self.chain is not None:
+            f.server.put(self.chain)
+        nothing = torch.zeros(f.topology.groups, 0)
+        return Change(nothing, nothing, None, found[1], (True,) * f.topology.groups)

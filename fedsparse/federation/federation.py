@@ -1,0 +1,215 @@
+"""A federation: exchange, server and stores around some clients, and all that lasts over rounds.
+
+Shapes: G global rows, K clients of a cohort, P coordinates of which n train.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedsparse.core import parallel
+from fedsparse.core.subspace import Carry, Subspace
+from fedsparse.federation.bytecount import ByteCount
+from fedsparse.federation.client.buffers import BUFFERS
+from fedsparse.federation.client.training import LOCAL, Clients
+from fedsparse.federation.exchange.exchange import Exchange
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.exchange.traffic import Traffic
+from fedsparse.federation.explore import Explore
+from fedsparse.federation.masking import MaskChoice
+from fedsparse.federation.phases import Phase, Phases
+from fedsparse.federation.reports import Dropped, Report, named
+from fedsparse.federation.round import Round
+from fedsparse.federation.schedule import Schedule, constant
+from fedsparse.federation.server.aggregation import Aggregation, Change, WeightedMean
+from fedsparse.federation.server.server import MakeOptimizer, Server
+from fedsparse.federation.server.topology import Flat, Topology
+from fedsparse.federation.stores.store import ClientStore, MemoryStore, Part, read
+from fedsparse.federation.watcher import Watcher
+
+log = logging.getLogger("fedsparse")
+FEDAVG = partial(torch.optim.SGD, lr=1.0)
+
+
+class Keeper(Protocol):
+    """Keeps a number for each coordinate that trains."""
+
+    def move(self, carry: Carry) -> None:
+        """Let other coordinates train, between two rounds."""
+
+
+class Federation:
+    """What sends to clients, and takes in what they send; of clients alone, federated averaging.
+
+    Args:
+        clients: who trains.
+        exchange: what of an update is sent; by default what trains.
+        aggregation: how updates become one change; by default the mean by weight.
+        topology: which global row each client starts from and adds to; by default one for all.
+        make_server: builds the server's optimizer; by default SGD with learning rate 1, which is FedAvg.
+        untouched: what becomes of a coordinate that nobody sent; see ``Server``.
+        phases: of the run; by default all rounds are learning rounds.
+        schedule: factor of the clients' learning rate, from (round, rounds).
+        choice: chooses the mask while clients train; None: it stays.
+        store: of coordinates that stay with the clients.
+        ledger: sums of bytes.
+        traffic: what each client of each round sent and received.
+        model_length: bytes of the first model.
+        watchers: look on, beside those that count bytes and listen for the mask rule.
+        count_bytes: whether bytes are counted.
+
+    Attributes:
+        keepers: what follows a mask that changes.
+        dropped: updates that did not count.
+        closed: rounds that are closed.
+
+    Raises:
+        ValueError: the mask may change while several global rows differ in what stops training.
+
+    """
+
+    def __init__(
+        self,
+        clients: Clients,
+        exchange: Exchange | None = None,
+        aggregation: Aggregation | None = None,
+        topology: Topology | None = None,
+        make_server: MakeOptimizer = FEDAVG,
+        *,
+        untouched: str = "hold",
+        phases: Phases | None = None,
+        schedule: Schedule = constant,
+        choice: MaskChoice | None = None,
+        store: ClientStore | None = None,
+        ledger: Ledger | None = None,
+        traffic: Traffic | None = None,
+        model_length: int = 0,
+        watchers: Sequence[Watcher] = (),
+        count_bytes: bool = True,
+    ) -> None:
+        self.phases = Phases([Phase("learn")]) if phases is None else phases
+        subspace, local, prunes = clients.subspace, clients.space.local, choice is not None and choice.prunes
+        self.clients = clients
+        self.exchange = Exchange(subspace.mask, local, space=clients.space) if exchange is None else exchange
+        self.aggregation = WeightedMean() if aggregation is None else aggregation
+        self.topology = topology = Flat() if topology is None else topology
+        self.objective, self.buffers, self.schedule, self.choice = clients.objective, clients.buffers, schedule, choice
+        _check_groups(topology, choice, self.phases)
+        self.exchange.follow(subspace.mask)
+        rows = clients.space.read(clients.net).repeat(topology.groups, 1)
+        self.server = Server(rows, make_server, subspace, untouched)
+        self.ledger, traffic = Ledger() if ledger is None else ledger, Traffic() if traffic is None else traffic
+        self.bytes = ByteCount(self.ledger, traffic, subspace, local, topology.groups, model_length, prunes)
+        listening = [choice] if choice is not None and choice.rule.listens else []
+        self.watchers: list[Watcher] = [*[self.bytes] * count_bytes, *listening, *watchers]
+        store = MemoryStore() if store is None else store
+        own = self.exchange.stores | self.objective.stores
+        self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **own}
+        self.keepers: list[Keeper] = [clients, self.server, self.exchange, self.objective, self.bytes]
+        self.keepers += [Part(store, local), *own.values()]
+        self.dropped: list[Dropped] = []
+        self.closed = 0
+
+    def open(self, number: int) -> Round:
+        """Begin a round: its mask, its learning rate, and empty sums."""
+        phase, own = self.phases.at(number)
+        if self.choice is not None and self.choice.due(number, self.phases):
+            mask = self.choice.choose(self.server.rows[0], self.phases.of_kind(number))
+            self.train_only(mask.row(self.clients.space), number)
+        factor = 1.0 if phase.explores else self.schedule(own, phase.rounds)
+        lr = self.clients.lr * factor if phase.lr is None else phase.lr
+        round = (Explore if phase.explores else Round)(self, number, phase, lr)
+        for watcher in self.watchers:
+            watcher.open(round)
+        return round
+
+    def train_only(self, mask: Tensor, number: int) -> None:
+        """Let other coordinates train from a round on, bool (P,): all that is kept of each follows."""
+        prunes = self.choice is not None and self.choice.prunes
+        after = Subspace(mask.to(self.server.rows.device))
+        carry = Carry(self.server.subspace, after, number, prunes)
+        for keeper in self.keepers:
+            keeper.move(carry)
+
+    def restored(self, clients: Sequence[int], values: Tensor) -> Tensor:
+        """Replace the coordinates of values (K, n) that stay with the clients by what each has kept."""
+        local, values = self.clients.local, values.clone()
+        values[:, local] = read(self.stores[LOCAL], clients, values[:, local])
+        return values
+
+    def keep(self, report: Report) -> Report:
+        """Write down what clients keep, and return the report without it."""
+        self.objective.hear(report.kept)
+        for name, (clients, rows) in report.kept.items():
+            self.stores[name].write(clients, rows)
+        return replace(report, kept={})
+
+    def settle(self, round: Round, reports: Sequence[Report], change: Change) -> None:
+        """Put the new model of the first group into the network, say who was left out, and tell who looks on."""
+        self.show(0)
+        dropped = [drop for report in reports for drop in report.dropped]
+        for line in named(dropped) if dropped and parallel.process() == 0 else ():
+            log.warning("round %d: %s", round.number + 1, line)
+        self.dropped += dropped
+        for watcher in self.watchers:
+            watcher.close(round, reports, change)
+        self.closed = round.number + 1
+
+    def show(self, group: int) -> None:
+        """Put the model of a group into the network."""
+        self.clients.show(self.server.rows[group])
+        if self.buffers.space.size:
+            self.buffers.show(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that lasts over rounds, but for the first global row, which is the network's."""
+        return {
+            **self.bytes.state_dict(),
+            "dropped": [(drop.round, drop.client) for drop in self.dropped],
+            "stores": {name: store.state_dict() for name, store in self.stores.items()},
+            "objective": self.objective.state_dict(),
+            "choice": None if self.choice is None else self.choice.state_dict(),
+            "phases": self.phases.closed(self.closed),
+            "server": self.server.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: its rounds were of other phases.
+
+        """
+        self.phases.check(state["phases"])
+        self.closed = sum(count for _, count in state["phases"])
+        self.bytes.load_state_dict(state)
+        self.dropped = [Dropped(*drop) for drop in state["dropped"]]
+        if self.choice is not None:
+            self.choice.load_state_dict(state["choice"])
+        self.objective.load_state_dict(state["objective"])
+        self.server.load_state_dict(state["server"])
+        for name, store in self.stores.items():
+            store.load_state_dict(state["stores"][name])
+
+    def saved(self) -> None:
+        """Be told that a checkpoint to resume from is whole on the disk."""
+        for store in self.stores.values():
+            store.saved()
+
+
+def _check_groups(topology: Topology, choice: MaskChoice | None, phases: Phases) -> None:
+    """Refuse a mask that changes while clients of several groups hold other values of what stops training.
+
+    Raises:
+        ValueError: one line that says what to set.
+
+    """
+    if topology.groups > 1 and choice is not None and (choice.changes or phases.explore is not None):
+        raise ValueError("a mask that changes needs topology=flat: what stops training is one value for all clients")

@@ -1,0 +1,122 @@
+"""One round: the sentence that joins clients, exchange and server.
+
+Shapes: G global rows, K clients of a cohort, n coordinates that train, Q float-buffer values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedsparse.core import parallel
+from fedsparse.data.rounds import Cohort
+from fedsparse.federation.client.training import Clients
+from fedsparse.federation.exchange.admission import finite_rows
+from fedsparse.federation.exchange.update import Payload, Start, Update
+from fedsparse.federation.exchange.wire.message import known_size
+from fedsparse.federation.phases import Phase
+from fedsparse.federation.reports import Diverged, EveryUpdateDropped, Report
+from fedsparse.federation.server.aggregation import Change
+
+if TYPE_CHECKING:
+    from fedsparse.federation.federation import Federation
+
+
+def play(federation: Federation, clients: Clients, cohorts: Iterable[Cohort], number: int) -> float:
+    """One round of federated optimisation (Reddi et al. 2021, algorithm 1); returns the clients' mean loss.
+
+    Args:
+        federation: exchange and server, and what lasts over rounds.
+        clients: train the cohorts.
+        cohorts: of this round.
+        number: of the round, from 0.
+
+    """
+    round = federation.open(number)  # empty sums; mask and learning rate of this round
+    for cohort in cohorts:
+        start = round.send(cohort)  # x_t: the row of each one's group
+        update = clients.train(start, cohort)  # Delta_k: local steps of masked SGDM            client/
+        message = round.encode(update)  # what travels                                          exchange/
+        round.receive(cohort, message)  # decoded, checked, weighed, added up                   server/
+    return round.close()  # x_{t+1} = x_t + eta * opt(sum_k w_k Delta_k / sum_k w_k)
+
+
+class Round:
+    """A round in which clients learn.
+
+    Args:
+        federation: whose.
+        number: of the round, from 0.
+        phase: that it is of.
+        lr: the clients' learning rate.
+
+    """
+
+    def __init__(self, federation: Federation, number: int, phase: Phase, lr: float) -> None:
+        self.federation, self.number, self.phase, self.lr = federation, number, phase, lr
+        self.reports: list[Report] = []
+        f, size = federation, 0 if phase.explores else federation.server.subspace.size
+        self.tally = f.aggregation.zero(f.topology.groups, size, f.buffers.size, f.server.rows.device, f.exchange.own)
+
+    def send(self, cohort: Cohort) -> Start:
+        """What the server sends K clients: where they start, and how they train."""
+        f, group = self.federation, self.federation.topology.group(cohort.clients)
+        values = f.server.broadcast(group)
+        if f.clients.keeps_local:
+            values = f.restored(cohort.clients, values)
+        return Start(values, self.lr, group, self.phase.patience, self.phase.local_epochs or 1)
+
+    def encode(self, update: Update) -> Payload:
+        """What the clients send, the messages of their objective included."""
+        f, payload = self.federation, self.federation.exchange.encode(update)
+        if not f.objective.messages:
+            return payload
+        more = known_size(f.exchange.size, 0, update.rows.dtype) * f.objective.messages
+        return replace(payload, sizes=tuple(size + more for size in payload.sizes))
+
+    def receive(self, cohort: Cohort, payload: Payload) -> None:
+        """Decode what a cohort sent, add it up, and note what it leaves."""
+        f, group = self.federation, self.federation.topology.group(cohort.clients)
+        received = f.exchange.decode(payload, cohort.weight)
+        f.aggregation.add(self.tally, received, group)
+        for watcher in f.watchers:
+            watcher.receive(self, received)
+        report = Report.of(received, group, payload.sizes, payload.update.kept | payload.kept)
+        self.reports.append(f.keep(report) if report.kept and not parallel.joined() else report)
+
+    def close(self) -> float:
+        """End the round: step the server, put the new model into the network, and tell who looks on.
+
+        Returns:
+            The clients' mean loss.
+
+        Raises:
+            EveryUpdateDropped: no update counts.
+            Diverged: the new model is not finite.
+
+        """
+        f = self.federation
+        everyone = [report for own in parallel.gather(self.reports) for report in own]  # of all processes
+        reports = [f.keep(report) if report.kept else report for report in everyone]
+        f.objective.close()
+        change = self._step()
+        if change is None:
+            dropped = [drop for report in reports for drop in report.dropped]
+            raise EveryUpdateDropped.of(self.number, dropped, self.phase.lr_key)
+        f.settle(self, reports, change)
+        return change.loss
+
+    def _step(self) -> Change | None:
+        """Average, and let the server step: what has changed, or None if nobody sent."""
+        f = self.federation
+        change = f.aggregation.finish(f.aggregation.merge(self.tally))
+        if change is not None:
+            f.server.step(change)
+            f.buffers.step(change.buffers, change.sent)
+            if not all(finite_rows(f.server.values)):
+                raise Diverged(
+                    f"round {self.number + 1}: the server's step made the model NaN or infinite, so the run stops; try "
+                    "a smaller server.lr"
+                )
+        return change
