@@ -3,7 +3,7 @@
 import struct
 
 ALL, BITMAP, FLAT, GAPS = range(4)
-HEADER = 40
+HEADER = 48
 CRC_AT = 20
 
 
@@ -58,7 +58,7 @@ def crc32(data):
     return crc ^ 0xFFFFFFFF
 
 
-def message(body, dtype, row, coding, n, count, extra, weight, loss):  # as in the header, in its order
-    head = b"FSPX" + bytes([2, dtype, row, coding]) + struct.pack("<III", n, count, extra)
-    tail = struct.pack("<dd", weight, loss)
+def message(body, dtype, row, coding, n, count, extra, weight, loss, steps=0.0):  # as in the header, in its order
+    head = b"FSPX" + bytes([3, dtype, row, coding]) + struct.pack("<III", n, count, extra)
+    tail = struct.pack("<ddd", weight, loss, steps)
     return head + struct.pack("<I", crc32(head + tail + body)) + tail + body

@@ -13,7 +13,8 @@ from torch import nn
 
 from fedsparse.core.space import ParamSpace
 from fedsparse.data.datamodule import FederatedDataModule
-from fedsparse.federation.client.drift import FedProx, Scaffold
+from fedsparse.federation.client.drift import VARIATES, FedProx, Scaffold
+from fedsparse.federation.exchange.update import Payload, Update
 from fedsparse.federation.federation import Federation
 from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.round import play
@@ -115,3 +116,63 @@ def test_phases_and_masks_that_change(name, mode, tmp_path):
     federation = played(pair[0], rounds)
     assert_same(federation, pair[1].fit(rounds, tmp_path))
     assert not bool(federation.server.subspace.mask.all())
+
+
+def played_from_bytes(small, rounds=ROUNDS):
+    """Play, but hand the server nothing of an update but its bytes, and what it knows without them."""
+    small.given.setdefault("phases", Phases([Phase("learn", rounds=rounds)]))
+    clients = small.module.form(FederatedDataModule(small.dataset, small.plan).fetch)
+    federation = Federation(clients, **small.given)
+    small.net.train()
+    for number in range(rounds):
+        round = federation.open(number)
+        for cohort in small.plan.cohorts(number):
+            start = round.send(cohort)
+            update = clients.train(start, cohort)
+            payload = round.encode(update)
+            written = tuple(federation.exchange.messages(payload))
+            assert tuple(map(len, written)) == tuple(size.total for size in payload.sizes)
+            nothing = torch.full_like(update.rows, torch.nan)
+            known = Update(
+                cohort.clients,
+                nothing,
+                torch.full_like(update.buffers, torch.nan),
+                (0.0,) * len(cohort.clients),
+                (0.0,) * len(cohort.clients),
+                anchor=start.values,
+                variates=nothing if federation.objective.messages else None,
+                round=number,
+                kept={name: kept for name, kept in update.kept.items() if name != VARIATES},  # the clients' own
+            )
+            round.receive(cohort, Payload(known, payload.sizes, written, payload.kept))
+        round.close()
+    return federation
+
+
+@pytest.mark.parametrize("exchange", list(EXCHANGES))
+def test_every_exchange_is_read_from_its_bytes(exchange):
+    pair = [build(exchange, "participants" if "feedback" in exchange else "senders", cohort=3) for _ in range(2)]
+    one, other = played(pair[0]), played_from_bytes(pair[1])
+    assert torch.equal(one.server.rows, other.server.rows)
+    assert one.ledger.figures() == other.ledger.figures()
+
+
+@pytest.mark.parametrize("options", [{"aggregation": "fednova"}, {"objective": partial(Scaffold, 7)}], ids=str)
+@pytest.mark.parametrize("cohort", [1, 3])
+def test_steps_and_variates_are_read_from_bytes(options, cohort):
+    one, other = played(build(cohort=cohort, **options)), played_from_bytes(build(cohort=cohort, **options))
+    assert torch.equal(one.server.rows, other.server.rows)
+    assert_kept(one, other)
+
+
+def assert_kept(one, other):
+    for name, store in one.stores.items():
+        assert store.rows.keys() == other.stores[name].rows.keys()
+        assert all(torch.equal(row, other.stores[name].rows[client]) for client, row in store.rows.items())
+
+
+def test_averaged_buffers_are_read_from_bytes():
+    pair = [Small(with_dropout(), small_data(), uneven_parts()) for _ in range(2)]
+    one, other = played(pair[0]), played_from_bytes(pair[1])
+    assert torch.equal(one.server.rows, other.server.rows)
+    assert torch.equal(one.buffers.values, other.buffers.values)

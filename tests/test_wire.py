@@ -76,10 +76,10 @@ def test_round_trip_is_exact_and_the_positions_are_the_cheapest(dtype, count, se
     assert struct.pack("<dd", back.weight, back.loss) == struct.pack("<dd", weight, loss)
     coding, positions = plain_wire.cheapest(inside, n)
     assert payload[7] == coding
-    assert payload[40 : 40 + len(positions)] == positions
+    assert payload[48 : 48 + len(positions)] == positions
     size = wire.split_size(payload)
     values = (len(places) + (extra or 0)) * dtype.itemsize
-    assert (size.header, size.positions, size.values) == (40, len(positions), values)
+    assert (size.header, size.positions, size.values) == (48, len(positions), values)
     assert size.total == len(payload)
 
 
@@ -159,12 +159,12 @@ def test_bytes_of_a_message_worked_out_by_hand():
     sent[[2, 34]] = True
     mask = torch.arange(40) % 2 == 0
     body = bytes([1, 15]) + bytes.fromhex("0000c03f 000000c0 0000003f")
-    expected = plain_wire.message(body, 0, 0, plain_wire.GAPS, 20, 2, 1, 8.0, 0.25)
-    payload = wire.encode(row, sent, mask=mask, buffers=torch.tensor([0.5]), weight=8.0, loss=0.25)
+    expected = plain_wire.message(body, 0, 0, plain_wire.GAPS, 20, 2, 1, 8.0, 0.25, 1.5)
+    payload = wire.encode(row, sent, mask=mask, buffers=torch.tensor([0.5]), weight=8.0, loss=0.25, steps=1.5)
     assert payload == expected
-    head = "46535058 02 00 00 03 14000000 02000000 01000000"
+    head = "46535058 03 00 00 03 14000000 02000000 01000000"
     assert payload[:20] == bytes.fromhex(head)
-    assert payload[24:40] == bytes.fromhex("0000000000002040 000000000000d03f")
+    assert payload[24:48] == bytes.fromhex("0000000000002040 000000000000d03f 000000000000f83f")
 
 
 def test_bytes_of_eight_bit_steps_worked_out_by_hand():
@@ -286,9 +286,9 @@ def test_a_row_of_another_dtype_than_expected_is_refused_before_it_is_allocated(
 def test_lengths_of_preparation_are_those_of_messages():
     tensors = [torch.rand(3, 4), torch.rand(4), torch.rand(2, 2, 2)]
     payload = wire.encode(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-    assert wire.length(*tensors) == len(payload) == 40 + 4 * 24
+    assert wire.length(*tensors) == len(payload) == 48 + 4 * 24
     assert wire.known_size(24, 0, torch.float32).total == len(payload)
-    assert wire.bitmap_size(17).total == 40 + 3
+    assert wire.bitmap_size(17).total == 48 + 3
 
 
 def test_bytes_of_several_messages_by_hand():

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fedsparse.federation.exchange.wire import message as wire
 
 MUTATIONS = 20_000
-FIELDS = {"magic", "version", "dtype", "row dtype", "coding", "size", "count", "weight"}
+FIELDS = {"magic", "version", "dtype", "row dtype", "coding", "size", "count", "weight", "steps"}
 FIELDS |= {"header", "length", "crc", "positions"}
 ITEMS = {0: 4, 1: 8, 2: 2, 3: 2, 4: 1}  # bytes of a dtype's code
 HUGE = (0, 1, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1)
@@ -198,7 +198,7 @@ def test_damage_is_seen_or_harmless():
     [
         (0, b"\x80\x04", "magic"),  # the beginning of a pickle
         (4, b"\x01", "version"),
-        (4, b"\x03", "version"),
+        (4, b"\x02", "version"),
         (5, b"\x09", "dtype"),
         (6, b"\x04", "row dtype"),
         (7, b"\x04", "coding"),

@@ -11,7 +11,7 @@ from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.exchange.downlink import Downlink
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.exchange.traffic import Traffic
-from fedsparse.federation.exchange.wire.message import HEADER, Size, known_size
+from fedsparse.federation.exchange.wire.message import HEADER, Size, bitmap_size, known_size
 from fedsparse.federation.reports import Report
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.watcher import Watcher
@@ -95,14 +95,13 @@ class ByteCount(Watcher):
         ledger.first_model([client], self.model_length - zeros)
         ledger.mask([client], self.mask_length)
         setup = ledger.bytes_setup_down - setup
-        down = NOTHING if first else self.downlinks[group].size(client, row, federation.buffers.size)
-        if federation.objective.messages and not round.phase.explores:
-            down += known_size(federation.exchange.size, 0, row.dtype) * federation.objective.messages
-        dense = (
-            HEADER.size
-            + federation.server.rows[0].nbytes
-            + federation.buffers.size * federation.buffers.values.element_size()
-        )
+        more = trained.size * federation.objective.messages * (not round.phase.explores)  # c of SCAFFOLD
+        if first:
+            down = known_size(0, more, row.dtype) if more else NOTHING
+        else:
+            down = self.downlinks[group].size(client, row, federation.buffers.size + more)
+        buffers = federation.buffers.size * federation.buffers.values.element_size()
+        dense = HEADER.size + federation.server.rows[0].nbytes + buffers
         ledger.trained(client, up, down, dense, setup, prepares=round.phase.explores)
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,5 +116,5 @@ class ByteCount(Watcher):
 
 
 def mask_length(subspace: Subspace) -> int:
-    """Bytes of a mask as it is sent, a bit for each coordinate: none if everything trains."""
-    return 0 if subspace.index is None else -(-subspace.total // 8)
+    """Bytes of the message with a mask, a bit for each coordinate: none if everything trains."""
+    return 0 if subspace.index is None else bitmap_size(subspace.total).total

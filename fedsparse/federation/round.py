@@ -6,15 +6,14 @@ Shapes: G global rows, K clients of a cohort, n coordinates that train, Q float-
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedsparse.core import parallel
 from fedsparse.data.rounds import Cohort
+from fedsparse.federation.client.drift import VARIATES
 from fedsparse.federation.client.training import Clients
 from fedsparse.federation.exchange.admission import finite_rows
 from fedsparse.federation.exchange.update import Payload, Start, Update
-from fedsparse.federation.exchange.wire.message import known_size
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import Diverged, EveryUpdateDropped, Report
 from fedsparse.federation.server.aggregation import Change
@@ -68,12 +67,8 @@ class Round:
         return Start(values, self.lr, group, self.phase.patience, self.phase.local_epochs or 1)
 
     def encode(self, update: Update) -> Payload:
-        """What the clients send, the messages of their objective included."""
-        f, payload = self.federation, self.federation.exchange.encode(update)
-        if not f.objective.messages:
-            return payload
-        more = known_size(f.exchange.size, 0, update.rows.dtype) * f.objective.messages
-        return replace(payload, sizes=tuple(size + more for size in payload.sizes))
+        """What the clients send."""
+        return self.federation.exchange.encode(update)
 
     def receive(self, cohort: Cohort, payload: Payload) -> None:
         """Decode what a cohort sent, add it up, and note what it leaves."""
@@ -82,7 +77,10 @@ class Round:
         f.aggregation.add(self.tally, received, group)
         for watcher in f.watchers:
             watcher.receive(self, received)
-        report = Report.of(received, group, payload.sizes, payload.update.kept | payload.kept)
+        kept = payload.update.kept | payload.kept
+        if received.variates is not None:
+            kept[VARIATES] = (received.clients, received.variates)  # which the server has heard too
+        report = Report.of(received, group, payload.sizes, kept)
         self.reports.append(f.keep(report) if report.kept and not parallel.joined() else report)
 
     def close(self) -> float:

@@ -58,7 +58,7 @@ class Objective:
     """What clients minimise beside their loss; one that adds nothing, for others to build on.
 
     Attributes:
-        messages: rows of values that travel each way beside the update, counted as messages of their own.
+        messages: rows of values that travel each way beside the update, in the same message and never rounded.
         stores: what the clients keep for it, by name.
 
     """

@@ -20,7 +20,7 @@ from fedsparse.data.images import unchanged
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.client.bound import BoundRow, Forward, Losses
 from fedsparse.federation.client.buffers import Buffers
-from fedsparse.federation.client.drift import Objective, Plain, Rows, Term, step_weights
+from fedsparse.federation.client.drift import VARIATES, Objective, Plain, Rows, Term, step_weights
 from fedsparse.federation.client.early_stopping import Counts, Patience
 from fedsparse.federation.client.stacked import StackedRows
 from fedsparse.federation.exchange.admission import finite
@@ -170,7 +170,8 @@ class Clients:
             kept |= self.buffers.kept(cohort.clients)
         if self.keeps_local:
             kept[LOCAL] = (cohort.clients, values[:, self.local])
-        return replace(update, kept=kept) if kept else update
+        variates = kept[VARIATES][1] if VARIATES in kept else None
+        return replace(update, kept=kept, variates=variates) if kept else update
 
     def begin(self, start: Start, clients: Sequence[int]) -> Term:
         """Let K clients start from what they were sent, with fresh optimizers, and masks of their own."""

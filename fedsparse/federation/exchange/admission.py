@@ -63,7 +63,7 @@ def admit(received: Update, weight: Sequence[float], between: bool) -> Update:
 
     """
     pairs = enumerate(zip(received.weight, weight, strict=True))
-    claims = {k: _claims(a, b) for k, (a, b) in pairs if not (0 < a <= b or a == 0 == b) and k not in received.refused}
+    claims = {k: _claims(a, b) for k, (a, b) in pairs if not (0 < a <= b or a == 0 == b)}
     admitted = refuse(received, claims) if claims else received
     return finite(admitted) if between else admitted
 

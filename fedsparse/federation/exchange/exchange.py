@@ -200,11 +200,11 @@ class Exchange:
     def _in_place(self, update: Update) -> Payload:
         """Leave the values where they are; only count them."""
         held = None if self.masks is None else self._held(update.clients)
-        extra = update.buffers.shape[1]
+        extra, dtype = update.extra, update.rows.dtype
         if held is None:
-            sizes = (known_size(self.size + self.still, extra, update.rows.dtype),) * len(update.clients)
+            sizes = (known_size(self.size + self.still, extra, dtype),) * len(update.clients)
         else:
-            sizes = tuple(known_size(count, extra, update.rows.dtype) for count in held.sum(1).tolist())
+            sizes = tuple(known_size(count, extra, dtype) for count in held.sum(1).tolist())
         if held is None and self.sendable.all:
             return Payload(update, sizes)
         rows = torch.where(self.sendable.travels if held is None else held, update.rows, 0.0)
@@ -226,9 +226,10 @@ class Exchange:
             values,
             marks,
             dtype=update.dtype,
-            buffers=update.buffers[k],
+            buffers=torch.cat([part[k] for part in (update.buffers, update.variates) if part is not None]),
             weight=update.weight[k],
             loss=update.loss[k],
+            steps=update.steps[k] if update.steps else 0.0,
         )
 
     def _marks(self, theta: Tensor, anchor: Tensor, index: Tensor | None, update: Update, k: int) -> Tensor | None:
@@ -243,17 +244,22 @@ class Exchange:
         update = payload.update
         parts = [self._read(message, update, k) for k, message in enumerate(payload.written)]
         sent = torch.stack([part for _, part, _ in parts])
-        said, none = [message for _, _, message in parts], update.buffers.new_zeros(update.buffers.shape[1])
-        other = {k: len(m.buffers) for k, m in enumerate(said) if len(m.buffers) != len(none)}
+        said, extra = [message for _, _, message in parts], update.buffers.shape[1]
+        other = {k: len(m.buffers) for k, m in enumerate(said) if len(m.buffers) != update.extra}
+        none = update.rows.new_zeros(update.extra)
+        exact = torch.stack([none if k in other else m.buffers.to(none) for k, m in enumerate(said)])
+        buffers, variates = exact[:, :extra], exact[:, extra:]
         received = replace(
             update,
             rows=torch.stack([row for row, _, _ in parts]),
             sent=sent if self.own else None,
-            buffers=torch.stack([none if k in other else m.buffers.to(none) for k, m in enumerate(said)]),
+            buffers=buffers.to(update.buffers.dtype),
+            variates=None if update.variates is None else variates,
             weight=tuple(message.weight for message in said),
             loss=tuple(message.loss for message in said),
+            steps=tuple(message.steps for message in said),
         )
-        model = f"buffer values, where the model has {len(none)}"
+        model = f"buffer values, where the model has {update.extra}"
         return refuse(received, {k: f"{count} {model}" for k, count in other.items()}) if other else received
 
     def _read(self, message: bytes, update: Update, k: int) -> tuple[Tensor, Tensor, Message]:

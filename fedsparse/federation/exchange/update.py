@@ -51,6 +51,7 @@ class Update:
         values: (K, n) values that training ended with: start plus change is rounded once more. None where nobody said.
         round: the round.
         steps: K sums of step weights (``drift.step_weight``); empty where nobody said.
+        variates: (K, n) what an objective sends of each coordinate that trains, never rounded; None: nothing.
         dtype: of the values on the wire; None for the rows' own.
         refused: rows that do not count, which have weight 0, and why.
         kept: what the clients keep for themselves if their update counts: their ids, and a row each, by the store.
@@ -69,11 +70,17 @@ class Update:
     values: Tensor | None = None
     round: int = 0
     steps: tuple[float, ...] = ()
+    variates: Tensor | None = None
     dtype: torch.dtype | None = None
     refused: Mapping[int, str] = field(default_factory=dict)
     kept: Kept = field(default_factory=dict)
     local_steps: int = 0
     clipped: int = 0
+
+    @property
+    def extra(self) -> int:
+        """Values that each client sends beside its row, exactly: buffers and variates."""
+        return self.buffers.shape[1] + (0 if self.variates is None else self.variates.shape[1])
 
     @property
     def start(self) -> Tensor:

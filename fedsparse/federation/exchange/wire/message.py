@@ -19,9 +19,9 @@ from torch import Tensor
 from fedsparse.federation.exchange.wire.positions import Coding, read_positions, size_range, write_positions
 from fedsparse.federation.exchange.wire.values import CODES, DTYPES, raw, read_values, values_size, write_values
 
-# magic, version, dtype of the values, dtype of the row, coding of the positions, n, k, Q, CRC32, weight, mean loss
-HEADER = struct.Struct("<4sBBBBIIIIdd")
-MAGIC, VERSION = b"FSPX", 2
+# magic, version, dtype of the values, dtype of the row, coding of the positions, n, k, Q, CRC32, weight, loss, steps
+HEADER = struct.Struct("<4sBBBBIIIIddd")
+MAGIC, VERSION = b"FSPX", 3
 _CRC_AT = 20  # where the CRC stands; it is of everything else
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 16  # coordinates that are decoded at a time
@@ -72,9 +72,10 @@ class Message:
     Attributes:
         values: (P,), 0 where not sent.
         sent: bool (P,).
-        buffers: (Q,) float buffers.
+        buffers: (Q,) float buffers, and whatever else travels exactly.
         weight: weight in the average.
         loss: mean training loss.
+        steps: sum of step weights (``drift.step_weight``).
 
     """
 
@@ -83,6 +84,7 @@ class Message:
     buffers: Tensor
     weight: float
     loss: float
+    steps: float
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class _Head:
     extra: int
     weight: float
     loss: float
+    steps: float
 
 
 def known_size(count: int, extra: int, dtype: torch.dtype) -> Size:
@@ -122,6 +125,7 @@ def encode(
     buffers: Tensor | None = None,
     weight: float = 0.0,
     loss: float = 0.0,
+    steps: float = 0.0,
 ) -> bytes:
     """Write what is sent of a row as a message; ``decode`` returns it exactly if ``dtype`` is the row's own.
 
@@ -133,21 +137,23 @@ def encode(
         buffers: (Q,) float buffers, in the row's own dtype.
         weight: weight in the average, finite and not negative.
         loss: mean training loss.
+        steps: sum of step weights, finite and not negative.
 
     Raises:
-        ValueError: what is to be sent lies outside the mask, or shapes, dtypes or the weight do not fit.
+        ValueError: what is to be sent lies outside the mask, or shapes, dtypes, weight or steps do not fit.
 
     """
     dtype = dtype or row.dtype
     _check_dtypes(row, dtype)
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"weight must be finite and not negative, not {weight}")
+    for name, number in (("weight", weight), ("steps", steps)):
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, not {number}")
     marks = _marks(row, sent, mask)
     values = _chosen(row.detach().cpu(), sent if sent is not None else mask)
     coding, positions = write_positions(marks)
     extra = row.new_zeros(0) if buffers is None else buffers.to(row.dtype)
     codes = CODES[dtype], CODES[row.dtype], int(coding)
-    fields = (MAGIC, VERSION, *codes, len(marks), len(values), len(extra), 0, weight, loss)
+    fields = (MAGIC, VERSION, *codes, len(marks), len(values), len(extra), 0, weight, loss, steps)
     return _seal(HEADER.pack(*fields), positions, write_values(values, dtype), raw(extra))
 
 
@@ -186,12 +192,12 @@ def read(payload: bytes, size: int, *, mask: Tensor | None = None, dtype: torch.
     sent = marks if known is None else _spread(marks, known)
     row = _row(head, sent, data[values_at:extra_at])
     buffers = read_values(data[extra_at:], head.row, head.extra, head.row)
-    return Message(row, torch.from_numpy(sent), buffers, head.weight, head.loss)
+    return Message(row, torch.from_numpy(sent), buffers, head.weight, head.loss, head.steps)
 
 
 def split_size(payload: bytes) -> Size:
     """Say what the bytes of a message that one has written oneself are for."""
-    _, _, code, row, _, _, count, extra, _, _, _ = HEADER.unpack_from(payload)
+    _, _, code, row, _, _, count, extra, *_ = HEADER.unpack_from(payload)
     values = values_size(DTYPES[code], count) + extra * DTYPES[row].itemsize
     return Size(HEADER.size, len(payload) - HEADER.size - values, values)
 
@@ -240,7 +246,7 @@ def _checked(payload: bytes, n: int, dtype: torch.dtype | None) -> _Head:
     """Check the header field by field, then the length, then the CRC: nothing is allocated before."""
     if len(payload) < HEADER.size:
         raise PayloadError("header", f"{len(payload)} bytes are fewer than the {HEADER.size} of a header")
-    magic, version, code, row, coding, total, count, extra, crc, weight, loss = HEADER.unpack_from(payload)
+    magic, version, code, row, coding, total, count, extra, crc, weight, loss, steps = HEADER.unpack_from(payload)
     _expect(magic == MAGIC, "magic", f"{magic!r} does not begin a message of fedsparse")
     _expect(version == VERSION, "version", f"{version} cannot be read, only {VERSION}")
     _expect(code in DTYPES, "dtype", f"{code} is no dtype of values")
@@ -251,7 +257,8 @@ def _checked(payload: bytes, n: int, dtype: torch.dtype | None) -> _Head:
     _expect(count <= n, "count", f"{count} values of {n} coordinates")
     _expect((coding == Coding.ALL) == (count == n), "count", f"{count} of {n} in coding {coding}; 0 is for all alone")
     _expect(0 <= weight < math.inf, "weight", f"{weight} is negative or not finite")
-    head = _Head(DTYPES[code], DTYPES[row], Coding(coding), count, extra, weight, loss)
+    _expect(0 <= steps < math.inf, "steps", f"{steps} is negative or not finite")
+    head = _Head(DTYPES[code], DTYPES[row], Coding(coding), count, extra, weight, loss, steps)
     _check_length(head, len(payload), n)
     view = memoryview(payload)
     _expect(crc == _crc(view[: HEADER.size], view[HEADER.size :]), "crc", "the message was damaged on its way")
