@@ -13,7 +13,7 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client.drift import VARIATES, Scaffold
-from fedsparse.federation.exchange.admission import NOT_FINITE, admit, counted, finite, finite_rows, of_those
+from fedsparse.federation.exchange.admission import NOT_FINITE, admit, counted, finite, finite_rows, of_those, refuse
 from fedsparse.federation.exchange.exchange import Exchange, Filter
 from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip
 from fedsparse.federation.exchange.sparsifiers import RandomK, Threshold, TopK
@@ -57,6 +57,16 @@ def test_one_value_that_is_not_finite_takes_its_client_out(where, bad):
     assert not found.buffers[1].any()
     assert torch.equal(found.rows[[0, 2]], update.rows[[0, 2]])
     assert counted(found) == [0, 2]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_client_that_is_refused_ends_where_it_started_or_at_zero_if_nobody_knows(known):
+    update = an_update(values=torch.ones(K, SIZE))
+    if not known:
+        update = replace(update, anchor=None)
+    found = refuse(update, {1: "late"})
+    assert torch.equal(found.values[1], update.anchor[1] if known else torch.zeros(SIZE))
+    assert torch.equal(found.values[[0, 2]], torch.ones(2, SIZE))
 
 
 def test_values_whose_sum_is_beyond_the_dtype_are_finite():

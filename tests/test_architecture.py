@@ -41,6 +41,7 @@ MAY = {
         "execute.py",
         "team.py",
         "bench/federated.py",
+        "bench/gpu/",
     ),
     "wandb": ("simulation/artifacts.py", "bench/federated.py"),
 }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+import os
 import sys
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from sklearn.linear_model import Ridge
 from small import Small, small_data, small_net, uneven_parts
 
@@ -23,6 +26,7 @@ from fedsparse.preparation.cache import Cache, fingerprint, source_of
 from fedsparse.preparation.calibration import Calibration, Work, calibrate, calibrate_clients, observe
 from fedsparse.preparation.head import Head, prepare_head, probe
 from fedsparse.preparation.setting import Setting
+from fedsparse.shipped import conf_dir
 
 HEAD = "3.*"
 SAMPLED = {0: [3, 5], 1: [6, 3]}  # by round: three different clients
@@ -41,6 +45,11 @@ def setting():
 
 def work(rule, **calibration):
     return Work(rule, Sparsity(0.6, always_train=HEAD), Calibration(**calibration), HEAD)
+
+
+def test_defaults_are_those_of_the_command_line():
+    stored = OmegaConf.to_container(OmegaConf.load(conf_dir() / "calibration/default.yaml"))
+    assert asdict(Calibration(cache=stored["cache"])) == stored
 
 
 def samples(setting, round):
@@ -210,6 +219,14 @@ def test_the_folder_of_kept_masks_is_made_with_those_above_it(setting, tmp_path)
     for number in (1, 2):  # at the second it is there
         Cache(folder).calibrated(setting, {"number": number}, lambda: calibrate(setting, work(Random())))
     assert len(list(folder.iterdir())) == 2
+
+
+def test_what_a_killed_job_left_there_is_removed_once_it_is_an_hour_old(setting, tmp_path):
+    for name, age in (("old.part", 3660), ("new.part", 3540)):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    Cache(tmp_path).calibrated(setting, {}, lambda: calibrate(setting, work(Random())))
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == ["new.part"]
 
 
 def test_own_masks_are_kept_too_and_a_damaged_file_is_made_again(setting, tmp_path):

@@ -48,3 +48,10 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
     (tmp_path / PREVIOUS).write_bytes(b"")
     with pytest.raises(ValueError, match="is damaged .*is damaged .*no whole checkpoint is left to resume from"):
         choose_checkpoint(tmp_path, SPACE)
+
+
+def test_it_holds_nothing_of_the_clients_that_train_together(run_in):
+    """A float32 model of 4810 numbers, and a mask of bytes; rows or momentum of five clients would be as much each."""
+    options = ["mask_rule=dense", "federation.rounds=1", "federation.cohort=5", "pictures=false"]
+    _, folder = run_in("run", *options)
+    assert (folder / "checkpoints" / LAST).stat().st_size < 2 * 4 * 4810

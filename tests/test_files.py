@@ -6,7 +6,7 @@ import os
 import resource
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -21,12 +21,18 @@ from fedsparse.sweep import held
 OPTIONS = ["model=mlp", "logger=csv", "pictures=false", "calibration.head_steps=4"]
 
 
-@pytest.fixture
-def quota():
-    """Let this process write files of so many bytes at most: what a full disk does, without one."""
+@contextmanager
+def quota(size):
+    """Let this process write files of so many bytes at most: what a full disk does, without one.
+
+    For no longer than needed: the tests' own output may go to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -67,40 +73,34 @@ def test_what_is_appended_goes_through_no_link(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"x" * 5000, lambda file: torch.save(torch.zeros(5000), file)])
-def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, quota, content):
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, content):
     files.write(tmp_path / "a", "old")
-    quota(1000)
-    with pytest.raises(OSError, match=r"free some space.*resume.*/a'"):
+    with quota(1000), pytest.raises(OSError, match=r"free some space.*resume.*/a'"):
         files.write(tmp_path / "a", content)
-    quota(resource.RLIM_INFINITY)
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_rows_are_appended_whole_or_not_at_all(tmp_path, quota, takes_half):
+def test_rows_are_appended_whole_or_not_at_all(tmp_path, takes_half):
     """The quota is 10 bytes above a row's end: the last row begins, and is cut off again."""
     table = RoundCSV(tmp_path)
     table.log_metrics({"a": 0.5}, step=1)
     table.log_metrics({"a": 0.25}, step=2)
     whole = (tmp_path / "metrics.csv").read_bytes()
     assert whole == b"round,a\n1,0.5\n2,0.25\n"
-    quota(len(whole) + 10)
-    with pytest.raises(OSError, match="free some space"):
+    with quota(len(whole) + 10), pytest.raises(OSError, match="free some space"):
         table.log_metrics({"a": 0.1234567890123}, step=3)
     assert (tmp_path / "metrics.csv").read_bytes() == whole
     lines = RoundLines("round,b", tmp_path / "lines.csv")
-    quota(resource.RLIM_INFINITY)
     lines.append(["1,2\n", "1,3\n"])
-    quota(20)
-    with pytest.raises(OSError, match="free some space"):
+    with quota(20), pytest.raises(OSError, match="free some space"):
         lines.append(["2,1234567890\n"])
     assert (tmp_path / "lines.csv").read_text() == "round,b\n1,2\n1,3\n"
 
 
-def test_a_store_on_a_full_disk_is_an_error_and_not_a_signal(tmp_path, quota):
+def test_a_store_on_a_full_disk_is_an_error_and_not_a_signal(tmp_path):
     store = FileStore(tmp_path / "clients.bin")
-    quota(100)
-    with pytest.raises(OSError, match=r"free some space.*clients\.bin"):
+    with quota(100), pytest.raises(OSError, match=r"free some space.*clients\.bin"):
         store.write([0], torch.ones(1, 500))
 
 
@@ -187,7 +187,7 @@ def test_what_a_killed_writer_left_goes_and_others_stay(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["c.part", "d.csv"]
 
 
-def test_a_disk_that_fills_is_one_line_and_the_resume_comes_to_the_same(tmp_path, monkeypatch, quota):
+def test_a_disk_that_fills_is_one_line_and_the_resume_comes_to_the_same(tmp_path, monkeypatch):
     """The checkpoint of the second round does not fit; torch's own word for that is a RuntimeError."""
     monkeypatch.chdir(tmp_path)
     whole = run([*OPTIONS, "federation.rounds=3", "hydra.run.dir=whole"])
@@ -197,14 +197,13 @@ def test_a_disk_that_fills_is_one_line_and_the_resume_comes_to_the_same(tmp_path
     def full(path, *rest):
         seen.append(path.name)
         if seen.count("last.ckpt") == 2:
-            quota(size // 2)
+            full_disk.enter_context(quota(size // 2))
         write(path, *rest)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, ExitStack() as full_disk:
         patch.setattr(files, "write", full)
         with pytest.raises(OSError, match=r"free some space.*last\.ckpt"):
             run([*OPTIONS, "federation.rounds=3", "hydra.run.dir=full"])
-    quota(resource.RLIM_INFINITY)
     assert not list((tmp_path / "full").rglob("*.part"))
     again = run(["resume=full"])
     assert again["global_sha256"] == whole["global_sha256"]

@@ -169,6 +169,24 @@ def averaging(**sizes):
     return Counts(plain(**sizes), True)
 
 
+class Remembers(nn.Module):
+    """Keeps the mean of what it saw in a buffer that its first forward in training makes."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.head = net, net.head
+        del net.head
+
+    def forward(self, x):
+        if self.training:
+            self.register_buffer("seen", x.mean(), persistent=False)
+        return self.head(self.net(x))
+
+
+def remembering(**sizes):
+    return Remembers(plain(**sizes))
+
+
 class Branching(nn.Module):
     """Decides by its input, which vmap cannot."""
 
@@ -216,7 +234,7 @@ def test_what_the_builder_froze_keeps_its_bits_and_is_not_sent(run_in, options, 
     assert not torch.equal(after["two.weight"], before["two.weight"])
     trainable = 64 * 16 + 16 * 10 + 10
     messages = summary["rounds"] * 3
-    assert summary["bytes_dense"] == messages * (40 + 4 * trainable)
+    assert summary["bytes_dense"] == messages * (48 + 4 * trainable)
     if "mask_rule=dense" in options:
         assert summary["bytes_up"] == summary["bytes_dense"]
         assert summary["trainable_fraction"] == trainable / summary["num_parameters"]
@@ -233,7 +251,7 @@ def test_of_a_net_with_adapters_only_they_and_the_head_train_and_travel(run_in, 
     moved = {name for name in before if not torch.equal(after[name], before[name].to(after[name].dtype))}
     assert moved == {name for name in before if "lora" in name or "head" in name}
     size = sum(before[name].numel() for name in moved)
-    assert summary["bytes_up"] == summary["rounds"] * 3 * (40 + size * (8 if options[1:] else 4))
+    assert summary["bytes_up"] == summary["rounds"] * 3 * (48 + size * (8 if options[1:] else 4))
 
 
 @pytest.mark.parametrize(
@@ -254,6 +272,7 @@ def test_of_a_net_with_adapters_only_they_and_the_head_train_and_travel(run_in, 
         ("sharing_memory", [], "other and two.weight share memory|two.weight and other share memory"),
         ("counting", ["federation.cohort=3"], "cannot stack this model: its calls changes.*federation.cohort=1"),
         ("averaging", ["federation.cohort=3"], "cannot stack this model: its mean changes.*federation.cohort=1"),
+        ("remembering", ["federation.cohort=3"], "cannot stack this model: its seen changes.*federation.cohort=1"),
         ("spectral_norm", ["federation.cohort=3"], "cannot stack this model: its two.*federation.cohort=1"),
         ("old_spectral_norm", ["federation.cohort=3"], "cannot stack this model: its two.*federation.cohort=1"),
         ("branching", ["federation.cohort=3"], "cannot stack this model: vmap.*federation.cohort=1"),

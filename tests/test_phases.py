@@ -78,6 +78,9 @@ def test_options_of_a_phase_that_go_together(options):
         ({"local_steps": 3, "local_epochs": 3}, "give either phases.a.local_steps or phases.a.local_epochs"),
         ({"patience": 2}, "phases.a.patience counts epochs"),
         ({"local_steps": 3, "patience": 2}, "phases.a.patience counts epochs"),
+        ({"local_steps": 0}, "phases.a.local_steps is 0; it must be null, or a whole number of 1"),
+        ({"kind": "explore", "local_epochs": 1.5}, "explore.epochs is 1.5; it must be null, or a whole number of 1"),
+        ({"local_epochs": 3, "patience": 0}, "phases.a.patience is 0; it must be null, or a whole number of 1"),
         ({"weight": "all"}, "phases.a.weight is 'all'"),
         ({"lr": 0.0}, "phases.a.lr is 0"),
     ],
@@ -342,7 +345,7 @@ def test_bytes_of_an_exploration_by_hand(tmp_path, prune, keep):
     small.fit(3, tmp_path)
     trained = int(torch.as_tensor(small.module.mask).sum())
     assert trained == math.floor(0.2 * size + 0.5)
-    zeros, mask = 8 * (size - trained) if prune else 0, math.ceil(size / 8)
+    zeros, mask = 8 * (size - trained) if prune else 0, 48 + math.ceil(size / 8)
     mask_row, holds = torch.as_tensor(small.module.mask), {}
     for round in range(3):
         assert [e.client for e in entries[round]] == sorted(ids[round])
@@ -386,8 +389,8 @@ def test_an_exploration_carries_no_variates(tmp_path):
     assert {e.up.total for e in entries[0]} == {HEADER.size + 8 * small.space.size}
     assert {e.down.total for e in entries[0]} == {0}
     trained = int(torch.as_tensor(small.module.mask).sum())
-    assert {e.up.total for e in entries[1]} == {2 * (HEADER.size + 8 * trained)}
-    assert {e.down.total for e in entries[1]} == {HEADER.size + HEADER.size + 8 * trained}  # nothing has moved
+    assert {e.up.total for e in entries[1]} == {HEADER.size + 2 * 8 * trained}
+    assert {e.down.total for e in entries[1]} == {HEADER.size + 8 * trained}  # nothing has moved
 
 
 @pytest.mark.parametrize("cohort", [1, 3])

@@ -20,8 +20,8 @@ FAST = ["model=mlp", "logger=csv", "pictures=false", "calibration.cache=null", "
 SIZE = 64 * 64 + 64 + 64 * 10 + 10  # of the MLP
 HEAD = 64 * 10 + 10
 KEPT = math.floor(0.2 * (64 * 64 + 64) + 0.5) + HEAD
-HEADER = 40
-MASK = math.ceil(SIZE / 8)
+HEADER = 48
+MASK = HEADER + math.ceil(SIZE / 8)  # as a message
 
 
 def traffic(folder):

@@ -99,6 +99,8 @@ def test_coordinates_are_gathered_and_put_back():
     before = rows.clone()
     some.write(rows, torch.ones(2, 4))
     assert torch.equal(rows, torch.where(mask, 1.0, before))
+    some.write(rows[1], torch.zeros(4))  # one row alone
+    assert torch.equal(rows[1], torch.where(mask, 0.0, before[1]))
     every = Subspace(torch.ones(10, dtype=torch.bool))
     assert every.of(rows) is rows
     assert (some.size, every.size, some.index.dtype) == (4, 10, torch.int32)

@@ -6,6 +6,14 @@ import numpy as np
 import pytest
 
 from fedsparse.data.rounds import PADDING, LocalWork, RoundPlan, deal
+from fedsparse.federation.server.sampling import participants
+
+
+@pytest.mark.parametrize(
+    ("share", "number"), [(0.01, 1), (0.074, 1), (0.076, 2), (0.125, 3), (0.99, 20), (1.0, 20), (1, 1), (20, 20)]
+)
+def test_a_share_of_twenty_clients_is_rounded_and_one_at_least(share, number):
+    assert participants(share, 20) == number
 
 
 def plan_of(clients, *, held=4, work=None, **options):

@@ -168,6 +168,14 @@ def test_the_rule_takes_the_same_steps_as_the_reference(score):
     assert mask.metadata == {"rule": "Talos", "ratio": "0.9"}
 
 
+def test_what_is_differentiated_is_each_samples_own_logit_or_log_probability():
+    """Logits 0 and log 3: chances of a quarter and three quarters."""
+    x, y = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [0.0, math.log(3)]]), torch.tensor([1, 1, 0])
+    found = {score: Talos(score=score).differentiated(None)(lambda x: x, x, y) for score in ("logit", "logprob")}
+    torch.testing.assert_close(found["logit"], torch.tensor([math.log(3), 0.0, 0.0]))
+    torch.testing.assert_close(found["logprob"].exp(), torch.tensor([0.75, 0.25, 0.25]))
+
+
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 @pytest.mark.parametrize("unit", ["coordinate", "output"])
 def test_frozen_coordinates_never_return_and_always_train_is_never_shrunk(scope, unit):
@@ -199,11 +207,12 @@ def test_shira_thins_out_layer_by_layer():
 
 
 def test_bytes_of_the_messages_by_hand():
-    space = ParamSpace(["w"], [torch.Size([20])])
-    still = torch.arange(20) < 7
-    assert Talos().traffic(space, None) == (80, 0)
+    space, longer = (ParamSpace(["w"], [torch.Size([size])]) for size in (24, 25))
+    still = torch.arange(24) < 7
+    assert Talos().traffic(space, None) == (96, 0)
     assert Talos().traffic(space, still) == (28, 3)
-    assert Fisher(largest=True).traffic(space, torch.ones(20)) == (80, 0)
+    assert Talos().traffic(longer, torch.arange(25) < 7) == (28, 4)
+    assert Fisher(largest=True).traffic(space, torch.ones(24)) == (96, 0)
 
 
 def test_bad_options_are_refused_by_name():

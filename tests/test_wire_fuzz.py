@@ -208,7 +208,7 @@ def test_damage_is_seen_or_harmless():
         (16, b"\xff\xff\xff\xff", "length"),
         (24, struct.pack("<d", -1), "weight"),
         (32, struct.pack("<d", -1), "crc"),
-        (40, b"\xff", "crc"),
+        (48, b"\xff", "crc"),
     ],
 )
 def test_an_error_names_the_field(at, bytes_, field):

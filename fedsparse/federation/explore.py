@@ -57,7 +57,7 @@ class Explore(Round):
             assert update.values is not None
             self.chain = update.values[:1].clone()
             self.federation.buffers.hand_on(group[0])
-        self.reports.append(Report.of(update, group, payload.sizes, {}))
+        self.reports.append(Report.of(self.number, update, group, payload.sizes, {}))
 
     def _step(self) -> Change | None:
         """Tell the mask rule the mean squared deviation; the global row stays, or is where the last client stopped."""

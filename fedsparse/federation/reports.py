@@ -44,15 +44,15 @@ class Report:
     clipped: int = 0
 
     @classmethod
-    def of(cls, received: Update, group: tuple[int, ...], sizes: tuple[Size, ...], kept: Kept) -> Report:
-        """Report an update as it was received; of padding rows nothing is said."""
+    def of(cls, number: int, received: Update, group: tuple[int, ...], sizes: tuple[Size, ...], kept: Kept) -> Report:
+        """Report an update as it was received in a round of the run; of padding rows nothing is said."""
         members = [k for k, client in enumerate(received.clients) if client >= 0]
         why = {k: received.refused[k] for k in members if k in received.refused}
         return cls(
             tuple(received.clients[k] for k in members),
             tuple(group[k] for k in members),
             tuple(sizes[k] for k in members),
-            tuple(Dropped(received.round, received.clients[k], reason) for k, reason in why.items()),
+            tuple(Dropped(number, received.clients[k], reason) for k, reason in why.items()),
             of_those(kept, received) if kept else {},
             received.local_steps,
             received.clipped,

@@ -80,7 +80,7 @@ class Round:
         kept = payload.update.kept | payload.kept
         if received.variates is not None:
             kept[VARIATES] = (received.clients, received.variates)  # which the server has heard too
-        report = Report.of(received, group, payload.sizes, kept)
+        report = Report.of(self.number, received, group, payload.sizes, kept)
         self.reports.append(f.keep(report) if report.kept and not parallel.joined() else report)
 
     def close(self) -> float:

@@ -102,7 +102,7 @@ class Place:
 
     @property
     def numel(self) -> int:
-        """Subspace that train."""
+        """Coordinates that train."""
         return math.prod(self.gathered)
 
     @cached_property

@@ -19,7 +19,8 @@ from fedsparse.simulation.module import ClientModule
 class FederatedRounds(lightning.Callback):
     """Plays the rounds: sends to each cohort before it trains, and takes in what it sends back.
 
-    The round closes in the last ``on_train_batch_end``, so that Lightning validates the new global model.
+    The round closes in the last ``on_train_batch_end``, so that Lightning validates the new global model. A fit is one
+    federation: what lasts over rounds goes on from a checkpoint (``ckpt_path``), and a second fit begins anew.
 
     Args:
         federate: makes the federation of the clients, once the network is on its device; such as

@@ -42,7 +42,7 @@ class Personal(lightning.Callback):
     A participant's part sees the global model that it received, its own model after training, and the new global
     model; that of a client that does not take part sees the global models alone. Whoever has no test part is left out,
     and so is a model that is not finite. It stands after the protocol, and ``before`` it stands what looks at the rows
-    while they are still the clients'. Subspace and buffers that never leave a client are the client's own where it
+    while they are still the clients'. Coordinates and buffers that never leave a client are the client's own where it
     trains, and the server's elsewhere.
 
     After a round that is due ``figures`` holds what ``client_figures.columns`` names.

@@ -41,7 +41,7 @@ class Layout:
         return self if index is None else Layout(self.names, self.owner[index])
 
     def sizes(self) -> Tensor:
-        """Subspace of each tensor: int64 (T,)."""
+        """Coordinates of each tensor: int64 (T,)."""
         return torch.bincount(self.owner, minlength=len(self.names))
 
 
@@ -134,7 +134,7 @@ class RandomK:
 
 
 class Threshold:
-    """Subspace whose score is at least a threshold; a client may send nothing.
+    """Coordinates whose score is at least a threshold; a client may send nothing.
 
     Args:
         threshold: of the magnitude that ``by`` names: for ``smallest_*`` rules at most so much is sent.

@@ -110,7 +110,10 @@ class Server:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, and the rows but for the first, which is the network's."""
-        return {"optimizer": self.optimizer.state_dict(), "rows": self.rows[1:].cpu()}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "rows": self.rows[1:].cpu().clone(),
+        }  # of a view the whole would be stored
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -90,7 +90,7 @@ def _read_bitmap(data: Bytes, n: int, count: int) -> Bools:
 
 
 def _gaps(index: Ints) -> Ints:
-    """Subspace that are skipped before each position."""
+    """Coordinates that are skipped before each position."""
     return np.diff(index, prepend=-1) - 1
 
 
