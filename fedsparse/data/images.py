@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -129,8 +130,17 @@ def repeated(x: Tensor, channels: int | None) -> Tensor:
 def normalised(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Subtract the mean and divide by the standard deviation of each channel: (*, C, H, W) -> the same shape."""
     mean, std = (per_channel(numbers, x.shape[-3]) for numbers in (mean, std))
-    normal: Tensor = tv.normalize(x, list(mean), list(std))
+    if not all(std):
+        raise ValueError(f"std is {list(std)}; images cannot be divided by 0")
+    normal: Tensor = tv.normalize(x, *(_numbers(part, x.dtype, x.device) for part in (mean, std)))
     return normal
+
+
+@cache
+@torch.inference_mode(False)
+def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that lie on a device: copied there once, not in every step, where the host would wait for them."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def per_channel(numbers: tuple[float, ...], channels: int) -> tuple[float, ...]:
