@@ -7,9 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from pair import fit, in_processes
 from small import Small, small_data, small_net, uneven_parts
 from torch import nn
 
+from fedsparse.core import parallel
 from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.federation.exchange.filters import RESIDUAL, Feedback
@@ -183,3 +185,25 @@ def test_a_mask_that_changes_needs_one_group():
     with pytest.raises(ValueError, match="needs topology=flat"):
         _check_groups(Parity(), Changing(), Phases([Phase("learn")]))
     _check_groups(Parity(), None, Phases([Phase("learn")]))
+
+
+@pytest.mark.parametrize("exchange", list(EXCHANGES))
+def test_two_processes_train_both_departments(exchange, tmp_path):
+    """One client at a time, with Adam on the server, in float32, whose sums in float64 are exact: as one process."""
+    given = small_net(torch.float32), small_data(dtype=torch.float32), uneven_parts()
+    options = {**EXCHANGES[exchange], "server": SERVERS["adam"], "topology": Parity()}
+
+    def work():
+        place = {"processes": parallel.processes(), "process": parallel.process()}
+        small = fit(Small(*given, **options, **place), ROUNDS, tmp_path / "two")
+        return (
+            small.federation.server.rows,
+            small.federation.ledger.figures(),
+            [downlink.holds for downlink in small.federation.bytes.downlinks],
+        )
+
+    alone = Small(small_net(torch.float32), *given[1:], **options).fit(ROUNDS, tmp_path / "one").federation
+    for rows, figures, holds in in_processes(work, 2, tmp_path):
+        assert torch.equal(rows, alone.server.rows)
+        assert figures == alone.ledger.figures()
+        assert holds == [downlink.holds for downlink in alone.bytes.downlinks]
