@@ -25,13 +25,3 @@ class Flat:
     def group(self, clients: Sequence[int]) -> tuple[int, ...]:
         """Everybody belongs to row 0."""
         return (0,) * len(clients)
-
-
-class Parity:
-    """Two models: one for clients of even ids, one for those of odd ids."""
-
-    groups = 2
-
-    def group(self, clients: Sequence[int]) -> tuple[int, ...]:
-        """The last bit of the id; padding belongs to the first."""
-        return tuple(client % 2 if client >= 0 else 0 for client in clients)
