@@ -76,7 +76,6 @@ AGGREGATIONS = {
     "fednova participants": partial(FedNova, "participants"),
     "trimmed": partial(Robust, robust.trimmed_mean),
     "median": partial(Robust, robust.median),
-    "midrange": partial(Robust, robust.midrange),
     "krum": partial(Robust, robust.krum),
     "multi-krum": partial(Robust, robust.multi_krum),
     "geometric": partial(Robust, partial(robust.geometric_median, steps=50)),

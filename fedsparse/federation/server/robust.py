@@ -86,15 +86,6 @@ def median(values: Tensor, sent: Tensor, weight: Tensor) -> Averaged:
     return _middle(values, sent, low, torch.maximum(senders - low, low + (senders > 0))), senders > 0
 
 
-def midrange(values: Tensor, sent: Tensor, weight: Tensor) -> Averaged:
-    """Take the mean of the least and the largest value of each coordinate's senders, unweighted."""
-    values, sent, _, _ = _counted(values, sent, weight)
-    senders = sent.sum(0)
-    low, high = (torch.where(sent, values, far).sort(0).values for far in (math.inf, -math.inf))
-    middle = torch.where(senders > 0, (low[0] + high[-1]) / 2, 0.0)
-    return middle, senders > 0
-
-
 def _middle(values: Tensor, sent: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Average the sent values of each coordinate, in ascending order, from ``low`` to before ``high`` (P,)."""
     ordered = torch.where(sent, values, math.inf).sort(0).values
