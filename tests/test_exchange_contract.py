@@ -18,7 +18,7 @@ from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip
 from fedsparse.federation.exchange.scores import SCORES
-from fedsparse.federation.exchange.sparsifiers import Layers, Pattern, RandomK, Threshold, TopK, Turns
+from fedsparse.federation.exchange.sparsifiers import Layers, Pattern, RandomK, Threshold, TopK
 from fedsparse.federation.exchange.update import Update
 from fedsparse.federation.server import robust
 from fedsparse.federation.server.aggregation import FedNova, Robust, WeightedMean
@@ -57,7 +57,6 @@ EXACT = {
     "layers that drift less": sparse(Layers(percentage=0.5, more=False)),
     "layers by threshold": sparse(Layers(threshold=0.1, percentage=None, normalise=False)),
     "pattern": sparse(Pattern(["3.*"])),
-    "turns": sparse(Turns(7)),
     "flipped": filtered(Exchange, partial(SignFlip, 2, 3.0)),
 }
 LOSSY = {

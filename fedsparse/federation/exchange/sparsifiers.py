@@ -242,22 +242,3 @@ class Pattern:
         """Mark all coordinates of the tensors whose name matches; a client's own mask may leave it none of them."""
         hits = torch.tensor([matches(name, self.names) for name in layout.names], device=theta.device)
         return hits[layout.owner]
-
-
-class Turns:
-    """Every n-th coordinate in turn, the next ones in the next round: both sides know which.
-
-    Args:
-        every: n, 1 or more.
-
-    """
-
-    shared = True
-
-    def __init__(self, every: int = 10) -> None:
-        check_number("exchange.every", every, whole=True, least=1)
-        self.every = every
-
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
-        """Mark those whose turn it is."""
-        return torch.arange(len(theta), device=theta.device) % self.every == sender.round % self.every
