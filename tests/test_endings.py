@@ -370,7 +370,7 @@ def test_a_reader_that_leaves_ends_nothing(module):
 def test_commands_end_in_one_line(module, number):
     """Whenever the signal comes: here, as soon as the command has taken it over."""
     code = (
-        "import os, sys, runpy\nfrom fedsparse import signals\ntaken = signals.heeded\n"
+        "import os, sys, runpy\nfrom fedsparse.core import signals\ntaken = signals.heeded\n"
         "import contextlib\n@contextlib.contextmanager\ndef then():\n"
         f"    with taken():\n        os.kill(os.getpid(), {int(number)})\n        yield\n"
         "signals.heeded = then\nsys.argv = ['x', 'x']\n"

@@ -214,7 +214,8 @@ def test_a_disk_that_fills_is_one_line_and_the_resume_comes_to_the_same(tmp_path
 def test_a_run_killed_while_it_writes_leaves_nothing_after_the_resume(tmp_path):
     """A kill in the middle of a checkpoint: the process writes half and is gone."""
     code = (
-        "import os, sys, signal\nfrom fedsparse import files, run\nfill, seen = files._fill, []\n"
+        "import os, sys, signal\nfrom fedsparse import run\nfrom fedsparse.core import files\n"
+        "fill, seen = files._fill, []\n"
         "def half(disk, content):\n"
         "    seen.append('last.ckpt' in disk.path.name)\n"
         "    if sum(seen) == 2:\n"
