@@ -211,7 +211,6 @@ def build_module(
         compile=cfg.federation.get("compile", False),
         objective=build_objective(cfg, federation.parts),
         buffers=cfg.federation.buffers,
-        groups=instantiate(cfg.topology).groups,
         seed=cfg.seed,
     )
 

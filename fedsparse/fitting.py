@@ -130,8 +130,7 @@ def build_callbacks(
 ) -> Callbacks:
     """Build all callbacks; ``shared`` if other runs write to the same terminal at the same time."""
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    topology = instantiate(cfg.topology)
-    evaluation = Evaluation(federation.tests, federation.dataset.own, *[topology.group] * (topology.groups > 1))
+    evaluation = Evaluation(federation.tests, federation.dataset.own, rounds.group)
     progress = RoundProgress(rounds, evaluation, lambda round: len(federation.phased.sample(round)), shared=shared)
     chosen = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     artifacts = Artifacts(folder, config, lambda: choice.mask.by_layer())

@@ -110,7 +110,6 @@ class Small:
             compile=self.compile,
             objective=self.objective(),
             buffers=self.buffers,
-            groups=self.topology.groups,
             seed=self.seed,
         )
         self.given = {

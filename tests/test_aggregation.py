@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from fedsparse.federation.exchange.update import Update
-from fedsparse.federation.server.aggregation import (
-    FedNova,
-    Robust,
-    Tally,
-    WeightedMean,
-    coordinate_mean,
-    krum,
-    median,
-)
+from fedsparse.federation.server import coordinate_mean, krum, median
+from fedsparse.federation.server.aggregation import FedNova, Robust, Tally, WeightedMean
 
 CPU = torch.device("cpu")
 

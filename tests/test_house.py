@@ -132,21 +132,13 @@ def targets(node):
 
 
 def constructed(cls):
-    """Names that an object has when its constructor returns: fields, and what __init__ and what it calls sets."""
+    """Names that an object has when its constructor returns: fields, and what __init__ itself sets."""
     methods = {n.name: n for n in cls.body if isinstance(n, ast.FunctionDef)}
     names = {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign) and n.value is not None}
     names |= {n.target.id for n in cls.body if isinstance(n, ast.AnnAssign)} if dataclass(cls) else set()
-    waiting, done = ["__init__"], set()
-    while waiting:
-        name = waiting.pop()
-        if name in done or name not in methods:
-            continue
-        done.add(name)
-        for node in ast.walk(methods[name]):
-            if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
-                names |= {attribute for owner, attribute in targets(node) if owner == "self"}
-            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self."):
-                waiting.append(ast.unparse(node.func).removeprefix("self."))
+    for node in ast.walk(methods["__init__"]) if "__init__" in methods else ():
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            names |= {attribute for owner, attribute in targets(node) if owner == "self"}
     return names
 
 
@@ -183,7 +175,7 @@ def test_what_is_set_late_is_found():
         "  def _b(self): self.b = 1",
         "  def go(self, o): self.c = o.d = 2",
     )
-    assert list(late(ast.parse("\n".join(lines)))) == ["A: self.c", "A: o.d"]
+    assert list(late(ast.parse("\n".join(lines)))) == ["A: self.b", "A: self.c", "A: o.d"]
 
 
 def edges():

@@ -35,11 +35,12 @@ class Explore(Round):
 
     def send(self, cohort: Cohort) -> Start:
         """What the server sends K clients, which may start from what the client before has left."""
-        start = super().send(cohort)
+        start, local = super().send(cohort), self.federation.clients.local
         if self.chain is None:
             return start
         values = self.chain.expand(len(cohort.clients), -1)
-        return replace(start, values=self.federation.restored(cohort.clients, values))
+        restored = values if local is None else self.federation.restored(cohort.clients, values, local)
+        return replace(start, values=restored)
 
     def encode(self, update: Update) -> Payload:
         """Squared deviations where the mask rule is told, and the model where it is updated: only counted."""

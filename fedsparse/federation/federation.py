@@ -103,6 +103,7 @@ class Federation:
         self.objective, self.buffers, self.schedule, self.choice = clients.objective, clients.buffers, schedule, choice
         _check_groups(topology, choice, self.phases)
         self.exchange.follow(subspace.mask)
+        self.buffers.spread(topology.groups)
         rows = clients.space.read(clients.net).repeat(topology.groups, 1)
         self.server = Server(rows, make_server, subspace, untouched)
         self.ledger, traffic = Ledger() if ledger is None else ledger, Traffic() if traffic is None else traffic
@@ -138,9 +139,9 @@ class Federation:
         for keeper in self.keepers:
             keeper.move(carry)
 
-    def restored(self, clients: Sequence[int], values: Tensor) -> Tensor:
-        """Replace the coordinates of values (K, n) that stay with the clients by what each has kept."""
-        local, values = self.clients.local, values.clone()
+    def restored(self, clients: Sequence[int], values: Tensor, local: Tensor) -> Tensor:
+        """Replace the coordinates of values (K, n) that stay with the clients, bool (n,), by what each has kept."""
+        values = values.clone()
         values[:, local] = read(self.stores[LOCAL], clients, values[:, local])
         return values
 

@@ -62,8 +62,8 @@ class Round:
         """What the server sends K clients: where they start, and how they train."""
         f, group = self.federation, self.federation.topology.group(cohort.clients)
         values = f.server.broadcast(group)
-        if f.clients.keeps_local:
-            values = f.restored(cohort.clients, values)
+        if f.clients.local is not None:
+            values = f.restored(cohort.clients, values, f.clients.local)
         return Start(values, self.lr, group, self.phase.patience, self.phase.local_epochs or 1)
 
     def encode(self, update: Update) -> Payload:

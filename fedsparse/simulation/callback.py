@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
@@ -78,6 +78,11 @@ class FederatedRounds(lightning.Callback):
         if trainer.is_last_batch:
             self.loss = self.round.close()
             self.round = None  # before the next one takes memory for its own sums
+
+    def group(self, clients: Sequence[int]) -> Sequence[int]:
+        """Find the global model of each of some clients; nothing where all share one."""
+        topology = self.federation.topology
+        return topology.group(clients) if topology.groups > 1 else ()
 
     def state_dict(self) -> dict[str, Any]:
         """What lasts over rounds and is not the network's."""

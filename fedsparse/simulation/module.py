@@ -58,7 +58,6 @@ class ClientModule(lightning.LightningModule):
         compile: let torch compile the network for the local steps.
         objective: adds to the clients' gradients.
         buffers: what becomes of float buffers; see ``Buffers``.
-        groups: global models.
         seed: the run's seed, for dropout.
 
     Attributes:
@@ -83,7 +82,6 @@ class ClientModule(lightning.LightningModule):
         compile: bool = False,
         objective: Objective | None = None,
         buffers: str = "average",
-        groups: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -92,7 +90,7 @@ class ClientModule(lightning.LightningModule):
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
         self.make_optimizer, self.inputs, self.compile_net = make_optimizer, inputs, compile
         self.objective = Plain() if objective is None else objective
-        self.buffer_policy, self.groups, self.seed = buffers, groups, seed
+        self.buffer_policy, self.groups, self.seed = buffers, 1, seed
         self.buffer_store: ClientStore | None = None
         self.received: Start | None = None
         self.show: Callable[[int], None] = only_one
@@ -147,7 +145,7 @@ class ClientModule(lightning.LightningModule):
             inputs=self.inputs,
             compile=self.compile_net,
             objective=self.objective,
-            buffers=Buffers(self.net, self.buffer_policy, self.buffer_store, self.groups),
+            buffers=Buffers(self.net, self.buffer_policy, self.buffer_store),
             bitmaps=torch.as_tensor(self.bitmaps),
             per_sample=type(self).losses is ClientModule.losses,
             loss_scale=loss_scale,

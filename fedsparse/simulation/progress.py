@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedsparse.data.rounds import Cohort
 from fedsparse.simulation.callback import FederatedRounds
@@ -59,9 +59,8 @@ class RoundProgress(lightning.Callback):
         self.lines = not self.console.is_terminal and not shared
         self.accuracy = math.nan
         self.began = time.perf_counter()
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Show the bar, from the round that training starts or goes on at."""
+        self.seen = self.before = self.total = 0
+        self.task: TaskID | None = None  # from the start of the training
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -73,6 +72,9 @@ class RoundProgress(lightning.Callback):
             disable=not self.bar,
             refresh_per_second=5,
         )
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Show the bar, from the round that training starts or goes on at."""
         total, done = self._clients(int(trainer.max_epochs or 0)), self._clients(trainer.current_epoch)
         self.task = self.progress.add_task("round", total=total, completed=done, status="")
         self.progress.start()
@@ -87,7 +89,7 @@ class RoundProgress(lightning.Callback):
     ) -> None:
         """Move the bar by the cohort's clients."""
         self.seen += len(batch.members)
-        if self.bar:
+        if self.bar and self.task is not None:
             where = f"{self._where()}, client {self.seen:>2}/{self.total}"
             self.progress.update(self.task, completed=self.before + self.seen, description=where, status=self._status())
 
@@ -102,12 +104,13 @@ class RoundProgress(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Leave the finished bar on the screen."""
-        self.progress.update(self.task, status=self._status())
+        if self.task is not None:
+            self.progress.update(self.task, status=self._status())
         self.progress.stop()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give the terminal back."""
-        if hasattr(self, "progress"):
+        if self.task is not None:
             self.progress.stop()
 
     def _clients(self, rounds: int) -> int:

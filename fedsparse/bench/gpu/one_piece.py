@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.data.rounds import Cohort
-from fedsparse.federation.client.bound import BoundRow
+from fedsparse.federation.client.bound import Bound, BoundRow
 from fedsparse.federation.client.training import Batch, Clients, no_samples
 from fedsparse.optim.index import Piece
 from fedsparse.simulation.module import ClientModule
@@ -21,13 +21,14 @@ from fedsparse.simulation.module import ClientModule
 class OnePieceRow(BoundRow):
     """A row whose gradients are copied in after each backward, and so need no zeros before it."""
 
-    def bind(self) -> None:
+    def _bound(self) -> Bound:
         """Bind the network, and find what a backward computes and where it is copied to."""
-        super().bind()
+        bound = super()._bound()
         trained = [name for name in self.space.names if name in self.trained]
         views = self.space.unflatten(self.grad)
         self.leaves = [self.net.get_parameter(name) for name in trained]
         self.slots = [views[name] for name in trained]
+        return bound
 
     def backward(self, x: Tensor, y: Tensor, count: Sequence[int], scale: Tensor | None) -> Tensor:
         """Compute the gradient of the mean loss over the real samples, as ``BoundRow`` does."""

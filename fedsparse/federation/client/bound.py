@@ -6,7 +6,7 @@ Shapes: P coordinates, B samples of a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,24 @@ from fedsparse.optim.index import Piece
 
 Forward = Callable[[Tensor], Tensor]
 Losses = Callable[[Forward, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A network bound to a row, and whose gradients lie where.
+
+    Attributes:
+        binding: its parameters, and their gradients that are views of the row's.
+        taken: parameters whose gradient each backward makes anew, and the pieces that it is handed to.
+        swept: gradients that are set to zero whole after a step.
+        by_unit: gradients of which only some units are.
+
+    """
+
+    binding: Binding
+    taken: list[tuple[nn.Parameter, Tensor]]
+    swept: list[Tensor]
+    by_unit: list[tuple[Tensor, Tensor]]
 
 
 class BoundRow:
@@ -61,18 +79,23 @@ class BoundRow:
         self.apart = {piece.name for piece in split if piece.name} - self.units.keys()
         for view, piece in zip(self.views, split, strict=True):
             view.grad = None if piece.name in self.apart else piece.of(self.grad)
-        self.bind()
+        self.bound = self._bound()
 
     def bind(self) -> None:
+        """Bind the network again, after something has cleared its gradients."""
+        self.bound = self._bound()
+
+    def _bound(self) -> Bound:
         """Make the network's parameters and gradients views of the row's, and let its layers skip what is frozen."""
         trained, apart = self.trained.__contains__, self.apart.__contains__
-        self.binding: Binding = self.space.bind(self.net, self.row, self.grad, trained, apart)
+        binding = self.space.bind(self.net, self.row, self.grad, trained, apart)
         compute_units_only(self.net, self.units)
-        gradients = dict(zip(self.binding.names, self.binding.gradients, strict=True))
-        self.by_unit = [(gradients.pop(name), index) for name, index in self.units.items()]
-        self.swept = list(gradients.values()) if len(gradients) < len(self.space.names) else [self.grad]
+        gradients = dict(zip(binding.names, binding.gradients, strict=True))
+        by_unit = [(gradients.pop(name), index) for name, index in self.units.items()]
+        swept = list(gradients.values()) if len(gradients) < len(self.space.names) else [self.grad]
         named = zip(self.pieces, self.views, strict=True)
-        self.taken = [(self.net.get_parameter(p.name), view) for p, view in named if p.name in self.apart]
+        taken = [(self.net.get_parameter(p.name), view) for p, view in named if p.name in self.apart]
+        return Bound(binding, taken, swept, by_unit)
 
     def backward(self, x: Tensor, y: Tensor, count: Sequence[int], scale: Tensor | None) -> Tensor:
         """Compute the gradient of the mean loss over the real samples.
@@ -93,7 +116,7 @@ class BoundRow:
         losses = self.losses(self.forward, x, y)
         weight = losses.new_full((real,), 1 / real)  # as mean().backward(), two kernels shorter
         losses.backward(weight if scale is None else weight * scale)
-        for parameter, view in self.taken:  # the gradients that this backward made anew
+        for parameter, view in self.bound.taken:  # the gradients that this backward made anew
             view.grad = torch.zeros_like(view) if parameter.grad is None else parameter.grad
         self.gradients = [view.grad for view in self.views if view.grad is not None]
         return losses.detach().mean()
@@ -104,16 +127,16 @@ class BoundRow:
 
     def intact(self) -> bool:
         """Whether the network is still bound to the row."""
-        return self.binding.intact()
+        return self.bound.binding.intact()
 
     def clear(self) -> None:
         """Forget the gradients: none where the next backward makes them anew, else zero what this one wrote."""
         self.gradients = []
-        for parameter, view in self.taken:
+        for parameter, view in self.bound.taken:
             parameter.grad = view.grad = None
-        if self.swept:
-            torch._foreach_zero_(self.swept)
-        for gradient, index in self.by_unit:
+        if self.bound.swept:
+            torch._foreach_zero_(self.bound.swept)
+        for gradient, index in self.bound.by_unit:
             gradient.index_fill_(0, index, 0.0)
 
     def release(self) -> None:

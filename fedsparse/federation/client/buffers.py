@@ -26,7 +26,6 @@ class Buffers:
         policy: ``average`` sends their change with the update and averages it with the same weights; ``local`` keeps
             them with each client; ``frozen`` leaves them as they were pre-trained.
         store: where ``local`` keeps them; in memory by default.
-        groups: G, global models.
 
     Attributes:
         values: (G, all) global values of all float buffers.
@@ -37,15 +36,17 @@ class Buffers:
 
     """
 
-    def __init__(
-        self, net: nn.Module, policy: str = "average", store: ClientStore | None = None, groups: int = 1
-    ) -> None:
+    def __init__(self, net: nn.Module, policy: str = "average", store: ClientStore | None = None) -> None:
         check_choice("federation.buffers", policy, *POLICIES)
         self.net, self.policy, self.space = net, policy, ParamSpace.of_buffers(net)
         self.store: ClientStore = MemoryStore() if store is None else store
-        self.values = self.space.read(net).to(next(net.parameters()).device).repeat(groups, 1)
+        self.values = self.space.read(net).to(next(net.parameters()).device).unsqueeze(0)
         self.size = self.space.size if policy == "average" else 0
         self.integers = integers(net)
+
+    def spread(self, groups: int) -> None:
+        """Keep global values for so many global models, which all begin alike."""
+        self.values = self.values[:1].repeat(groups, 1)
 
     def of(self, client: int, group: int) -> Tensor:
         """Values of all float buffers that a client starts with: the global ones of its group, or its own."""

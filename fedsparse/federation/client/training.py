@@ -63,7 +63,7 @@ class Clients:
     Attributes:
         theta: the rows (K, P).
         subspace: what trains of them.
-        local: bool (n,), what of that stays with each client; ``keeps_local`` whether anything does.
+        local: bool (n,), what of that stays with each client; None: nothing does.
         lr: the learning rate that the optimizer was made with.
 
     Raises:
@@ -101,20 +101,22 @@ class Clients:
         self.per_sample, self.loss_scale, self.seed = per_sample, loss_scale, seed
         self.factors: list[Tensor] = []  # by which each local step of a cohort multiplied its gradients, (K, 1)
         self.change = torch.zeros(0)
-        self._form(mask, space.read(net))
+        self.subspace, self.theta = Subspace(mask), stacked(space.read(net), cohort)
+        self.rows, self.optimizer = self._formed(mask)
+        self.local, self.frozen = self._local(), self._frozen(mask)
         self.lr: float = self.optimizer.defaults["lr"]
 
-    def _form(self, mask: Tensor, row: Tensor) -> None:
-        """Make K rows of these values (P,), the optimizer of what trains of them, and bind the network."""
-        self.subspace = Subspace(mask)
-        self.local = self.subspace.of(self.space.local.to(mask.device))
-        self.keeps_local = bool(self.local.any())
-        self.theta = row.repeat(self.cohort, 1)
-        self.theta.grad = zeros(self.theta)
-        self.frozen = self._frozen(mask)
-        self.rows, masks = self._single(mask) if self.cohort == 1 else self._several(mask)
-        self.optimizer = self.make_optimizer(self.rows.views)
-        self.optimizer.set_masks(masks)
+    def _formed(self, mask: Tensor) -> tuple[Rows, MaskedOptimizer]:
+        """Bind the network to the rows, and make the optimizer of what trains of them."""
+        rows, masks = self._single(mask) if self.cohort == 1 else self._several(mask)
+        optimizer = self.make_optimizer(rows.views)
+        optimizer.set_masks(masks)
+        return rows, optimizer
+
+    def _local(self) -> Tensor | None:
+        """Mark what of the coordinates that train stays with each client, (n,); None if nothing does."""
+        local = self.subspace.of(self.space.local.to(self.theta.device))
+        return local if bool(local.any()) else None
 
     def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
         """One row, in the pieces that the optimizer steps, with the mask of each."""
@@ -133,7 +135,9 @@ class Clients:
         row = self.space.read(self.net)  # the global one, which none of several clients' rows is
         if carry.zeros:
             self.space.write(self.net, row.masked_fill_(~carry.after.mask, 0.0))
-        self._form(carry.after.mask, row)
+        self.subspace, self.theta = carry.after, stacked(row, self.cohort)
+        self.rows, self.optimizer = self._formed(carry.after.mask)
+        self.local, self.frozen = self._local(), self._frozen(carry.after.mask)
 
     def train(self, start: Start, cohort: Cohort) -> Update:
         """ClientUpdate(k, x): local steps of masked SGDM from the rows that K clients were sent; what each changed."""
@@ -168,7 +172,7 @@ class Clients:
         kept = term.finish(update.rows, start.lr, update.steps)
         if self.buffers.space.size:
             kept |= self.buffers.kept(cohort.clients)
-        if self.keeps_local:
+        if self.local is not None:
             kept[LOCAL] = (cohort.clients, values[:, self.local])
         variates = kept[VARIATES][1] if VARIATES in kept else None
         return replace(update, kept=kept, variates=variates) if kept else update
@@ -303,6 +307,13 @@ def check_stackable(net: nn.Module, cohort: int) -> None:
 def can_stack(net: nn.Module) -> bool:
     """Whether several clients can share a forward: not with BatchNorm, whose running statistics are one client's."""
     return not any(isinstance(module, _BatchNorm) for module in net.modules())
+
+
+def stacked(row: Tensor, clients: int) -> Tensor:
+    """Make the rows (K, P) of so many clients, which begin alike, with their gradients."""
+    theta = row.repeat(clients, 1)
+    theta.grad = zeros(theta)
+    return theta
 
 
 def zeros(like: Tensor) -> Tensor:

@@ -17,13 +17,10 @@ from torch import Tensor
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Carry
 from fedsparse.federation.exchange.admission import admit, finite, refuse
-from fedsparse.federation.exchange.scores import select
 from fedsparse.federation.exchange.sparsifiers import Layout, Rule, Sender
 from fedsparse.federation.exchange.update import Payload, Update
 from fedsparse.federation.exchange.wire.message import Message, encode, known_size, read, split_size
 from fedsparse.federation.stores.store import ClientStore
-
-__all__ = ["Exchange", "Filter", "Full", "select"]
 
 OwnMasks = Callable[[Sequence[int]], Tensor | None]
 PAYLOADS = ("change", "value")
@@ -102,8 +99,6 @@ class Exchange:
 
     Attributes:
         sendable: which coordinates may travel.
-        size: how many of those that train.
-        still: how many that do not train are sent all the same, as zeros behind the others.
         own: whether clients send different coordinates, so that each is averaged over those who sent it.
 
     Raises:
@@ -132,12 +127,21 @@ class Exchange:
         self.filters = [chosen for chosen in (filters or {}).values() if chosen is not None]
         self.local, self.space = local, space
         self.own = masks is not None or rule is not None
-        self.follow(trained)
+        self.sendable = Sendable.of(trained, local, space)
 
     def follow(self, trained: Tensor) -> None:
         """Let these coordinates train from now on, bool (P,); updates lie on its device."""
         self.sendable = Sendable.of(trained, self.local, self.space)
-        self.size, self.still = self.sendable.size, self.sendable.frozen * self.whole
+
+    @property
+    def size(self) -> int:
+        """Coordinates that may travel, of those that train."""
+        return self.sendable.size
+
+    @property
+    def still(self) -> int:
+        """Coordinates that do not train and are sent all the same, as zeros behind the others."""
+        return self.sendable.frozen * self.whole
 
     def move(self, carry: Carry) -> None:
         """Let other coordinates train, between two rounds."""
@@ -202,7 +206,9 @@ class Exchange:
         held = None if self.masks is None else self._held(update.clients)
         extra, dtype = update.extra, update.rows.dtype
         if held is None:
-            sizes = (known_size(self.size + self.still, extra, dtype),) * len(update.clients)
+            sizes = (known_size(self.sendable.size + self.sendable.frozen * self.whole, extra, dtype),) * len(
+                update.clients
+            )
         else:
             sizes = tuple(known_size(count, extra, dtype) for count in held.sum(1).tolist())
         if held is None and self.sendable.all:

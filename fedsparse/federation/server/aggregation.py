@@ -18,33 +18,8 @@ from torch import Tensor
 from fedsparse.core import parallel
 from fedsparse.core.subspace import CHUNK
 from fedsparse.federation.exchange.update import Update
-from fedsparse.federation.server.robust import (
-    Averaged,
-    check_denominator,
-    coordinate_mean,
-    geometric_median,
-    krum,
-    median,
-    multi_krum,
-    trimmed_mean,
-    weighted_mean,
-)
+from fedsparse.federation.server.robust import Averaged, check_denominator, krum, multi_krum
 
-__all__ = [
-    "Aggregation",
-    "Change",
-    "FedNova",
-    "Robust",
-    "Tally",
-    "WeightedMean",
-    "coordinate_mean",
-    "geometric_median",
-    "krum",
-    "median",
-    "multi_krum",
-    "trimmed_mean",
-    "weighted_mean",
-]
 AverageRows = Callable[[Tensor, Tensor, Tensor], Averaged]
 
 
