@@ -206,9 +206,8 @@ class Exchange:
         held = None if self.masks is None else self._held(update.clients)
         extra, dtype = update.extra, update.rows.dtype
         if held is None:
-            sizes = (known_size(self.sendable.size + self.sendable.frozen * self.whole, extra, dtype),) * len(
-                update.clients
-            )
+            whole = self.sendable.size + self.sendable.frozen * self.whole
+            sizes = (known_size(whole, extra, dtype),) * len(update.clients)
         else:
             sizes = tuple(known_size(count, extra, dtype) for count in held.sum(1).tolist())
         if held is None and self.sendable.all:
