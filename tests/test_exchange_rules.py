@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsparse.federation.exchange.exchange import Exchange, select
+from fedsparse.federation.exchange import Exchange, select
 from fedsparse.federation.exchange.filters import SignFlip
 from fedsparse.federation.exchange.fractions import check_fraction, fraction_of
 from fedsparse.federation.exchange.scores import SCORES, at_least, kept

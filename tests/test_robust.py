@@ -16,8 +16,9 @@ import torch
 from scipy.optimize import minimize
 from scipy.stats import trim_mean
 
+from fedsparse.federation import server
 from fedsparse.federation.exchange.update import Update
-from fedsparse.federation.server import aggregation, robust
+from fedsparse.federation.server import robust
 from fedsparse.federation.server.robust import (
     coordinate_mean,
     geometric_median,
@@ -499,9 +500,9 @@ def test_defaults_are_the_documented_ones():
         assert {name: inspect.signature(function).parameters[name].default for name in wanted} == wanted
 
 
-def test_aggregation_offers_them_too():
+def test_the_package_offers_them():
     names = ["weighted_mean", "coordinate_mean", "trimmed_mean", "median", "krum", "multi_krum", "geometric_median"]
-    assert all(getattr(aggregation, name) is getattr(robust, name) for name in names)
+    assert all(getattr(server, name) is getattr(robust, name) for name in names)
 
 
 # --- attackers of any size, and lost rows
@@ -630,7 +631,7 @@ def test_two_rows_of_krum_are_compared_by_the_coordinates_that_are_named():
 
 
 def closed(average, update, groups=1, processes=None):
-    rule = aggregation.Robust(average)
+    rule = server.Robust(average)
     tally = rule.zero(groups, update.rows.shape[1], update.buffers.shape[1], torch.device("cpu"))
     rule.add(tally, update, [0] * len(update.clients))
     return rule.finish(rule.merge(tally))
