@@ -22,8 +22,7 @@ from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.devices import accelerator, build_device
 from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.combinations import check_names
-from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.federation.exchange.traffic import Traffic
+from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.federation import Federation
 from fedsparse.federation.masking import MaskChoice
 from fedsparse.federation.phases import Phases

@@ -11,7 +11,7 @@ from small import Small, small_data, small_net, uneven_parts
 from fedsparse.core.seeding import Purpose
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
-from fedsparse.federation.exchange.traffic import Traffic
+from fedsparse.federation.exchange.ledger import Traffic
 from fedsparse.federation.masking import MaskChoice, zero
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.server.sampling import uniform

@@ -13,11 +13,19 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client.drift import VARIATES, Scaffold
-from fedsparse.federation.exchange.admission import NOT_FINITE, admit, counted, finite, finite_rows, of_those, refuse
 from fedsparse.federation.exchange.exchange import Exchange, Filter
 from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip
 from fedsparse.federation.exchange.sparsifiers import RandomK, Threshold, TopK
-from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.exchange.update import (
+    NOT_FINITE,
+    Update,
+    admit,
+    counted,
+    finite,
+    finite_rows,
+    of_those,
+    refuse,
+)
 from fedsparse.federation.exchange.wire.message import encode
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import Diverged, Dropped, EveryUpdateDropped, named

@@ -16,10 +16,8 @@ from fedsparse.core.subspace import Subspace
 from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.downlink import Downlink
 from fedsparse.federation.exchange.exchange import Exchange, Full
-from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.federation.exchange.link import Link
+from fedsparse.federation.exchange.ledger import COLUMNS, Ledger, Link, Traffic
 from fedsparse.federation.exchange.sparsifiers import Threshold, TopK
-from fedsparse.federation.exchange.traffic import COLUMNS, Traffic
 from fedsparse.federation.exchange.wire.message import HEADER, Size, encode
 from fedsparse.federation.server.aggregation import Change, WeightedMean
 from fedsparse.federation.server.server import Server
@@ -53,23 +51,23 @@ def test_what_moved_since_by_hand():
 
     assert total(1) == WHOLE  # never met
     for client in (1, 2):
-        downlink.told(client, 0)
+        downlink.holds[client] = 0
     assert total(1) == H  # nothing has moved since
     moved(downlink, 0, 3, 70)
     assert total(1) == real({3, 70}) == H + 2 * 4 + 2  # two gaps of a byte
-    downlink.told(1, 1)
+    downlink.holds[1] = 1
     moved(downlink, 1, 3, 5)
     assert total(1) == real({3, 5}) == H + 2 * 4 + 2
     assert total(2) == real({3, 5, 70}) == H + 3 * 4 + 3
     assert total(3) == WHOLE
-    downlink.told(2, 2)
+    downlink.holds[2] = 2
     assert total(2) == H
     moved(downlink, 2)  # a round that moved nothing
     assert total(2) == H
     assert total(1) == real({3, 5})
     moved(downlink, 3, *range(N))
     assert [total(client) for client in (1, 2, 3)] == [WHOLE] * 3
-    downlink.told(1, 4)
+    downlink.holds[1] = 4
     moved(downlink, 4, 9)
     assert total(1) == real({9})
     assert total(2) == WHOLE  # all moved in between
@@ -77,11 +75,11 @@ def test_what_moved_since_by_hand():
 
 def test_the_whole_row_where_positions_cost_more():
     downlink, row = Downlink(), torch.zeros(N)
-    downlink.told(1, 0)
+    downlink.holds[1] = 0
     moved(downlink, 0, *range(N - 2))  # 78 values and a bitmap of ten bytes: two more than all 80 values
     assert downlink.size(1, row, 0) == Size(H, 0, 4 * N)
     downlink = Downlink()
-    downlink.told(1, 0)
+    downlink.holds[1] = 0
     moved(downlink, 0, *range(N - 3))  # two bytes less
     assert downlink.size(1, row, 0) == Size(H, 10, 4 * (N - 3))
     assert downlink.size(1, row, 0).total == real(range(N - 3))
@@ -89,7 +87,7 @@ def test_the_whole_row_where_positions_cost_more():
 
 def test_buffers_always_travel_whole():
     downlink, row = Downlink(), torch.zeros(N)
-    downlink.told(1, 0)
+    downlink.holds[1] = 0
     moved(downlink, 0, 4)
     assert downlink.size(1, row, 6).total == real({4}, buffers=6) == H + 4 * 7 + 1
     downlink.known = {}
@@ -98,12 +96,12 @@ def test_buffers_always_travel_whole():
 
 def test_its_state_goes_on():
     first, row = Downlink(), torch.zeros(N)
-    first.told(1, 0)
+    first.holds[1] = 0
     moved(first, 0, 4, 7)
     again = Downlink()
     again.load_state_dict(copy.deepcopy(first.state_dict()))
     for downlink in (first, again):
-        downlink.told(2, 1)
+        downlink.holds[2] = 1
         moved(downlink, 1, 50)
     for client in (1, 2, 3):
         assert again.size(client, row, 0) == first.size(client, row, 0)

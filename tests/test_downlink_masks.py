@@ -43,9 +43,9 @@ def size(downlink, client, training):
 def test_what_stopped_is_still_sent_by_hand():
     """Coordinates 0 to 9 train, then 5 to 14, then 10 to 19: 3 stops first, 7 after it."""
     downlink, first, second, third = Downlink(), range(10), range(5, 15), range(10, 20)
-    downlink.told(1, 0)
+    downlink.holds[1] = 0
     close(downlink, 0, first, {3, 7})
-    downlink.told(2, 1)
+    downlink.holds[2] = 1
     follow(downlink, first, second, 0)
     # 7 has a place among what trains, 3 a second list: four bytes a value, one byte a gap, one header
     assert size(downlink, 1, second) == Size(H, 2, 8)
@@ -73,11 +73,11 @@ def test_what_was_pruned_is_sent_when_it_trains_again_by_hand():
     """It is zero: whoever holds the model from before must be told; while it is pruned the mask says so."""
     downlink, first, second = Downlink(), range(10), range(5, 15)
     for client in (1, 2):
-        downlink.told(client, 0)
+        downlink.holds[client] = 0
     close(downlink, 0, first, {7})
     follow(downlink, first, second, 0, zeros=True)  # 0 to 4 become zero after round 0
     assert size(downlink, 1, second) == Size(H, 1, 4)  # 7
-    downlink.told(2, 1)
+    downlink.holds[2] = 1
     close(downlink, 1, second, {})
     follow(downlink, second, first, 1, zeros=True)  # they train again; 10 to 14 become zero
     assert size(downlink, 1, first) == Size(H, 2, 4 * 6)  # 0 to 4, and 7: a bitmap of ten is shorter than six gaps
@@ -90,7 +90,7 @@ def test_any_history_of_masks_equals_a_plain_record(seed, zeros):
     draw = random.Random(seed)
     downlink, training, last, holds = Downlink(), sorted(draw.sample(range(P), 20)), [-1] * P, {}
     for client in range(4):
-        downlink.told(client, 0)
+        downlink.holds[client] = 0
         holds[client] = 0
     for round in range(12):
         if round and draw.random() < 0.5:
@@ -114,14 +114,14 @@ def test_any_history_of_masks_equals_a_plain_record(seed, zeros):
         for place in moved:
             last[place] = round
         for client in draw.sample(sorted(holds), 1):
-            downlink.told(client, round)
+            downlink.holds[client] = round
             holds[client] = round
 
 
 def test_a_state_that_says_nothing_of_zeros_sends_what_stopped():
     """So do checkpoints from before masks could make zeros."""
     downlink, first, second = Downlink(), range(10), range(5, 15)
-    downlink.told(1, 0)
+    downlink.holds[1] = 0
     close(downlink, 0, first, {3})
     follow(downlink, first, second, 0)
     state = downlink.state_dict()

@@ -40,17 +40,16 @@ def never(name: str) -> bool:
 class Binding:
     """A network whose parameters, and their gradients, are views into one row.
 
-    Lightning sets every ``.grad`` to None before each validation, and ``.to()`` may replace the data: either would
-    train a copy that nobody reads. ``intact`` costs a few microseconds and is asked once a cohort.
+    Attributes:
+        names: of what trains with a gradient in the row.
+        parameters: of these names.
+        gradients: the views that were bound as their ``.grad``.
+
     """
 
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     gradients: tuple[Tensor, ...]
-
-    def intact(self) -> bool:
-        """Whether every gradient is still the view that was bound."""
-        return all(p.grad is g for p, g in zip(self.parameters, self.gradients, strict=True))
 
 
 class ParamSpace:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.exchange.downlink import Downlink
-from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.federation.exchange.traffic import Traffic
+from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.exchange.wire.message import HEADER, Size, bitmap_size, known_size
 from fedsparse.federation.reports import Report
 from fedsparse.federation.server.aggregation import Change
@@ -79,11 +78,10 @@ class ByteCount(Watcher):
             for client, group, up in zip(report.clients, report.group, report.up, strict=True):
                 self._count(round, client, group, up)
             self.ledger.stepped(report.local_steps, report.clipped)
+        pairs = [pair for report in reports for pair in zip(report.clients, report.group, strict=True)]
         for group, downlink in enumerate(self.downlinks):
-            downlink.close(round.number, self.before[group], self._of(round.federation.server.values[group]))
-        for report in reports:
-            for client, group in zip(report.clients, report.group, strict=True):
-                self.downlinks[group].told(client, round.number)
+            after, members = self._of(round.federation.server.values[group]), [c for c, own in pairs if own == group]
+            downlink.close(round.number, self.before[group], after, members)
         self.before = []
         self.traffic.write(round.number + 1, self.ledger.close())
 

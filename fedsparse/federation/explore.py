@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.data.rounds import Cohort
-from fedsparse.federation.exchange.admission import counted
-from fedsparse.federation.exchange.update import Payload, Start, Update
+from fedsparse.federation.exchange.update import Payload, Start, Update, counted
 from fedsparse.federation.exchange.wire.message import known_size
 from fedsparse.federation.masking import Guide
 from fedsparse.federation.phases import Phase

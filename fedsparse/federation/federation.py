@@ -20,8 +20,7 @@ from fedsparse.federation.bytecount import ByteCount
 from fedsparse.federation.client.buffers import BUFFERS
 from fedsparse.federation.client.training import LOCAL, Clients
 from fedsparse.federation.exchange.exchange import Exchange
-from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.federation.exchange.traffic import Traffic
+from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.explore import Explore
 from fedsparse.federation.masking import MaskChoice
 from fedsparse.federation.phases import Phase, Phases

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fedsparse.federation.exchange.admission import NOT_FINITE, of_those
-from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.exchange.update import NOT_FINITE, Update, of_those
 from fedsparse.federation.exchange.wire.message import Size
 from fedsparse.federation.stores.store import Kept
 

@@ -12,8 +12,7 @@ from fedsparse.core import parallel
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.client.drift import VARIATES
 from fedsparse.federation.client.training import Clients
-from fedsparse.federation.exchange.admission import finite_rows
-from fedsparse.federation.exchange.update import Payload, Start, Update
+from fedsparse.federation.exchange.update import Payload, Start, Update, finite_rows
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import Diverged, EveryUpdateDropped, Report
 from fedsparse.federation.server.aggregation import Change

@@ -95,7 +95,7 @@ class Place:
         shape, dim, marks = _marks(laid, param)
         return cls(shape, dim, narrow(marks.nonzero().squeeze(1), shape[dim]).to(param.device))
 
-    @property
+    @cached_property
     def gathered(self) -> tuple[int, ...]:
         """Shape of what trains: (n,), (n, coordinates of a unit) or (K, n)."""
         return tuple(len(self.index) if dim == self.dim else size for dim, size in enumerate(self.shape))

@@ -66,19 +66,15 @@ def sgdm_update(
         return buffer
     direction = grad if weight_decay == 0 else grad.add(param, alpha=weight_decay)
     if momentum != 0:
-        buffer = _accumulate(buffer, direction, momentum, dampening, fresh)
+        if buffer is None:
+            buffer = direction.clone()
+        elif fresh:
+            buffer.copy_(direction)
+        else:  # two roundings as in torch.optim.SGD, not one fused
+            buffer.mul_(momentum).add_(direction, alpha=1 - dampening)
         direction = direction.add(buffer, alpha=momentum) if nesterov else buffer
     param.add_(direction, alpha=-float(lr))  # -float: an integer lr of 0 would add +0.0, which changes -0.0
     return buffer
-
-
-def _accumulate(buffer: Tensor | None, direction: Tensor, momentum: float, dampening: float, fresh: bool) -> Tensor:
-    """Take the direction into the momentum, as ``torch.optim.SGD`` does: two roundings, not one fused."""
-    if buffer is None:
-        return direction.clone()
-    if fresh:
-        return buffer.copy_(direction)
-    return buffer.mul_(momentum).add_(direction, alpha=1 - dampening)
 
 
 def _one_sweep(param: Tensor, grad: Tensor, buffer: Tensor | None, momentum: float) -> bool:
@@ -176,21 +172,19 @@ class SparseSGDM(MaskedOptimizer):
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """Step one parameter where it trains, with its momentum if it has any."""
-        options = {name: group[name] for name in _OPTIONS}
-        if not options["momentum"]:
-            self._move(param, grad, None, False, options)
-            return
-        state, buffer = self.state[param], self._moment(param, "momentum_buffer")
-        state["momentum_buffer"] = self._move(param, grad, buffer, state.get("fresh", False), options)
-        state["fresh"] = False
-
-    def _move(
-        self, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
-    ) -> Tensor | None:
-        place = self._places.get(param)
+        options, place, moves = (
+            {name: group[name] for name in _OPTIONS},
+            self._places.get(param),
+            bool(group["momentum"]),
+        )
+        buffer = self._moment(param, "momentum_buffer") if moves else None
+        fresh = moves and self.state[param].get("fresh", False)
         if place is None:
-            return _update_whole(param, grad, buffer, fresh, options)
-        return _update_at(place, param, grad, buffer, fresh, options)
+            buffer = _update_whole(param, grad, buffer, fresh, options)
+        else:
+            buffer = _update_at(place, param, grad, buffer, fresh, options)
+        if moves:
+            self.state[param].update(momentum_buffer=buffer, fresh=False)
 
     def _begin(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
         """Make the momentum, or zero it if it was reset; who has any still takes the next step as a first one.

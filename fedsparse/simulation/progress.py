@@ -75,14 +75,14 @@ class RoundProgress(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Show the bar, from the round that training starts or goes on at."""
-        total, done = self._clients(int(trainer.max_epochs or 0)), self._clients(trainer.current_epoch)
-        self.task = self.progress.add_task("round", total=total, completed=done, status="")
+        total, self.before = self._clients(int(trainer.max_epochs or 0)), self._clients(trainer.current_epoch)
+        self.task = self.progress.add_task("round", total=total, completed=self.before, status="")
         self.progress.start()
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Note the time and start counting clients."""
         self.seen, self.began = 0, time.perf_counter()
-        self.before, self.total = self._clients(trainer.current_epoch), self.clients(trainer.current_epoch)
+        self.total = self.clients(trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Cohort, batch_idx: int
@@ -95,6 +95,7 @@ class RoundProgress(lightning.Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write a line to run.log, and to where there is no terminal."""
+        self.before += self.total
         self.accuracy = self.evaluation.figures.get("val/acc", self.accuracy)
         seconds = time.perf_counter() - self.began
         line = f"{self._where()}  {self._status()}  {seconds:.1f} s"

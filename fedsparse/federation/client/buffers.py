@@ -60,8 +60,6 @@ class Buffers:
 
     def change(self, groups: Sequence[int]) -> Tensor:
         """Change (K, Q) of the buffers that travel, of K clients of these groups."""
-        if not self.size:
-            return self.values[:, :0].new_zeros(len(groups), 0)
         return (self.space.read(self.net) - self.values[groups[0]]).expand(len(groups), -1)  # stacked ones change none
 
     def kept(self, clients: Sequence[int]) -> Kept:

@@ -23,8 +23,7 @@ from fedsparse.federation.client.buffers import Buffers
 from fedsparse.federation.client.drift import VARIATES, Objective, Plain, Rows, Term, step_weights
 from fedsparse.federation.client.early_stopping import Counts, Patience
 from fedsparse.federation.client.stacked import StackedRows
-from fedsparse.federation.exchange.admission import finite
-from fedsparse.federation.exchange.update import Start, Update
+from fedsparse.federation.exchange.update import Start, Update, finite
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim.index import Piece, pieces
 from fedsparse.optim.masked import MaskedOptimizer
@@ -158,7 +157,7 @@ class Clients:
             Update(
                 cohort.clients,
                 torch.sub(values, start.values, out=self.change),
-                self.buffers.change(start.group),
+                self.buffers.change(start.group) if self.buffers.size else values.new_zeros(len(values), 0),
                 processed(taken) if cohort.processed and start.patience else cohort.weight,
                 mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), taken),
                 anchor=start.values,

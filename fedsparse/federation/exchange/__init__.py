@@ -3,8 +3,7 @@
 from fedsparse.federation.exchange.downlink import Downlink
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip, feedback, precision, sign_flip
-from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.federation.exchange.link import Link
+from fedsparse.federation.exchange.ledger import Ledger, Link
 from fedsparse.federation.exchange.scores import select
 from fedsparse.federation.exchange.sparsifiers import Layers, Pattern, RandomK, Threshold, TopK
 from fedsparse.federation.exchange.update import Payload, Update

@@ -5,7 +5,7 @@ Shapes: P coordinates, n of them travel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -64,13 +64,10 @@ class Downlink:
         values = (int(marks.count_nonzero()) + buffers) * row.dtype.itemsize
         return Size(HEADER.size, len(write_positions(marks.cpu().numpy())[1]), values)
 
-    def told(self, client: int, round: int) -> None:
-        """Note that a client now holds the values that a round starts from."""
-        self.holds[client] = round
-
-    def close(self, round: int, before: Tensor, after: Tensor) -> None:
-        """Note which coordinates a round moved, from their values (n,) before and after."""
+    def close(self, round: int, before: Tensor, after: Tensor, clients: Iterable[int] = ()) -> None:
+        """Note which coordinates a round moved, from their values (n,) before and after, and who holds those before."""
         self.known = {}
+        self.holds.update(dict.fromkeys(clients, round))
         moved = before != after
         if bool(moved.all()):
             self.moved = round

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Carry
-from fedsparse.federation.exchange.admission import admit, finite, refuse
 from fedsparse.federation.exchange.sparsifiers import Layout, Rule, Sender
-from fedsparse.federation.exchange.update import Payload, Update
+from fedsparse.federation.exchange.update import Payload, Update, admit, finite, refuse
 from fedsparse.federation.exchange.wire.message import Message, encode, known_size, read, split_size
 from fedsparse.federation.stores.store import ClientStore
 
@@ -194,17 +193,14 @@ class Exchange:
         return [self._message(payload.update, k) for k in range(len(payload.update.clients))]
 
     def _send(self, update: Update) -> Payload:
+        """Write messages, or only count them where both sides know the positions and no value is rounded."""
         if self.filters:  # which may have made of finite values others, that have no order and no 8-bit steps
             update = finite(update)
-        if self.rule is None and update.dtype in (None, update.rows.dtype) and self.payload == "change":
-            return self._in_place(update)
-        written = tuple(self._message(update, k) for k in range(len(update.clients)))
-        return Payload(update, tuple(split_size(message) for message in written), written)
-
-    def _in_place(self, update: Update) -> Payload:
-        """Leave the values where they are; only count them."""
-        held = None if self.masks is None else self._held(update.clients)
         extra, dtype = update.extra, update.rows.dtype
+        if self.rule is not None or update.dtype not in (None, dtype) or self.payload != "change":
+            written = tuple(self._message(update, k) for k in range(len(update.clients)))
+            return Payload(update, tuple(split_size(message) for message in written), written)
+        held = None if self.masks is None else self._held(update.clients)  # the values stay where they are
         if held is None:
             whole = self.sendable.size + self.sendable.frozen * self.whole
             sizes = (known_size(whole, extra, dtype),) * len(update.clients)

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from fedsparse.core.checks import check_number
-from fedsparse.federation.exchange.admission import counted
 from fedsparse.federation.exchange.exchange import Exchange, Filter, Send
-from fedsparse.federation.exchange.update import Payload, Update
+from fedsparse.federation.exchange.update import Payload, Update, counted
 from fedsparse.federation.stores.store import ClientStore, MemoryStore, read
 
 RESIDUAL = "residuals"

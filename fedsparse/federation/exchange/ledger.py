@@ -1,16 +1,96 @@
-"""What crossed the network: lengths of payloads, in bytes."""
+"""What crossed the network: lengths of payloads in bytes, by client and round, and the time that they take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from fedsparse.federation.exchange.link import Link
-from fedsparse.federation.exchange.traffic import Entry
+from fedsparse.core.checks import check_number
+from fedsparse.core.lines import RoundLines
 from fedsparse.federation.exchange.wire.message import Size
 
+COLUMNS = (
+    "round,client,up_header,up_positions,up_values,down_header,down_positions,down_values,first_contact,dense,seconds"
+)
 _UNSTORED = ("link", "entries")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A client's connection to the server (``conf/link``); all clients of a round send at once, each on its own.
+
+    Args:
+        up: Mbit/s from the client.
+        down: Mbit/s to the client.
+        latency: seconds that a message is under way, each time one is sent.
+
+    Raises:
+        ValueError: a rate that is not above 0, or a negative latency.
+
+    """
+
+    up: float
+    down: float
+    latency: float
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        check_number("link.up", self.up, least=1e-9)
+        check_number("link.down", self.down, least=1e-9)
+        check_number("link.latency", self.latency, least=0)
+
+    def seconds(self, up: int, down: int) -> float:
+        """Time of one message down and one up, of so many bytes.
+
+        >>> Link(up=8.0, down=16.0, latency=0.5).seconds(up=1_000_000, down=1_000_000)
+        2.5
+        """
+        return 2 * self.latency + 8e-6 * (down / self.down + up / self.up)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One client in one round.
+
+    Attributes:
+        client: its id.
+        up: bytes that it sent.
+        down: bytes that it received, without a first model.
+        first: bytes of the first model and the mask, if they came now; else 0.
+        dense: bytes that it would have sent with every coordinate.
+        seconds: time on the link.
+
+    """
+
+    client: int
+    up: Size
+    down: Size
+    first: int
+    dense: int
+    seconds: float
+
+    def line(self, round: int) -> str:
+        """The row of a closed round, counted from 1."""
+        sizes = [n for size in (self.up, self.down) for n in (size.header, size.positions, size.values)]
+        return ",".join(map(str, [round, self.client, *sizes, self.first, self.dense, f"{self.seconds:.6g}"])) + "\n"
+
+
+class Traffic(RoundLines):
+    """traffic.csv: what each client of each round sent and received, in bytes by what they were for.
+
+    Args:
+        path: where; None writes nothing, as in all but the first of several processes.
+
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__(COLUMNS, path)
+
+    def write(self, round: int, entries: Sequence[Entry]) -> None:
+        """Append a closed round."""
+        self.append(entry.line(round) for entry in entries)
 
 
 @dataclass

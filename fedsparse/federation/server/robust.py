@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_number
-from fedsparse.federation.exchange.admission import finite_rows
+from fedsparse.federation.exchange.update import finite_rows
 
 DENOMINATORS = ("senders", "participants")
 _TOLERANCE = 1e-9
