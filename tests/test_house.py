@@ -14,7 +14,6 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse import run
 from fedsparse.core.space import ParamSpace
-from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation.client.training import Clients
 from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.federation.federation import Federation
@@ -25,7 +24,7 @@ from fedsparse.optim import SparseSGDM
 from fedsparse.simulation.callback import FederatedRounds
 
 PACKAGE = Path(__file__).parent.parent / "fedsparse"
-PLAY, TRAINER = (70, 25), (128, 42)  # functions and files
+PLAY, TRAINER = (68, 23), (128, 42)  # functions and files
 
 
 class Counted:
@@ -52,12 +51,19 @@ class Counted:
 
 
 def of_play():
-    """The second round of a small federation, played without a Trainer."""
+    """The second round of a small federation, played without Trainer and data module."""
     net = small_net(torch.float32)
     space, small = ParamSpace.of(net), Small(net, small_data(dtype=torch.float32), uneven_parts())
     mask = torch.rand(space.size, generator=torch.Generator().manual_seed(0)) < 0.5
-    data = FederatedDataModule(small.dataset, small.plan)
-    clients = Clients(net, space, mask, partial(SparseSGDM, lr=0.1, momentum=0.9), small.module.losses, data.fetch)
+    split = small.dataset.train
+
+    def losses(forward, x, y):
+        return torch.nn.functional.cross_entropy(forward(x), y, reduction="none")
+
+    def fetch(cohort):
+        return split.x[cohort.samples], split.y[cohort.samples]
+
+    clients = Clients(net, space, mask, partial(SparseSGDM, lr=0.1, momentum=0.9), losses, fetch)
     federation = Federation(clients, Exchange(mask, space.local), WeightedMean(), Flat(), count_bytes=False)
     play(federation, clients, small.plan.cohorts(0), 0)
     cohorts, counted = small.plan.cohorts(1), Counted()
