@@ -130,7 +130,7 @@ attack: $(READY) ## robust averages under sign-flipping clients, five seeds; MOD
 	$(ATTACK) aggregation=trimmed_mean aggregation.average.trim=0.2,0.25 hydra.sweep.dir=$(UNDER)/trim
 	$(ATTACK) aggregation=krum aggregation.average.attackers=4 hydra.sweep.dir=$(UNDER)/krum
 	$(ATTACK) aggregation=multi_krum aggregation.average.attackers=4 hydra.sweep.dir=$(UNDER)/multi_krum
-	$(BIN)/python -m fedsparse.attack $(UNDER)
+	$(BIN)/python -m fedsparse.studies.attack $(UNDER)
 
 # federation.rounds follows from 1200 client steps in all, whatever a rule's preparation takes of them; two seeds that are not
 # reported choose the learning rate of each cell by validation
@@ -157,13 +157,13 @@ autoflip: $(READY) ## mask rules at equal client steps with and without AutoFLIP
 	$(GUIDANCE) optimizer=adam hydra.sweep.dir=$(AUTOFLIP_AT)/guidance/adam
 	$(GUIDANCE) model=vit_digits head.init=probe optimizer.lr=0.1 hydra.sweep.dir=$(AUTOFLIP_AT)/guidance/vit_sgdm
 	$(GUIDANCE) model=vit_digits head.init=probe optimizer=adam hydra.sweep.dir=$(AUTOFLIP_AT)/guidance/vit_adam
-	$(BIN)/python -m fedsparse.correlations $(AUTOFLIP_AT)/guidance
+	$(BIN)/python -m fedsparse.studies.correlations $(AUTOFLIP_AT)/guidance
 
 weights: $(READY) ## pre-train the embedded model again; weights-text: that of texts
-	$(BIN)/python -m fedsparse.pretrain $(ARGS)
+	$(BIN)/python -m fedsparse.studies.pretrain $(ARGS)
 
 weights-text: $(READY) ## pre-train the embedded model of texts again
-	$(BIN)/python -m fedsparse.pretrain_text $(ARGS)
+	$(BIN)/python -m fedsparse.studies.pretrain_text $(ARGS)
 
 wheel: $(READY) ## build the wheel
 	$(BIN)/python -m build --wheel

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from os.path import join
 from typing import TYPE_CHECKING, Any
 
 from fedsparse.core.lazy import lazily
 
 __version__ = "0.1.0"
+__path__.append(join(__path__[0], "renamed"))  # ``python -m fedsparse.attack`` and its like, for one release
 __all__ = [
     "Aggregation",
     "ClientModule",

@@ -16,21 +16,23 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fedsparse import build, train
-from fedsparse.config import check
 from fedsparse.core import files
-from fedsparse.execute import quiet
 from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.job import assemble as build
+from fedsparse.job.command import arrange, on_command_line
+from fedsparse.job.config import check
+from fedsparse.job.execute import quiet
+from fedsparse.job.prepare import mean_client_overlap, prepare, sparsity_of
+from fedsparse.job.resume import Job, facts, store
+from fedsparse.job.runs import compose_and_run
+from fedsparse.job.shipped import conf_dir
+from fedsparse.job.sweep import CALIBRATION, already_used, held, used
 from fedsparse.preparation.calibration import Calibrated
-from fedsparse.prepare import mean_client_overlap, prepare, sparsity_of
-from fedsparse.resume import Job, facts, store
-from fedsparse.shipped import conf_dir
-from fedsparse.sweep import CALIBRATION, already_used, held, used
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Calibrate as the command line does; returns what ``calibration.json`` holds, and the folder."""
-    return train.compose_and_run(execute_hydra, overrides)
+    return compose_and_run(execute_hydra, overrides)
 
 
 def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
@@ -84,10 +86,10 @@ def main() -> None:
     """Entry point of the command line."""
 
     def body() -> None:
-        train.arrange()
+        arrange()
         _hydra_main()
 
-    train.on_command_line(body)
+    on_command_line(body)
 
 
 if __name__ == "__main__":

@@ -21,19 +21,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedsparse import nets, trust
 from fedsparse.analysis.export_table import print_export
+from fedsparse.bench.savings import interleaved
 from fedsparse.core import files
 from fedsparse.core.weights import load_weights, save_weights
-from fedsparse.execute import quiet
-from fedsparse.finished import WEIGHTS, Finished, inputs, read_run
+from fedsparse.job import model as nets
+from fedsparse.job import trust
+from fedsparse.job.command import on_command_line
+from fedsparse.job.execute import quiet
+from fedsparse.job.finished import WEIGHTS, Finished, inputs, read_run
+from fedsparse.job.sweep import held
 from fedsparse.models.flops import pruning_figures
 from fedsparse.models.shrink import TOLERANCE, Cut, close, shrink
 from fedsparse.models.structure import rebuild, structure
 from fedsparse.models.to_onnx import onnx_forward, write_onnx
-from fedsparse.savings import interleaved
-from fedsparse.sweep import held
-from fedsparse.train import on_command_line
 
 Forward = Callable[[Tensor], Tensor]
 FORMATS = ("safetensors", "onnx")

@@ -16,12 +16,14 @@ from hydra.core.hydra_config import HydraConfig
 from joblib import Parallel, delayed
 from omegaconf import DictConfig
 
-from fedsparse import train, trust
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.table import once, rows
 from fedsparse.core.signals import command
-from fedsparse.resume import Job, facts, refuse_stored_overrides
-from fedsparse.sweep import MAY_DIFFER, CellFailed, cell_name, shown
+from fedsparse.job import trust
+from fedsparse.job.command import one_line
+from fedsparse.job.resume import Job, facts, refuse_stored_overrides
+from fedsparse.job.runs import compose_and_run, run_cell
+from fedsparse.job.sweep import MAY_DIFFER, CellFailed, cell_name, shown
 
 CHECKED = "+hydra.callbacks.fresh_run_folder.refuse=false"  # the cell itself looks whose a used folder is
 BESIDE = "hydra/launcher=joblib"  # names what happens: cells side by side keep their progress off the terminal
@@ -63,7 +65,7 @@ def execute_cell(cfg: DictConfig) -> dict[str, object]:
     hydra_cfg = HydraConfig.get()
     choices, _ = facts(hydra_cfg)
     folder = Path(hydra_cfg.runtime.output_dir)
-    return train.run_cell(Job(cfg, folder, choices, group=folder.parent.name), hydra_cfg)
+    return run_cell(Job(cfg, folder, choices, group=folder.parent.name), hydra_cfg)
 
 
 def run(overrides: Sequence[str], folder: Path, beside: bool = False, trusted: Sequence[str] = ()) -> bool:
@@ -71,11 +73,11 @@ def run(overrides: Sequence[str], folder: Path, beside: bool = False, trusted: S
     options = [CHECKED, f"hydra.run.dir={folder.absolute()}", *([BESIDE] if beside else [])]
     try:
         refuse_stored_overrides(overrides, trusted)
-        train.compose_and_run(execute_cell, [*overrides, *options])
+        compose_and_run(execute_cell, [*overrides, *options])
     except CellFailed:
         return False
     except Exception as error:
-        print(f"fedsparse: {shown(folder)}: {train.one_line(error)}", file=sys.stderr, flush=True)
+        print(f"fedsparse: {shown(folder)}: {one_line(error)}", file=sys.stderr, flush=True)
         return False
     return True
 

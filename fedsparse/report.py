@@ -121,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     failed = 0
     if options.scale:
-        from fedsparse import scale, trust  # here: it builds models, which a report without it never does
+        from fedsparse.job import trust  # here: it builds models, which a report without it never does
+        from fedsparse.studies import scale
 
         failed = scale.measure(options.folders, trust.checked(options.trust))
     try:

@@ -14,7 +14,7 @@ from torch import distributed
 
 from fedsparse.core import parallel
 from fedsparse.simulation import strategy
-from fedsparse.team import MEETING, join, leave
+from fedsparse.simulation.processes import MEETING, join, leave
 
 
 def in_processes(work, size, folder):

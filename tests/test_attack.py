@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from fedsparse import attack
+from fedsparse.studies import attack
 
 FIGURES = {"val/acc": 0.5, "trainable_fraction": 1.0, "bytes_up": 1, "bytes_total": 1}
 MEAN = {"_target_": "fedsparse.federation.server.WeightedMean"}

@@ -13,8 +13,9 @@ from image_files import write_folder
 from test_bad_input import refused, write_arrays
 from torch.utils.data import TensorDataset
 
-from fedsparse import execute, run
+from fedsparse import run
 from fedsparse.data.datasets import Dataset, Split
+from fedsparse.job import execute
 
 LABELS = torch.arange(60) % 10
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedsparse import execute, run, shares
-from fedsparse.train import one_line
+from fedsparse import run
+from fedsparse.job import execute
+from fedsparse.job import shards as shares
+from fedsparse.job.command import one_line
 
 BASE = ["model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=1"]
 BAD = [

@@ -81,8 +81,8 @@ def test_a_second_run_takes_head_and_mask_from_the_cache_and_ends_alike(tmp_path
     monkeypatch.chdir(tmp_path)
     first = run([*FAST, "hydra.run.dir=a"])
     assert len(list((tmp_path / "runs/.prepared").iterdir())) == 2
-    monkeypatch.setattr("fedsparse.prepare.prepare_head", lambda *_: pytest.fail("the head was prepared again"))
-    monkeypatch.setattr("fedsparse.prepare.calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr("fedsparse.job.prepare.prepare_head", lambda *_: pytest.fail("the head was prepared again"))
+    monkeypatch.setattr("fedsparse.job.prepare.calibrate", lambda *_: pytest.fail("calibrated again"))
     second = run([*FAST, "hydra.run.dir=b", "calibration.cache=runs/.prepared"])
     assert second["global_sha256"] == first["global_sha256"]
     assert second["bytes_total"] == first["bytes_total"]

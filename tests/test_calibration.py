@@ -19,6 +19,7 @@ from small import Small, small_data, small_net, uneven_parts
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.federation.reports import Diverged
+from fedsparse.job.shipped import conf_dir
 from fedsparse.masks import Sparsity
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import Fisher, Random
@@ -26,7 +27,6 @@ from fedsparse.preparation.cache import Cache, fingerprint, source_of
 from fedsparse.preparation.calibration import Calibration, Work, calibrate, calibrate_clients, observe
 from fedsparse.preparation.head import Head, prepare_head, probe
 from fedsparse.preparation.setting import Setting
-from fedsparse.shipped import conf_dir
 
 HEAD = "3.*"
 SAMPLED = {0: [3, 5], 1: [6, 3]}  # by round: three different clients

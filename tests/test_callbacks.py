@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from small import Small, small_data, small_net, uneven_parts
 
-from fedsparse import config
 from fedsparse.core.seeding import Purpose, generator, number
+from fedsparse.job import config
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.progress import RoundProgress, human_bytes
 from fedsparse.simulation.tracking import RoundLog

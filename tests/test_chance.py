@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fedsparse import results
 from fedsparse.federation.client.training import Clients
+from fedsparse.job import summary as results
 
 BASE = ["mask_rule=random", "pictures=false", "optimizer.clip_norm=0.6", "federation.local_steps=5"]
 

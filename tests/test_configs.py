@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fedsparse.config import register_resolvers
-from fedsparse.shipped import conf_dir
+from fedsparse.job.config import register_resolvers
+from fedsparse.job.shipped import conf_dir
 
 CONF = conf_dir()
 OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("*/*.yaml"))
@@ -72,7 +72,7 @@ def test_every_option_composes_and_instantiates(composed, option):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_passes_the_gate_of_stored_configurations(composed, option):
-    from fedsparse.trust import admitted
+    from fedsparse.job.trust import admitted
 
     group, name = option.split("/")
     cfg = composed(f"{group}={name}", *NEEDS.get(option, []))

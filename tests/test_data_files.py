@@ -18,7 +18,7 @@ from fedsparse.data.datasets import arrays
 from fedsparse.data.files import MOST_BYTES, printable, reason_of
 from fedsparse.data.folder import imagefolder
 from fedsparse.data.samples import Mapped
-from fedsparse.train import one_line
+from fedsparse.job.command import one_line
 
 pytestmark = pytest.mark.filterwarnings(CHANGED)
 NASTY = "a\x1b[31m\nb\u202ec"  # red from here on, a line of its own, and the rest from right to left

@@ -19,11 +19,11 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from fedsparse import pretrain
 from fedsparse.core.space import ParamSpace
 from fedsparse.data.datasets import Dataset, Split, arrays, digits
 from fedsparse.models.trainable import trainable_filter
 from fedsparse.models.vision import conv, mlp, vit_digits
+from fedsparse.studies import pretrain
 
 WEIGHTS = Path(str(files("fedsparse.models"))) / "weights" / "vit_digits.safetensors"
 CONF = Path(__file__).parents[1] / "conf"

@@ -7,11 +7,12 @@ import torch
 from plain import plain_fedavg, replay
 from safetensors.torch import load_file
 
-from fedsparse import build, run
+from fedsparse import run
 from fedsparse.core.precisions import PRECISIONS
 from fedsparse.federation.exchange.wire.message import HEADER
+from fedsparse.job import assemble as build
+from fedsparse.job.resume import read_job
 from fedsparse.masks import Mask
-from fedsparse.resume import read_job
 from fedsparse.simulation.checkpoint import LAST
 
 DOUBLE = ["trainer.precision=64-true", "trainer.accelerator=cpu", "pictures=false", "calibration.cache=null"]

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from fedsparse import run
-from fedsparse.earlier import KEYS, TARGETS, renewed
-from fedsparse.trust import shipped
+from fedsparse.job.earlier import KEYS, TARGETS, renewed
+from fedsparse.job.trust import shipped
 
 NC2 = ["partition=noniid_nc2", "federation.num_clients=8", "mask_rule=random"]
 

@@ -17,9 +17,10 @@ import pytest
 import wandb
 from lightning.pytorch.loggers import Logger
 
-from fedsparse import calibrate, prepare, run
+from fedsparse import calibrate, run
 from fedsparse.core import signals
-from fedsparse.limits import ALLOWED, INSTEAD, check_trainer, seconds_of
+from fedsparse.job import prepare
+from fedsparse.job.limits import ALLOWED, INSTEAD, check_trainer, seconds_of
 from fedsparse.simulation import tracking
 from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.train import main
@@ -401,7 +402,7 @@ def _raise(error):
 
 def test_the_model_is_there_before_figures_of_it_can_fail(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("fedsparse.results.summarise", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("fedsparse.job.summary.summarise", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run([*OPTIONS, "federation.rounds=1", "hydra.run.dir=a"])
     assert Path("a/model.safetensors").is_file()

@@ -12,8 +12,8 @@ from omegaconf import open_dict
 from safetensors.torch import load_file
 
 from fedsparse import report
-from fedsparse.config import check, register_resolvers
-from fedsparse.shipped import conf_dir
+from fedsparse.job.config import check, register_resolvers
+from fedsparse.job.shipped import conf_dir
 
 M8 = {  # name: (partition, rule) of the document
     "m8_sparse_iid_least_sensitive": ("iid", "least_sensitive"),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_experiments import composed
 
 from fedsparse import run
-from fedsparse.config import check
+from fedsparse.job.config import check
 from fedsparse.masks import Mask
 
 PUBLISHED = {  # data, model, partition, hidden, K, C, evaluation, explorers, their epochs, pruned, seed

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from fedsparse.core.subspace import Subspace
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.server.server import Server
+from fedsparse.job.shipped import conf_dir
 from fedsparse.optim.fedopt import AveragedMomentum, FedAdagrad, FedAdam, FedYogi
-from fedsparse.shipped import conf_dir
 
 KINDS = [FedAdam, FedYogi, FedAdagrad]
 NAMES = ["fedadam", "fedyogi", "fedadagrad"]

@@ -15,8 +15,8 @@ from fedsparse import run
 from fedsparse.core import files
 from fedsparse.core.lines import RoundLines
 from fedsparse.federation.stores.store import FileStore
+from fedsparse.job.sweep import held
 from fedsparse.simulation.csv_logger import RoundCSV, read_rows
-from fedsparse.sweep import held
 
 OPTIONS = ["model=mlp", "logger=csv", "pictures=false", "calibration.head_steps=4"]
 

@@ -12,13 +12,14 @@ import yaml
 from fuzzing import attempts, hammer
 from omegaconf import OmegaConf
 
-from fedsparse import run, trust
-from fedsparse.resume import read_job, refuse_stored_overrides
-from fedsparse.train import one_line
+from fedsparse import run
+from fedsparse.job import trust
+from fedsparse.job.command import one_line
+from fedsparse.job.resume import read_job, refuse_stored_overrides
 
 SHORT = ["model=mlp", "logger=csv", "pictures=false", "federation.rounds=1", "federation.local_steps=1"]
 SECRET = "5ecret-of-mine"
-TARGETS = ["canary_module.touch", "os.system", "torch.load", "torch.optim.SGD", "fedsparse.results.sha256", ""]
+TARGETS = ["canary_module.touch", "os.system", "torch.load", "torch.optim.SGD", "fedsparse.job.summary.sha256", ""]
 RESOLVERS = ["${oc.env:GATE_SECRET}", "${oc.${a}:GATE_SECRET}", "${seed}", "${oc.select:a,1}"]
 RESOLVERS += ["${a}${a}", "${..a}", "${"]
 WORDS = [*"|'\"{}[]-:#\t\0é~", "9" * 50, "-1", "1e400", ".nan", "null", "true", "0x" + "f" * 40, "&a x", "*a", "? a"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_bad_input import KRUM, refused
 
-from fedsparse import shares
 from fedsparse.federation.client import drift
+from fedsparse.job import shards as shares
 
 HOLD = [2, 3, 5, 7, 11, 13]  # of 20
 

@@ -15,7 +15,7 @@ from leaf_json import images, texts, write, write_both
 from fedsparse.data import leaf
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.leaf import choose_users, femnist, hold_back, letter_places, shakespeare
-from fedsparse.train import one_line
+from fedsparse.job.command import one_line
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +131,8 @@ LSTM = ["model=next_char_lstm", "model.net.hidden=12", "federation.local_steps=2
 def test_every_client_tests_on_its_own_users_samples(run_in, writers):
     from hydra import compose, initialize_config_dir
 
-    from fedsparse import build
-    from fedsparse.shipped import conf_dir
+    from fedsparse.job import assemble as build
+    from fedsparse.job.shipped import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", ["data=femnist", f"data.root={writers}", "model=mlp", "model.net.hidden=4", *SMALL])

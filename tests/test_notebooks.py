@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_dir
 from nbclient import NotebookClient
 from omegaconf import OmegaConf
 
-from fedsparse.config import check, register_resolvers
-from fedsparse.shipped import conf_dir
+from fedsparse.job.config import check, register_resolvers
+from fedsparse.job.shipped import conf_dir
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 PICTURES = {"01_first_run": 3, "02_masks": 6, "03_sweep_and_report": 4}  # shown at least

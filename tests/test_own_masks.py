@@ -143,7 +143,7 @@ def test_the_overlap_of_calibration_rounds_survives_a_resume(run_in):
 
 
 def test_own_masks_go_with_the_masked_exchange_alone(run_in, monkeypatch):
-    monkeypatch.setattr("fedsparse.execute.prepare", lambda *_: pytest.fail("calibrated before it was refused"))
+    monkeypatch.setattr("fedsparse.job.execute.prepare", lambda *_: pytest.fail("calibrated before it was refused"))
     with pytest.raises(ValueError, match=r"exchange=masked"):
         run_in("full", *OWN, "exchange=full")
     with pytest.raises(ValueError, match=r"mask.owner is 'everyone'"):

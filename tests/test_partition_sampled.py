@@ -10,11 +10,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from scipy import stats
 
-from fedsparse.config import register_resolvers
 from fedsparse.data.datasets import digits
 from fedsparse.data.partition import dirichlet_sampled
-from fedsparse.shares import build_parts, build_tests
-from fedsparse.shipped import conf_dir
+from fedsparse.job.config import register_resolvers
+from fedsparse.job.shards import build_parts, build_tests
+from fedsparse.job.shipped import conf_dir
 
 LABELS = np.random.default_rng(1).permutation(np.repeat([0, 1, 3], [5000, 3000, 2000]))  # class 2 does not occur
 TEST = np.random.default_rng(2).permutation(np.repeat([0, 1, 3], [1000, 2000, 3000]))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fedsparse.core.space import ParamSpace
+from fedsparse.job.prepare import mean_client_overlap, sparsity_of
 from fedsparse.masks import Mask
 from fedsparse.masks.bitmaps import pack
 from fedsparse.preparation.calibration import Calibrated
-from fedsparse.prepare import mean_client_overlap, sparsity_of
 
 SPACE = ParamSpace(["body.weight", "head.weight"], [torch.Size([8]), torch.Size([2])])
 

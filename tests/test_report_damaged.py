@@ -10,9 +10,10 @@ import matplotlib.figure
 import pytest
 from test_report import a_run
 
-from fedsparse import report, scale
+from fedsparse import report
 from fedsparse.analysis.files import finite, short
 from fedsparse.analysis.folders import read_runs
+from fedsparse.studies import scale
 
 
 def changed(folder, **figures):

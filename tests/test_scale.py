@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsparse import report, scale
+from fedsparse import report
 from fedsparse.data.datasets import digits
 from fedsparse.models.vision import mlp
+from fedsparse.studies import scale
 
 
 def by_hand(folder, alpha, split):

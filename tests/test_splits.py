@@ -13,13 +13,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scipy import stats
 
-from fedsparse import build
 from fedsparse.data import partition
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.own_tests import own_tests, with_own_tests
 from fedsparse.data.samples import Mapped
 from fedsparse.data.splits import diri, unbalanced, user_tests
-from fedsparse.shipped import conf_dir
+from fedsparse.job import assemble as build
+from fedsparse.job.shipped import conf_dir
 
 LABELS = np.random.default_rng(3).integers(0, 10, 2000)
 

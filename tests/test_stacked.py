@@ -301,7 +301,8 @@ def test_without_time_one_client_is_measured():
 
 
 def test_a_resumed_run_keeps_the_size_that_it_began_with(run_in, monkeypatch):
-    from fedsparse import cohorts, run
+    from fedsparse import run
+    from fedsparse.job import cohorts
 
     monkeypatch.setattr(cohorts, "measure", lambda *_: {1: 1.0, 5: 0.2})
     options = ["model=mlp", "federation.cohort=auto"]

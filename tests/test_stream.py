@@ -21,7 +21,7 @@ from PIL import Image
 from plain import plain_fedavg, replay
 from small import Small, small_data, small_net, uneven_parts
 
-from fedsparse import build, run
+from fedsparse import run
 from fedsparse.data import folder as folders
 from fedsparse.data import stream as streams
 from fedsparse.data.datasets import Split, arrays
@@ -30,9 +30,10 @@ from fedsparse.data.rounds import LocalWork
 from fedsparse.data.samples import Mapped, stamp
 from fedsparse.data.stream import CohortStream, gathered
 from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.job import assemble as build
+from fedsparse.job.prepare import build_setting
+from fedsparse.job.resume import read_job
 from fedsparse.preparation.cache import fingerprint
-from fedsparse.prepare import build_setting
-from fedsparse.resume import read_job
 from fedsparse.simulation import tracking
 from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.train import main

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedsparse import export, run
 from fedsparse.core.weights import check_savable, distinct, load_weights, pack, save_weights
-from fedsparse.finished import read_run
+from fedsparse.job.finished import read_run
 
 OPTIONS = ["model=mlp", "logger=csv", "pictures=false", "head.init=random", "calibration.cache=null"]
 
@@ -199,8 +199,8 @@ def test_a_step_of_one_sample_is_refused_where_the_model_cannot_take_it(tmp_path
 def _parts(options):
     from hydra import compose, initialize_config_dir
 
-    from fedsparse.build import build_federation
-    from fedsparse.shipped import conf_dir
+    from fedsparse.job.assemble import build_federation
+    from fedsparse.job.shipped import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return build_federation(compose("train", overrides=[*options, "federation.cohort=1"])).parts
@@ -260,5 +260,5 @@ def test_trying_changes_no_bit(tmp_path, monkeypatch):
     use(monkeypatch, build)
     options = [*OPTIONS, "model.head=[]", "federation.cohort=1", "federation.rounds=2"]
     tried = run([*options, "hydra.run.dir=a"])
-    monkeypatch.setattr("fedsparse.execute.check_trainable", lambda *_: None)
+    monkeypatch.setattr("fedsparse.job.execute.check_trainable", lambda *_: None)
     assert run([*options, "hydra.run.dir=b"])["global_sha256"] == tried["global_sha256"]

@@ -17,9 +17,10 @@ import torch
 import yaml
 from sent import SHORT, change
 
-from fedsparse import export, repeat, report, run, trust
+from fedsparse import export, repeat, report, run
 from fedsparse.federation.stores.store import FileStore
-from fedsparse.resume import read_job
+from fedsparse.job import trust
+from fedsparse.job.resume import read_job
 from fedsparse.simulation.checkpoint import RoundCheckpoint
 
 
@@ -59,8 +60,8 @@ def hub(tmp_path, canary):
 
 
 def overwrite(tmp_path, canary):
-    path = {"_target_": "fedsparse.results.Path", "_args_": [str(canary)]}
-    return {"_target_": "fedsparse.results.write_atomically", "path": path, "text": "x"}
+    path = {"_target_": "fedsparse.job.summary.Path", "_args_": [str(canary)]}
+    return {"_target_": "fedsparse.job.summary.write_atomically", "path": path, "text": "x"}
 
 
 def beside_a_shipped_target(tmp_path, canary):

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from sent import change
 
-from fedsparse import trust
-from fedsparse.resume import read_job
+from fedsparse.job import trust
+from fedsparse.job.resume import read_job
 
 SECRET = "5ecret-of-mine"
 

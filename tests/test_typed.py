@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from fedsparse import run, train
-from fedsparse.advice import no_key, no_option
-from fedsparse.typed import arranged, check_typed, given_twice
+from fedsparse import run
+from fedsparse.job.advice import no_key, no_option
+from fedsparse.job.command import one_line
+from fedsparse.job.typed import arranged, check_typed, given_twice
 
 ALL = "--cfg job lists all keys with their values"
 SLIPS = [  # the argument, and what is said of it
@@ -122,7 +123,7 @@ def test_run_raises_value_errors_of_the_command_lines_line(run_in, typed, capsys
     with pytest.raises(ValueError, match=r"\S") as caught:
         run_in("run", "mask_rule=random", typed)
     assert str(caught.value).startswith(RAISED[typed])
-    assert train.one_line(caught.value) == str(caught.value)
+    assert one_line(caught.value) == str(caught.value)
     assert "Error executing job" not in capsys.readouterr().err
 
 

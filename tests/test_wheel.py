@@ -85,7 +85,7 @@ def test_it_holds_every_module_every_yaml_and_the_weights(installed):
 
 
 def test_the_checkout_is_out_of_sight(installed, python):
-    code = "import fedsparse, fedsparse.shipped as c; print(fedsparse.__file__); print(c.conf_dir())"
+    code = "import fedsparse, fedsparse.job.shipped as c; print(fedsparse.__file__); print(c.conf_dir())"
     assert python("-c", code).split() == [
         str(installed / "fedsparse" / "__init__.py"),
         str(installed / "fedsparse" / "conf"),

@@ -33,7 +33,7 @@ MODULES = {
         symtable tabnanny timeit token tokenize trace traceback tracemalloc typing unittest venv warnings zipapp
         zipimport""",
 }
-# No client holds these: they are what ``fedsparse.pretrain_text`` learns from.
+# No client holds these: they are what ``fedsparse.studies.pretrain_text`` learns from.
 HELD_OUT = """abc argparse aifc cmd cmath colorsys contextlib copyreg functools getopt gettext graphlib hashlib hmac
         idlelib keyword linecache locale mailcap mimetypes operator optparse pprint reprlib secrets shlex sndhdr
         sunau test tkinter turtle turtledemo types wave weakref"""

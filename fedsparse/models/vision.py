@@ -35,9 +35,9 @@ def vit_digits(
 ) -> VisionTransformer:
     """Build timm's ``VisionTransformer`` for 8 x 8 images: patch 2, width 64, depth 4, 4 heads, about 202k parameters.
 
-    The packaged backbone was trained on letters rendered from fonts (``python -m fedsparse.pretrain``), never on
-    digits. It expects pixels standardised as by ``fedsparse.data.datasets.digits``. Attention is timm's plain one: the
-    fused kernel has no batching rule under ``vmap`` on a CPU and gains nothing on 17 tokens.
+    The packaged backbone was trained on letters rendered from fonts (``python -m fedsparse.studies.pretrain``), never
+    on digits. It expects pixels standardised as by ``fedsparse.data.datasets.digits``. Attention is timm's plain one:
+    the fused kernel has no batching rule under ``vmap`` on a CPU and gains nothing on 17 tokens.
 
     Args:
         num_classes: outputs of the head.

@@ -17,12 +17,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsparse import trust
 from fedsparse.analysis.files import yaml_of
 from fedsparse.core import files
 from fedsparse.federation.phases import Phases
-from fedsparse.shipped import conf_dir
-from fedsparse.sweep import already_used, difference, used
+from fedsparse.job import trust
+from fedsparse.job.shipped import conf_dir
+from fedsparse.job.sweep import already_used, difference, used
 
 ALLOWED = "on resume only federation.rounds, trainer.*, logger, calibration.cache and trust may be given"
 CACHE = "calibration.cache"

@@ -8,13 +8,13 @@ import lightning
 import torch
 from omegaconf import DictConfig
 
-from fedsparse.build import AUTO, Parts, build_module
 from fedsparse.core.precisions import HALF
-from fedsparse.devices import accelerator
 from fedsparse.federation.client.training import Clients, can_stack
 from fedsparse.federation.exchange.update import Start
+from fedsparse.job.assemble import AUTO, Parts, build_module
 from fedsparse.models.copies import copied
 from fedsparse.simulation.autotune import choose, measure
+from fedsparse.simulation.devices import accelerator
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.trial import obstacle
 

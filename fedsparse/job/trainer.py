@@ -14,12 +14,10 @@ from hydra.utils import instantiate
 from lightning.pytorch.plugins.precision import Precision
 from omegaconf import DictConfig, OmegaConf
 
-from fedsparse.build import Parts, build_exchange, build_personal, streaming
 from fedsparse.core import files, parallel
 from fedsparse.core.precisions import DOUBLE, HALF
 from fedsparse.data.augment import augment
 from fedsparse.data.datamodule import FederatedDataModule
-from fedsparse.devices import accelerator, build_device
 from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.combinations import check_names
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
@@ -27,12 +25,14 @@ from fedsparse.federation.federation import Federation
 from fedsparse.federation.masking import MaskChoice
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.stores.store import ClientStore, make_store
-from fedsparse.limits import seconds_of
+from fedsparse.job.assemble import Parts, build_exchange, build_personal, streaming
+from fedsparse.job.limits import seconds_of
 from fedsparse.simulation import strategy
 from fedsparse.simulation.artifacts import Artifacts, begun
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import LAST, AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.simulation.csv_logger import RoundCSV
+from fedsparse.simulation.devices import accelerator, build_device
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.personal import CLIENTS, Personal

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedsparse.analysis.curves import curves_figure
 from fedsparse.analysis.partition_plot import partition_figure
-from fedsparse.build import Parts
 from fedsparse.core import files
+from fedsparse.job.assemble import Parts
 from fedsparse.masks import Mask
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.csv_logger import read_rows

@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
-from fedsparse import shipped
-from fedsparse.advice import no_option
+from fedsparse.job import shipped
+from fedsparse.job.advice import no_option
 
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 

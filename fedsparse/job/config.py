@@ -19,12 +19,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from fedsparse.budget import rounds_for_steps
 from fedsparse.core.checks import check_flag, check_number, check_positive, check_share, finite
 from fedsparse.core.precisions import PRECISIONS
-from fedsparse.limits import check_trainer
-from fedsparse.sweep import already_used, cell_name, used
-from fedsparse.unread import check_keys
+from fedsparse.job.budget import rounds_for_steps
+from fedsparse.job.limits import check_trainer
+from fedsparse.job.sweep import already_used, cell_name, used
+from fedsparse.job.unread import check_keys
 
 BEFORE_A_RUN = {".hydra", ".lock", "run.log", "partition.png"}
 COUNTS = (

@@ -1,4 +1,4 @@
-"""What an attack does to each aggregation rule: ``python -m fedsparse.attack <folder of finished runs> ...``.
+"""What an attack does to each aggregation rule: ``python -m fedsparse.studies.attack <folder of finished runs> ...``.
 
 It reads run folders and nothing else (``make attack`` makes them), and prints a Markdown table: each rule without and
 with attackers, and how far it stays from FedAvg without, paired by seed.

@@ -1,4 +1,4 @@
-"""What training fewer weights saves, on a ViT-S/16: ``python -m fedsparse.savings``.
+"""What training fewer weights saves, on a ViT-S/16: ``python -m fedsparse.bench.savings``.
 
 Time of a local step and of the optimizer alone, as ratios in interleaved pairs, and memory, each mask in a process of
 its own. Masks are random: where they lie does not matter to time and memory, only how many train and in what pieces.
@@ -118,7 +118,7 @@ def state_bytes(clients: Clients) -> int:
 
 def grown(name: str, samples: int) -> int:
     """Measure by how many bytes a process grows over three local steps, building the client included."""
-    code = f"from fedsparse.savings import print_growth; print_growth({name!r}, {samples})"
+    code = f"from fedsparse.bench.savings import print_growth; print_growth({name!r}, {samples})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 

@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsparse import build
 from fedsparse.core import files
 from fedsparse.core.weights import load_weights
 from fedsparse.data.datasets import Split
 from fedsparse.data.files import printable
 from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.job import assemble as build
+from fedsparse.job.command import one_line
+from fedsparse.job.prepare import build_setting, start_head
+from fedsparse.job.resume import read_job
 from fedsparse.models.modes import evaluating
 from fedsparse.preparation.setting import Setting
-from fedsparse.prepare import build_setting, start_head
-from fedsparse.resume import read_job
-from fedsparse.train import one_line
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(16))  # 0 to 1.5
 FILE = "scale.json"

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from fedsparse.shipped import defaults, groups, keys, options, settable
+from fedsparse.job.shipped import defaults, groups, keys, options, settable
 
 ALL_KEYS = "--cfg job lists all keys with their values"
 WORDS = {  # of other tools

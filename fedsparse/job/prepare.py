@@ -20,16 +20,18 @@ from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
-from fedsparse import build, results, trust
 from fedsparse.analysis.mask_plot import mask_figure
 from fedsparse.core import files
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.seeding import Purpose
 from fedsparse.core.space import ParamSpace
-from fedsparse.devices import build_device
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.masking import NOTHING
 from fedsparse.federation.phases import Phases
+from fedsparse.job import assemble as build
+from fedsparse.job import summary as results
+from fedsparse.job import trust
+from fedsparse.job.resume import Job
 from fedsparse.masks import Mask, MaskRule, overlaps
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import FromFile
@@ -37,7 +39,7 @@ from fedsparse.preparation.cache import Cache, source_of
 from fedsparse.preparation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients, observe
 from fedsparse.preparation.head import Head, prepare_head
 from fedsparse.preparation.setting import Setting
-from fedsparse.resume import Job
+from fedsparse.simulation.devices import build_device
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.trial import try_out
 

@@ -9,9 +9,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fedsparse.build import Parts
 from fedsparse.core.weights import check_savable
 from fedsparse.federation.client.buffers import check_integers, freeze, integers
+from fedsparse.job.assemble import Parts
 
 
 def check_trainable(cfg: DictConfig, federation: Parts) -> None:

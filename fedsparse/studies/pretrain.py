@@ -1,4 +1,4 @@
-"""Make the packaged backbone again: ``python -m fedsparse.pretrain``; ``--help`` lists its options.
+"""Make the packaged backbone again: ``python -m fedsparse.studies.pretrain``; ``--help`` lists its options.
 
 A vision transformer learns to name 36 letters, rendered from the fonts that ship with matplotlib and jittered to look
 hand-written. No digit is among them, and no image of scikit-learn's digits is trained on: digits are the downstream
@@ -214,7 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     net, right = pretrain(options.epochs, options.glyphs, options.seed)
-    command = f"python -m fedsparse.pretrain --epochs {options.epochs} --glyphs {options.glyphs} --seed {options.seed}"
+    typed = f"--epochs {options.epochs} --glyphs {options.glyphs} --seed {options.seed}"
+    command = f"python -m fedsparse.studies.pretrain {typed}"
     notes = {"command": command, "seed": options.seed, "epochs": options.epochs, "glyph_accuracy": f"{right:.4f}"}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write(options.out, save(backbone(net), {key: str(value) for key, value in notes.items()}))

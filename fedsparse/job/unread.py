@@ -9,8 +9,8 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from fedsparse import shipped
-from fedsparse.advice import no_key
+from fedsparse.job import shipped
+from fedsparse.job.advice import no_key
 
 FREE = ("phases", "callbacks", "logger", "experiment")  # whose keys are names of one's own
 

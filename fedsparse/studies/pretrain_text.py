@@ -1,4 +1,4 @@
-"""Make the packaged text model again: ``python -m fedsparse.pretrain_text``; ``--help`` lists its options.
+"""Make the packaged text model again: ``python -m fedsparse.studies.pretrain_text``; ``--help`` lists its options.
 
 A small BERT learns to fill in masked words (Devlin et al. 2019) of documentation that no client of ``data=stdlib_docs``
 holds: that of some modules of Python's standard library, and of the packages that the environment pins beside it.
@@ -26,7 +26,7 @@ from fedsparse.core import files
 from fedsparse.core.signals import command
 from fedsparse.data.docs import held_by_clients, held_out, library_sentences
 from fedsparse.data.tokens import PACKAGED, fingerprint, load_tokenizer, need_transformers, tokens
-from fedsparse.pretrain import rate_share
+from fedsparse.studies.pretrain import rate_share
 
 BATCH = 64
 IGNORED = -100  # of cross_entropy
@@ -209,9 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(str(options.out))
     net = build(len(tokenizer), options.seed)
     loss = train(net, tokens(texts, tokenizer, SHAPE["max_position_embeddings"]).long(), options.epochs, options.seed)
-    command = (
-        f"python -m fedsparse.pretrain_text --epochs {options.epochs} --words {options.words} --seed {options.seed}"
-    )
+    typed = f"--epochs {options.epochs} --words {options.words} --seed {options.seed}"
+    command = f"python -m fedsparse.studies.pretrain_text {typed}"
     write_model(net.bert, options.out, {"command": command, "loss": f"{loss:.3f}", "texts": fingerprint(texts)})
     print(f"wrote {options.out}, from {len(texts)} sentences")
 

@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from torch import distributed
 
 from fedsparse.core import parallel
-from fedsparse.devices import accelerator
 from fedsparse.simulation import strategy
+from fedsparse.simulation.devices import accelerator
 
 MEETING = "FEDSPARSE_MEETING"  # file where the processes of one machine meet
 LOOPBACK = ("lo", "lo0")  # names of the interface on Linux and on macOS

@@ -20,9 +20,9 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
-from fedsparse import earlier
 from fedsparse.analysis.files import BYTES, plain_yaml, yaml_of, yaml_text
-from fedsparse.shipped import conf_dir
+from fedsparse.job import earlier
+from fedsparse.job.shipped import conf_dir
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")

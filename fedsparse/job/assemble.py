@@ -35,11 +35,11 @@ from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.schedule import check_schedule
 from fedsparse.federation.server.sampling import participants, uniform
 from fedsparse.federation.server.server import Server
+from fedsparse.job.model import build_net, check_classes, check_fit, check_kind
+from fedsparse.job.shards import build_clients
 from fedsparse.masks import Sparsity
 from fedsparse.models.heads import attentions
-from fedsparse.nets import build_net, check_classes, check_fit, check_kind
 from fedsparse.preparation.calibration import Calibration
-from fedsparse.shares import build_clients
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.personal import Personal

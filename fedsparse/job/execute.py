@@ -20,7 +20,6 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fedsparse import build, cohorts, fitting, results, team
 from fedsparse.core import parallel, signals
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.weights import save_weights
@@ -28,11 +27,12 @@ from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.masking import MaskChoice, zero
 from fedsparse.federation.reports import Diverged
-from fedsparse.finished import WEIGHTS
-from fedsparse.masks import Mask
-from fedsparse.models.flops import pruning_figures
-from fedsparse.preparation.calibration import Calibrated
-from fedsparse.prepare import (
+from fedsparse.job import assemble as build
+from fedsparse.job import cohorts
+from fedsparse.job import summary as results
+from fedsparse.job import trainer as fitting
+from fedsparse.job.finished import WEIGHTS
+from fedsparse.job.prepare import (
     MASK,
     OVERLAP,
     PICTURE,
@@ -43,13 +43,17 @@ from fedsparse.prepare import (
     save_guidance,
     sparsity_of,
 )
-from fedsparse.resume import Job
+from fedsparse.job.resume import Job
+from fedsparse.job.trial import check_trainable
+from fedsparse.masks import Mask
+from fedsparse.models.flops import pruning_figures
+from fedsparse.preparation.calibration import Calibrated
+from fedsparse.simulation import processes as team
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import LAST, choose_checkpoint, read_checkpoint
 from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.tracking import hand_on
-from fedsparse.trial import check_trainable
 
 log = logging.getLogger("fedsparse")
 

@@ -1,9 +1,9 @@
-"""What AutoFLIP's guidance measures: ``python -m fedsparse.correlations <folder of runs with explore.save=true> ...``.
+"""What AutoFLIP's guidance measures: ``python -m fedsparse.studies.correlations <folder of runs> ...``.
 
 For each run: Spearman's rank correlation of the mean squared deviation of its exploration with the magnitude of the
 start and with the Fisher information there (squared gradients of single samples, all clients' data), and how much the
 deviation spreads. Only counted coordinates that some client moved: of the others, such as weights of pixels that are
-always black, all three are 0, which would pass for agreement. ``make autoflip`` makes such runs.
+always black, all three are 0, which would pass for agreement. Runs need ``explore.save=true`` (``make autoflip``).
 
 Shapes: P coordinates, n of them counted and moved.
 """
@@ -25,10 +25,10 @@ from scipy import stats
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.statistics import Interval
 from fedsparse.core.signals import command
+from fedsparse.job.prepare import GUIDANCE
 from fedsparse.masks.scores import fisher_per_sample
 from fedsparse.preparation.setting import Setting
-from fedsparse.prepare import GUIDANCE
-from fedsparse.scale import at_start
+from fedsparse.studies.scale import at_start
 
 Figures = Mapping[str, float]
 Group = tuple[str, str, str]  # model, partition, optimizer

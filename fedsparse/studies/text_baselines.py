@@ -1,4 +1,4 @@
-"""What a model of texts is worth: ``python -m fedsparse.text_baselines [key=value ...]``, a table for stdlib_docs.
+"""What a model of texts is worth on stdlib_docs: ``python -m fedsparse.studies.text_baselines [key=value ...]``.
 
 Majority class and bag of words are scikit-learn's, fitted on the whole training split in one place; the head alone and
 the fine-tuned model are federated runs of the main job, with whatever is typed added.
@@ -20,7 +20,8 @@ from sklearn.pipeline import make_pipeline
 from fedsparse.core.signals import command
 from fedsparse.data.datasets import stratified
 from fedsparse.data.docs import held_by_clients
-from fedsparse.train import on_command_line, run
+from fedsparse.job.command import on_command_line
+from fedsparse.job.runs import run
 
 RUN = (
     "data=stdlib_docs",

@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedsparse import build, nets
 from fedsparse.core.weights import load_weights
-from fedsparse.resume import read_job
+from fedsparse.job import assemble as build
+from fedsparse.job import model as nets
+from fedsparse.job.resume import read_job
 
 WEIGHTS = "model.safetensors"
 SAMPLES = 8  # random inputs, and as many of the test split

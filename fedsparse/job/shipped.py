@@ -12,7 +12,7 @@ import yaml
 
 def conf_dir() -> Path:
     """Folder of the YAML files: inside the installed package, or beside it in a checkout."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
 

@@ -1,0 +1,137 @@
+"""Runs as they are asked for: a single one, a cell of a sweep, or one to go on with."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from fedsparse.job import summary as results
+from fedsparse.job import trust
+from fedsparse.job.command import hydras_as_value_errors, logging_kept, one_line
+from fedsparse.job.config import check, register_resolvers
+from fedsparse.job.execute import execute
+from fedsparse.job.resume import Job, as_found, facts, finished, open_log, read_job, store
+from fedsparse.job.shipped import conf_dir
+from fedsparse.job.sweep import CellFailed, held, shown
+from fedsparse.job.typed import check_typed
+
+log = logging.getLogger("fedsparse")
+
+
+def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run as the command line does, and return the summary.
+
+    Args:
+        overrides: what one would type, such as ``["mask_rule=random", "partition=noniid_nc1"]``; of a key that is given
+            twice the last counts.
+
+    Returns:
+        What ``summary.json`` holds, and the run folder under ``folder``.
+
+    Raises:
+        ValueError: the configuration cannot be run; one line says what is wrong and what would be right.
+
+    """
+    register_resolvers()
+    check_typed(overrides)
+    resumed = resume_folder(overrides)
+    if resumed is None:
+        return compose_and_run(execute_hydra, overrides)
+    with hydras_as_value_errors():
+        return resume(resumed, [o for o in overrides if not o.startswith("resume=")])
+
+
+def compose_and_run(task: Callable[[DictConfig], dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
+    """Let Hydra compose a configuration, make the run folder and call the task; returns what that returns."""
+    register_resolvers()
+    check_typed(overrides)
+    GlobalHydra.instance().clear()
+    with (
+        logging_kept(),
+        initialize_config_dir(str(conf_dir()), job_name="train", version_base="1.3"),
+        hydras_as_value_errors(),
+    ):
+        engine = GlobalHydra.instance().hydra
+        assert engine is not None
+        return engine.run("train", task, list(overrides)).return_value
+
+
+def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """Go on with a stopped run after its last closed round; a finished one is only reported."""
+    trusted, overrides = trust.split(arguments)
+    job = read_job(folder, overrides, trusted)
+    done = finished(job)
+    if done is not None:
+        print(f"{folder} is finished after {done['rounds']} rounds; federation.rounds=<more> goes on")
+        return done | {"folder": str(folder)}
+    with logging_kept(), held(folder):
+        open_log(folder)
+        check(job.cfg, job.choices)
+        summary = execute(job)
+        results.print_table(folder, summary)
+        return summary
+
+
+def resume_folder(arguments: Sequence[str]) -> Path | None:
+    """Folder of ``resume=<folder>`` among the arguments: Hydra would write into a fresh one before it is read."""
+    given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    return Path(given[-1]) if given and given[-1] not in ("", "null") else None
+
+
+def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
+    """Carry out the run that Hydra composed."""
+    hydra_cfg = HydraConfig.get()
+    job = Job(cfg, Path(hydra_cfg.runtime.output_dir), *facts(hydra_cfg))
+    return _single(job, hydra_cfg) if job.group is None else run_cell(job, hydra_cfg)
+
+
+def _single(job: Job, hydra_cfg: Any) -> dict[str, Any]:
+    """Carry out a run in a fresh folder, and show what came out."""
+    check(job.cfg, job.choices)
+    with held(job.folder):
+        store(job, hydra_cfg)
+        summary = execute(job)
+    results.print_table(job.folder, summary)
+    return summary
+
+
+def run_cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
+    """Carry out a cell of a sweep: one that is finished is only reported, one that was stopped goes on.
+
+    Raises:
+        CellFailed: after a line that says why; Hydra carries out the other cells first.
+
+    """
+    try:
+        return _cell(as_found(job), hydra_cfg)
+    except Exception as error:
+        print(f"fedsparse: {shown(job.folder)}: {one_line(error)}", file=sys.stderr, flush=True)
+        if not isinstance(error, ValueError):
+            log.info("the cell failed", exc_info=True)
+        keep = getattr(error, "keep", not isinstance(error, ValueError))
+        raise CellFailed("a cell failed, see above; the same command skips what is finished", keep) from None
+
+
+def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
+    done = finished(job) if job.resumed else None
+    if done is not None:
+        print(f"{shown(job.folder)} is finished after {done['rounds']} rounds", flush=True)
+        return done | {"folder": str(job.folder)}
+    check(job.cfg, job.choices)
+    with held(job.folder):
+        if not job.resumed:
+            store(job, hydra_cfg)
+        summary = execute(job)
+    figures = f"test accuracy {summary['test/acc']:.1%} after round {summary['rounds']}, {summary['seconds']:.1f} s"
+    print(f"{shown(job.folder)}: {figures}", flush=True)
+    if line := results.at_chance(summary):
+        print(f"{shown(job.folder)}: {line}", flush=True)
+    return summary

@@ -1,0 +1,1 @@
+"""Studies of many runs, and how the shipped weights were trained."""
