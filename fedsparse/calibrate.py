@@ -17,16 +17,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fedsparse.core import files
+from fedsparse.core.folder import CALIBRATION
 from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.job import assemble as build
+from fedsparse.job.assemble import Assembly, assemble
 from fedsparse.job.command import arrange, on_command_line
 from fedsparse.job.config import check
 from fedsparse.job.execute import quiet
-from fedsparse.job.prepare import mean_client_overlap, prepare, sparsity_of
+from fedsparse.job.prepare import prepare
 from fedsparse.job.resume import Job, facts, store
 from fedsparse.job.runs import compose_and_run
 from fedsparse.job.shipped import conf_dir
-from fedsparse.job.sweep import CALIBRATION, already_used, held, used
+from fedsparse.job.summary import mean_client_overlap, sparsity_of
+from fedsparse.job.sweep import already_used, held, used
 from fedsparse.preparation.calibration import Calibrated
 
 
@@ -50,27 +52,27 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
 def execute(job: Job) -> dict[str, Any]:
     """Prepare head and mask as a training run does, and stop there."""
     quiet()
-    federation, ledger, began = build.build_federation(job.cfg), Ledger(), time.perf_counter()
-    if federation.phases.explore is not None:
+    assembly, ledger, began = assemble(job.cfg), Ledger(), time.perf_counter()
+    if assembly.course.phases.explore is not None:
         raise ValueError(
             "this mask is chosen after clients have explored, which is training: python -m fedsparse.train"
         )
-    found = prepare(job, federation, build.build_module(job.cfg, federation), ledger)
-    facts = figures(job, federation, found) | ledger.figures() | {"seconds": time.perf_counter() - began}
+    found = prepare(job, assembly, assembly.module(), ledger)
+    facts = figures(job, assembly, found) | ledger.figures() | {"seconds": time.perf_counter() - began}
     files.write(job.folder / CALIBRATION, json.dumps(facts, indent=2) + "\n")
     print(f"{facts['trainable_fraction']:.1%} of the weights train; the mask lies in {job.folder}")
     return facts | {"folder": str(job.folder)}
 
 
-def figures(job: Job, federation: build.Parts, found: Calibrated) -> dict[str, Any]:
+def figures(job: Job, assembly: Assembly, found: Calibrated) -> dict[str, Any]:
     """Gather what is known of the masks: densities, and overlaps with those of earlier rounds and between clients."""
-    space, mask = federation.space, found.mask
-    always = space.where(job.cfg.sparsity.always_train)
+    space, mask = assembly.problem.space, found.mask
+    always = space.where(assembly.method.sparsity.always_train)
     return {
         **{key: job.choices.get(key) for key in ("mask_rule", "partition", "data", "model")},
-        "seed": job.cfg.seed,
+        "seed": assembly.problem.seed,
         "sparsity": sparsity_of(mask, always, space),
-        "trainable_fraction": int(mask.row(space).sum()) / sum(p.numel() for p in federation.net.parameters()),
+        "trainable_fraction": int(mask.row(space).sum()) / sum(p.numel() for p in assembly.problem.net.parameters()),
         "density_by_layer": mask.by_layer(),
         "mask_overlap_rounds": list(found.overlap),
         "mask_overlap_clients": mean_client_overlap(found, space),

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from fedsparse.analysis.export_table import print_export
 from fedsparse.bench.savings import interleaved
 from fedsparse.core import files
+from fedsparse.core.folder import EXPORT, WEIGHTS
 from fedsparse.core.weights import load_weights, save_weights
 from fedsparse.job import model as nets
 from fedsparse.job import trust
 from fedsparse.job.command import on_command_line
 from fedsparse.job.execute import quiet
-from fedsparse.job.finished import WEIGHTS, Finished, inputs, read_run
+from fedsparse.job.finished import Finished, inputs, read_run
 from fedsparse.job.sweep import held
 from fedsparse.models.flops import pruning_figures
 from fedsparse.models.shrink import TOLERANCE, Cut, close, shrink
@@ -67,14 +68,14 @@ def export(folder: Path, formats: Sequence[str] = FORMATS, trusted: Sequence[str
             shutil.rmtree(left, ignore_errors=True)
         small, cuts = shrink(run.net, inputs(run, seed=0))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
-            full, new = Path(scratch) / "full", Path(scratch) / "export"
+            full, new = Path(scratch) / "full", Path(scratch) / EXPORT
             for path, net in ((full, run.net), (new, small)):
                 path.mkdir()
                 write(path, net, run, formats)
             figures = measure(run, small, cuts, full, new, trusted)
             files.write(new / FIGURES, json.dumps(figures, indent=2) + "\n")
-            shutil.rmtree(folder / "export", ignore_errors=True)
-            os.replace(new, folder / "export")
+            shutil.rmtree(folder / EXPORT, ignore_errors=True)
+            os.replace(new, folder / EXPORT)
     return figures
 
 
@@ -181,7 +182,7 @@ def main() -> None:
             return
         folder, formats, trusted = _read(sys.argv[1:])
         quiet()
-        print_export(folder / "export", export(folder, formats, trusted))
+        print_export(folder / EXPORT, export(folder, formats, trusted))
 
     on_command_line(body)
 

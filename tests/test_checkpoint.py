@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedsparse.core.folder import LAST, PREVIOUS
 from fedsparse.core.space import ParamSpace
-from fedsparse.simulation.checkpoint import LAST, PREVIOUS, choose_checkpoint, read_checkpoint
+from fedsparse.simulation.checkpoint import choose_checkpoint, read_checkpoint
 
 SPACE = ParamSpace(["a.weight", "a.bias"], [torch.Size([2, 3]), torch.Size([2])])
 WHOLE = {"net.a.weight": torch.ones(2, 3), "net.a.bias": torch.zeros(2)}

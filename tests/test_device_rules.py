@@ -11,7 +11,8 @@ from pretend import DEVICE, TAG, Mixed, Pretended, pretended
 from safetensors.torch import load_file
 
 from fedsparse import run
-from fedsparse.simulation.checkpoint import LAST, AtomicCheckpointIO
+from fedsparse.core.folder import LAST
+from fedsparse.simulation.checkpoint import AtomicCheckpointIO
 
 FAST = ["model=mlp", "logger=csv", "pictures=false", "calibration.cache=null", "calibration.head_steps=2"]
 FAST += ["federation.num_clients=6", "federation.rounds=2", "federation.local_steps=2", "mask_rule=random"]

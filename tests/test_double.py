@@ -8,12 +8,12 @@ from plain import plain_fedavg, replay
 from safetensors.torch import load_file
 
 from fedsparse import run
+from fedsparse.core.folder import LAST
 from fedsparse.core.precisions import PRECISIONS
 from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.job import assemble as build
 from fedsparse.job.resume import read_job
 from fedsparse.masks import Mask
-from fedsparse.simulation.checkpoint import LAST
 
 DOUBLE = ["trainer.precision=64-true", "trainer.accelerator=cpu", "pictures=false", "calibration.cache=null"]
 SMALL = ["federation.num_clients=5", "federation.clients_per_round=3", "federation.local_steps=3", "data.batch_size=8"]

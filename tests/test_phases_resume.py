@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from fedsparse import run
+from fedsparse.core.folder import LAST
 from fedsparse.masks import Mask
-from fedsparse.simulation.checkpoint import LAST, AtomicCheckpointIO
+from fedsparse.simulation.checkpoint import AtomicCheckpointIO
 from fedsparse.simulation.csv_logger import read_rows
 
 FAST = ["model=mlp", "logger=csv", "pictures=false", "calibration.cache=null", "calibration.head_steps=2"]

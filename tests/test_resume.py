@@ -16,7 +16,8 @@ import torch
 from omegaconf import OmegaConf
 
 from fedsparse import run
-from fedsparse.simulation.checkpoint import LAST, PREVIOUS, AtomicCheckpointIO
+from fedsparse.core.folder import LAST, PREVIOUS
+from fedsparse.simulation.checkpoint import AtomicCheckpointIO
 from fedsparse.simulation.csv_logger import read_rows
 
 RUN = [sys.executable, "-m", "fedsparse.train"]

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fedsparse import run, train
+from fedsparse.core.folder import LAST
 from fedsparse.job.shipped import conf_dir
 from fedsparse.job.sweep import MAY_DIFFER, cell_name, difference, held
 from fedsparse.simulation import tracking
-from fedsparse.simulation.checkpoint import LAST
 from fedsparse.simulation.csv_logger import read_rows
 
 OPTIONS = ["model=mlp", "logger=csv", "calibration.head_steps=1", "mask_rule=random"]

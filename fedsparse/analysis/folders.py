@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsparse.analysis.files import finite, flatten, json_of, short, yaml_of
+from fedsparse.core.folder import CONFIG, METRICS, SUMMARY
 from fedsparse.simulation.csv_logger import read_rows
 
-_CONFIG = ".hydra/config.yaml"
 _LARGEST, _WIDEST = 1 << 28, 5000  # bytes and columns of a metrics.csv that is read
 _NAMED = ("mask_rule", "partition")
 _SHARES = ("val/acc", "test/acc", "trainable_fraction")
@@ -90,7 +90,7 @@ def _names(folders: list[Path]) -> dict[str, Path]:
     roots = sorted((p for p in places if places.isdisjoint(p.parents)), key=lambda place: (place.name, place))
     names: dict[str, Path] = {}
     for root in roots:
-        found = {path.parent.parent for path in root.rglob(_CONFIG)} | {p.parent for p in root.rglob("summary.json")}
+        found = {path.parent.parent for path in root.rglob(CONFIG)} | {p.parent for p in root.rglob(SUMMARY)}
         for folder in sorted(found):
             relative = folder.relative_to(root if len(roots) == 1 else root.parent)
             names[_free(names, relative.as_posix())] = folder
@@ -104,10 +104,10 @@ def _free(names: Mapping[str, Path], name: str) -> str:
 
 def _read(name: str, folder: Path) -> Run:
     """Read one folder, or say in a ValueError why it does not count."""
-    config = {short(key): short(value) for key, value in flatten(yaml_of(folder / _CONFIG)).items()}
-    if not (folder / "summary.json").is_file():
+    config = {short(key): short(value) for key, value in flatten(yaml_of(folder / CONFIG)).items()}
+    if not (folder / SUMMARY).is_file():
         raise ValueError(f"not finished: no summary.json after {_progress(folder, config)}")
-    summary = _checked(json_of(folder / "summary.json"))
+    summary = _checked(json_of(folder / SUMMARY))
     config |= {group: _choice(group, folder, summary) for group in ("data", "model", "experiment")}
     return Run(name, folder, summary, config, _lr(config), _sparsity(summary, config), _metrics(folder))
 
@@ -144,7 +144,7 @@ def _lr(config: Mapping[str, str]) -> float:
     except ValueError:
         rate = math.nan
     if not 0 < rate < math.inf:
-        raise ValueError(f"optimizer.lr in {_CONFIG} must be a number, not {text}")
+        raise ValueError(f"optimizer.lr in {CONFIG} must be a number, not {text}")
     return rate
 
 
@@ -163,7 +163,7 @@ def _sparsity(summary: Mapping[str, Any], config: Mapping[str, str]) -> float:
 
 def _metrics(folder: Path) -> list[dict[str, float]]:
     """Read the rounds of a run, without what is no figure; nothing of a file that no run has written."""
-    path = folder / "metrics.csv"
+    path = folder / METRICS
     if not path.is_file() or path.stat().st_size > _LARGEST or _columns(path) > _WIDEST:
         return []
     rows = [row for row in read_rows(path) if 0 < row["round"] < 1e9]

@@ -16,6 +16,7 @@ from fedsparse.analysis.statistics import Interval
 from fedsparse.analysis.style import plain
 from fedsparse.analysis.table import Row
 from fedsparse.analysis.tables import share
+from fedsparse.core.folder import MASK
 from fedsparse.masks import Mask, overlaps
 
 _TEXT = (
@@ -104,7 +105,7 @@ def _masks(group: Sequence[Row], problems: list[Problem]) -> dict[str, Mask]:
 
 def _mask(run: Run) -> Mask | None:
     try:
-        return Mask.load(run.folder / "mask.safetensors")
+        return Mask.load(run.folder / MASK)
     except ValueError:
         return None
 

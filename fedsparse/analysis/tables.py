@@ -11,6 +11,7 @@ from fedsparse.analysis.folders import Problem, Run
 from fedsparse.analysis.page import Bold, Section, Table
 from fedsparse.analysis.statistics import DASH, Interval
 from fedsparse.analysis.table import Row, dense_of, partitions, sparsities
+from fedsparse.core.folder import SCALE
 
 _HEAD = (
     "partition",
@@ -162,7 +163,7 @@ def _against(row: Row, table: Sequence[Row]) -> str:
 def _scale(run: Run) -> dict[str, Any] | None:
     """Read a scale.json; None if there is none, or it holds no figures."""
     try:
-        found = json_of(run.folder / "scale.json")
+        found = json_of(run.folder / SCALE)
     except (OSError, ValueError):
         return None
     return found if finite(found.get("alpha")) else None

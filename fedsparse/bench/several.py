@@ -20,6 +20,7 @@ import numpy as np
 from fedsparse.bench.__main__ import positive
 from fedsparse.bench.machine import load
 from fedsparse.bench.problems import CLIENTS, STEPS
+from fedsparse.core.folder import METRICS
 from fedsparse.simulation.csv_logger import read_rows
 
 BATCH, SIDE, CLASSES = 2, 224, 10
@@ -45,7 +46,7 @@ def seconds(data: Path, folder: Path, processes: int, rounds: int) -> float:
     }  # fmt: skip
     command = [sys.executable, "-m", "fedsparse.train", *(f"{key}={value}" for key, value in options.items())]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    timed = [row["seconds"] for row in read_rows(folder / "metrics.csv")]
+    timed = [row["seconds"] for row in read_rows(folder / METRICS)]
     return statistics.median(timed[1:-1])  # the last round is evaluated too
 
 

@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedsparse.core.folder import CHECKPOINTS, CONFIG
+
 Content = bytes | str | Callable[[Any], object]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WRITTEN_WHOLE = (".", ".hydra", "checkpoints")  # folders in a run folder
+WRITTEN_WHOLE = (".", str(Path(CONFIG).parent), CHECKPOINTS)  # folders in a run folder
 LEFT_BEHIND = ("*.part", ".*.tmp")  # by a writer that was killed; the second of earlier versions
 
 

@@ -155,6 +155,20 @@ class RoundPlan:
         self.parts, self.work, self.sample, self.bound, self.seed = parts, work, sample, cohort, seed
         self.processes, self.process, self.purpose, self.alone = processes, process, purpose, alone
 
+    def bounded(self, cohort: int) -> RoundPlan:
+        """Plan the same rounds in cohorts of at most so many clients."""
+        return RoundPlan(
+            self.parts,
+            self.work,
+            self.sample,
+            cohort,
+            self.seed,
+            self.processes,
+            self.process,
+            self.purpose,
+            self.alone,
+        )
+
     def cohort_size(self, clients: int) -> int:
         """Rows of a cohort when so many clients take part."""
         share = math.ceil(clients / self.processes)

@@ -1,12 +1,11 @@
-"""From a configuration to the parts of a run: data, clients, model, phases."""
+"""From a configuration to the parts of a run: constructors only. Nothing after this reads the configuration."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,58 +15,79 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fedsparse.core import parallel
+from fedsparse.core.checks import check_choice, check_flag
 from fedsparse.core.precisions import dtype_of
 from fedsparse.core.seeding import Purpose
-from fedsparse.core.space import ParamSpace
-from fedsparse.core.subspace import Subspace
+from fedsparse.core.space import ParamSpace, Patterns
 from fedsparse.core.weights import distinct
 from fedsparse.data.augment import augment
 from fedsparse.data.checks import checked_integer
+from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.images import Inputs, TokenInputs, inputs_for
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.client.drift import Objective
-from fedsparse.federation.combinations import check_names, check_pruning, check_server, check_sizes, check_together
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
+from fedsparse.federation.exchange.ledger import Link
 from fedsparse.federation.exchange.wire.message import known_size
+from fedsparse.federation.federation import Federation
 from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.schedule import check_schedule
+from fedsparse.federation.server.aggregation import Aggregation
 from fedsparse.federation.server.sampling import participants, uniform
-from fedsparse.federation.server.server import Server
-from fedsparse.job.model import build_net, check_classes, check_fit, check_kind
-from fedsparse.job.shards import build_clients
-from fedsparse.masks import Sparsity
+from fedsparse.job.checks import check_augmentation, check_method, check_phases
+from fedsparse.job.limits import seconds_of
+from fedsparse.job.model import build_net, check_classes, check_fit, check_kind, check_parametrized, of_data
+from fedsparse.job.shards import deal_shards
+from fedsparse.masks import MaskRule, Sparsity
 from fedsparse.models.heads import attentions
 from fedsparse.preparation.calibration import Calibration
-from fedsparse.simulation.callback import FederatedRounds
+from fedsparse.preparation.head import Head
+from fedsparse.simulation.devices import accelerator
 from fedsparse.simulation.module import ClientModule
-from fedsparse.simulation.personal import Personal
+from fedsparse.simulation.trainer import Session
 
 log = logging.getLogger("fedsparse")
 AUTO = "auto"  # federation.cohort, to be measured
+MakeExchange = Callable[[Tensor, OwnMasks], Exchange]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Data, model and clients of a run, before anything is trained."""
+class Problem:
+    """Data, who holds it, and the model that learns it.
+
+    Attributes:
+        dataset: the splits.
+        parts: sample indices of every client.
+        tests: of every client, those of its part of the test split.
+        net: the network, with its first weights.
+        space: its federated tensors.
+        head: patterns of the head's parameters.
+        inputs: turns samples into what the network takes.
+        arguments: what the network was built from, plain values.
+        precision: of ``trainer.precision``.
+        batch_size: samples of a local step.
+        seed: the run's seed.
+
+    """
 
     dataset: Dataset
     parts: Sequence[np.ndarray]
     tests: Sequence[np.ndarray]
     net: nn.Module
     space: ParamSpace
-    count: int
-    plan: RoundPlan
-    phased: PhasedPlan
-    phases: Phases
-    sample: Any
+    head: Patterns
     inputs: Inputs | TokenInputs
+    arguments: dict[str, Any]
+    precision: str
+    batch_size: int
+    seed: int
 
     @property
-    def cohort(self) -> int:
-        """K, clients that train together."""
-        return self.plan.cohort_size(len(self.plan.sample(0)))
+    def eligible(self) -> list[int]:
+        """Clients that hold data."""
+        return [client for client, part in enumerate(self.parts) if len(part)]
 
     @property
     def model_length(self) -> int:
@@ -77,28 +97,188 @@ class Parts:
         return known_size(sum(tensor.numel() for tensor in tensors), 0, dtype).total
 
 
-def build_federation(cfg: DictConfig) -> Parts:
+@dataclass(frozen=True)
+class Course:
+    """Who trains when, and how much.
+
+    Attributes:
+        phases: of the run.
+        plan: cohorts of a learning round without options of its own.
+        phased: cohorts of every round.
+        sample: clients of a round, for a purpose.
+        measured: whether the size of cohorts is to be measured.
+
+    """
+
+    phases: Phases
+    plan: RoundPlan
+    phased: PhasedPlan
+    sample: Callable[..., Sequence[int]]
+    measured: bool
+
+    @property
+    def cohort(self) -> int:
+        """K, clients that train together."""
+        return self.plan.cohort_size(len(self.plan.sample(0)))
+
+    def bounded(self, bound: int) -> Course:
+        """Let at most so many clients train together."""
+        plan = self.plan.bounded(bound)
+        return replace(self, plan=plan, phased=PhasedPlan(self.phased.stages, plan))
+
+    @property
+    def clients(self) -> int:
+        """Clients of the smallest learning round."""
+        stages = zip(self.phases.rounds, self.phased.stages, strict=True)
+        return min(len(plan.sample(0)) for phase, (_, plan, _) in stages if not phase.explores)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the model is learned.
+
+    Attributes:
+        rule: scores what trains.
+        sparsity: how many train.
+        own_masks: whether every client has a mask of its own.
+        head: how the head is prepared.
+        calibration: how scores are measured.
+        make_module: builds the clients of a cohort of K around a network; everything trains until a mask is set.
+        make_exchange: builds the exchange of what trains, bool (P,), with the clients' own masks.
+        aggregation: makes one change of updates.
+        federate: builds the federation of clients, given what preparation found.
+        link: of each client to the server; None: its time is not counted.
+        store: where clients keep what they keep, ``memory`` or ``file``.
+
+    """
+
+    rule: MaskRule
+    sparsity: Sparsity
+    own_masks: bool
+    head: Head
+    calibration: Calibration
+    make_module: Callable[[nn.Module, int], ClientModule]
+    make_exchange: MakeExchange
+    aggregation: Aggregation
+    federate: Callable[..., Federation]
+    link: Link | None
+    store: str
+
+    @property
+    def changes(self) -> bool:
+        """Whether a mask is chosen anew while clients learn."""
+        return self.sparsity.schedule is not None or self.sparsity.renew_every is not None
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run, whole, before anything is trained.
+
+    Attributes:
+        problem: data and model.
+        course: who trains when.
+        method: how.
+        session: how that is carried out and watched on this machine.
+        config: the configuration as plain values, for loggers and for the keys of the cache.
+        pictures: whether pictures are drawn.
+        keep_deviation: whether what clients find in an exploration is written down.
+
+    """
+
+    problem: Problem
+    course: Course
+    method: Method
+    session: Session
+    config: dict[str, Any]
+    pictures: bool
+    keep_deviation: bool
+
+    def datamodule(self) -> FederatedDataModule:
+        """Build the loaders of cohorts and splits."""
+        return FederatedDataModule(
+            self.problem.dataset,
+            self.course.phased,
+            self.problem.tests,
+            augment=augment(self.config["data"]["augment"]),
+            **streaming(self.config["data"]),
+        )
+
+    def module(self) -> ClientModule:
+        """Build the clients of the run's cohorts."""
+        return self.method.make_module(self.problem.net, self.course.cohort)
+
+
+def assemble(cfg: DictConfig) -> Assembly:
+    """Load the data, build the model, and every part that trains it.
+
+    Raises:
+        ValueError: data, partition, model or a part cannot be had as configured, or they do not go together; one line.
+
+    """
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    calibration = Calibration(**cfg.calibration)  # before the phases, which take some of its numbers over
+    problem = assemble_problem(cfg)
+    check_schedule(instantiate(cfg.schedule), cfg.federation.rounds)
+    course = assemble_course(cfg, problem)
+    method = assemble_method(cfg, problem, course, calibration)
+    check_method(method, problem, course)
+    check_augmentation(cfg.data.augment, problem.dataset)
+    save = cfg.explore.get("save", False)  # a run stored before there was the key saves none
+    check_flag("explore.save", save)
+    check_phases(course.phases, method, keep_model=cfg.explore.keep_model)
+    return Assembly(problem, course, method, assemble_session(cfg, config), config, cfg.pictures, save)
+
+
+def assemble_problem(cfg: DictConfig) -> Problem:
     """Load the data, deal it to the clients, and build the model.
 
     Raises:
-        ValueError: data, partition or model cannot be had as configured.
+        ValueError: one of them cannot be had as configured, or they do not suit each other.
 
     """
-    streaming(cfg)
-    Calibration(**cfg.calibration)  # before the phases, which take some of its numbers over
-    dataset, parts, tests = build_clients(cfg, build_dataset(cfg))
-    net, space = build_net(cfg, dataset)
-    check_classes(cfg, net, dataset)
-    check_kind(cfg, net, dataset)
-    build_sparsity(cfg, net).check_names([name for name, _ in net.named_parameters()])
-    check_schedule(instantiate(cfg.schedule), cfg.federation.rounds)
+    streaming(cfg.data)
+    dataset, parts, tests = deal_shards(
+        load_dataset(cfg.data.source),
+        instantiate(cfg.partition),
+        cfg.federation.num_clients,
+        cfg.seed,
+        users="users" in cfg.partition,
+        test="test" in cfg.partition,
+        local_test=cfg.data.get("local_test"),
+    )
+    dtype, head = dtype_of(cfg.trainer.precision), cfg.model.head
+    net, space = build_net(
+        instantiate(cfg.model.net, **_of_data(cfg.model.net, dataset)),
+        dtype,
+        head,
+        trainable=cfg.model.trainable,
+        local=list(cfg.model.local),
+        init=cfg.head.init,
+        frozen=cfg.head.frozen,
+    )
+    if cfg.sparsity.mode == "prune":
+        check_parametrized(net)
+    check_classes(net, head, dataset)
+    check_kind(net, dataset, cfg.federation.cohort)
+    inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None, dtype)
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
-    inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None, dtype_of(cfg.trainer.precision))
-    check_fit(cfg, net, dataset, inputs)
-    federation = cfg.federation
+    check_fit(net, dataset, inputs, cfg.trainer.precision, cfg.model.name, "size" in cfg.data)
+    arguments = {**OmegaConf.to_container(cfg.model.net, resolve=True), **_of_data(cfg.model.net, dataset)}  # type: ignore[dict-item]
+    return Problem(
+        dataset, parts, tests, net, space, head, inputs, arguments, cfg.trainer.precision, cfg.data.batch_size, cfg.seed
+    )
+
+
+def assemble_course(cfg: DictConfig, problem: Problem) -> Course:
+    """Plan the rounds: who takes part in each, on which samples.
+
+    Raises:
+        ValueError: an option that cannot be meant.
+
+    """
+    federation, eligible = cfg.federation, problem.eligible
     count = participants(federation.clients_per_round, federation.num_clients)
-    eligible = [client for client, part in enumerate(parts) if len(part)]
     sampler = instantiate(cfg.sampling)
 
     def sample(round: int, purpose: Purpose = Purpose.SAMPLING) -> Sequence[int]:
@@ -106,44 +286,27 @@ def build_federation(cfg: DictConfig) -> Parts:
 
     work = LocalWork(cfg.data.batch_size, federation.local_steps, federation.local_epochs, federation.weight)
     bound = 1 if federation.cohort == AUTO else federation.cohort
-    plan = RoundPlan(parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())
+    plan = RoundPlan(problem.parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())
     phases = Phases.of(OmegaConf.to_container(cfg.phases, resolve=True))  # type: ignore[arg-type]
-    plans = [(phase.rounds, _plan_of(cfg, phase, plan, eligible), phases.before(phase)) for phase in phases.rounds]
-    phased = PhasedPlan(plans, plan)
-    learn = [own for phase, (_, own, _) in zip(phases.rounds, plans, strict=True) if not phase.explores]
-    _try_parts(cfg, dataset, parts, space, min(len(own.sample(0)) for own in learn))
-    return Parts(dataset, parts, tests, net, space, count, plan, phased, phases, sample, inputs)
+    chosen = partial(participants, num_clients=federation.num_clients)
+    plans = [_plan_of(phase, plan, eligible, chosen, federation.clients_per_round) for phase in phases.rounds]
+    stages = [(p.rounds, own, phases.before(p)) for p, own in zip(phases.rounds, plans, strict=True)]
+    return Course(phases, plan, PhasedPlan(stages, plan), sample, federation.cohort == AUTO)
 
 
-def build_dataset(cfg: DictConfig) -> Dataset:
-    """Load the data.
-
-    Raises:
-        ValueError: the function that loads it returns something else.
-
-    """
-    dataset = instantiate(cfg.data.source)
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"data.source._target_={cfg.data.source._target_} returns a {type(dataset).__name__}; it has to return "
-            "fedsparse.data.datasets.Dataset(train, val, test, classes, name), each part a Split(x, y) of tensors"
-        )
-    return dataset
-
-
-def _plan_of(cfg: DictConfig, phase: Phase, plan: RoundPlan, eligible: Sequence[int]) -> RoundPlan:
+def _plan_of(
+    phase: Phase, plan: RoundPlan, eligible: Sequence[int], count: Callable[..., int], share: float | int
+) -> RoundPlan:
     """Plan a phase: who takes part and what each does, the federation's own where the phase has no word of it."""
-    work, purpose, sample = _work(phase, plan.work), Purpose.BATCHES, plan.sample
-    if phase.explores:
-        purpose = Purpose.EXPLORE
+    purpose, sample = Purpose.EXPLORE if phase.explores else Purpose.BATCHES, plan.sample
     if phase.explores or phase.clients is not None:
-        share = cfg.federation.clients_per_round if phase.clients is None else phase.clients
-        chosen = participants(share, cfg.federation.num_clients, phase.clients_key)
+        chosen = count(share if phase.clients is None else phase.clients, key=phase.clients_key)
         stream = Purpose.EXPLORERS if phase.explores else Purpose.SAMPLING
-        sample = partial(uniform, eligible=eligible, count=chosen, seed=cfg.seed, purpose=stream)
+        sample = partial(uniform, eligible=eligible, count=chosen, seed=plan.seed, purpose=stream)
     alone = phase.explores and phase.updates_model
     if alone and plan.processes > 1:
         raise ValueError("explore.keep_model=true lets one client go on from the other, so it needs one process")
+    work = _work(phase, plan.work)
     return RoundPlan(plan.parts, work, sample, plan.bound, plan.seed, plan.processes, plan.process, purpose, alone)
 
 
@@ -154,112 +317,132 @@ def _work(phase: Phase, work: LocalWork) -> LocalWork:
     return replace(work, steps=steps, epochs=epochs, weight=phase.weight or work.weight)
 
 
-def _try_parts(
-    cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], space: ParamSpace, taking_part: int
-) -> None:
-    """Try on one image and one coordinate what is needed later only, so that what does not suit is refused at once."""
-    chosen = augment(cfg.data.augment)
-    if chosen is not None and dataset.tokens:
-        raise ValueError(f"data.augment={cfg.data.augment} changes images and this data is text; set data.augment=none")
-    if chosen is not None:
-        chosen(dataset.train.x[torch.tensor([0])], torch.zeros(1, chosen.numbers, dtype=torch.float64))
-    one = torch.ones(1, dtype=torch.bool)
-    exchange = build_exchange(cfg, one, ~one, lambda clients: one.expand(len(clients), 1))
-    aggregation, objective = instantiate(cfg.aggregation), build_objective(cfg, parts)
-    check_together(exchange, aggregation, objective, instantiate(cfg.optimizer.build)([torch.zeros(1)]))
-    check_pruning(exchange, cfg.sparsity.mode)
-    check_sizes(exchange, aggregation, [len(part) > 0 for part in parts], taking_part)
-    check_names(exchange, space, torch.ones_like(space.local))
-    server = Server(torch.zeros(1, 1), instantiate(cfg.server.optimizer), Subspace(one), cfg.server.untouched)
-    check_server(server.optimizer)
-    instantiate(cfg.link)
-    build_personal(cfg)
-
-
-def own_masks(cfg: DictConfig) -> bool:
-    """Whether every client has a mask of its own.
+def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibration: Calibration) -> Method:
+    """Build mask rule, clients, exchange and server.
 
     Raises:
-        ValueError: ``mask.owner`` is neither of its choices.
+        ValueError: an option that cannot be meant.
 
     """
-    if cfg.mask.owner not in ("global", "client"):
-        raise ValueError(f"mask.owner is {cfg.mask.owner!r}; it must be global or client")
-    return bool(cfg.mask.owner == "client")
+    check_choice("mask.owner", cfg.mask.owner, "global", "client")
+    own_masks, exchange = cfg.mask.owner == "client", instantiate(cfg.exchange.build, _convert_="object")
 
+    def make_exchange(trained: Tensor, masks: OwnMasks) -> Exchange:
+        own = {"masks": masks} if own_masks else {}
+        return exchange(trained=trained, local=problem.space.local, space=problem.space, **own)
 
-def build_module(
-    cfg: DictConfig, federation: Parts, net: nn.Module | None = None, cohort: int | None = None
-) -> ClientModule:
-    """Build the clients of a cohort; everything trains until a mask is set.
-
-    Args:
-        cfg: the configuration.
-        federation: data, model and clients.
-        net: a network in place of the federation's.
-        cohort: K, in place of the plan's.
-
-    """
-    return instantiate(cfg.client)(
-        federation.net if net is None else net,
-        federation.space,
-        torch.ones(federation.space.size, dtype=torch.bool),
-        instantiate(cfg.optimizer.build),
-        cohort=cohort or federation.cohort,
-        clip_norm=cfg.optimizer.clip_norm,
-        inputs=federation.inputs,
-        compile=cfg.federation.get("compile", False),
-        objective=build_objective(cfg, federation.parts),
-        buffers=cfg.federation.buffers,
-        seed=cfg.seed,
+    aggregation = instantiate(cfg.aggregation)
+    federate = partial(
+        Federation,
+        aggregation=aggregation,
+        topology=instantiate(cfg.topology),
+        make_server=instantiate(cfg.server.optimizer),
+        untouched=cfg.server.untouched,
+        phases=course.phases,
+        schedule=instantiate(cfg.schedule),
+        model_length=problem.model_length,
+    )
+    return Method(
+        instantiate(cfg.mask_rule),
+        _sparsity(cfg.sparsity, problem.net),
+        own_masks,
+        Head(**cfg.head),
+        replace(calibration, rounds=course.phases.prepares("calibrate") or calibration.rounds),
+        _module_maker(cfg, problem),
+        make_exchange,
+        aggregation,
+        federate,
+        instantiate(cfg.link),
+        cfg.federation.store,
     )
 
 
-def build_sparsity(cfg: DictConfig, net: nn.Module) -> Sparsity:
+def _sparsity(options: DictConfig, net: nn.Module) -> Sparsity:
     """Build how many coordinates train; whole units of attention layers are their heads."""
-    built: Sparsity = instantiate(cfg.sparsity)
+    built: Sparsity = instantiate(options)
+    built.check_names([name for name, _ in net.named_parameters()])
     return replace(built, heads=tuple(attentions(net))) if built.unit == "output" else built
 
 
-def build_objective(cfg: DictConfig, parts: Sequence[np.ndarray]) -> Objective:
-    """Build what clients minimise beside their loss; one that asks for the number of clients is told who holds data."""
-    asks = "num_clients" in cfg.objective and cfg.objective.num_clients is None
-    counted = {"num_clients": sum(len(part) > 0 for part in parts)} if asks else {}
-    built: Objective = instantiate(cfg.objective, **counted)
-    return built
+def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int], ClientModule]:
+    """Make what builds the clients of a cohort: a network, and K."""
+    client, optimizer, options = instantiate(cfg.client), instantiate(cfg.optimizer.build), cfg.objective
+    asks = "num_clients" in options and options.num_clients is None  # then it gets the number of those who hold data
+
+    def make(net: nn.Module, cohort: int) -> ClientModule:
+        objective: Objective = instantiate(options, **({"num_clients": len(problem.eligible)} if asks else {}))
+        everything = torch.ones(problem.space.size, dtype=torch.bool)
+        return client(
+            net,
+            problem.space,
+            everything,
+            optimizer,
+            cohort=cohort,
+            clip_norm=cfg.optimizer.clip_norm,
+            inputs=problem.inputs,
+            compile=cfg.federation.get("compile", False),
+            objective=objective,
+            buffers=cfg.federation.buffers,
+            seed=cfg.seed,
+        )
+
+    return make
 
 
-def build_exchange(
-    cfg: DictConfig, trained: Tensor, local: Tensor, masks: OwnMasks, space: ParamSpace | None = None
-) -> Exchange:
-    """Build the exchange of the coordinates that train, bool (P,), or of each client's own among them."""
-    own = {"masks": masks} if own_masks(cfg) else {}
-    build = instantiate(cfg.exchange.build, _convert_="object")
-    exchange: Exchange = build(trained=trained, local=local, space=space, **own)
-    return exchange
-
-
-def build_personal(cfg: DictConfig, path: Path | None = None, rounds: FederatedRounds | None = None) -> Personal | None:
-    """Build what evaluates every client while they learn, if it is asked for; its table lies at ``path``.
+def assemble_session(cfg: DictConfig, config: dict[str, Any]) -> Session:
+    """Build what carries a run out and watches it: trainer, loggers, callbacks.
 
     Raises:
-        ValueError: an option is none of its choices.
+        ValueError: an option that cannot be meant.
 
     """
-    chosen = cfg.get("evaluation")  # a run stored before there was a choice has none
-    if chosen and "_target_" not in chosen:
-        raise ValueError(f"evaluation.{next(iter(chosen))} needs evaluation=per_client")
-    return instantiate(chosen, _convert_="all")(seed=cfg.seed, path=path, rounds=rounds) if chosen else None
+    evaluation = cfg.get("evaluation")  # a run stored before there was a choice has none
+    if evaluation and "_target_" not in evaluation:
+        raise ValueError(f"evaluation.{next(iter(evaluation))} needs evaluation=per_client")
+    personal = partial(instantiate(evaluation, _convert_="all"), seed=cfg.seed) if evaluation else None
+    if personal is not None:
+        personal()  # whose options are checked now
+    return Session(
+        trainer=instantiate(cfg.trainer),
+        accelerator=accelerator(cfg.trainer.accelerator),
+        precision=cfg.trainer.precision,
+        max_time=seconds_of(config["trainer"].get("max_time")),
+        eval_every=cfg.federation.eval_every,
+        checkpoint_every=cfg.federation.checkpoint_every,
+        loggers={name: instantiate(logger) for name, logger in (cfg.logger or {}).items()},
+        callbacks=[instantiate(callback) for callback in (cfg.callbacks or {}).values()],
+        personal=personal,
+        config=config,
+    )
 
 
-def streaming(cfg: DictConfig) -> dict[str, Any]:
+def load_dataset(source: DictConfig) -> Dataset:
+    """Load the data.
+
+    Raises:
+        ValueError: the function that loads it returns something else.
+
+    """
+    dataset = instantiate(source)
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"data.source._target_={source._target_} returns a {type(dataset).__name__}; it has to return "
+            "fedsparse.data.datasets.Dataset(train, val, test, classes, name), each part a Split(x, y) of tensors"
+        )
+    return dataset
+
+
+def _of_data(options: DictConfig, dataset: Dataset) -> dict[str, int]:
+    """Fill in what is null in ``model.net`` from the data."""
+    return {key: value for key, value in of_data(dataset).items() if key in options and options[key] is None}
+
+
+def streaming(data: Any) -> dict[str, Any]:
     """Read whether samples are streamed and by how many workers; a configuration without a word of it does not.
 
     Raises:
         ValueError: one line that names the key.
 
     """
-    stream, workers = cfg.data.get("stream", False), cfg.data.get("workers", 0)
-    if not isinstance(stream, bool):
-        raise ValueError(f"data.stream is {stream!r}; it must be true or false")
-    return {"stream": stream, "workers": checked_integer("data.workers", workers, 0)}
+    check_flag("data.stream", data.get("stream", False))
+    return {"stream": data.get("stream", False), "workers": checked_integer("data.workers", data.get("workers", 0), 0)}

@@ -20,13 +20,14 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from fedsparse.core.checks import check_flag, check_number, check_positive, check_share, finite
+from fedsparse.core.folder import LOCK, LOG, PARTITION, SUMMARY
 from fedsparse.core.precisions import PRECISIONS
 from fedsparse.job.budget import rounds_for_steps
 from fedsparse.job.limits import check_trainer
 from fedsparse.job.sweep import already_used, cell_name, used
 from fedsparse.job.unread import check_keys
 
-BEFORE_A_RUN = {".hydra", ".lock", "run.log", "partition.png"}
+BEFORE_A_RUN = {".hydra", LOCK, LOG, PARTITION}
 COUNTS = (
     "federation.num_clients",
     "federation.rounds",
@@ -119,7 +120,7 @@ def _how_far(sweep: Path, names: Sequence[str]) -> str:
     >>> _how_far(Path("runs/grid"), ["seed-0", "seed-1"])
     '2 cells in runs/grid'
     """
-    done = sum((sweep / name / "summary.json").is_file() for name in names)
+    done = sum((sweep / name / SUMMARY).is_file() for name in names)
     cells = f"{len(names)} {'cell' if len(names) == 1 else 'cells'} in {sweep}"
     return f"{cells}, {done} finished before" if done else cells
 

@@ -1,4 +1,4 @@
-"""A run, carried out: build, prepare head and mask, train, write. Of several processes one leads, the others follow."""
+"""A run, carried out: assemble, prepare head and mask, train, write. Of several processes one leads, others follow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,44 +16,34 @@ from typing import Any
 import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from fedsparse.core import parallel, signals
-from fedsparse.core.precisions import dtype_of, made_in
+from fedsparse.core.folder import CHECKPOINTS, LAST, MASK, MASK_PICTURE, TRAFFIC, WEIGHTS
+from fedsparse.core.folder import store as store_file
 from fedsparse.core.weights import save_weights
 from fedsparse.data.datamodule import FederatedDataModule
-from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.client.training import LOCAL
+from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.masking import MaskChoice, zero
 from fedsparse.federation.reports import Diverged
-from fedsparse.job import assemble as build
-from fedsparse.job import cohorts
-from fedsparse.job import summary as results
-from fedsparse.job import trainer as fitting
-from fedsparse.job.finished import WEIGHTS
-from fedsparse.job.prepare import (
-    MASK,
-    OVERLAP,
-    PICTURE,
-    draw,
-    mean_client_overlap,
-    prepare,
-    record,
-    save_guidance,
-    sparsity_of,
-)
+from fedsparse.federation.stores.store import make_store
+from fedsparse.job.assemble import Assembly, assemble
+from fedsparse.job.checks import check_names
+from fedsparse.job.cohorts import fastest
+from fedsparse.job.prepare import OVERLAP, draw, prepare, record, save_deviation
 from fedsparse.job.resume import Job
+from fedsparse.job.summary import summarise, write_results
 from fedsparse.job.trial import check_trainable
 from fedsparse.masks import Mask
-from fedsparse.models.flops import pruning_figures
 from fedsparse.preparation.calibration import Calibrated
-from fedsparse.simulation import processes as team
+from fedsparse.simulation import processes
 from fedsparse.simulation.callback import FederatedRounds
-from fedsparse.simulation.checkpoint import LAST, choose_checkpoint, read_checkpoint
-from fedsparse.simulation.csv_logger import read_rows
+from fedsparse.simulation.checkpoint import choose_checkpoint, read_checkpoint
+from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.tracking import hand_on
+from fedsparse.simulation.trainer import Callbacks, build_callbacks, build_loggers, build_trainer
 
 log = logging.getLogger("fedsparse")
 
@@ -70,7 +60,7 @@ class Start:
         found: mask, and the clients' own masks.
         ledger: bytes so far.
         net: the model's tensors by name, on the CPU.
-        cohort: upper bound of the clients that train together.
+        bound: most clients that train together.
         checkpoint: what a resumed run goes on from.
 
     """
@@ -78,7 +68,7 @@ class Start:
     found: Calibrated
     ledger: Ledger
     net: dict[str, Tensor]
-    cohort: int
+    bound: int
     checkpoint: Path | None
 
 
@@ -88,7 +78,7 @@ class Training:
 
     trainer: lightning.Trainer
     rounds: FederatedRounds
-    callbacks: fitting.Callbacks
+    callbacks: Callbacks
     choice: MaskChoice
 
 
@@ -102,32 +92,36 @@ def execute(job: Job) -> dict[str, Any]:
     """
     quiet()
     try:
-        with signals.heeded(), team.team(team.size_of(job.cfg)):
+        with signals.heeded(), processes.team(processes.size_of(job.cfg.trainer)):
             log.info("process %d", os.getpid())
             return _lead(job)
     except (KeyboardInterrupt, signals.Stopped) as error:
         stop = error if isinstance(error, signals.Stopped) else signals.Stopped(signal.SIGINT)
         if not stop.said:
-            saved = (job.folder / "checkpoints" / LAST).exists()
+            saved = (job.folder / CHECKPOINTS / LAST).exists()
             _say(stop.number, "what was saved before stays" if saved else "no round is saved yet", job)
         raise signals.Stopped(stop.number, said=True) from None
 
 
 def _lead(job: Job) -> dict[str, Any]:
-    federation = build.build_federation(job.cfg)
+    assembly = assemble(job.cfg)
     parallel.share(job)  # only now: what the data set downloads is there for all
-    module = build.build_module(job.cfg, federation)
-    start = _start(job, federation, module)
+    module = assembly.module()
+    start = _start(job, assembly, module)
     parallel.share(start)
-    training = _train(job, federation, module, start)
+    assembly = replace(assembly, course=assembly.course.bounded(start.bound))
+    module.stack(assembly.course.cohort)
+    training = _train(job, assembly, module, start)
     _stopped(job, training)
-    save_weights(federation.net, job.folder / WEIGHTS)  # first, whatever may go wrong with figures of it
-    if job.cfg.explore.get("save") and training.choice.observed is not None:
-        save_guidance(job.folder, federation.space.unflatten(training.choice.observed.cpu()))
-    if training.choice.mask is not start.found.mask or not (job.folder / PICTURE).exists():
-        draw(job, training.choice.mask)  # once, however often it was chosen anew
-    summary = _summary(job, federation, start.found, training)
-    results.write_results(job.folder, summary, job.cfg.pictures)
+    save_weights(assembly.problem.net, job.folder / WEIGHTS)  # first, whatever may go wrong with figures of it
+    if assembly.keep_deviation and training.choice.observed is not None:
+        save_deviation(job.folder, assembly.problem.space.unflatten(training.choice.observed.cpu()))
+    changed = training.choice.mask is not start.found.mask or not (job.folder / MASK_PICTURE).exists()
+    if changed and assembly.pictures:
+        draw(job.folder, training.choice.mask)  # once, however often it was chosen anew
+    federation, seconds = training.rounds.federation, training.callbacks.log.seconds
+    summary = summarise(job, assembly, federation, start.found, training.choice.mask, seconds)
+    write_results(job.folder, summary, assembly.pictures)
     training.callbacks.artifacts.close(training.trainer.loggers)
     return summary | {"folder": str(job.folder)}
 
@@ -143,58 +137,87 @@ def follow() -> None:
     try:
         while (job := parallel.share()) is not None:
             quiet()
-            federation = build.build_federation(job.cfg)
-            module, start = build.build_module(job.cfg, federation), parallel.share()
+            assembly = assemble(job.cfg)
+            start = parallel.share()
             if start is None:
                 return
-            federation.net.load_state_dict(start.net)
-            module.set_mask(start.found.mask.row(federation.space), start.found.bitmaps)
-            cohorts.set_cohort(federation, module, start.cohort)
-            _train(job, federation, module, start)
+            assembly = replace(assembly, course=assembly.course.bounded(start.bound))
+            module = assembly.module()
+            assembly.problem.net.load_state_dict(start.net)
+            module.set_mask(start.found.mask.row(assembly.problem.space), start.found.bitmaps)
+            _train(job, assembly, module, start)
     except Diverged:
         return  # the leading process says so
 
 
-def _start(job: Job, federation: build.Parts, module: ClientModule) -> Start:
+def _start(job: Job, assembly: Assembly, module: ClientModule) -> Start:
     """Prepare a run's first round, or find what a resumed one goes on from."""
-    ledger, checkpoint = Ledger(), _checkpoint(job, federation)
+    problem, ledger, checkpoint = assembly.problem, Ledger(), _checkpoint(job, assembly)
     if checkpoint is None:
-        check_trainable(job.cfg, federation)
-    found = prepare(job, federation, module, ledger) if checkpoint is None else _stored(job, federation, checkpoint)
-    module.set_mask(found.mask.row(federation.space), found.bitmaps)
-    if checkpoint is None and job.cfg.sparsity.mode == "prune":
-        zero(federation.net, federation.space, torch.as_tensor(module.mask))
-    state = {} if checkpoint is None else read_checkpoint(checkpoint, federation.space)
-    cohorts.settle_cohort(job.cfg, federation, module, state.get("cohort"))
-    net = {name: tensor.cpu() for name, tensor in federation.net.state_dict().items()} if parallel.joined() else {}
-    return Start(found, ledger, net, federation.plan.bound, checkpoint)
+        check_trainable(assembly, module.buffer_policy)
+    found = prepare(job, assembly, module, ledger) if checkpoint is None else _stored(job, assembly, checkpoint)
+    module.set_mask(found.mask.row(problem.space), found.bitmaps)
+    if checkpoint is None and assembly.method.sparsity.mode == "prune":
+        zero(problem.net, problem.space, torch.as_tensor(module.mask))
+    bound = assembly.course.plan.bound
+    if assembly.course.measured:
+        stored = None if checkpoint is None else read_checkpoint(checkpoint, problem.space).get("cohort")
+        bound = stored or fastest(assembly, module)
+    net = {name: tensor.cpu() for name, tensor in problem.net.state_dict().items()} if parallel.joined() else {}
+    return Start(found, ledger, net, bound, checkpoint)
 
 
-def _train(job: Job, federation: build.Parts, module: ClientModule, start: Start) -> Training:
+def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start) -> Training:
     """Train to the last round."""
-    closed, leads = 0, parallel.process() == 0
-    if start.checkpoint is not None:
-        closed = read_checkpoint(start.checkpoint, federation.space)["epoch"] + 1
-    if closed > federation.phases.total:
+    problem, phases, leads = assembly.problem, assembly.course.phases, parallel.process() == 0
+    closed = 0 if start.checkpoint is None else read_checkpoint(start.checkpoint, problem.space)["epoch"] + 1
+    if closed > phases.total:
         raise ValueError(
             f"{closed} rounds are closed already; with federation.rounds={job.cfg.federation.rounds} the run has fewer"
         )
-    choice = _choice(job, federation, start.found, leads)
-    rounds = fitting.build_rounds(job.cfg, federation, choice, start.ledger, module, job.folder, closed)
-    callbacks = fitting.build_callbacks(job.cfg, rounds, federation, choice, job.folder, _beside_others() or not leads)
+    method = assembly.method
+    tell = partial(record, job) if leads else _silent
+    choice = MaskChoice(
+        method.rule, method.sparsity, problem.space, problem.seed, start.found.mask, tell, start.found.observed
+    )
+    rounds = _rounds(job.folder, assembly, module, choice, start.ledger, closed)
+    callbacks = build_callbacks(
+        assembly.session,
+        rounds,
+        Evaluation(problem.tests, problem.dataset.own, rounds.group),
+        lambda round: len(assembly.course.phased.sample(round)),
+        phases,
+        lambda: choice.mask,
+        job.folder,
+        shared=_beside_others() or not leads,
+    )
     if callbacks.personal is not None:
         callbacks.personal.table.drop_from(closed + 1)
-    loggers = fitting.build_loggers(job.cfg, job.folder, job.group, closed) if leads else []
-    trainer = fitting.build_trainer(job.cfg, callbacks, loggers, federation.phases.total)
-    trainer.fit(module, fitting.build_datamodule(job.cfg, federation), ckpt_path=start.checkpoint)
+    loggers = build_loggers(assembly.session.loggers, job.folder, job.group, closed) if leads else []
+    trainer = build_trainer(assembly.session, callbacks, loggers, phases.total)
+    trainer.fit(module, assembly.datamodule(), ckpt_path=start.checkpoint)
     return Training(trainer, rounds, callbacks, choice)
 
 
-def _choice(job: Job, federation: build.Parts, found: Calibrated, leads: bool) -> MaskChoice:
-    """Make what chooses masks while clients train; the leading process writes them down."""
-    tell = partial(record, job) if leads else _silent
-    rule, sparsity = instantiate(job.cfg.mask_rule), build.build_sparsity(job.cfg, federation.net)
-    return MaskChoice(rule, sparsity, federation.space, job.cfg.seed, found.mask, tell, found.observed)
+def _rounds(
+    folder: Path, assembly: Assembly, module: ClientModule, choice: MaskChoice, ledger: Ledger, closed: int
+) -> FederatedRounds:
+    """Build the rounds; what clients keep may lie in the run folder, whose tables hold so many rounds already."""
+    method, row = assembly.method, torch.as_tensor(module.mask).cpu()
+    exchange = method.make_exchange(row, module.own_masks)
+    check_names(exchange, assembly.problem.space, row)
+
+    def make(name: str) -> Any:
+        return make_store(method.store, folder / store_file(name))
+
+    exchange.keep_in(make)
+    module.keep_in(make)
+    ledger.link = method.link
+    traffic = Traffic(folder / TRAFFIC if parallel.process() == 0 else None)
+    traffic.drop_from(closed + 1)
+    return FederatedRounds(
+        partial(method.federate, exchange=exchange, choice=choice, store=make(LOCAL), ledger=ledger, traffic=traffic)
+    )
 
 
 def _silent(mask: Mask) -> Mask:
@@ -228,89 +251,29 @@ def _say(number: signal.Signals, state: str, job: Job) -> None:
     print(f"fedsparse: {line}", file=sys.stderr, flush=True)
 
 
-def _summary(job: Job, federation: build.Parts, found: Calibrated, training: Training) -> dict[str, Any]:
-    """Gather what summary.json holds."""
-    always, mask = federation.space.where(job.cfg.sparsity.always_train), training.choice.mask
-    return results.summarise(
-        federation,
-        training.rounds,
-        mask,
-        read_rows(job.folder / "metrics.csv"),
-        seconds=training.callbacks.log.seconds,
-        seed=job.cfg.seed,
-        cohort=federation.cohort,
-        processes=parallel.processes(),
-        head=job.cfg.head.init,
-        sparsity=sparsity_of(mask, always, federation.space),
-        client_steps=training.rounds.federation.ledger.client_steps,
-        **_chance(job, federation, training.rounds.federation.ledger),
-        **_pruned(job, federation),
-        mask_overlap_rounds=list(found.overlap),
-        mask_overlap_clients=mean_client_overlap(found, federation.space),
-        **_chosen(job),
-        **_exchanged(job),
-    )
-
-
-def _chance(job: Job, federation: build.Parts, ledger: Ledger) -> dict[str, float | None]:
-    """What a reader wants to know of a run that learned nothing: chance, clipping and rate."""
-    clip_norm, labels = job.cfg.optimizer.clip_norm, federation.dataset.common_test.y
-    clipped = None if clip_norm is None else ledger.clipped_steps / max(1, ledger.round_steps)
-    chance = int(labels.bincount().max()) / len(labels) if len(labels) else None
-    return {"chance": chance, "clipped_fraction": clipped, "clip_norm": clip_norm, "lr": job.cfg.optimizer.lr}
-
-
-def _pruned(job: Job, federation: build.Parts) -> dict[str, float]:
-    """What pruning leaves of the model, where the run prunes."""
-    if job.cfg.sparsity.mode != "prune":
-        return {}
-    net = federation.space.tensors(federation.net)[0]  # Lightning has moved it back to the CPU
-    x = federation.dataset.train.x[torch.tensor([0])].to(net.device)
-    with made_in(dtype_of(job.cfg.trainer.precision)):
-        return pruning_figures(federation.net, federation.inputs(x))
-
-
 def _beside_others() -> bool:
     """Whether this is one of several jobs that a launcher of Hydra runs at the same time."""
     return HydraConfig.initialized() and not str(HydraConfig.get().launcher._target_).endswith("BasicLauncher")
 
 
-def _chosen(job: Job) -> dict[str, str | None]:
-    """The options that name a run, as the summary keeps them."""
-    keys = (
-        *("mask_rule", "partition", "data", "model", "experiment"),
-        *("exchange", "aggregation", "server", "objective", "link"),
-    )
-    return {key: None if job.choices.get(key) in (None, "None", "null") else job.choices[key] for key in keys}
+def _stored(job: Job, assembly: Assembly, checkpoint: Path) -> Calibrated:
+    """Take the masks of a checkpoint, with the metadata of the run's mask file."""
+    space, path = assembly.problem.space, job.folder / MASK
+    state = read_checkpoint(checkpoint, space)["state_dict"]
+    metadata = Mask.load(path).metadata if path.is_file() else {}
+    overlap = tuple(json.loads(metadata.get(OVERLAP, "[]")))
+    return Calibrated(Mask(space.unflatten(state["mask"]), metadata), state["bitmaps"], overlap)
 
 
-def _exchanged(job: Job) -> dict[str, Any]:
-    """What of the exchange a reader of the summary wants to know."""
-    options = OmegaConf.to_container(job.cfg.exchange, resolve=True)
-    assert isinstance(options, dict)
-    found = {f"exchange_{key}": options.get(key) for key in ("fraction", "feedback", "precision", "payload", "compat")}
-    chosen = job.choices.get("exchange")
-    ruled = "rule" in options["build"]
-    return found | {"exchange_rule": options.get("by", chosen) if ruled else None}
-
-
-def _stored(job: Job, federation: build.Parts, checkpoint: Path) -> Calibrated:
-    """Take the masks of a checkpoint, under the words of the run's mask file."""
-    state = read_checkpoint(checkpoint, federation.space)["state_dict"]
-    path = job.folder / MASK
-    words = Mask.load(path).metadata if path.is_file() else {}
-    overlap = tuple(json.loads(words.get(OVERLAP, "[]")))
-    return Calibrated(Mask(federation.space.unflatten(state["mask"]), words), state["bitmaps"], overlap)
-
-
-def _checkpoint(job: Job, federation: build.Parts) -> Path | None:
+def _checkpoint(job: Job, assembly: Assembly) -> Path | None:
     """Choose what a resumed run goes on from."""
     if not job.resumed:
         return None
-    path, complaints = choose_checkpoint(job.folder / "checkpoints", federation.space)
+    space = assembly.problem.space
+    path, complaints = choose_checkpoint(job.folder / CHECKPOINTS, space)
     if path is not None:
-        stored = read_checkpoint(path, federation.space)[FederatedDataModule.__qualname__]["fingerprint"]
-        _check_data(stored, federation.dataset.fingerprint)
+        stored = read_checkpoint(path, space)[FederatedDataModule.__qualname__]["fingerprint"]
+        _check_data(stored, assembly.problem.dataset.fingerprint)
     for complaint in complaints:
         log.warning("%s; the one before it is used", complaint)
     return path

@@ -12,12 +12,11 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fedsparse.core.folder import CONFIG, SUMMARY, WEIGHTS
 from fedsparse.core.weights import load_weights
-from fedsparse.job import assemble as build
-from fedsparse.job import model as nets
+from fedsparse.job.assemble import assemble_problem
 from fedsparse.job.resume import read_job
 
-WEIGHTS = "model.safetensors"
 SAMPLES = 8  # random inputs, and as many of the test split
 
 
@@ -54,19 +53,18 @@ def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
     """
     if not folder.is_dir():
         raise ValueError(f"there is no run folder {folder}; run= takes the folder that a run printed")
-    if not all((folder / name).is_file() for name in ("summary.json", WEIGHTS, ".hydra/config.yaml")):
+    if not all((folder / name).is_file() for name in (SUMMARY, WEIGHTS, CONFIG)):
         raise ValueError(f"{folder} holds no finished run; python -m fedsparse.train resume={folder} finishes one")
     cfg = read_job(folder, trusted=trusted).cfg
     _without_weights(cfg.model.net)
-    federation = build.build_federation(cfg)
+    problem = assemble_problem(cfg)
     try:
-        federation.net.load_state_dict(load_weights(folder / WEIGHTS))
+        problem.net.load_state_dict(load_weights(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or of another model ({type(error).__name__})") from error
-    split = federation.dataset.test
-    real = federation.inputs(split.x[torch.arange(min(SAMPLES, len(split.y)))])
-    arguments = nets.net_arguments(cfg, federation.dataset)
-    return Finished(folder, federation.net.eval(), arguments, real, str(cfg.sparsity.unit))
+    split = problem.dataset.test
+    real = problem.inputs(split.x[torch.arange(min(SAMPLES, len(split.y)))])
+    return Finished(folder, problem.net.eval(), problem.arguments, real, str(cfg.sparsity.unit))
 
 
 def inputs(run: Finished, seed: int) -> Tensor:

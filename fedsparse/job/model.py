@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fedsparse.core.precisions import dtype_of
 from fedsparse.core.space import ParamSpace, Patterns, matches
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.files import reason_of
@@ -25,41 +24,55 @@ from fedsparse.models.trainable import trainable_filter
 NORMS = (WeightNorm, SpectralNorm)  # in torch's older form, hooks that compute the weight before each forward
 
 
-def build_net(cfg: DictConfig, dataset: Dataset) -> tuple[nn.Module, ParamSpace]:
-    """Build the model and the space of its federated tensors; what is null in ``model.net`` is as the data has it."""
-    net = instantiate(cfg.model.net, **_found(cfg, dataset)).to(dtype=dtype_of(cfg.trainer.precision))
+def build_net(
+    built: nn.Module,
+    dtype: torch.dtype | None,
+    head: Patterns,
+    *,
+    trainable: Any = "all",
+    local: Sequence[str] = (),
+    init: str = "random",
+    frozen: bool = False,
+) -> tuple[nn.Module, ParamSpace]:
+    """Convert a network, and find the space of its federated tensors.
+
+    Args:
+        built: the network as its builder gave it.
+        dtype: of its parameters; None: as they are.
+        head: patterns of the head's parameters.
+        trainable: ``model.trainable``: what may train.
+        local: patterns of what stays with each client.
+        init: ``head.init``: how the head will be prepared.
+        frozen: whether the head does not train.
+
+    Raises:
+        ValueError: parameters that cannot be coordinates, or nothing that trains.
+
+    """
+    net = built.to(dtype=dtype)
     check_parameters(net)
     names = [name for name, _ in net.named_parameters()]
-    frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
-    check_frozen_head(cfg, frozen)
-    check_parametrized(cfg, net)
-    chosen = trainable_filter(cfg.model.trainable, cfg.model.head, names, frozen)
-    if cfg.head.frozen:
-        chosen = _without(chosen, cfg.model.head, names)
-    return net, ParamSpace.of(net, chosen, list(cfg.model.local))
-
-
-def net_arguments(cfg: DictConfig, dataset: Dataset) -> dict[str, Any]:
-    """Resolve ``model.net`` as a run builds it: plain values that ``make_net`` takes."""
-    return {**OmegaConf.to_container(cfg.model.net, resolve=True), **_found(cfg, dataset)}  # type: ignore[dict-item]
+    held = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    check_frozen_head(init, head, held)
+    chosen = trainable_filter(trainable, head, names, held)
+    return net, ParamSpace.of(net, _without(chosen, head, names) if frozen else chosen, list(local))
 
 
 def make_net(arguments: Mapping[str, Any]) -> nn.Module:
-    """Build a network from what ``net_arguments`` gave."""
+    """Build a network from what ``Problem.arguments`` holds."""
     net: nn.Module = instantiate(OmegaConf.create(dict(arguments)))
     return net
 
 
-def _found(cfg: DictConfig, dataset: Dataset) -> dict[str, int]:
-    """Fill in what is null in ``model.net`` from the data."""
+def of_data(dataset: Dataset) -> dict[str, int]:
+    """Give what a model may take from the data, by the names of ``model.net``."""
     shape = tuple(dataset.train.x.shape[1:])  # (C, H, W), or (L,) of texts
-    found = {
+    return {
         "num_classes": dataset.classes,
         "in_chans": shape[0],
         "img_size": shape[-2:][0],
         "in_features": math.prod(shape),
     }
-    return {k: v for k, v in found.items() if k in cfg.model.net and cfg.model.net[k] is None}
 
 
 def _without(chosen: Callable[[str], bool], head: Patterns, names: Sequence[str]) -> Callable[[str], bool]:
@@ -90,30 +103,28 @@ def check_parameters(net: nn.Module) -> None:
             raise ValueError(f"the model's {other} and {name} share memory and are two parameters; tie them as one")
 
 
-def check_frozen_head(cfg: DictConfig, frozen: Collection[str]) -> None:
+def check_frozen_head(init: str, head: Patterns, frozen: Collection[str]) -> None:
     """Refuse to prepare a head that the builder froze.
 
     Raises:
         ValueError: one line that names the key.
 
     """
-    held = [name for name in frozen if matches(name, cfg.model.head)]
-    if held and cfg.head.init != "random":
+    held = [name for name in frozen if matches(name, head)]
+    if held and init != "random":
         raise ValueError(
-            f"head.init={cfg.head.init} would change {held[0]}, which the model's builder froze (requires_grad=False); "
+            f"head.init={init} would change {held[0]}, which the model's builder froze (requires_grad=False); "
             "set head.init=random"
         )
 
 
-def check_parametrized(cfg: DictConfig, net: nn.Module) -> None:
+def check_parametrized(net: nn.Module) -> None:
     """Refuse to prune weights that are computed from other parameters: a norm of zeros has no direction.
 
     Raises:
         ValueError: one line that names the layer.
 
     """
-    if cfg.sparsity.mode != "prune":
-        return
     for name, module in net.named_modules():
         if parametrize.is_parametrized(module) or any(isinstance(h, NORMS) for h in module._forward_pre_hooks.values()):
             raise ValueError(
@@ -123,10 +134,10 @@ def check_parametrized(cfg: DictConfig, net: nn.Module) -> None:
             )
 
 
-def check_classes(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:
+def check_classes(net: nn.Module, head: Patterns, dataset: Dataset) -> None:
     """Refuse a head that cannot tell the classes of the data apart."""
-    heads = [module for name, module in net.named_modules() if matches(f"{name}.weight", cfg.model.head)]
-    outputs = next((head.out_features for head in heads if isinstance(head, nn.Linear)), dataset.classes)
+    heads = [module for name, module in net.named_modules() if matches(f"{name}.weight", head)]
+    outputs = next((layer.out_features for layer in heads if isinstance(layer, nn.Linear)), dataset.classes)
     if outputs < dataset.classes:
         raise ValueError(
             f"the model's head has {outputs} outputs and the data {dataset.classes} classes; "
@@ -134,7 +145,7 @@ def check_classes(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:
         )
 
 
-def check_kind(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:
+def check_kind(net: nn.Module, dataset: Dataset, cohort: int | str) -> None:
     """Refuse texts for a model of images, images for one of texts, and what a model of texts cannot do.
 
     Raises:
@@ -157,12 +168,22 @@ def check_kind(cfg: DictConfig, net: nn.Module, dataset: Dataset) -> None:
         raise ValueError(f"this data is {held} and the model takes {taken}; choose {fitting}")
     if dataset.train.x.shape[1] > longest:
         raise ValueError(f"data.max_length={dataset.train.x.shape[1]}: the model takes at most {longest} tokens")
-    if cfg.federation.cohort not in (1, "auto"):
+    if cohort not in (1, "auto"):
         raise ValueError("a model of texts cannot be stacked over clients; set federation.cohort=1")
 
 
-def check_fit(cfg: DictConfig, net: nn.Module, dataset: Dataset, inputs: Callable[[Tensor], Tensor]) -> None:
+def check_fit(
+    net: nn.Module, dataset: Dataset, inputs: Callable[[Tensor], Tensor], precision: str, name: str, sized: bool
+) -> None:
     """Refuse data that the model cannot take, tried on one sample of zeros before anything else is prepared.
+
+    Args:
+        net: the network.
+        dataset: the splits.
+        inputs: turns samples into what the network takes.
+        precision: ``trainer.precision``.
+        name: ``model.name``.
+        sized: whether the data can be had in another size.
 
     Raises:
         ValueError: one line that names the model, the shape, and the keys.
@@ -171,7 +192,7 @@ def check_fit(cfg: DictConfig, net: nn.Module, dataset: Dataset, inputs: Callabl
     first = next(net.parameters())
     x = torch.zeros(1, *dataset.train.x.shape[1:], dtype=dataset.train.x.dtype)
     if x.is_floating_point() and x.dtype != first.dtype:
-        if cfg.trainer.precision != "64-true":
+        if precision != "64-true":
             raise ValueError(
                 f"the data is {x.dtype} and the model {first.dtype}; data.source has to give {first.dtype}"
             )
@@ -182,8 +203,8 @@ def check_fit(cfg: DictConfig, net: nn.Module, dataset: Dataset, inputs: Callabl
     except Exception as error:  # the network's own code raises whatever it leads to
         shape = " x ".join(map(str, dataset.train.x.shape[1:]))
         ways = "model=conv takes any, model=timm resizes them" if not dataset.tokens else "set data.max_length"
-        where = "data.size, " if "size" in cfg.data else ""
+        where = "data.size, " if sized else ""
         raise ValueError(
-            f"model.name={cfg.model.name} does not take data of {shape} ({reason_of(error)}); "
+            f"model.name={name} does not take data of {shape} ({reason_of(error)}); "
             f"choose {where}other data or another model: {ways}"
         ) from error

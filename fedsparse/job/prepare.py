@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,101 +14,73 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
 from fedsparse.analysis.mask_plot import mask_figure
+from fedsparse.analysis.partition_plot import partition_figure
 from fedsparse.core import files
+from fedsparse.core.folder import CLIENT_MASKS, DEVIATION, MASK, MASK_PICTURE, PARTITION
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.seeding import Purpose
-from fedsparse.core.space import ParamSpace
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.masking import NOTHING
-from fedsparse.federation.phases import Phases
-from fedsparse.job import assemble as build
-from fedsparse.job import summary as results
 from fedsparse.job import trust
+from fedsparse.job.assemble import Assembly
 from fedsparse.job.resume import Job
-from fedsparse.masks import Mask, MaskRule, overlaps
-from fedsparse.masks.bitmaps import masks_of
+from fedsparse.job.trial import try_out
+from fedsparse.masks import Mask
 from fedsparse.masks.rules import FromFile
 from fedsparse.preparation.cache import Cache, source_of
-from fedsparse.preparation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients, observe
-from fedsparse.preparation.head import Head, prepare_head
+from fedsparse.preparation.calibration import Calibrated, Work, calibrate, calibrate_clients, observe
+from fedsparse.preparation.head import prepare_head
 from fedsparse.preparation.setting import Setting
-from fedsparse.simulation.devices import build_device
+from fedsparse.simulation.devices import device_of
 from fedsparse.simulation.module import ClientModule
-from fedsparse.simulation.trial import try_out
 
 log = logging.getLogger("fedsparse")
-MASK, CLIENT_MASKS, GUIDANCE = "mask.safetensors", "client_masks.safetensors", "guidance.safetensors"
-PICTURE = "mask.png"
 OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed run reports it too
 
 
-def prepare(job: Job, federation: build.Parts, module: ClientModule, ledger: Ledger) -> Calibrated:
-    """Go through the phases that come before the first round, and write what they found into the run folder."""
-    with made_in(dtype_of(job.cfg.trainer.precision)):
-        return _prepare(job, federation, module, ledger)
+def prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger) -> Calibrated:
+    """Go through the phases that come before the first round, and write what they found into the run folder.
+
+    Args:
+        job: what was asked for.
+        assembly: the parts of the run; the network moves to its device, and its head to where training starts.
+        module: the clients, of whom the losses are read.
+        ledger: counts bytes.
+
+    """
+    with made_in(dtype_of(assembly.problem.precision)):
+        return _prepare(job, assembly, module, ledger)
 
 
-def _prepare(job: Job, federation: build.Parts, module: ClientModule, ledger: Ledger) -> Calibrated:
-    phases, rule = federation.phases, instantiate(job.cfg.mask_rule)
-    check_phases(phases, rule, job.cfg)
-    if job.cfg.pictures:
-        results.save_partition(federation, job.choices.get("partition", ""), job.folder / "partition.png")
-    setting = build_setting(job.cfg, federation, ledger, module)
-    try_out(module, *setting.take(federation.dataset.train, np.arange(min(2, len(federation.dataset.train.y)))))
+def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger) -> Calibrated:
+    problem, phases, rule = assembly.problem, assembly.course.phases, assembly.method.rule
+    if assembly.pictures:
+        labels, title = problem.dataset.train.y.cpu().numpy(), job.choices.get("partition", "")
+        picture(
+            job.folder / PARTITION,
+            lambda: partition_figure(labels, problem.parts, problem.dataset.classes, title),
+        )
+    setting = build_setting(assembly, module, ledger)
+    try_out(module, *setting.take(problem.dataset.train, np.arange(min(2, len(problem.dataset.train.y)))))
     if phases.has("head"):
         with shown("head"):
-            start_head(job.cfg, setting, phases.prepares("head"))
+            start_head(assembly, setting, phases.prepares("head"))
     with shown("calibrate") if phases.has("calibrate") else nullcontext():
-        found = choose_mask(job.cfg, setting, rule, phases)
+        found = choose_mask(assembly, setting)
     if phases.explore is not None:
         return found
     if isinstance(rule, FromFile):
-        _check_given(job, rule, found.mask)
+        _check_given(job, rule, found.mask, assembly.config["sparsity"].get("ratio"))
     mask = record(job, found.mask, found.bitmaps, found.overlap)
-    draw(job, mask)
+    if assembly.pictures:
+        draw(job.folder, mask)
     return replace(found, mask=mask)
-
-
-def check_phases(phases: Phases, rule: MaskRule, cfg: DictConfig) -> None:
-    """Refuse phases and a mask rule that do not go together.
-
-    Raises:
-        ValueError: one line that says what to set.
-
-    """
-    name, explore = type(rule).__name__, phases.explore
-    if rule.explores and (explore is None or not explore.informs_mask):
-        raise ValueError(f"the mask rule {name} chooses by an exploration that informs it: set phases=explore")
-    if (rule.needs_data or rule.iterations) and not phases.has("calibrate"):
-        raise ValueError(f"the mask rule {name} needs the phase calibrate, which phases leaves out")
-    if explore is not None and not rule.explores and not explore.updates_model:
-        raise ValueError(
-            f"the mask rule {name} takes nothing from an exploration: set phases=default, or explore.keep_model=true "
-            "for a head start"
-        )
-    if not isinstance(save := cfg.explore.get("save", False), bool):
-        raise ValueError(f"explore.save is {save!r}; it must be true or false")
-    if explore is None and cfg.explore.keep_model:
-        raise ValueError("explore.keep_model=true needs an exploration, and there is none: set phases=explore")
-    renewed = cfg.sparsity.get("schedule") or cfg.sparsity.get("renew_every")
-    if renewed and isinstance(rule, FromFile):
-        raise ValueError(
-            "mask_rule=from_file takes the mask of the file for the whole run: leave sparsity.schedule and "
-            "sparsity.renew_every null"
-        )
-    if (renewed or explore is not None) and build.own_masks(cfg):
-        raise ValueError("masks that change need mask.owner=global")
-    if renewed and cfg.federation.store == "file":
-        raise ValueError("masks that are chosen anew need federation.store=memory: rows of a file have one length")
-    if cfg.sparsity.mode == "prune" and build.own_masks(cfg):
-        raise ValueError("sparsity.mode=prune needs mask.owner=global: what is zero is zero for all")
 
 
 @contextmanager
@@ -120,80 +92,94 @@ def shown(phase: str) -> Iterator[None]:
     log.info("phase %s: %.1f s", phase, time.perf_counter() - began)
 
 
+def picture(path: Path, draw: Callable[[], Figure]) -> None:
+    """Draw a picture; what goes wrong is said in one line, and no reason to lose a run."""
+    try:
+        figure = draw()
+        files.write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    except Exception as error:
+        log.warning("%s is left out (%s: %s)", path.name, type(error).__name__, " ".join(str(error).split()))
+
+
 def record(job: Job, chosen: Mask, bitmaps: Tensor | None = None, overlap: Sequence[float] = ()) -> Mask:
-    """Write a mask into the run folder; returns it with the words that the file has."""
+    """Write a mask into the run folder; returns it with the metadata that the file has.
+
+    Raises:
+        ValueError: it lets nothing train.
+
+    """
     rule = job.choices.get("mask_rule", chosen.metadata["rule"])
     mask = Mask(chosen.tensors, chosen.metadata | {"rule": rule, OVERLAP: json.dumps(overlap)})
     if mask.density == 0:
         raise ValueError(NOTHING)
-    write(job.folder, mask, torch.zeros(0) if bitmaps is None else bitmaps)
+    mask.save(job.folder / MASK)
+    if bitmaps is not None and len(bitmaps):
+        files.write(job.folder / CLIENT_MASKS, save({"bitmaps": bitmaps}, dict(mask.metadata)))
+    for layer, density in mask.by_layer().items():
+        log.info("density %-30s %.4f", layer, density)
     return mask
 
 
-def draw(job: Job, mask: Mask) -> None:
-    """Draw a mask into the run folder, if pictures are wanted."""
-    if job.cfg.pictures:
-        title = f"mask rule {mask.metadata['rule']}, {mask.density:.1%} of the weights train"
-        results.picture(job.folder / PICTURE, lambda: mask_figure(mask, title=title))
+def draw(folder: Path, mask: Mask) -> None:
+    """Draw a mask into the run folder."""
+    title = f"mask rule {mask.metadata['rule']}, {mask.density:.1%} of the weights train"
+    picture(folder / MASK_PICTURE, lambda: mask_figure(mask, title=title))
 
 
-def build_setting(cfg: DictConfig, federation: build.Parts, ledger: Ledger, module: ClientModule) -> Setting:
+def build_setting(assembly: Assembly, module: ClientModule, ledger: Ledger) -> Setting:
     """Gather what head and mask are prepared on, and move the network to its device."""
-    device = build_device(cfg)
+    problem, device = assembly.problem, device_of(assembly.session.accelerator)
     return Setting(
-        net=federation.net.to(device),
-        space=federation.space,
-        dataset=federation.dataset,
-        parts=federation.parts,
-        sample=federation.sample,
+        net=problem.net.to(device),
+        space=problem.space,
+        dataset=problem.dataset,
+        parts=problem.parts,
+        sample=assembly.course.sample,
         losses=module.losses,
-        batch_size=cfg.data.batch_size,
-        seed=cfg.seed,
+        batch_size=problem.batch_size,
+        seed=problem.seed,
         ledger=ledger,
-        model_length=federation.model_length,
-        inputs=federation.inputs,
+        model_length=problem.model_length,
+        inputs=problem.inputs,
         device=device,
     )
 
 
-def start_head(cfg: DictConfig, setting: Setting, steps: int) -> None:
+def start_head(assembly: Assembly, setting: Setting, steps: int) -> None:
     """Prepare the head in so many steps: every run of a seed starts from the same one, whatever its mask rule."""
-    head, lr = Head(**cfg.head), cfg.calibration.head_lr
+    head, patterns, lr = assembly.method.head, assembly.problem.head, assembly.method.calibration.head_lr
     if head.init == "random":
         return
-    read = {**_plain(cfg, "head"), "steps": steps, "lr": lr, "sampled": _sampled(setting, Purpose.HEAD, steps)}
-    Cache(cfg.calibration.cache).head(
+    config = assembly.config
+    read = {**config["head"], "steps": steps, "lr": lr, "sampled": _sampled(setting, Purpose.HEAD, steps)}
+    Cache(assembly.method.calibration.cache).head(
         setting,
-        read | {"client": _plain(cfg, "client")},
-        cfg.model.head,
-        lambda: prepare_head(setting, head, cfg.model.head, steps, lr),
+        read | {"client": config["client"]},
+        patterns,
+        lambda: prepare_head(setting, head, patterns, steps, lr),
     )
 
 
-def choose_mask(cfg: DictConfig, setting: Setting, rule: MaskRule, phases: Phases) -> Calibrated:
+def choose_mask(assembly: Assembly, setting: Setting) -> Calibrated:
     """Choose what trains in the first round: calibrate, or take the masks of the same calibration.
 
     Where clients explore first, everything trains until they have.
     """
-    calibration = Calibration(**{**cfg.calibration, "rounds": phases.prepares("calibrate")})
-    work = Work(rule, build.build_sparsity(cfg, setting.net), calibration, cfg.model.head)
-    if phases.explore is not None:
+    method, rule = assembly.method, assembly.method.rule
+    calibration = method.calibration
+    work = Work(rule, method.sparsity, calibration, assembly.problem.head)
+    if assembly.course.phases.explore is not None:
         everything = Mask.of(setting.space, torch.ones(setting.space.size, dtype=torch.bool), rule="Dense")
         return Calibrated(everything, observed=observe(setting, work))
-    choose = calibrate_clients if build.own_masks(cfg) else calibrate
-    again = work.sparsity.schedule is not None or work.sparsity.renew_every is not None
-    if again or not (rule.needs_data or rule.iterations):  # what is asked again needs all that the rule knows
+    choose = calibrate_clients if method.own_masks else calibrate
+    if method.changes or not (rule.needs_data or rule.iterations):  # what is asked again needs all that the rule knows
         return choose(setting, work)
-    read = {key: _plain(cfg, key) for key in ("mask_rule", "sparsity", "calibration", "mask")}
-    del read["calibration"]["cache"]
-    read["calibration"]["rounds"] = calibration.rounds
+    read = {key: assembly.config[key] for key in ("mask_rule", "sparsity", "mask", "client")}
+    options = {key: value for key, value in assembly.config["calibration"].items() if key != "cache"}
+    read["calibration"] = options | {"rounds": calibration.rounds}
     read["sampled"] = _sampled(setting, Purpose.CALIBRATION, calibration.rounds)
-    read |= {"client": _plain(cfg, "client"), "rule": source_of(rule)}
+    read["rule"] = source_of(rule)
     return Cache(calibration.cache).calibrated(setting, read, lambda: choose(setting, work))
-
-
-def _plain(cfg: DictConfig, key: str) -> Any:
-    return OmegaConf.to_container(cfg[key], resolve=True)
 
 
 def _sampled(setting: Setting, purpose: Purpose, rounds: int) -> list[list[int]]:
@@ -201,46 +187,12 @@ def _sampled(setting: Setting, purpose: Purpose, rounds: int) -> list[list[int]]
     return [list(setting.sample(round, purpose)) for round in range(rounds)]
 
 
-def write(folder: Path, mask: Mask, bitmaps: torch.Tensor) -> None:
-    """Write the masks, and the density of each layer into the log."""
-    mask.save(folder / MASK)
-    if len(bitmaps):
-        files.write(folder / CLIENT_MASKS, save({"bitmaps": bitmaps}, dict(mask.metadata)))
-    for layer, density in mask.by_layer().items():
-        log.info("density %-30s %.4f", layer, density)
-
-
-def save_guidance(folder: Path, found: Mapping[str, Tensor]) -> None:
+def save_deviation(folder: Path, found: Mapping[str, Tensor]) -> None:
     """Write what exploring clients found, by tensor, beside the masks: ``explore.save=true`` asks for it."""
-    files.write(folder / GUIDANCE, save({name: part.contiguous() for name, part in found.items()}))
+    files.write(folder / DEVIATION, save({name: part.contiguous() for name, part in found.items()}))
 
 
-def sparsity_of(mask: Mask, always: torch.Tensor, space: ParamSpace) -> float:
-    """Fraction of the counted coordinates that does not train: as the mask's maker named it, else counted.
-
-    Args:
-        mask: the mask.
-        always: bool (P,), coordinates that are not counted.
-        space: its space.
-
-    """
-    if "ratio" in mask.metadata:
-        return float(mask.metadata["ratio"])
-    counted = mask.row(space)[~always]
-    return 1 - int(counted.sum()) / max(1, len(counted))
-
-
-def mean_client_overlap(found: Calibrated, space: ParamSpace) -> float | None:
-    """Mean Jaccard index over the pairs of clients with a mask of their own; None with one mask for all."""
-    held = found.bitmaps[(found.bitmaps > 0).any(1)] if len(found.bitmaps) else found.bitmaps
-    if len(held) < 2:
-        return None
-    matrix = overlaps(masks_of(held, space))
-    pairs = torch.triu_indices(len(held), len(held), 1)
-    return float(matrix[pairs[0], pairs[1]].mean())
-
-
-def _check_given(job: Job, rule: FromFile, mask: Mask) -> None:
+def _check_given(job: Job, rule: FromFile, mask: Mask, asked: Any) -> None:
     """Refuse another sparsity beside that of a mask file: only one of them could be meant.
 
     Raises:
@@ -249,7 +201,7 @@ def _check_given(job: Job, rule: FromFile, mask: Mask) -> None:
     """
     typed = [o for o in trust.overrides(job.folder) if o.startswith("sparsity")]
     ratio = mask.metadata.get("ratio")
-    if typed and ratio is not None and float(ratio) != job.cfg.sparsity.get("ratio"):
+    if typed and ratio is not None and float(ratio) != asked:
         raise ValueError(
             f"mask_rule=from_file sets the sparsity: {rule.path} has sparsity.ratio={ratio}; "
             f"leave out {' '.join(typed)}"

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedsparse.analysis.files import yaml_of
 from fedsparse.core import files
+from fedsparse.core.folder import CONFIG, HYDRA, LOG, OVERRIDES, SUMMARY
 from fedsparse.federation.phases import Phases
 from fedsparse.job import trust
 from fedsparse.job.shipped import conf_dir
@@ -66,7 +67,7 @@ def stored_facts(folder: Path) -> tuple[dict[str, str], str | None]:
 
     """
     try:
-        return facts(yaml_of(folder / ".hydra" / "hydra.yaml")["hydra"])
+        return facts(yaml_of(folder / HYDRA)["hydra"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: .hydra/hydra.yaml cannot be read ({type(error).__name__}: {error})") from error
 
@@ -76,11 +77,10 @@ def store(job: Job, hydra_cfg: Any) -> None:
     own = OmegaConf.to_container(hydra_cfg, enum_to_str=True)
     assert isinstance(own, dict)
     own["sweep"]["dir"] = str(hydra_cfg.sweep.dir)  # a ${now:} in it would name another sweep on resume
-    stored = {"hydra.yaml": OmegaConf.create({"hydra": own}), "config.yaml": job.cfg}
-    folder = job.folder / ".hydra"
-    folder.mkdir(exist_ok=True)
-    for name, node in {**stored, "overrides.yaml": hydra_cfg.overrides.task}.items():
-        files.write(folder / name, OmegaConf.to_yaml(node))
+    (job.folder / CONFIG).parent.mkdir(exist_ok=True)
+    stored = {HYDRA: OmegaConf.create({"hydra": own}), CONFIG: job.cfg, OVERRIDES: hydra_cfg.overrides.task}
+    for name, node in stored.items():
+        files.write(job.folder / name, OmegaConf.to_yaml(node))
 
 
 def as_found(job: Job) -> Job:
@@ -92,7 +92,7 @@ def as_found(job: Job) -> Job:
     """
     if not used(job.folder):
         return job
-    stored = job.folder / ".hydra" / "config.yaml"
+    stored = job.folder / CONFIG
     if not stored.is_file():
         raise ValueError(already_used(job.folder))
     # what is carried out is what was typed; what is stored is only compared, so that it may ask for what that asks for
@@ -118,7 +118,7 @@ def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str]
             ``conf/`` nor a trusted package has.
 
     """
-    stored = folder / ".hydra" / "config.yaml"
+    stored = folder / CONFIG
     if not stored.is_file():
         raise ValueError(
             f"{folder} holds no run to resume: {stored} is missing; give the run folder that a run printed"
@@ -186,7 +186,7 @@ def finished(job: Job) -> dict[str, Any] | None:
 
     A run that stopped early by itself, with fewer rounds than were asked for when it was carried out, is finished too.
     """
-    path = job.folder / "summary.json"
+    path = job.folder / SUMMARY
     if not path.is_file():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
@@ -211,7 +211,7 @@ def _rounds(cfg: DictConfig) -> int:
 
 def open_log(folder: Path) -> None:
     """Go on writing to run.log, and show warnings, as Hydra does in a fresh run."""
-    handler: logging.Handler = files.LogFile(folder / "run.log", encoding="utf-8")
+    handler: logging.Handler = files.LogFile(folder / LOG, encoding="utf-8")
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.WARNING)
     for one in (handler, console):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from hydra.utils import instantiate
-from omegaconf import DictConfig
 
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.own_tests import own_tests, with_own_tests
@@ -15,31 +13,42 @@ from fedsparse.data.partition import client_tests
 from fedsparse.data.splits import user_tests
 
 
-def build_clients(cfg: DictConfig, dataset: Dataset) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
-    """Deal training samples and test parts to the clients; with ``data.local_test`` the latter are of their own."""
-    parts = build_parts(cfg, dataset)
-    if cfg.data.get("local_test") is None:
-        return dataset, parts, build_tests(cfg, dataset, parts)
-    parts, kept = own_tests(parts, _labels(dataset.train), cfg.data.local_test, cfg.seed)
-    longer, tests = with_own_tests(dataset, kept)
-    return longer, parts, tests
+def deal_shards(
+    dataset: Dataset,
+    deal: Callable[..., Any],
+    num_clients: int,
+    seed: int,
+    *,
+    users: bool = False,
+    test: bool = False,
+    local_test: float | None = None,
+) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
+    """Deal training samples and test parts to the clients.
 
+    Args:
+        dataset: the splits.
+        deal: the partition: (labels, num_clients, seed) -> sample indices of every client.
+        num_clients: how many there are.
+        seed: the run's seed.
+        users: whether it deals by the users of the samples.
+        test: whether it deals the test split as well; else a client's part has the mix of its own classes.
+        local_test: share of its training samples that each client keeps to test on; None: a part of the test split.
 
-def build_parts(cfg: DictConfig, dataset: Dataset) -> list[np.ndarray]:
-    """Deal the training split to the clients."""
-    deal = instantiate(cfg.partition)
-    users = {"users": dataset.train.users} if "users" in cfg.partition else {}
-    return deal(labels=_labels(dataset.train), num_clients=cfg.federation.num_clients, seed=cfg.seed, **users)
+    Returns:
+        The splits, longer by what clients keep to test on; training parts; test parts.
 
-
-def build_tests(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Give every client its part of the test split: its user's, as the partition deals it, or by its own class mix."""
-    if "users" in cfg.partition and dataset.train.users is not None and dataset.test.users is not None:
-        return user_tests(dataset.train.users, dataset.test.users)
-    if "test" in cfg.partition:
-        deal, clients = instantiate(cfg.partition), cfg.federation.num_clients
-        return list(deal(labels=_labels(dataset.test), num_clients=clients, seed=cfg.seed, test=True))
-    return client_tests(parts, _labels(dataset.train), _labels(dataset.test), cfg.seed)
+    """
+    own = {"users": dataset.train.users} if users else {}
+    parts = deal(labels=_labels(dataset.train), num_clients=num_clients, seed=seed, **own)
+    if local_test is not None:
+        parts, kept = own_tests(parts, _labels(dataset.train), local_test, seed)
+        longer, tests = with_own_tests(dataset, kept)
+        return longer, parts, tests
+    if users and dataset.train.users is not None and dataset.test.users is not None:
+        return dataset, parts, user_tests(dataset.train.users, dataset.test.users)
+    if test:
+        return dataset, parts, list(deal(labels=_labels(dataset.test), num_clients=num_clients, seed=seed, test=True))
+    return dataset, parts, client_tests(parts, _labels(dataset.train), _labels(dataset.test), seed)
 
 
 def _labels(split: Any) -> np.ndarray:

@@ -1,51 +1,46 @@
-"""What a run leaves behind: summary.json, model, pictures, and the table at the end."""
+"""What a run leaves behind: summary.json, curves, and the table at the end."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from fedsparse.analysis.curves import curves_figure
-from fedsparse.analysis.partition_plot import partition_figure
-from fedsparse.core import files
-from fedsparse.job.assemble import Parts
-from fedsparse.masks import Mask
-from fedsparse.simulation.callback import FederatedRounds
+from fedsparse.core import files, parallel
+from fedsparse.core.folder import CURVES, METRICS, SUMMARY
+from fedsparse.core.precisions import dtype_of, made_in
+from fedsparse.core.space import ParamSpace
+from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.federation.federation import Federation
+from fedsparse.job.assemble import Assembly, Problem
+from fedsparse.job.prepare import picture
+from fedsparse.job.resume import Job
+from fedsparse.masks import Mask, overlaps
+from fedsparse.masks.bitmaps import masks_of
+from fedsparse.models.flops import pruning_figures
+from fedsparse.preparation.calibration import Calibrated
 from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.simulation.progress import human_bytes
 
-log = logging.getLogger("fedsparse")
+# the config groups whose options name a run
+CHOICES = (
+    *("mask_rule", "partition", "data", "model", "experiment"),
+    *("exchange", "aggregation", "server", "objective", "link"),
+)
 NEAR = 0.02  # above chance: what a run that learned nothing may reach by luck
-BYTES = ("bytes_up", "bytes_down", "bytes_dense", "bytes_setup_up", "bytes_setup_down", "bytes_total")
 
 
 def sha256(row: Tensor) -> str:
     """Fingerprint of a row's bits."""
     return hashlib.sha256(row.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-def picture(path: Path, draw: Callable[[], Figure]) -> None:
-    """Draw a picture; what goes wrong is said in one line, and no reason to lose a run."""
-    try:
-        figure = draw()
-        files.write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    except Exception as error:
-        log.warning("%s is left out (%s: %s)", path.name, type(error).__name__, " ".join(str(error).split()))
-
-
-def save_partition(federation: Parts, title: str, path: Path) -> None:
-    """Draw clients x classes."""
-    labels = federation.dataset.train.y.cpu().numpy()
-    picture(path, lambda: partition_figure(labels, federation.parts, federation.dataset.classes, title))
 
 
 def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
@@ -59,44 +54,110 @@ def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
 
 
 def summarise(
-    federation: Parts, rounds: FederatedRounds, mask: Mask, rows: Sequence[Mapping[str, float]], **facts: Any
+    job: Job, assembly: Assembly, federation: Federation, found: Calibrated, mask: Mask, seconds: float
 ) -> dict[str, Any]:
-    """Gather the figures of ``summary.json``.
+    """Gather what summary.json holds.
 
     Args:
-        federation: data, model and clients; the model is the global one of the last round.
-        rounds: the protocol with its ledger.
-        mask: what trained.
-        rows: the rows of metrics.csv.
-        facts: seconds, seed, choices, and the like.
+        job: what was asked for; its folder holds metrics.csv.
+        assembly: the parts of the run; the network is the global model of the last round.
+        federation: which trained it.
+        found: what calibration found.
+        mask: what trained in the last round.
+        seconds: of all rounds.
 
     """
-    space, net = federation.space, federation.net
+    problem, course, ledger = assembly.problem, assembly.course, federation.ledger
+    space, net, rows = problem.space, problem.net, read_rows(job.folder / METRICS)
     parameters = sum(p.numel() for p in net.parameters())
     last = next((row for row in reversed(rows) if "val/acc" in row), {})
-    figures = {key: value for key, value in last.items() if "/" in key and not key.startswith("train")}
+    always = space.where(assembly.method.sparsity.always_train)
     return {
-        **figures,
-        "test/acc_best": best_row(rows[federation.phases.explored :]).get("test/acc"),
+        **{key: value for key, value in last.items() if "/" in key and not key.startswith("train")},
+        "test/acc_best": best_row(rows[course.phases.explored :]).get("test/acc"),
         "rounds": len(rows),
-        "rounds_asked": federation.phases.total,
+        "rounds_asked": course.phases.total,
         "num_parameters": parameters,
         "trainable_fraction": int(mask.row(space).sum()) / parameters,
-        **rounds.federation.ledger.figures(),
-        "link_seconds": rounds.federation.ledger.link_seconds,
-        "dropped_updates": len(rounds.federation.dropped),
+        **ledger.figures(),
+        "link_seconds": ledger.link_seconds,
+        "dropped_updates": len(federation.dropped),
         "global_sha256": sha256(space.read(net)),
-        "data_fingerprint": federation.dataset.fingerprint or None,
-        **facts,
+        "data_fingerprint": problem.dataset.fingerprint or None,
+        "seconds": seconds,
+        "seed": problem.seed,
+        "cohort": course.cohort,
+        "processes": parallel.processes(),
+        "head": assembly.method.head.init,
+        "sparsity": sparsity_of(mask, always, space),
+        "client_steps": ledger.client_steps,
+        **_chance(assembly, ledger),
+        **(_pruned(problem) if assembly.method.sparsity.mode == "prune" else {}),
+        "mask_overlap_rounds": list(found.overlap),
+        "mask_overlap_clients": mean_client_overlap(found, space),
+        **{key: _chosen(job.choices.get(key)) for key in CHOICES},
+        **_exchanged(assembly.config["exchange"], job.choices.get("exchange")),
     }
+
+
+def _chance(assembly: Assembly, ledger: Ledger) -> dict[str, float | None]:
+    """What a reader wants to know of a run that learned nothing: chance, clipping and rate."""
+    options, labels = assembly.config["optimizer"], assembly.problem.dataset.common_test.y
+    clipped = None if options["clip_norm"] is None else ledger.clipped_steps / max(1, ledger.round_steps)
+    chance = int(labels.bincount().max()) / len(labels) if len(labels) else None
+    return {"chance": chance, "clipped_fraction": clipped, "clip_norm": options["clip_norm"], "lr": options["lr"]}
+
+
+def _pruned(problem: Problem) -> dict[str, float]:
+    """What pruning leaves of the model."""
+    net = problem.space.tensors(problem.net)[0]  # Lightning has moved it back to the CPU
+    x = problem.dataset.train.x[torch.tensor([0])].to(net.device)
+    with made_in(dtype_of(problem.precision)):
+        return pruning_figures(problem.net, problem.inputs(x))
+
+
+def _chosen(option: str | None) -> str | None:
+    """Name the option of a group; None where there is none."""
+    return None if option in (None, "None", "null") else option
+
+
+def _exchanged(options: Mapping[str, Any], chosen: str | None) -> dict[str, Any]:
+    """What of the exchange a reader of the summary wants to know."""
+    found = {f"exchange_{key}": options.get(key) for key in ("fraction", "feedback", "precision", "payload", "compat")}
+    return found | {"exchange_rule": options.get("by", chosen) if "rule" in options["build"] else None}
+
+
+def sparsity_of(mask: Mask, always: Tensor, space: ParamSpace) -> float:
+    """Fraction of the counted coordinates that does not train: as the mask's maker named it, else counted.
+
+    Args:
+        mask: the mask.
+        always: bool (P,), coordinates that are not counted.
+        space: its space.
+
+    """
+    if "ratio" in mask.metadata:
+        return float(mask.metadata["ratio"])
+    counted = mask.row(space)[~always]
+    return 1 - int(counted.sum()) / max(1, len(counted))
+
+
+def mean_client_overlap(found: Calibrated, space: ParamSpace) -> float | None:
+    """Mean Jaccard index over the pairs of clients with a mask of their own; None with one mask for all."""
+    held = found.bitmaps[(found.bitmaps > 0).any(1)] if len(found.bitmaps) else found.bitmaps
+    if len(held) < 2:
+        return None
+    matrix = overlaps(masks_of(held, space))
+    pairs = torch.triu_indices(len(held), len(held), 1)
+    return float(matrix[pairs[0], pairs[1]].mean())
 
 
 def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = True) -> None:
     """Write curves and, last of all, the summary that marks a run as finished."""
     if pictures:
         title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}"
-        picture(folder / "curves.png", lambda: curves_figure(read_rows(folder / "metrics.csv"), title))
-    files.write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        picture(folder / CURVES, lambda: curves_figure(read_rows(folder / METRICS), title))
+    files.write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def print_table(folder: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:

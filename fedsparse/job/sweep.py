@@ -20,10 +20,9 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from fedsparse.core import files
+from fedsparse.core.folder import LOCK, TRACES
 
 LONGEST = 120  # characters of a folder's name: file systems end at 255, and paths hold more than one
-CALIBRATION = "calibration.json"  # what fedsparse.calibrate leaves
-TRACES = ("summary.json", "metrics.csv", "checkpoints", CALIBRATION)
 # what does not shape a run's figures, or may grow
 MAY_DIFFER = (
     "federation.rounds",
@@ -143,8 +142,8 @@ def held(folder: Path) -> Iterator[None]:
 
     """
     files.refuse_links(folder)
-    files.own(folder / ".lock")
-    lock = FileLock(folder / ".lock")
+    files.own(folder / LOCK)
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:

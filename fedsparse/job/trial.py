@@ -1,47 +1,150 @@
-"""What would stop a run after it has trained for a while, tried before its first round."""
+"""What would stop a run later, tried before its first round: network and loss on a few samples, steps of every size.
+
+Shapes: B samples, K clients of the cohort.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedsparse.core.weights import check_savable
 from fedsparse.federation.client.buffers import check_integers, freeze, integers
-from fedsparse.job.assemble import Parts
+from fedsparse.job.assemble import Assembly, Problem
+from fedsparse.models.copies import copied
+from fedsparse.models.modes import evaluating
+from fedsparse.models.stacked import stacks
+from fedsparse.simulation.module import ClientModule
+
+WANTED = "losses(forward, x, y) must return (B,): one finite number for each of B samples"
 
 
-def check_trainable(cfg: DictConfig, federation: Parts) -> None:
+def try_out(module: ClientModule, x: Tensor, y: Tensor) -> None:
+    """Try the loss, and whether several clients can train together, on samples (B, ...) and labels (B,).
+
+    Raises:
+        ValueError: one line that says what does not fit.
+
+    """
+    if type(module).losses is not ClientModule.losses:
+        check_losses(module, x, y)
+    if module.cohort > 1 and (why := obstacle(module, x, y)):
+        raise ValueError(f"federation.cohort above 1 cannot stack this model: {why}; set federation.cohort=1")
+
+
+def check_losses(module: ClientModule, x: Tensor, y: Tensor) -> None:
+    """Refuse a loss of one's own that is not one number a sample, of the network and of given logits alike.
+
+    Raises:
+        ValueError: one line that names the class.
+
+    """
+    name = type(module).__qualname__
+    try:
+        inspect.signature(module.losses).bind(module.net, x, y)
+    except TypeError as error:
+        raise ValueError(f"{name}: {WANTED} ({error})") from None
+    with evaluating(module.net):
+        found = module.losses(module.net, x, y)
+        logits = module.net(x).detach()
+        given = module.losses(lambda _: logits, x, y)  # as an evaluation asks for it
+    for losses in (found, given):
+        if (wrong := _wrong(losses, len(y))) is not None:
+            raise ValueError(f"{name}: {WANTED}; it returned {wrong}")
+    if not found.requires_grad:
+        raise ValueError(f"{name}: {WANTED}, by forward(x); what it returned has no gradient")
+
+
+def _wrong(losses: Any, samples: int) -> str | None:
+    """Say what losses are instead of (B,); None if they are."""
+    if not isinstance(losses, Tensor):
+        return type(losses).__name__
+    if losses.shape != (samples,) or not losses.is_floating_point():
+        return f"{losses.dtype} of shape {tuple(losses.shape)} for {samples} samples"
+    return None if bool(losses.isfinite().all()) else f"{losses.tolist()} for the first {samples} samples"
+
+
+def obstacle(module: ClientModule, x: Tensor, y: Tensor) -> str:
+    """Say why K clients cannot share a forward of this network and loss; empty if they can."""
+    net = copied(module.net).train()
+    before = _state(net)
+    with torch.no_grad():
+        net(x)
+    changed = [name for name, value in _state(net).items() if not _same(value, before.get(name))]
+    if changed:
+        return f"its {changed[0]} changes in the forward, and would be one for all clients"
+    known = type(module).losses is ClientModule.losses
+    if known and stacks(net, module.space.names, x):
+        return ""
+    rows = {name: tensor.detach().expand(2, *tensor.shape) for name, tensor in _named(module, net).items()}
+
+    def losses(tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return module.losses(lambda z: functional_call(net, tensors, (z,)), x, y)
+
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            vmap(losses, randomness="different")(rows, torch.stack([x, x]), torch.stack([y, y]))
+    except (RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _named(module: ClientModule, net: nn.Module) -> dict[str, Tensor]:
+    """Federated tensors of a copy of the network, by name."""
+    return dict(zip(module.space.names, module.space.tensors(net), strict=True))
+
+
+def _state(net: nn.Module) -> dict[str, Any]:
+    """Buffers, and numbers that modules keep as attributes, by name."""
+    held: dict[str, Any] = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    for prefix, child in net.named_modules():
+        held |= {f"{prefix}.{n}".lstrip("."): v for n, v in vars(child).items() if isinstance(v, int | float)}
+    return held
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
+
+
+def check_trainable(assembly: Assembly, buffers: str) -> None:
     """Try whether the model can be saved, and take a step of every size that a client will take.
+
+    Args:
+        assembly: the parts of the run.
+        buffers: what becomes of float buffers (``Buffers``).
 
     Raises:
         ValueError: one line that names what cannot be done.
 
     """
-    check_savable(federation.net)
-    single = next(_singles(cfg, federation), None)
-    if single is None and not integers(federation.net):
+    check_savable(assembly.problem.net)
+    single = next(_singles(assembly), None)
+    if single is None and not integers(assembly.problem.net):
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        _try_steps(cfg, federation, single)
+        _try_steps(assembly.problem, buffers, single)
 
 
-def _try_steps(cfg: DictConfig, federation: Parts, single: tuple[int, str] | None) -> None:
+def _try_steps(problem: Problem, buffers: str, single: tuple[int, str] | None) -> None:
     """Let a copy of the network see two samples, and one alone if some step holds no more."""
-    net = copy.deepcopy(federation.net).cpu().train()
-    if cfg.federation.buffers == "frozen":
+    net = copy.deepcopy(problem.net).cpu().train()
+    if buffers == "frozen":
         freeze(net)
     before = integers(net)
     try:
-        net(_samples(federation, 2))
+        net(_samples(problem, 2))
     except Exception:  # the run says it, with all that it knows
         return
     check_integers(net, before)
     if single is not None:
-        _try_one(net, _samples(federation, 1), *single)
+        _try_one(net, _samples(problem, 1), *single)
 
 
 def _try_one(net: nn.Module, x: Tensor, client: int, remedy: str) -> None:
@@ -54,15 +157,16 @@ def _try_one(net: nn.Module, x: Tensor, client: int, remedy: str) -> None:
         ) from error
 
 
-def _samples(federation: Parts, count: int) -> Tensor:
+def _samples(problem: Problem, count: int) -> Tensor:
     """Take the first samples as the network takes them."""
-    return federation.inputs(federation.dataset.train.x[torch.arange(min(count, len(federation.dataset.train.y)))])
+    train = problem.dataset.train
+    return problem.inputs(train.x[torch.arange(min(count, len(train.y)))])
 
 
-def _singles(cfg: DictConfig, federation: Parts) -> Iterator[tuple[int, str]]:
+def _singles(assembly: Assembly) -> Iterator[tuple[int, str]]:
     """Find clients that would take a step on one sample, and what would mend that."""
-    size = cfg.data.batch_size
-    for _, plan, _ in federation.phased.stages:
+    size = assembly.problem.batch_size
+    for _, plan, _ in assembly.course.phased.stages:
         for client, part in enumerate(plan.parts):
             if len(part) and plan.work.least(len(part)) == 1:
                 left = f"it holds {len(part)}, so that data.batch_size={size} leaves one over; set another"

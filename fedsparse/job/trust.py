@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
 from fedsparse.analysis.files import BYTES, plain_yaml, yaml_of, yaml_text
+from fedsparse.core.folder import OVERRIDES
 from fedsparse.job import earlier
 from fedsparse.job.shipped import conf_dir
 
@@ -134,7 +135,7 @@ def overrides(folder: Path) -> list[str]:
         ValueError: the file is no list of overrides.
 
     """
-    path = folder / ".hydra" / "overrides.yaml"
+    path = folder / OVERRIDES
     if not path.is_file():
         return []
     listed = plain_yaml(path) or []

@@ -12,7 +12,9 @@ from typing import Any
 import lightning
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-FILES = {"mask": "mask.safetensors", "model": "checkpoints/best.ckpt", "partition": "partition.png"}
+from fedsparse.core.folder import BEST, CHECKPOINTS, MASK, PARTITION
+
+FILES = {"mask": MASK, "model": f"{CHECKPOINTS}/{BEST}", "partition": PARTITION}
 CALLS = ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_checkpoint", "finalize")
 GIVEN_UP: weakref.WeakSet[Logger] = weakref.WeakSet()  # loggers that have failed
 log = logging.getLogger("fedsparse")

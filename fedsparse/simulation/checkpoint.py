@@ -14,9 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fedsparse.core import files
+from fedsparse.core.folder import LAST, PREVIOUS
 from fedsparse.core.space import ParamSpace
-
-LAST, PREVIOUS = "last.ckpt", "last.previous.ckpt"
 
 
 def _never(round: int) -> bool:

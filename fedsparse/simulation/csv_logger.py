@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fedsparse.core import files
+from fedsparse.core.folder import METRICS
 
 KEY = "round"
 
@@ -49,7 +50,7 @@ class RoundCSV(Logger):
 
     """
 
-    def __init__(self, folder: str | Path, filename: str = "metrics.csv") -> None:
+    def __init__(self, folder: str | Path, filename: str = METRICS) -> None:
         super().__init__()
         self.path = Path(folder) / filename
         known = read_rows(self.path) if self.path.is_file() else []

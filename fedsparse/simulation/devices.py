@@ -6,23 +6,21 @@ import warnings
 
 import lightning
 import torch
-from omegaconf import DictConfig
 
 
-def build_device(cfg: DictConfig) -> torch.device:
+def device_of(accelerator: str) -> torch.device:
     """Find the device that the Trainer will train on."""
-    return lightning.Fabric(accelerator=accelerator(cfg), devices=1).device
+    return lightning.Fabric(accelerator=accelerator, devices=1).device
 
 
-def accelerator(cfg: DictConfig) -> str:
+def accelerator(chosen: str) -> str:
     """Name the accelerator to train on, never an Apple GPU: it has no float64, which sums over clients are in.
 
     Raises:
         ValueError: an Apple GPU is asked for.
 
     """
-    chosen: str = cfg.trainer.accelerator
-    if chosen == "mps" or lightning.Fabric(accelerator=chosen, devices=1).device.type == "mps":
+    if chosen == "mps" or device_of(chosen).type == "mps":
         text = "an Apple GPU has no float64, which sums over clients are in"
         if chosen != "auto":
             raise ValueError(f"trainer.accelerator={chosen}: {text}; set trainer.accelerator=cpu")

@@ -109,6 +109,11 @@ class ClientModule(lightning.LightningModule):
         if bitmaps is not None:
             self.bitmaps = bitmaps
 
+    def stack(self, cohort: int) -> None:
+        """Let so many clients train together, from when they are formed."""
+        check_stackable(self.net, cohort)
+        self.cohort = cohort
+
     def own_masks(self, clients: Sequence[int]) -> Tensor | None:
         """Own masks of K clients, bool (K, P); None if all train the same coordinates."""
         if not len(bitmaps := torch.as_tensor(self.bitmaps)):

@@ -33,8 +33,6 @@ from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.copied import CopiedNet
 from fedsparse.simulation.module import ClientModule
 
-CLIENTS = "clients.csv"
-
 
 class Personal(lightning.Callback):
     """Evaluates models on the clients' own parts of the test split, without touching the training.

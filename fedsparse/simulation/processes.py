@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
 from torch import distributed
 
 from fedsparse.core import parallel
@@ -30,37 +29,37 @@ GRACE = 20.0  # seconds that a following process has to end by itself
 Followers = list["subprocess.Popen[bytes]"]
 
 
-def size_of(cfg: DictConfig) -> int:
-    """Count the processes that a configuration asks for.
+def size_of(options: Mapping[str, Any]) -> int:
+    """Count the processes that ``trainer.devices`` and ``trainer.num_nodes`` ask for.
 
     Raises:
         ValueError: torchrun or SLURM started another number, or processes on other machines are asked for without them.
 
     """
-    asked = _asked(cfg)
+    asked = _asked(options)
     found = strategy.environment()
-    nodes = cfg.trainer.get("num_nodes", 1)  # a run that was stored before the key was there has one
+    nodes = options.get("num_nodes", 1)  # a run that was stored before the key was there has one
     if found is None and nodes > 1:
         raise ValueError(f"trainer.num_nodes={nodes} needs torchrun or srun, which start the processes")
     if found is not None and found.world_size() != asked:
         raise ValueError(
-            f"{found.world_size()} processes were started, but trainer.devices={cfg.trainer.devices} x "
+            f"{found.world_size()} processes were started, but trainer.devices={options['devices']} x "
             f"trainer.num_nodes={nodes} are {asked}; make them equal"
         )
     return asked
 
 
-def _asked(cfg: DictConfig) -> int:
+def _asked(given: Mapping[str, Any]) -> int:
     """Let Lightning say how many processes its options mean.
 
     Raises:
         ValueError: it cannot make sense of them.
 
     """
-    options = {key: cfg.trainer.get(key, 1) for key in ("accelerator", "devices", "num_nodes")}
+    options = {key: given.get(key, 1) for key in ("accelerator", "devices", "num_nodes")}
     try:
         silent: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-        return lightning.Trainer(**options | {"accelerator": accelerator(cfg)}, **silent).world_size
+        return lightning.Trainer(**options | {"accelerator": accelerator(options["accelerator"])}, **silent).world_size
     except (TypeError, MisconfigurationException) as error:
         said = ", ".join(f"trainer.{key}={value}" for key, value in options.items())
         raise ValueError(f"{said} cannot be had here ({error})") from error

@@ -24,8 +24,8 @@ from scipy import stats
 
 from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.statistics import Interval
+from fedsparse.core.folder import DEVIATION
 from fedsparse.core.signals import command
-from fedsparse.job.prepare import GUIDANCE
 from fedsparse.masks.scores import fisher_per_sample
 from fedsparse.preparation.setting import Setting
 from fedsparse.studies.scale import at_start
@@ -85,7 +85,7 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 def measure(run: Run) -> dict[str, float]:
     """Relate what a run's clients explored to its start, which is built again."""
     setting = at_start(run.folder)
-    space, stored = setting.space, load_file(run.folder / GUIDANCE)
+    space, stored = setting.space, load_file(run.folder / DEVIATION)
     numbers = {
         name: torch.full(shape, i) for i, (name, shape) in enumerate(zip(space.names, space.shapes, strict=True))
     }
@@ -121,12 +121,12 @@ def grouped(runs: Iterable[Run]) -> dict[Group, list[Figures]]:
     """
     found: dict[Group, list[Figures]] = {}
     for run in runs:
-        if (run.folder / GUIDANCE).is_file():
+        if (run.folder / DEVIATION).is_file():
             optimizer = run.config["optimizer.build._target_"].rsplit(".", 1)[-1].removeprefix("Sparse")
             key = (run.config["model"], run.summary["partition"], optimizer)
             found.setdefault(key, []).append(measure(run))
     if not found:
-        raise ValueError(f"no run holds {GUIDANCE}; run with mask_rule=autoflip explore.save=true")
+        raise ValueError(f"no run holds {DEVIATION}; run with mask_rule=autoflip explore.save=true")
     return found
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from fedsparse.core import files
+from fedsparse.core.folder import SCALE, SUMMARY, WEIGHTS
 from fedsparse.core.weights import load_weights
 from fedsparse.data.datasets import Split
 from fedsparse.data.files import printable
 from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.job import assemble as build
+from fedsparse.job.assemble import assemble
 from fedsparse.job.command import one_line
 from fedsparse.job.prepare import build_setting, start_head
 from fedsparse.job.resume import read_job
@@ -28,7 +29,6 @@ from fedsparse.models.modes import evaluating
 from fedsparse.preparation.setting import Setting
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(16))  # 0 to 1.5
-FILE = "scale.json"
 
 
 def measure(folders: Iterable[Path], trusted: Sequence[str] = ()) -> int:
@@ -43,10 +43,10 @@ def measure(folders: Iterable[Path], trusted: Sequence[str] = ()) -> int:
 
     """
     failed = 0
-    for folder in sorted({path.parent for top in folders for path in Path(top).rglob("summary.json")}):
-        if not (folder / FILE).exists():
+    for folder in sorted({path.parent for top in folders for path in Path(top).rglob(SUMMARY)}):
+        if not (folder / SCALE).exists():
             try:
-                files.write(folder / FILE, json.dumps(scaled(folder, trusted), indent=2) + "\n")
+                files.write(folder / SCALE, json.dumps(scaled(folder, trusted), indent=2) + "\n")
             except Exception as error:  # a folder that is damaged, or asks for what it may not; the others go on
                 print(printable(f"fedsparse: {folder} was not scaled: {one_line(error)}"), file=sys.stderr)
                 failed += 1
@@ -90,10 +90,9 @@ def best_alpha(alphas: Sequence[float], val: Sequence[float]) -> float:
 
 def at_start(folder: Path, trusted: Sequence[str] = ()) -> Setting:
     """Build a run's data and its model as it was before the first round, from the stored configuration."""
-    cfg = read_job(folder, trusted=trusted).cfg
-    federation = build.build_federation(cfg)
-    setting = build_setting(cfg, federation, Ledger(), build.build_module(cfg, federation))
-    start_head(cfg, setting, cfg.calibration.head_steps)
+    assembly = assemble(read_job(folder, trusted=trusted).cfg)
+    setting = build_setting(assembly, assembly.module(), Ledger())
+    start_head(assembly, setting, assembly.method.calibration.head_steps)
     return setting
 
 
@@ -101,7 +100,7 @@ def _start_and_end(folder: Path, trusted: Sequence[str]) -> tuple[Setting, torch
     """Build the run's model as it was before its first round, and read it after its last: rows (P,)."""
     setting = at_start(folder, trusted)
     start = setting.space.read(setting.net)
-    setting.net.load_state_dict(load_weights(folder / "model.safetensors"))
+    setting.net.load_state_dict(load_weights(folder / WEIGHTS))
     return setting, start, setting.space.read(setting.net)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsparse.bench.gpu.runs import Job, Runs
 from fedsparse.bench.gpu.session import Figures, Session
-from fedsparse.simulation.checkpoint import LAST
+from fedsparse.core.folder import CHECKPOINTS, LAST, METRICS
 from fedsparse.simulation.csv_logger import read_rows
 
 COLUMNS = ("train/loss", "val/acc", "test/acc", "seconds")
@@ -167,9 +167,9 @@ def differ(first: Path, second: Path) -> Figures:
 
 def _ended_with(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     """Read the model, by the network's names, and the mask (P,) of a run's last checkpoint."""
-    state = torch.load(folder / "checkpoints" / LAST, map_location="cpu", weights_only=True)["state_dict"]
+    state = torch.load(folder / CHECKPOINTS / LAST, map_location="cpu", weights_only=True)["state_dict"]
     return {name: value for name, value in state.items() if name.startswith("net.")}, state["mask"]
 
 
 def _last_row(folder: Path) -> dict[str, float]:
-    return read_rows(folder / "metrics.csv")[-1]
+    return read_rows(folder / METRICS)[-1]

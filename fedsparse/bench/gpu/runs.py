@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 import fedsparse
+from fedsparse.core.folder import METRICS
 from fedsparse.simulation.csv_logger import read_rows
 
 TRAIN = (sys.executable, "-m", "fedsparse.train")
@@ -105,7 +106,7 @@ class Runs:
 
     def _interrupt(self, name: str) -> None:
         """Kill a run that has closed a round, and resume it."""
-        table = self.folder / name / "metrics.csv"
+        table = self.folder / name / METRICS
         closed = len(read_rows(table)) if table.exists() else 0
         if closed and self.running[name].poll() is None:
             self._kill(name)

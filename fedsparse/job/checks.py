@@ -1,23 +1,98 @@
-"""Which exchange, aggregation and objective go together; what does not is refused before anything is trained."""
+"""What does not go together: all of it here, refused in a line before anything is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_number
 from fedsparse.core.space import ParamSpace
+from fedsparse.core.subspace import Subspace
+from fedsparse.data.augment import augment
+from fedsparse.data.datasets import Dataset
 from fedsparse.federation.client.drift import Objective
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.federation.exchange.filters import SignFlip
 from fedsparse.federation.exchange.fractions import check_fraction
 from fedsparse.federation.exchange.sparsifiers import Pattern
+from fedsparse.federation.phases import Phases
 from fedsparse.federation.server.aggregation import Aggregation, AverageRows, FedNova, Robust
+from fedsparse.federation.server.server import Server
+from fedsparse.masks.rules import FromFile
 from fedsparse.optim.sgdm import SparseSGDM
+
+if TYPE_CHECKING:
+    from fedsparse.job.assemble import Course, Method, Problem
+
+
+def check_method(method: Method, problem: Problem, course: Course) -> None:
+    """Refuse parts that would give wrong results together, tried on one coordinate.
+
+    Raises:
+        ValueError: one line that says what to set.
+
+    """
+    module, holds, space = method.make_module(problem.net, 1), [len(part) > 0 for part in problem.parts], problem.space
+    everything = torch.ones_like(space.local)
+    exchange = method.make_exchange(everything, lambda clients: everything.expand(len(clients), -1))
+    check_together(exchange, method.aggregation, module.objective, module.make_optimizer([torch.zeros(1)]))
+    check_pruning(exchange, method.sparsity.mode)
+    check_sizes(exchange, method.aggregation, holds, course.clients)
+    check_names(exchange, space, everything)
+    options = method.federate.keywords  # type: ignore[attr-defined]
+    server = Server(torch.zeros(1, 1), options["make_server"], Subspace(everything[:1]), options["untouched"])
+    check_server(server.optimizer)
+
+
+def check_phases(phases: Phases, method: Method, keep_model: bool = False) -> None:
+    """Refuse phases, mask rule and stores that do not go together.
+
+    Raises:
+        ValueError: one line that says what to set.
+
+    """
+    rule, explore = method.rule, phases.explore
+    name, given = type(rule).__name__, isinstance(rule, FromFile)
+    if rule.explores and (explore is None or not explore.informs_mask):
+        raise ValueError(f"the mask rule {name} chooses by an exploration that informs it: set phases=explore")
+    if (rule.needs_data or rule.iterations) and not phases.has("calibrate"):
+        raise ValueError(f"the mask rule {name} needs the phase calibrate, which phases leaves out")
+    if explore is not None and not rule.explores and not explore.updates_model:
+        raise ValueError(
+            f"the mask rule {name} takes nothing from an exploration: set phases=default, or explore.keep_model=true "
+            "for a head start"
+        )
+    if explore is None and keep_model:
+        raise ValueError("explore.keep_model=true needs an exploration, and there is none: set phases=explore")
+    if method.changes and given:
+        raise ValueError(
+            "mask_rule=from_file takes the mask of the file for the whole run: leave sparsity.schedule and "
+            "sparsity.renew_every null"
+        )
+    if (method.changes or explore is not None) and method.own_masks:
+        raise ValueError("masks that change need mask.owner=global")
+    if method.changes and method.store == "file":
+        raise ValueError("masks that are chosen anew need federation.store=memory: rows of a file have one length")
+    if method.sparsity.mode == "prune" and method.own_masks:
+        raise ValueError("sparsity.mode=prune needs mask.owner=global: what is zero is zero for all")
+
+
+def check_augmentation(chosen: Any, dataset: Dataset) -> None:
+    """Refuse to augment what is no image, tried on one.
+
+    Raises:
+        ValueError: one line that says what to set.
+
+    """
+    change = augment(chosen)
+    if change is not None and dataset.tokens:
+        raise ValueError(f"data.augment={chosen} changes images and this data is text; set data.augment=none")
+    if change is not None:
+        change(dataset.train.x[torch.tensor([0])], torch.zeros(1, change.numbers, dtype=torch.float64))
 
 
 def check_together(

@@ -1,0 +1,181 @@
+"""The one Trainer that carries a run out, with what watches it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.plugins.precision import Precision
+
+from fedsparse.core import files, parallel
+from fedsparse.core.folder import BEST, CHECKPOINTS, CLIENTS, LAST, RUN_ID
+from fedsparse.core.precisions import DOUBLE, HALF
+from fedsparse.federation.phases import Phases
+from fedsparse.masks import Mask
+from fedsparse.simulation import strategy
+from fedsparse.simulation.artifacts import Artifacts, begun
+from fedsparse.simulation.callback import FederatedRounds
+from fedsparse.simulation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
+from fedsparse.simulation.csv_logger import RoundCSV
+from fedsparse.simulation.devices import device_of
+from fedsparse.simulation.evaluation import Evaluation
+from fedsparse.simulation.personal import Personal
+from fedsparse.simulation.precision import DoublePrecision, HalfPrecision
+from fedsparse.simulation.progress import RoundProgress
+from fedsparse.simulation.tracking import GracefulStop, RoundLog
+
+
+@dataclass(frozen=True)
+class Session:
+    """How a run is carried out and watched on this machine.
+
+    Attributes:
+        trainer: builds Lightning's Trainer.
+        accelerator: that it trains on.
+        precision: ``trainer.precision``.
+        max_time: seconds after which the round is closed and saved; None: no limit.
+        eval_every: rounds between evaluations.
+        checkpoint_every: rounds between checkpoints.
+        loggers: by name, each builds one of a folder.
+        callbacks: of one's own.
+        personal: builds what evaluates every client while they learn; None: nothing does.
+        config: the configuration as plain values, for loggers.
+
+    """
+
+    trainer: Callable[..., lightning.Trainer]
+    accelerator: str
+    precision: str
+    max_time: float | None
+    eval_every: int
+    checkpoint_every: int
+    loggers: Mapping[str, Callable[..., Any]]
+    callbacks: Sequence[lightning.Callback]
+    personal: Callable[..., Personal] | None
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """The callbacks of a run; those that are asked something afterwards by name."""
+
+    rounds: FederatedRounds
+    log: RoundLog
+    stop: GracefulStop
+    artifacts: Artifacts
+    others: list[lightning.Callback]
+    personal: Personal | None = None
+
+    def listed(self) -> list[lightning.Callback]:
+        """In the order that Lightning is to call them: the protocol first, checkpoints last."""
+        before, after = ([], []) if self.personal is None else ([self.personal.before], [self.personal])
+        watching = [self.log.evaluation, self.log, self.stop, self.artifacts]
+        return [*before, self.rounds, *after, *watching, *self.others]
+
+
+def build_callbacks(
+    session: Session,
+    rounds: FederatedRounds,
+    evaluation: Evaluation,
+    clients: Callable[[int], int],
+    phases: Phases,
+    mask: Callable[[], Mask],
+    folder: Path,
+    shared: bool = False,
+) -> Callbacks:
+    """Build all callbacks.
+
+    Args:
+        session: how the run is carried out.
+        rounds: plays them.
+        evaluation: of the global model.
+        clients: counts those of a round.
+        phases: of the run.
+        mask: gives what trains now.
+        folder: the run folder.
+        shared: whether other runs write to the same terminal at the same time.
+
+    """
+    progress = RoundProgress(rounds, evaluation, clients, shared=shared)
+    artifacts = Artifacts(folder, session.config, lambda: mask().by_layer())
+    personal = None
+    if session.personal is not None:
+        personal = session.personal(path=folder / CLIENTS if parallel.process() == 0 else None, rounds=rounds)
+    checkpoints = build_checkpoints(folder / CHECKPOINTS, rounds, phases, session.checkpoint_every)
+    log, stop = RoundLog(rounds, evaluation, personal), GracefulStop(session.max_time)
+    return Callbacks(rounds, log, stop, artifacts, [progress, *session.callbacks, *checkpoints], personal)
+
+
+def build_checkpoints(folder: Path, rounds: FederatedRounds, phases: Phases, every: int) -> list[lightning.Callback]:
+    """Best by validation, and last; both written when a round closes, and the rounds are told of the last."""
+    shared: dict[str, Any] = {
+        "dirpath": folder,
+        "save_top_k": 1,
+        "enable_version_counter": False,
+        "save_on_train_epoch_end": True,
+    }
+    best = RoundCheckpoint(
+        phases.explores, **shared, monitor="val/acc", mode="max", filename=BEST.removesuffix(".ckpt")
+    )
+    last = RoundCheckpoint(told=rounds.saved, **shared, filename=LAST.removesuffix(".ckpt"), every_n_epochs=every)
+    return [best, last]
+
+
+def build_loggers(chosen: Mapping[str, Callable[..., Any]], folder: Path, group: str | None, round: int) -> list[Any]:
+    """Build metrics.csv and the chosen loggers, without those that cannot be begun.
+
+    Args:
+        chosen: by name, each builds one of a folder.
+        folder: the run folder.
+        group: name shared by the runs of a sweep.
+        round: rounds closed so far; rows after it are dropped from metrics.csv.
+
+    """
+    table = RoundCSV(folder)
+    table.drop_from(round + 1)
+    options = {"wandb": {"group": group, "id": _run_id(folder), "resume": "allow"}} if "wandb" in chosen else {}
+    built = [build(save_dir=str(folder), **options.get(name, {})) for name, build in chosen.items()]
+    return [table, *(logger for logger in built if begun(logger))]
+
+
+def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:
+    """Build the one Trainer that runs the whole federation, for so many rounds."""
+    own = _own_precision(session)
+    several = {"strategy": strategy.CohortStrategy()} if parallel.joined() else {}
+    found = [environment] if (environment := strategy.environment()) else []
+    return session.trainer(
+        **({} if own is None else {"precision": None}),
+        **several,
+        accelerator=session.accelerator,
+        max_epochs=rounds,
+        max_time=None,
+        check_val_every_n_epoch=session.eval_every,
+        callbacks=callbacks.listed(),
+        logger=loggers,
+        plugins=[AtomicCheckpointIO(), *found, *([] if own is None else [own])],
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        log_every_n_steps=1,
+    )
+
+
+def _own_precision(session: Session) -> Precision | None:
+    """Build the plugin of a precision that Lightning's own would not do; None for the others."""
+    if session.precision == HALF:
+        return HalfPrecision(device_of(session.accelerator))
+    return DoublePrecision() if session.precision == DOUBLE else None
+
+
+def _run_id(folder: Path) -> str:
+    """Name of the run for Weights & Biases: made once, kept in the folder, so that a resume goes on in the same run."""
+    path = folder / RUN_ID
+    if not path.exists():
+        files.write(path, secrets.token_hex(4))
+    return path.read_text().strip()
