@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from fedsparse import run
 from fedsparse.job import execute
-from fedsparse.job import shards as shares
 from fedsparse.job.command import one_line
 
 BASE = ["model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=1"]
@@ -336,7 +335,8 @@ def test_a_head_start_is_refused_in_two_processes(tmp_path):
 def test_attackers_are_counted_among_the_clients_that_hold_data(tmp_path, monkeypatch):
     """Of 20 clients 4 have samples: Krum can never have more rows, whatever clients_per_round asks for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shares, "build_parts", lambda *_: [np.arange(8 if k < 4 else 0) for k in range(20)])
+    parts = [np.arange(8 if k < 4 else 0) for k in range(20)]
+    monkeypatch.setattr("fedsparse.data.partition.iid", lambda **_: parts)
     assert "of 4 clients in a round it must be 0 to 1" in refused(f"{KRUM}.attackers=2")
 
 

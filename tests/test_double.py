@@ -11,7 +11,7 @@ from fedsparse import run
 from fedsparse.core.folder import LAST
 from fedsparse.core.precisions import PRECISIONS
 from fedsparse.federation.exchange.wire.message import HEADER
-from fedsparse.job import assemble as build
+from fedsparse.job.assemble import assemble
 from fedsparse.job.resume import read_job
 from fedsparse.masks import Mask
 
@@ -25,12 +25,13 @@ def test_a_run_is_a_plain_loop_in_float64(run_in, options):
         "run", *DOUBLE, *SMALL, "mask_rule=dense", "head.init=random", "optimizer.momentum=0.9", *options
     )
     cfg = read_job(folder, []).cfg
-    federation = build.build_federation(cfg)
+    assembly = assemble(cfg)
+    problem = assembly.problem
     masks = Mask.load(folder / "mask.safetensors").tensors
-    data, start = federation.dataset.train, {name: p.clone() for name, p in federation.net.named_parameters()}
-    x, dealt = data.x.double(), replay(federation.plan, 3)
+    data, start = problem.dataset.train, {name: p.clone() for name, p in problem.net.named_parameters()}
+    x, dealt = data.x.double(), replay(assembly.course.plan, 3)
     options = {"lr": cfg.optimizer.lr, "weight_decay": cfg.optimizer.weight_decay, "clip": cfg.optimizer.clip_norm}
-    expected, _ = plain_fedavg(federation.net, x, data.y, dealt, momentum=0.9, masks=masks, **options)
+    expected, _ = plain_fedavg(problem.net, x, data.y, dealt, momentum=0.9, masks=masks, **options)
     found = load_file(folder / "model.safetensors")
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(found[name], parameter.detach(), rtol=0, atol=1e-12)

@@ -402,7 +402,7 @@ def _raise(error):
 
 def test_the_model_is_there_before_figures_of_it_can_fail(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("fedsparse.job.summary.summarise", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("fedsparse.job.execute.summarise", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run([*OPTIONS, "federation.rounds=1", "hydra.run.dir=a"])
     assert Path("a/model.safetensors").is_file()

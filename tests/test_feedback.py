@@ -13,7 +13,6 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client.drift import FedProx, Plain, Scaffold
-from fedsparse.federation.combinations import check_sizes, check_together
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.federation.exchange.filters import (
     RESIDUAL,
@@ -29,6 +28,7 @@ from fedsparse.federation.exchange.update import Update
 from fedsparse.federation.server.aggregation import FedNova, Robust, WeightedMean
 from fedsparse.federation.server.robust import krum, median, multi_krum
 from fedsparse.federation.stores.store import MemoryStore
+from fedsparse.job.checks import check_sizes, check_together
 from fedsparse.optim.sgdm import SparseSGDM
 
 N = 600

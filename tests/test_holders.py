@@ -10,7 +10,6 @@ import torch
 from test_bad_input import KRUM, refused
 
 from fedsparse.federation.client import drift
-from fedsparse.job import shards as shares
 
 HOLD = [2, 3, 5, 7, 11, 13]  # of 20
 
@@ -19,7 +18,7 @@ HOLD = [2, 3, 5, 7, 11, 13]  # of 20
 def six_of_twenty(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parts = [np.arange(40 * k, 40 * k + 30) if k in HOLD else np.arange(0) for k in range(20)]
-    monkeypatch.setattr(shares, "build_parts", lambda *_: parts)
+    monkeypatch.setattr("fedsparse.data.partition.iid", lambda **_: parts)
 
 
 SCAFFOLD = ["objective=scaffold", "federation.clients_per_round=4", "mask_rule=random"]

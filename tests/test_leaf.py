@@ -131,12 +131,12 @@ LSTM = ["model=next_char_lstm", "model.net.hidden=12", "federation.local_steps=2
 def test_every_client_tests_on_its_own_users_samples(run_in, writers):
     from hydra import compose, initialize_config_dir
 
-    from fedsparse.job import assemble as build
+    from fedsparse.job.assemble import assemble_problem
     from fedsparse.job.shipped import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", ["data=femnist", f"data.root={writers}", "model=mlp", "model.net.hidden=4", *SMALL])
-    federation = build.build_federation(cfg)
+    federation = assemble_problem(cfg)
     users = federation.dataset.train.users, federation.dataset.test.users
     for name, part, test in zip(["ann", "bob", "eve"], federation.parts, federation.tests, strict=True):
         assert set(users[0][part]) == {name}

@@ -12,8 +12,8 @@ from scipy import stats
 
 from fedsparse.data.datasets import digits
 from fedsparse.data.partition import dirichlet_sampled
+from fedsparse.job.assemble import assemble_problem
 from fedsparse.job.config import register_resolvers
-from fedsparse.job.shards import build_parts, build_tests
 from fedsparse.job.shipped import conf_dir
 
 LABELS = np.random.default_rng(1).permutation(np.repeat([0, 1, 3], [5000, 3000, 2000]))  # class 2 does not occur
@@ -89,9 +89,8 @@ def test_a_run_evaluates_its_clients_on_sampled_test_parts():
     register_resolvers()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", overrides=["partition=dirichlet_sampled", "federation.num_clients=5"])
-    data = digits()
-    parts = build_parts(cfg, data)
-    tests = build_tests(cfg, data, parts)
+    data, problem = digits(), assemble_problem(cfg)
+    parts, tests = problem.parts, problem.tests
     assert [len(part) for part in parts] == [875] * 5  # int(0.75 * 1167)
     assert [len(part) for part in tests] == [270] * 5  # int(0.75 * 360)
     for part, test in zip(parts, tests, strict=True):

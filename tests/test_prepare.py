@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.job.prepare import mean_client_overlap, sparsity_of
+from fedsparse.job.summary import mean_client_overlap, sparsity_of
 from fedsparse.masks import Mask
 from fedsparse.masks.bitmaps import pack
 from fedsparse.preparation.calibration import Calibrated

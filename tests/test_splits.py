@@ -18,7 +18,7 @@ from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.own_tests import own_tests, with_own_tests
 from fedsparse.data.samples import Mapped
 from fedsparse.data.splits import diri, unbalanced, user_tests
-from fedsparse.job import assemble as build
+from fedsparse.job.assemble import assemble_problem
 from fedsparse.job.shipped import conf_dir
 
 LABELS = np.random.default_rng(3).integers(0, 10, 2000)
@@ -113,8 +113,8 @@ def test_a_federation_never_trains_on_what_its_clients_keep():
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("train", ["model=mlp", "partition=patho", "data.local_test=0.2"])
     plain, held = (
-        build.build_federation(OmegaConf.merge(cfg, {"data": {"local_test": None}})),
-        build.build_federation(cfg),
+        assemble_problem(OmegaConf.merge(cfg, {"data": {"local_test": None}})),
+        assemble_problem(cfg),
     )
     official = len(plain.dataset.test.y)
     for whole, part, test in zip(plain.parts, held.parts, held.tests, strict=True):

@@ -30,7 +30,7 @@ from fedsparse.data.rounds import LocalWork
 from fedsparse.data.samples import Mapped, stamp
 from fedsparse.data.stream import CohortStream, gathered
 from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.job import assemble as build
+from fedsparse.job.assemble import assemble
 from fedsparse.job.prepare import build_setting
 from fedsparse.job.resume import read_job
 from fedsparse.preparation.cache import fingerprint
@@ -190,10 +190,10 @@ def test_a_resumed_stream_goes_on_to_the_same_bits_and_decodes_what_it_needs(tmp
     options += ["federation.cohort=3"]  # so that some rows and steps are filled by nobody
     whole, _ = run_in("whole", *options, "federation.rounds=4")
     _, folder = run_in("stopped", *options, "federation.rounds=2", "data.stream=true")
-    federation, diary = build.build_federation(read_job(folder, []).cfg), Diary(tmp_path / "decoded")
+    assembly, diary = assemble(read_job(folder, []).cfg), Diary(tmp_path / "decoded")
     monkeypatch.setattr(folders, "read_image", lambda path, size: diary(path) or read_image(path, size))
     assert sha(run([f"resume={folder}", "federation.rounds=4"])) == sha(whole)
-    data, plan = federation.dataset, federation.plan
+    data, plan = assembly.problem.dataset, assembly.course.plan
     wanted = [path for split in (data.val, data.test) for path in split.x.paths] * 2
     for cohort in (*plan.cohorts(2), *plan.cohorts(3)):
         real = {
@@ -369,8 +369,8 @@ def test_what_is_prepared_is_kept_for_the_files_it_was_prepared_on(tmp_path, run
     cfg = read_job(folder, []).cfg
 
     def found():
-        federation = build.build_federation(cfg)
-        return fingerprint(build_setting(cfg, federation, Ledger(), build.build_module(cfg, federation)), {})
+        assembly = assemble(cfg)
+        return fingerprint(build_setting(assembly, assembly.module(), Ledger()), {})
 
     first = found()
     assert found() == first
@@ -388,7 +388,7 @@ def test_a_damaged_image_ends_the_run_in_one_line_that_names_it(tmp_path, monkey
     options[1] = f"data.root={photos}"
     folder = tmp_path / "a"
     run([*options, "federation.rounds=1", f"hydra.run.dir={folder}"])
-    plan = build.build_federation(read_job(folder, []).cfg).plan
+    plan = assemble(read_job(folder, []).cfg).course.plan
     first, second = ({i for c in plan.cohorts(r) for i in c.samples.flatten().tolist()} for r in (0, 1))
     path = imagefolder(photos, 8, stream=True).train.x.paths[min(second - first - {0})]
     with open(path, "r+b") as file:

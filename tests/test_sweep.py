@@ -70,7 +70,7 @@ def test_started_again_it_skips_the_finished_and_runs_the_new(sweep, tmp_path, c
     assert capsys.readouterr().out.startswith("2 cells in grid\n")
     before = contents(tmp_path / cell(0)) | contents(tmp_path / cell(1))
     with monkeypatch.context() as patch:
-        patch.setattr("fedsparse.job.assemble.build_federation", lambda _: pytest.fail("built what is finished"))
+        patch.setattr("fedsparse.job.execute.assemble", lambda _: pytest.fail("built what is finished"))
         assert sweep("federation.rounds=1", "seed=1,0") == 0
     out = capsys.readouterr().out
     assert out.startswith("2 cells in grid, 2 finished before\n")

@@ -199,11 +199,11 @@ def test_a_step_of_one_sample_is_refused_where_the_model_cannot_take_it(tmp_path
 def _parts(options):
     from hydra import compose, initialize_config_dir
 
-    from fedsparse.job.assemble import build_federation
+    from fedsparse.job.assemble import assemble_problem
     from fedsparse.job.shipped import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return build_federation(compose("train", overrides=[*options, "federation.cohort=1"])).parts
+        return assemble_problem(compose("train", overrides=[*options, "federation.cohort=1"])).parts
 
 
 def test_the_smallest_step_is_that_of_the_dealt_batches():

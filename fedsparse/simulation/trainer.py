@@ -121,7 +121,7 @@ def build_checkpoints(folder: Path, rounds: FederatedRounds, phases: Phases, eve
     best = RoundCheckpoint(
         phases.explores, **shared, monitor="val/acc", mode="max", filename=BEST.removesuffix(".ckpt")
     )
-    last = RoundCheckpoint(told=rounds.saved, **shared, filename=LAST.removesuffix(".ckpt"), every_n_epochs=every)
+    last = RoundCheckpoint(told=rounds.saved, **shared, filename=Path(LAST).stem, every_n_epochs=every)
     return [best, last]
 
 
