@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fedsparse.core import parallel
+from fedsparse.core.checks import check_choice, check_flag
 from fedsparse.core.precisions import dtype_of
 from fedsparse.core.seeding import Purpose
 from fedsparse.core.space import ParamSpace
@@ -183,8 +184,7 @@ def own_masks(cfg: DictConfig) -> bool:
         ValueError: ``mask.owner`` is neither of its choices.
 
     """
-    if cfg.mask.owner not in ("global", "client"):
-        raise ValueError(f"mask.owner is {cfg.mask.owner!r}; it must be global or client")
+    check_choice("mask.owner", cfg.mask.owner, "global", "client")
     return bool(cfg.mask.owner == "client")
 
 
@@ -260,6 +260,5 @@ def streaming(cfg: DictConfig) -> dict[str, Any]:
 
     """
     stream, workers = cfg.data.get("stream", False), cfg.data.get("workers", 0)
-    if not isinstance(stream, bool):
-        raise ValueError(f"data.stream is {stream!r}; it must be true or false")
+    check_flag("data.stream", stream)
     return {"stream": stream, "workers": checked_integer("data.workers", workers, 0)}

@@ -23,6 +23,7 @@ from torch import Tensor
 from fedsparse import build, results, trust
 from fedsparse.analysis.mask_plot import mask_figure
 from fedsparse.core import files
+from fedsparse.core.checks import check_flag
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.seeding import Purpose
 from fedsparse.core.space import ParamSpace
@@ -91,8 +92,7 @@ def check_phases(phases: Phases, rule: MaskRule, cfg: DictConfig) -> None:
             f"the mask rule {name} takes nothing from an exploration: set phases=default, or explore.keep_model=true "
             "for a head start"
         )
-    if not isinstance(save := cfg.explore.get("save", False), bool):
-        raise ValueError(f"explore.save is {save!r}; it must be true or false")
+    check_flag("explore.save", cfg.explore.get("save", False))
     if explore is None and cfg.explore.keep_model:
         raise ValueError("explore.keep_model=true needs an exploration, and there is none: set phases=explore")
     renewed = cfg.sparsity.get("schedule") or cfg.sparsity.get("renew_every")

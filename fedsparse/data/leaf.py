@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsparse.core.checks import check_number
 from fedsparse.data import dealing
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.leaf_files import Decode, User, read_part
@@ -159,8 +160,7 @@ def choose_users(names: list[str], share: float, seed: int) -> set[str]:
         ValueError: the share is not above 0 and at most 1.
 
     """
-    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
-        raise ValueError(f"data.users is {share!r}; give a share above 0 and at most 1")
+    check_number("data.users", share, above=0, most=1)
     known = sorted(set(names))
     count = math.ceil(float(share) * len(known) - 1e-9)  # nudged: 0.07 * 100 is 7.000000000000001 in floats
     return {known[i] for i in dealing.stream(seed, _USERS).permutation(len(known))[:count].tolist()}
