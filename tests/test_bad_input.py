@@ -65,7 +65,7 @@ BAD = [
     ("federation.compile=maybe", "federation.compile is 'maybe'; it must be true or false"),
     ("trainer.devices=two", "trainer.devices=two, trainer.num_nodes=1 cannot be had here"),
     ("trainer.num_nodes=2", "trainer.num_nodes=2 needs torchrun or srun"),
-    ("federation.cohort=some", "federation.cohort is 'some'; it must be a whole number of 1 or more, or auto"),
+    ("federation.cohort=some", "federation.cohort is 'some'; it must be auto, or a whole number of 1 or more"),
     ("federation.cohort=0", "federation.cohort is 0"),
     ("federation.clients_per_round=0", "clients_per_round is 0; it must be a count from 1 to 20"),
     ("federation.clients_per_round=0.0", "clients_per_round is 0.0"),
@@ -86,7 +86,7 @@ BAD = [
     ("evaluation=per_client evaluation.metrics=null", "evaluation.metrics is None; it must be a list"),
     (
         "evaluation=per_client evaluation.who=everyone",
-        "evaluation.who is everyone; it must be a list of",
+        "evaluation.who is 'everyone'; it must be a list of",
     ),
     (
         "evaluation=per_client evaluation.average=mean",
@@ -165,7 +165,7 @@ BAD_PHASES = [
     ),
     (f"{FLIP} explore.clients=0", "explore.clients is 0; it must be a count from 1 to 20"),
     (f"{FLIP} explore.clients=21", "explore.clients is 21; it must be a count from 1 to 20"),
-    (f"{FLIP} explore.weight=heavy", "explore.weight is 'heavy'; it must be held, processed or equal"),
+    (f"{FLIP} explore.weight=heavy", "explore.weight is 'heavy'; it must be null, held, processed or equal"),
     (f"{FLIP} explore.lr=-1", "explore.lr is -1; it must be null, or a finite number above 0"),
     (f"{FLIP} explore.lr=nan", "explore.lr is nan; it must be null, or a finite number above 0"),
     (f"{FLIP} explore.keep_model=maybe", "phases.explore.updates_model is 'maybe'; it must be true or false"),
@@ -184,14 +184,17 @@ BAD_PHASES = [
 ]
 ADDED_PHASES = [  # what is not in the configuration is added
     ("+phases.learn.patience=2", "phases.learn.patience counts epochs: set phases.learn.local_epochs"),
-    ("+phases.learn.weight=heavy", "phases.learn.weight is 'heavy'; it must be held, processed or equal"),
+    ("+phases.learn.weight=heavy", "phases.learn.weight is 'heavy'; it must be null, held, processed or equal"),
     ("+phases.learn.clients=99", "phases.learn.clients is 99; it must be a count from 1 to 20"),
     ("+phases.learn.how=3", "phases.learn is .* must be null or a node of rounds, kind, .*|no key phases.learn.how"),
     ("+phases.late={rounds:2,kind:explore}", "they must come as head, calibrate, explore, learn, each at most once"),
-    ("+phases.late={rounds:1,kind:tune}", "phases.late.kind is 'tune'; it must be one of head, calibrate, explore"),
+    (
+        "+phases.late={rounds:1,kind:tune}",
+        "phases.late.kind is 'tune'; it must be null, head, calibrate, explore or learn",
+    ),
 ]
 BAD_EXCHANGE = [
-    (f"{TOPK} exchange.by=largest", "exchange.by is 'largest'; it must be one of .*largest_change"),
+    (f"{TOPK} exchange.by=largest", "exchange.by is 'largest'; it must be .*largest_change.* or smallest_increase"),
     (f"{TOPK} exchange.fraction=0", "exchange.fraction is 0; it must be above 0"),
     (f"{TOPK} exchange.fraction=1.5", "exchange.fraction is 1.5; it must be above 0 and at most 1"),
     (f"{TOPK} exchange.fraction=many", "exchange.fraction is 'many'"),
@@ -239,10 +242,13 @@ BAD_EXCHANGE = [
     ),
     ("optimizer=adamw optimizer.eps=0", "optimizer.eps is 0.*; it must be a finite number above 0"),
     ("objective=fedprox objective.mu=-1", "objective.mu is -1; it must be a finite number of 0 or more"),
-    (f"{KRUM}.attackers=8", "aggregation.average.attackers is 8; of 10 clients in a round it must be 0 to 7"),
-    (f"{KRUM}.attackers=1.5", "aggregation.average.attackers is 1.5"),
-    (f"{KRUM}.attackers=null", "aggregation.average.attackers is None"),
-    ("aggregation=multi_krum aggregation.average.keep=0", "aggregation.average.keep is 0; .* 1 to 10"),
+    (f"{KRUM}.attackers=8", "attackers, of 10 clients in a round, is 8; it must be a whole number from 0 to 7"),
+    (f"{KRUM}.attackers=1.5", "aggregation.average.attackers, of 10 clients in a round, is 1.5"),
+    (f"{KRUM}.attackers=null", "aggregation.average.attackers, of 10 clients in a round, is None"),
+    (
+        "aggregation=multi_krum aggregation.average.keep=0",
+        "average.keep, of 10 clients in a round, is 0; .* 1 to 10",
+    ),
     (
         "aggregation=trimmed_mean aggregation.average.trim=0.6",
         "aggregation.average.trim is 0.6; it must be a finite number of 0 or more and below 0.5",
@@ -337,7 +343,9 @@ def test_attackers_are_counted_among_the_clients_that_hold_data(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     parts = [np.arange(8 if k < 4 else 0) for k in range(20)]
     monkeypatch.setattr("fedsparse.data.partition.iid", lambda **_: parts)
-    assert "of 4 clients in a round it must be 0 to 1" in refused(f"{KRUM}.attackers=2")
+    assert "attackers, of 4 clients in a round, is 2; it must be a whole number from 0 to 1" in refused(
+        f"{KRUM}.attackers=2"
+    )
 
 
 def test_an_own_mask_that_leaves_a_client_nothing_of_the_names_that_are_sent(tmp_path, monkeypatch):
@@ -474,7 +482,9 @@ def test_attackers_are_counted_among_those_who_take_part(run_in):
     krum = ["mask_rule=dense", "federation.num_clients=8", "aggregation=krum", "aggregation.average.attackers=5"]
     summary, _ = run_in("everyone", *krum, "sampling=everyone", "federation.rounds=1")
     assert summary["rounds"] == 1
-    with pytest.raises(ValueError, match="of 4 clients in a round it must be 0 to 1"):
+    with pytest.raises(
+        ValueError, match="attackers, of 4 clients in a round, is .; it must be a whole number from 0 to 1"
+    ):
         run_in("half", *krum)
 
 
@@ -486,7 +496,7 @@ RANGES = [  # schedules, optimizers, masks: each option at and beyond its edge
     ("schedule=exponential schedule.gamma=0", "schedule.gamma is 0.*; it must be a finite number above 0"),
     (
         "schedule=exponential schedule.gamma=1e30 federation.rounds=100",
-        "schedule multiplies optimizer.lr by inf in round 100; it must be a finite number of 0 or more",
+        "the factor of optimizer.lr that schedule gives in round 100 is inf; it must be a finite number of 0 or more",
     ),
     ("schedule=cosine schedule.floor=much", "schedule.floor is 'much'; it must be a finite number of 0 or more"),
     ("schedule=cosine schedule.floor=-3", "schedule.floor is -3; it must be a finite number of 0 or more"),
@@ -512,7 +522,7 @@ RANGES = [  # schedules, optimizers, masks: each option at and beyond its edge
     ("mask_rule=talos mask_rule.score=[logit]", "mask_rule.score is .*; it must be logit or logprob"),
     (
         "mask_rule=talos mask_rule.shrink=1.1",
-        "mask_rule.shrink is 1.1; it must be a finite number of 0 or more and at most 1",
+        "mask_rule.shrink is 1.1; it must be a finite number from 0 to 1",
     ),
     (
         "mask_rule=autoflip mask_rule.normalise=[minmax]",
@@ -523,7 +533,7 @@ RANGES = [  # schedules, optimizers, masks: each option at and beyond its edge
     ("federation.rounds=1000000000000000000000", "federation.rounds is 10+; it must be a whole number from 1 to 21474"),
     ("data.batch_size=1000000000000", "data.batch_size is 10+; it must be a whole number from 1 to 2147483647"),
     ("trainer.precision=16", "trainer.precision is 16; write trainer.precision=16-mixed"),
-    ("trainer.precision=half", "trainer.precision is 'half'; it must be one of 32-true, 64-true, bf16-mixed, 16-mixed"),
+    ("trainer.precision=half", "trainer.precision is 'half'; it must be 32-true, 64-true, bf16-mixed or 16-mixed"),
     ("pictures=maybe", "pictures is 'maybe'; it must be true or false"),
 ]
 

@@ -105,7 +105,9 @@ def test_pixels_are_not_written_to():
 
 
 def test_inputs_refuse():
-    with pytest.raises(ValueError, match="interpolation is 'lanczos'; give one of bicubic") as error:
+    with pytest.raises(
+        ValueError, match="interpolation is 'lanczos'; it must be bicubic, bilinear or nearest"
+    ) as error:
         Inputs(interpolation="lanczos")
     assert one_line(error)
     with pytest.raises(ValueError, match="mean has 3 numbers and std 0"):

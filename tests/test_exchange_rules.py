@@ -77,7 +77,9 @@ def test_exactly_k_against_sorting(rule, dtype):
 
 
 def test_an_unknown_rule_and_fractions_out_of_range_are_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"exchange.by is 'biggest'; it must be one of largest_final") as error:
+    with pytest.raises(
+        ValueError, match=r"exchange.by is 'biggest'; it must be largest_final, .* or smallest_increase"
+    ) as error:
         select("biggest", THETA, ANCHOR, 0.5)
     assert "\n" not in str(error.value)
     for fraction in (0, -0.1, 1.01, math.nan):

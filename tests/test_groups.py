@@ -16,6 +16,7 @@ from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.federation.exchange.filters import RESIDUAL, Feedback
 from fedsparse.federation.exchange.sparsifiers import TopK
+from fedsparse.federation.exchange.traffic import Traffic
 from fedsparse.federation.server.aggregation import FedNova, Robust, WeightedMean
 from fedsparse.federation.server.robust import median
 from fedsparse.optim.fedopt import FedAdam
@@ -108,15 +109,67 @@ def test_stacked_clients_of_both_departments_agree_to_rounding(tmp_path):
 def test_a_resume_has_the_rows_and_moments_of_both(server, tmp_path):
     options = {"server": SERVERS[server], "topology": Parity(), **EXCHANGES["topk"]}
     whole = Small(small_net(), small_data(), uneven_parts(), **options).fit(ROUNDS, tmp_path / "whole")
-    first = Small(small_net(), small_data(), uneven_parts(), **options).fit(2, tmp_path / "first")
-    again = Small(small_net(), small_data(), uneven_parts(), **options)
-    again.net.load_state_dict(first.net.state_dict())
-    again.rounds.load_state_dict(torch.load(saved(first, tmp_path / "state.pt"), weights_only=True))
-    again.plan.cohorts = lambda round, rows=None, cohorts=again.plan.cohorts: cohorts(round + 2, rows)
-    opened = again.rounds.federate
-    again.rounds.federate = lambda clients: Later(opened(clients), 2)
-    again.fit(ROUNDS - 2, tmp_path / "again")
+    again = resumed(options, tmp_path)
     assert torch.equal(again.rounds.federation.federation.server.rows, whole.federation.server.rows)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize("exchange", list(EXCHANGES))
+def test_a_resume_of_two_departments_counts_the_bytes_of_two_federations(exchange, share, tmp_path):
+    """Line by line of traffic.csv: each client of each round, down and up, as if nothing had been interrupted."""
+    options = {**EXCHANGES[exchange], "mask": mask_of(share)}
+    again = resumed({**options, "topology": Parity()}, tmp_path)
+    found = lines_of(tmp_path / "first.csv") + lines_of(tmp_path / "again.csv")
+    whole = listed(Small(small_net(), small_data(), uneven_parts(), topology=Parity(), **options), tmp_path / "whole")
+    alone = [listed(department(keep, **options), tmp_path / str(keep)) for keep in (0, 1)]
+    for small, name in zip([whole, *alone], ["whole", "0", "1"], strict=True):
+        small.fit(ROUNDS, tmp_path / name)
+    assert found == lines_of(tmp_path / "whole.csv")
+    assert found == sorted((line for keep in (0, 1) for line in lines_of(tmp_path / f"{keep}.csv")), key=by_round)
+    figures = [one.federation.ledger.figures() for one in alone]
+    assert again.federation.federation.ledger.figures() == {key: sum(f[key] for f in figures) for key in figures[0]}
+    for group, one in enumerate(alone):
+        down = again.federation.federation.bytes.downlinks[group]
+        assert down.holds == one.federation.bytes.downlinks[0].holds
+        assert torch.equal(torch.as_tensor(down.moved), torch.as_tensor(one.federation.bytes.downlinks[0].moved))
+    later = [downlink_of(line) for line in found if by_round(line)[0] > RESUMED]
+    assert any(later)
+    if exchange == "topk":  # what moved since depends on when a client last took part, and in which department
+        assert len({size for size in later if size}) > 2
+
+
+RESUMED = 2  # rounds before the resume
+
+
+def resumed(options, folder):
+    """A federation that goes on from a checkpoint of the first rounds; both write down what their clients received."""
+    first = listed(Small(small_net(), small_data(), uneven_parts(), **options), folder / "first")
+    first.fit(RESUMED, folder / "first")
+    again = listed(Small(small_net(), small_data(), uneven_parts(), **options), folder / "again")
+    again.net.load_state_dict(first.net.state_dict())
+    again.rounds.load_state_dict(torch.load(saved(first, folder / "state.pt"), weights_only=True))
+    again.plan.cohorts = lambda round, rows=None, cohorts=again.plan.cohorts: cohorts(round + RESUMED, rows)
+    opened = again.rounds.federate
+    again.rounds.federate = lambda clients: Later(opened(clients), RESUMED)
+    return again.fit(ROUNDS - RESUMED, folder / "again")
+
+
+def listed(small, path):
+    """Let a federation write traffic.csv beside a folder."""
+    small.given["traffic"] = Traffic(path.with_suffix(".csv"))
+    return small
+
+
+def lines_of(path):
+    return path.read_text().splitlines()[1:]
+
+
+def by_round(line):
+    return tuple(map(int, line.split(",")[:2]))
+
+
+def downlink_of(line):
+    return sum(map(int, line.split(",")[5:8]))
 
 
 class Later:

@@ -64,9 +64,12 @@ def test_attackers_that_hold_no_data_would_attack_nobody(six_of_twenty, given):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (f"{KRUM}.attackers=4", "of 6 clients in a round it must be 0 to 3"),
-        (f"{KRUM}.attackers=4 sampling=everyone federation.clients_per_round=2", "of 6 clients in a round .* 0 to 3"),
-        (f"{KRUM}.attackers=1 +phases.learn.clients=3", "of 3 clients in a round it must be 0 to 0"),
+        (f"{KRUM}.attackers=4", "of 6 clients in a round, is 4; it must be a whole number from 0 to 3"),
+        (f"{KRUM}.attackers=4 sampling=everyone federation.clients_per_round=2", "of 6 clients in a round, .* 0 to 3"),
+        (
+            f"{KRUM}.attackers=1 +phases.learn.clients=3",
+            "of 3 clients in a round, is 1; it must be a whole number from 0 to 0",
+        ),
     ],
 )
 def test_a_robust_mean_is_checked_by_those_that_will_take_part(six_of_twenty, options, says):

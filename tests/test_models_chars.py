@@ -130,7 +130,7 @@ def test_cudnn_is_left_aside_only_where_it_cannot_differentiate():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 0}, "at least 1 output"),
+        ({"num_classes": 0}, "num_classes is .*; it must be a whole number of 1 or more"),
         ({"vocabulary": 0}, "model.net.vocabulary is 0"),
         ({"hidden": -1}, "model.net.hidden is -1"),
         ({"dropout": 0.5, "layers": 1}, "model.net.dropout is 0.5 with 1 layers"),

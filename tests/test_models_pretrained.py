@@ -236,8 +236,8 @@ def test_other_refusals():
     for options, text in (
         ({"name": "resnet18", "img_size": 32}, r"model\.net: resnet18 takes no such option .*img_size"),
         ({"name": "deit_tiny_distilled_patch16_224"}, "has no head of its own, or several"),
-        ({"name": "resnet18", "num_classes": 0}, "at least 1 output"),
-        ({"name": "resnet18", "num_classes": None}, "at least 1 output"),
+        ({"name": "resnet18", "num_classes": 0}, "num_classes is .*; it must be a whole number of 1 or more"),
+        ({"name": "resnet18", "num_classes": None}, "num_classes is .*; it must be a whole number of 1 or more"),
     ):
         with pytest.raises(ValueError, match=text) as error:
             timm_model(**{"num_classes": 10, "pretrained": False, **options})
@@ -404,7 +404,7 @@ def test_refusals_of_the_reference_nets():
     for build, text in (
         (lambda: resnet18_gn(10, 3, stem="small"), r"model\.net\.stem is 'small'; it must be cifar or imagenet"),
         (lambda: fednet(10, 3, 4), r"model\.net\.img_size is 4"),
-        (lambda: two_cnn(0, 3), "at least 1 output"),
+        (lambda: two_cnn(0, 3), "num_classes is .*; it must be a whole number of 1 or more"),
     ):
         with pytest.raises(ValueError, match=text) as error:
             build()

@@ -151,9 +151,9 @@ def test_work_by_default_is_four_steps_of_32_samples():
     [
         ({"steps": 1, "epochs": 1}, "give either federation.local_steps or federation.local_epochs"),
         ({"steps": None}, "give either federation.local_steps or federation.local_epochs"),
-        ({"steps": 0}, "federation.local_steps is 0; it must be 1 or more"),
-        ({"steps": None, "epochs": 0}, "federation.local_epochs is 0; it must be 1 or more"),
-        ({"batch_size": 0}, "data.batch_size is 0; it must be 1 or more"),
+        ({"steps": 0}, "federation.local_steps is 0; it must be null, or a whole number of 1 or more"),
+        ({"steps": None, "epochs": 0}, "federation.local_epochs is 0; it must be null, or a whole number of 1 or more"),
+        ({"batch_size": 0}, "data.batch_size is 0; it must be a whole number of 1 or more"),
         ({"weight": "held "}, "federation.weight is 'held '; it must be held, processed or equal"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DOUBLE = sys.float_info.max
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32: rows and rates are float32, and what is beyond is infinite there
 
 
-def finite(value: Any) -> bool:
-    """Whether a value is a finite number, as float32 too; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= LARGEST)  # type: ignore
+def finite(value: Any, largest: float = LARGEST) -> bool:
+    """Whether a value is a number of at most this magnitude, by default finite as float32; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= largest)  # type: ignore
 
 
 def check_number(
@@ -27,6 +29,8 @@ def check_number(
     below: float | None = None,
     whole: bool = False,
     null: bool = False,
+    word: str | None = None,
+    double: bool = False,
 ) -> None:
     """Refuse what is not a finite number within bounds.
 
@@ -39,6 +43,8 @@ def check_number(
         below: upper bound, not allowed itself.
         whole: whether it must be an integer.
         null: whether None will do too.
+        word: a word that will do too.
+        double: whether the number stays float64, whose largest is finite too.
 
     Raises:
         ValueError: one line with the key, the value and what it may be.
@@ -46,22 +52,30 @@ def check_number(
     >>> check_number("link.latency", -1, least=0)
     Traceback (most recent call last):
     ValueError: link.latency is -1; it must be a finite number of 0 or more
+    >>> check_number("federation.cohort", 0, whole=True, least=1, most=20, word="auto")
+    Traceback (most recent call last):
+    ValueError: federation.cohort is 0; it must be auto, or a whole number from 1 to 20
     """
-    good = isinstance(value, Integral) and not isinstance(value, bool) if whole else finite(value)
+    whole_number = isinstance(value, Integral) and not isinstance(value, bool)
+    good = whole_number if whole else finite(value, DOUBLE if double else LARGEST)
     outside = good and (
         (least is not None and value < least)
         or (above is not None and value <= above)
         or (most is not None and value > most)
         or (below is not None and value >= below)
     )
-    if (null and value is None) or (good and not outside):
+    if (null and value is None) or (isinstance(value, str) and value == word) or (good and not outside):
         return
-    low = [] if least is None else [f"of {least} or more"]
-    low += [] if above is None else [f"above {above}"]
-    high = [] if most is None else [f"at most {most}"]
-    high += [] if below is None else [f"below {below}"]
-    kind = " ".join([*(["null, or"] if null else []), "a whole number" if whole else "a finite number"])
-    raise ValueError(f"{key} is {value!r}; it must be {' '.join([kind, ' and '.join(low + high)]).strip()}")
+    if least is not None and most is not None:
+        bounds = [f"from {least} to {most}"]
+    else:
+        bounds = [] if least is None else [f"of {least} or more"]
+        bounds += [] if above is None else [f"above {above}"]
+        bounds += [] if most is None else [f"at most {most}"]
+        bounds += [] if below is None else [f"below {below}"]
+    others = [*(["null"] if null else []), *([] if word is None else [word])]
+    kinds = [*others, f"{'or ' if others else ''}a {'whole' if whole else 'finite'} number"]
+    raise ValueError(f"{key} is {value!r}; it must be {' '.join([', '.join(kinds), ' and '.join(bounds)]).strip()}")
 
 
 def check_positive(key: str, value: Any) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
+
+from fedsparse.core.checks import finite
 
 
 class Change(Protocol):
@@ -137,7 +138,6 @@ def chain(options: Mapping[Any, Any]) -> Chain:
     given = {name: options[name] for name in CHANGES if options.get(name) is not None}
     for name, value in given.items():
         _, most, kind = CHANGES[name]
-        real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not real or not 0 < value <= most:
+        if not (finite(value) and 0 < value <= most):
             raise ValueError(f"data.augment.{name} is {value!r}; give {kind}, or leave it out")
     return Chain([CHANGES[name][0](float(value)) for name, value in given.items()])

@@ -12,7 +12,7 @@ from numbers import Real
 import numpy as np
 import numpy.typing as npt
 
-from fedsparse.core.checks import check_whole
+from fedsparse.core.checks import check_number, check_whole
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -48,9 +48,8 @@ def checked_clients(num_clients: int, samples: int) -> int:
 
 def checked_positive(name: str, value: object) -> float:
     """Return ``value`` as a float, or raise a ValueError that names the option unless it is finite and above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:  # beyond float32 too
-        raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
-    return float(value)
+    check_number(name, value, above=0, double=True)
+    return float(value)  # type: ignore[arg-type]
 
 
 def checked_minimum(min_size: int, num_clients: int, samples: int) -> int:

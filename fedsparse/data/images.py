@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from fedsparse.core.checks import check_choice
 from fedsparse.data.datasets import Dataset
 
 MODES = {name: InterpolationMode(name) for name in ("bicubic", "bilinear", "nearest")}
@@ -56,8 +57,7 @@ class Inputs:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if self.interpolation not in MODES:
-            raise ValueError(f"interpolation is {self.interpolation!r}; give one of {', '.join(MODES)}")
+        check_choice("interpolation", self.interpolation, *MODES)
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} numbers and std {len(self.std)}; give as many of both")
 

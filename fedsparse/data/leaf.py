@@ -14,13 +14,13 @@ import math
 import string
 from collections.abc import Mapping
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedsparse.core.checks import check_number, finite
 from fedsparse.data import dealing
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.leaf_files import Decode, User, read_part
@@ -159,8 +159,7 @@ def choose_users(names: list[str], share: float, seed: int) -> set[str]:
         ValueError: the share is not above 0 and at most 1.
 
     """
-    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
-        raise ValueError(f"data.users is {share!r}; give a share above 0 and at most 1")
+    check_number("data.users", share, above=0, most=1)
     known = sorted(set(names))
     count = math.ceil(float(share) * len(known) - 1e-9)  # nudged: 0.07 * 100 is 7.000000000000001 in floats
     return {known[i] for i in dealing.stream(seed, _USERS).permutation(len(known))[:count].tolist()}
@@ -183,8 +182,7 @@ def hold_back(users: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
     """
     order = dealing.stream(seed, _VAL).permutation(len(users))
     free = np.delete(order, np.unique(users[order], return_index=True)[1])
-    real = isinstance(fraction, Real) and not isinstance(fraction, bool) and 0 < float(fraction) < 1
-    size = math.ceil(float(fraction) * len(users) - 1e-9) if real else 0
+    size = math.ceil(float(fraction) * len(users) - 1e-9) if finite(fraction) and 0 < fraction < 1 else 0
     if not 0 < size <= len(free):
         raise ValueError(
             f"data.val_fraction is {fraction!r}; give a share above 0 and, so that each user has a sample to train on, "

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Real
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedsparse.core.checks import finite
 from fedsparse.data import checks, dealing
 from fedsparse.data.checks import Ints
 from fedsparse.data.datasets import Dataset, Split
@@ -94,8 +95,8 @@ def _kept(labels: Ints, share: float, rng: np.random.Generator) -> npt.NDArray[n
     return kept
 
 
-def _checked_fraction(fraction: object) -> float:
-    if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 < float(fraction) < 1:
+def _checked_fraction(fraction: Any) -> float:
+    if not (finite(fraction) and 0 < fraction < 1):
         raise ValueError(f"data.local_test is {fraction!r}; give a share above 0 and below 1, or null")
     return float(fraction)
 

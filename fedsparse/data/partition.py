@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fedsparse.core.checks import check_flag
 from fedsparse.data import checks, dealing
 from fedsparse.data.checks import Floats, Ints
 from fedsparse.data.even import holders_of_one_more
@@ -92,8 +93,7 @@ def classes_per_client(labels: npt.ArrayLike, num_clients: int, nc: int, seed: i
     chosen = dealing.deal_classes(clients, names.size, nc, rng).reshape(-1)
     sizes, holders = np.bincount(coded), np.bincount(chosen, minlength=names.size)
     _check_holders(names, sizes, holders)
-    if not isinstance(even, bool):
-        raise ValueError(f"partition.even is {even!r}; it must be true or false")
+    check_flag("partition.even", even)
     return dealing.parts_of(_deal_shards(coded, chosen, nc, rng, even), clients)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsparse.core.checks import check_choice, check_number, check_whole
 from fedsparse.core.seeding import Purpose, generator
 
+WEIGHTS = ("held", "processed", "equal")  # of a client in an average
 PADDING = -1  # the id of a row that no client fills
 
 
@@ -80,12 +82,10 @@ class LocalWork:
         """Refuse what cannot be meant."""
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either federation.local_steps or federation.local_epochs, and set the other to null")
-        numbers = {"data.batch_size": self.batch_size, "federation.local_steps": self.steps}
-        for key, value in {**numbers, "federation.local_epochs": self.epochs}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{key} is {value}; it must be 1 or more")
-        if self.weight not in ("held", "processed", "equal"):
-            raise ValueError(f"federation.weight is {self.weight!r}; it must be held, processed or equal")
+        check_whole("data.batch_size", self.batch_size, 1)
+        check_number("federation.local_steps", self.steps, whole=True, least=1, null=True)
+        check_number("federation.local_epochs", self.epochs, whole=True, least=1, null=True)
+        check_choice("federation.weight", self.weight, *WEIGHTS)
 
     def batches(self, part: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
         """Deal a client's samples to its local steps: indices (S, B) and the real samples of each step.

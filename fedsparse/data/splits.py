@@ -8,11 +8,11 @@ Shapes: ``n`` samples, ``K`` clients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
 
+from fedsparse.core.checks import finite
 from fedsparse.data import checks, dealing, partition
 from fedsparse.data.checks import Ints
 
@@ -98,7 +98,7 @@ def user_tests(train_users: npt.ArrayLike, test_users: npt.ArrayLike) -> list[In
 def _checked_keep(keep: Sequence[float]) -> tuple[float, float]:
     """Return low and high."""
     values = list(keep) if isinstance(keep, Sequence) and not isinstance(keep, str) else []
-    real = [v for v in values if isinstance(v, Real) and not isinstance(v, bool)]
+    real = [v for v in values if finite(v)]
     if len(values) != 2 or len(real) != 2 or not 0 < real[0] <= real[1] <= 1:
         raise ValueError(f"partition.keep is {keep!r}; give two shares [low, high], above 0 and at most 1, low first")
     return float(real[0]), float(real[1])

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsparse.core.checks import check_number
+from fedsparse.core.checks import check_choice, check_flag, check_number
+from fedsparse.data.rounds import WEIGHTS
 
 KINDS = ("head", "calibrate", "explore", "learn")
-FLAGS = ("updates_model", "informs_mask")
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,20 @@ class Phase:
 
     def __post_init__(self) -> None:
         """Settle the kind, and refuse what cannot be meant."""
+        check_choice(f"phases.{self.name}.kind", self.kind, None, *KINDS)
         if self.kind is None:
             object.__setattr__(self, "kind", self.name if self.name in KINDS else "learn")
-        if self.kind not in KINDS:
-            raise ValueError(f"phases.{self.name}.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
         least = 0 if self.kind == "head" else 1
         check_number(f"phases.{self.name}.rounds", self.rounds, whole=True, least=least)
-        for flag in FLAGS:
-            if not isinstance(getattr(self, flag), bool):
-                raise ValueError(f"phases.{self.name}.{flag} is {getattr(self, flag)!r}; it must be true or false")
+        check_flag(f"phases.{self.name}.updates_model", self.updates_model)
+        check_flag(f"phases.{self.name}.informs_mask", self.informs_mask)
         for key in ("local_steps", "local_epochs", "patience"):
             typed = self._key(key.removeprefix("local_"))
             check_number(typed, getattr(self, key), whole=True, least=1, null=True)
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.weight not in (None, "held", "processed", "equal"):
-            raise ValueError(f"{self._key('weight')} is {self.weight!r}; it must be held, processed or equal")
+        check_choice(self._key("weight"), self.weight, None, *WEIGHTS)
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError(f"give either {self._key('steps')} or {self._key('epochs')}, and set the other to null")
         if self.patience is not None and self.local_epochs is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from fedsparse.core.checks import check_not_negative, check_positive, check_whole, finite
+from fedsparse.core.checks import check_not_negative, check_positive, check_whole
 
 Schedule = Callable[[int, int], float]
 
@@ -54,8 +54,4 @@ def check_schedule(schedule: Schedule, rounds: int) -> None:
             factor = schedule(round, rounds)
         except OverflowError:
             factor = math.inf
-        if not (finite(factor) and factor >= 0):
-            raise ValueError(
-                f"schedule multiplies optimizer.lr by {factor!r} in round {round + 1}; "
-                "it must be a finite number of 0 or more"
-            )
+        check_not_negative(f"the factor of optimizer.lr that schedule gives in round {round + 1}", factor)

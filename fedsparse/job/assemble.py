@@ -340,7 +340,6 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         untouched=cfg.server.untouched,
         phases=course.phases,
         schedule=instantiate(cfg.schedule),
-        model_length=problem.model_length,
     )
     return Method(
         instantiate(cfg.mask_rule),

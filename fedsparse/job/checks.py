@@ -203,10 +203,7 @@ def _check_average(average: AverageRows, taking_part: int) -> None:
         value = options.get(key)
         if value is None and (key == "keep" or key not in options):
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(
-                f"aggregation.average.{key} is {value!r}; of {taking_part} clients in a round it must be {least} to "
-                f"{most}"
-            )
+        typed = f"aggregation.average.{key}, of {taking_part} clients in a round,"
+        check_number(typed, value, whole=True, least=least, most=most)
     rows = options.get("attackers", 0) + 3
     average(torch.zeros(rows, 1), torch.ones(rows, 1, dtype=torch.bool), torch.ones(rows))

@@ -19,7 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from fedsparse.core.checks import check_flag, check_number, check_positive, check_share, finite
+from fedsparse.core.checks import check_choice, check_flag, check_number, check_positive, check_share
 from fedsparse.core.folder import LOCK, LOG, PARTITION, SUMMARY
 from fedsparse.core.precisions import PRECISIONS
 from fedsparse.job.budget import rounds_for_steps
@@ -191,43 +191,39 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
     for key in COUNTS:
         _check_count(key, OmegaConf.select(cfg, key))
     for key in OPTIONAL_COUNTS:
-        if OmegaConf.select(cfg, key) is not None:
-            _check_count(key, OmegaConf.select(cfg, key))
-    if cfg.federation.cohort != "auto":
-        _check_count("federation.cohort", cfg.federation.cohort, ", or auto")
+        _check_count(key, OmegaConf.select(cfg, key), null=True)
+    _check_count("federation.cohort", cfg.federation.cohort, word="auto")
     check_flag("federation.compile", cfg.federation.get("compile", False))
     for key in POSITIVE:
         check_positive(key, OmegaConf.select(cfg, key))
     check_number("optimizer.clip_norm", cfg.optimizer.clip_norm, above=0, null=True)
     check_flag("pictures", cfg.pictures)
-    if isinstance(cfg.seed, bool) or not isinstance(cfg.seed, int) or not 0 <= cfg.seed <= LARGEST_SEED:
-        raise ValueError(f"seed is {cfg.seed!r}; it must be a whole number from 0 to {LARGEST_SEED}")
+    check_number("seed", cfg.seed, whole=True, least=0, most=LARGEST_SEED)
     _check_server(cfg.server.optimizer)
     _check_precision(cfg.trainer.precision)
 
 
-def _check_count(key: str, value: Any, other: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{key} is {value!r}; it must be a whole number of 1 or more{other}")
-    if value > MOST:
-        raise ValueError(f"{key} is {value!r}; it must be a whole number from 1 to {MOST}{other}")
+def _check_count(key: str, value: Any, **others: Any) -> None:
+    """Refuse what is no count, or a larger one than any; the limit is named only where it is exceeded."""
+    check_number(key, value, whole=True, least=1, **others)
+    check_number(key, value, whole=True, least=1, most=MOST, **others)
 
 
 def _check_server(options: DictConfig) -> None:
     """Refuse numbers that torch's own optimizers take as they are."""
     for key, value in options.items():
-        if isinstance(value, float | int) and not isinstance(value, bool) and not finite(value):
-            raise ValueError(f"server.optimizer.{key!s} is {value!r}; it must be a finite number")
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            check_number(f"server.optimizer.{key!s}", value)
     if "momentum" in options:
         check_share("server.optimizer.momentum", options.momentum)
 
 
 def _check_precision(value: Any) -> None:
     """Refuse what Lightning does not call a precision, and its old names, which clients would take for float32."""
-    if str(value) not in PRECISIONS:
-        meant = {"16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true", "32": "32-true"}.get(str(value), "")
-        said = f"; write trainer.precision={meant}" if meant else f"; it must be one of {', '.join(PRECISIONS)}"
-        raise ValueError(f"trainer.precision is {value!r}{said}")
+    meant = {"16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true", "32": "32-true"}.get(str(value), "")
+    if meant:
+        raise ValueError(f"trainer.precision is {value!r}; write trainer.precision={meant}")
+    check_choice("trainer.precision", value, *PRECISIONS)
 
 
 register_resolvers()  # here, because the workers of a sweep import this file and call no main()

@@ -216,7 +216,15 @@ def _rounds(
     traffic = Traffic(folder / TRAFFIC if parallel.process() == 0 else None)
     traffic.drop_from(closed + 1)
     return FederatedRounds(
-        partial(method.federate, exchange=exchange, choice=choice, store=make(LOCAL), ledger=ledger, traffic=traffic)
+        partial(
+            method.federate,
+            exchange=exchange,
+            choice=choice,
+            store=make(LOCAL),
+            ledger=ledger,
+            traffic=traffic,
+            model_length=assembly.problem.model_length,
+        )
     )
 
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fedsparse.models.vision import check_outputs, seeded, start_head
+from fedsparse.core.checks import check_whole
+from fedsparse.models.vision import seeded, start_head
 
 
 class NextChar(nn.Module):
@@ -97,10 +98,9 @@ def next_char_lstm(
         ValueError: a size is below 1, or the dropout is not of [0, 1) or has nowhere to act.
 
     """
-    check_outputs(num_classes)
+    check_whole("model.net.num_classes", num_classes, 1)
     for name, size in (("vocabulary", vocabulary), ("embedding", embedding), ("hidden", hidden), ("layers", layers)):
-        if size < 1:
-            raise ValueError(f"model.net.{name} is {size}; it must be 1 or more")
+        check_whole(f"model.net.{name}", size, 1)
     if not 0 <= dropout < 1 or (dropout and layers == 1):
         raise ValueError(f"model.net.dropout is {dropout} with {layers} layers; give 0 or, between layers, below 1")
     net = seeded(lambda: NextChar(vocabulary, num_classes, embedding, hidden, layers, dropout), seed)

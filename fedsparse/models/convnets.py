@@ -14,7 +14,8 @@ from timm.layers.norm import GroupNorm
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-from fedsparse.models.vision import Net, check_outputs, seeded, start_head
+from fedsparse.core.checks import check_choice, check_whole
+from fedsparse.models.vision import Net, seeded, start_head
 
 STEMS = ("cifar", "imagenet")
 
@@ -39,8 +40,7 @@ def resnet18_gn(
         ValueError: the stem is neither, or there is no class.
 
     """
-    if stem not in STEMS:
-        raise ValueError(f"model.net.stem is {stem!r}; it must be {' or '.join(STEMS)}")
+    check_choice("model.net.stem", stem, *STEMS)
 
     def build() -> nn.Module:
         options = {"norm_layer": GroupNorm, "zero_init_last": False}
@@ -138,7 +138,7 @@ def _classifier(features: int, num_classes: int, dropout: float, width: int = 51
 
 def _started(build: Callable[[], Net], head: str, num_classes: int, std: float, seed: int) -> Net:
     """Build under a seed of its own, and start the head as every builder does."""
-    check_outputs(num_classes)
+    check_whole("model.net.num_classes", num_classes, 1)
     net = seeded(build, seed)
     start_head(net.get_submodule(head), std, seed)
     return net

@@ -16,8 +16,9 @@ import timm
 from timm.models import PretrainedCfg, adapt_input_conv
 from torch import Tensor, nn
 
+from fedsparse.core.checks import check_whole
 from fedsparse.models.loading import load_backbone
-from fedsparse.models.vision import check_outputs, seeded, start_head
+from fedsparse.models.vision import seeded, start_head
 
 COLOURS = 3  # channels of what nearly all nets of timm were pre-trained on
 
@@ -57,7 +58,7 @@ def timm_model(
             the checkpoint is missing, damaged, or of another net.
 
     """
-    check_outputs(num_classes)
+    check_whole("model.net.num_classes", num_classes, 1)
     classifier = _classifier(name)
     asked = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate or None, **options}
     net = seeded(lambda: _create(name, pretrained and checkpoint is None, asked), seed)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsparse.core.checks import check_whole
 from fedsparse.data.tokens import PACKAGED, TINY, need_transformers, quiet_transformers
-from fedsparse.models.vision import check_outputs, seeded, start_head
+from fedsparse.models.vision import seeded, start_head
 
 log = logging.getLogger("fedsparse")
 NEW = ("classifier.", "bert.pooler.")  # what a checkpoint may lack
@@ -74,7 +75,7 @@ def bert(
         ValueError: transformers is not installed, or the weights cannot be had or are not BERT's.
 
     """
-    check_outputs(num_classes)
+    check_whole("model.net.num_classes", num_classes, 1)
     need_transformers()  # before it is asked to be quiet
     place = checkpoint or (str(PACKAGED) if source == TINY else source)
     with quiet_transformers():

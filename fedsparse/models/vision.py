@@ -17,6 +17,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from fedsparse.core.checks import check_whole
 from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.models.loading import load_backbone
 
@@ -55,7 +56,7 @@ def vit_digits(
         ValueError: there is no class, or the checkpoint is missing, damaged, or of another model.
 
     """
-    check_outputs(num_classes)
+    check_whole("model.net.num_classes", num_classes, 1)
     net = seeded(lambda: _vit(num_classes, in_chans), seed)
     for block in net.blocks:
         vars(block.attn)["fused_attn"] = False  # timm's own switch for one layer, declared Final for its scripts
@@ -96,17 +97,6 @@ def conv(num_classes: int, in_chans: int, seed: int = 0) -> nn.Module:
         return nn.Sequential(layers)
 
     return seeded(build, seed)
-
-
-def check_outputs(num_classes: int) -> None:
-    """Refuse a head without outputs.
-
-    Raises:
-        ValueError: ``num_classes`` is not a number of 1 or more.
-
-    """
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes={num_classes}; the head needs at least 1 output")
 
 
 def seeded(build: Callable[[], Net], seed: int) -> Net:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsparse.core.checks import check_number
+from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.seeding import Purpose, generator
 from fedsparse.core.space import Patterns, matches
 from fedsparse.federation.exchange.wire.message import length
@@ -50,10 +50,8 @@ class Head:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if self.init not in INITS:
-            raise ValueError(f"head.init is {self.init!r}; it must be one of {', '.join(INITS)}")
-        if not isinstance(self.frozen, bool):
-            raise ValueError(f"head.frozen is {self.frozen!r}; it must be true or false")
+        check_choice("head.init", self.init, *INITS)
+        check_flag("head.frozen", self.frozen)
         check_number("head.ridge", self.ridge, least=0)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedsparse.core import parallel
-from fedsparse.core.checks import check_number
+from fedsparse.core.checks import check_choice, check_number
 from fedsparse.core.lines import RoundLines
 from fedsparse.core.seeding import Purpose, generator
 from fedsparse.data.rounds import Cohort
@@ -183,12 +183,11 @@ def _some(clients: Sequence[int], fraction: float, seed: int, round: int) -> lis
 def _check_some(key: str, given: Any, choices: Collection[str]) -> None:
     """Refuse anything but some of the choices."""
     if not isinstance(given, list | tuple) or not given or any(name not in choices for name in given):
-        raise ValueError(f"evaluation.{key} is {given}; it must be a list of some of {', '.join(choices)}")
+        raise ValueError(f"evaluation.{key} is {given!r}; it must be a list of some of {', '.join(choices)}")
 
 
 def _check(average: Any, every: Any, fraction: Any) -> None:
     """Refuse single values that cannot be meant."""
-    if average not in AVERAGES:
-        raise ValueError(f"evaluation.average is {average!r}; it must be {', '.join(AVERAGES[:-1])} or {AVERAGES[-1]}")
+    check_choice("evaluation.average", average, *AVERAGES)
     check_number("evaluation.every", every, whole=True, least=1)
     check_number("evaluation.fraction", fraction, above=0, most=1)

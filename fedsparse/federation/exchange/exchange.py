@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsparse.core.checks import check_choice
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Carry
 from fedsparse.federation.exchange.sparsifiers import Layout, Rule, Sender
@@ -118,8 +119,7 @@ class Exchange:
         compat: str | None = None,
         space: ParamSpace | None = None,
     ) -> None:
-        if payload not in PAYLOADS:
-            raise ValueError(f"exchange.payload is {payload!r}; it must be change or value")
+        check_choice("exchange.payload", payload, *PAYLOADS)
         if compat and payload != "value":
             raise ValueError("exchange.compat=original sends values: set exchange.payload=value and no feedback")
         self.masks, self.rule, self.payload, self.compat = masks, rule, payload, compat

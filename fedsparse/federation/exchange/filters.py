@@ -5,20 +5,19 @@ Shapes: K clients of the cohort, n coordinates that train.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fedsparse.core.checks import check_number
+from fedsparse.core.checks import check_choice, check_number
 from fedsparse.federation.exchange.exchange import Exchange, Filter, Send
 from fedsparse.federation.exchange.update import Payload, Update, counted
 from fedsparse.federation.stores.store import ClientStore, MemoryStore, read
 
 RESIDUAL = "residuals"
-PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+PRECISIONS = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 class Feedback(Filter):
@@ -59,17 +58,17 @@ class Precision(Filter):
     """Values travel with fewer bits.
 
     Args:
-        dtype: ``float16``, ``bfloat16``, or ``int8`` for 8-bit steps of the largest of each 256 values.
+        dtype: ``float16``, ``bfloat16``, or ``int8`` for 8-bit steps of the largest of each 256 values; None: as they
+            are.
 
     Raises:
         ValueError: another one.
 
     """
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str | None) -> None:
         super().__init__()
-        if dtype not in PRECISIONS:
-            raise ValueError(f"exchange.precision is {dtype!r}; it must be null, float16, bfloat16 or int8")
+        check_choice("exchange.precision", dtype, *PRECISIONS)
         self.dtype = PRECISIONS[dtype]
 
     def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
@@ -97,8 +96,7 @@ class SignFlip(Filter):
             raise ValueError(
                 f"exchange.attackers is {clients!r}; it must be null, how many clients attack, or a list of their ids"
             )
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ValueError(f"exchange.attack_scale is {scale!r}; it must be a finite number")
+        check_number("exchange.attack_scale", scale, double=True)
         self.clients = range(clients) if isinstance(clients, int) else frozenset(clients)
         self.last = clients - 1 if isinstance(clients, int) else max(clients, default=-1)
         self.scale = scale

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fedsparse.core.checks import finite
+
 Fraction = float | Sequence[float] | Mapping[int, float]
 
 
@@ -27,7 +29,7 @@ def check_fraction(fraction: Fraction, clients: int | None = None) -> None:
     """
     listed = list(fraction.values()) if isinstance(fraction, Mapping) else fraction
     numbers = listed if isinstance(listed, Sequence) else [listed]
-    good = all(isinstance(f, int | float) and not isinstance(f, bool) and 0 < f <= 1 for f in numbers)
+    good = all(finite(f) and 0 < f <= 1 for f in numbers)
     if isinstance(fraction, Mapping):
         good = good and 0 in fraction and all(isinstance(start, int) and start >= 0 for start in fraction)
     if not good or not len(numbers):

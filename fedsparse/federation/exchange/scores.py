@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fedsparse.core.checks import check_choice, check_number
 from fedsparse.masks.topk import count, mark
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -34,8 +35,7 @@ def score(rule: str) -> Score:
         ValueError: another name.
 
     """
-    if rule not in SCORES:
-        raise ValueError(f"exchange.by is {rule!r}; it must be one of {', '.join(SCORES)}")
+    check_choice("exchange.by", rule, *SCORES)
     return SCORES[rule]
 
 
@@ -73,8 +73,7 @@ def kept(fraction: float, n: int) -> int:
         ValueError: a fraction that is not above 0 and at most 1.
 
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"exchange.fraction is {fraction!r}; it must be above 0 and at most 1")
+    check_number("exchange.fraction", fraction, above=0, most=1)
     return min(n, max(1, count(fraction, n)))
 
 

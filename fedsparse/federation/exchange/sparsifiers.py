@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedsparse.core.checks import check_number
+from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.core.space import Patterns, matches
 from fedsparse.federation.exchange.fractions import Fraction, check_fraction, fraction_of
@@ -89,10 +89,8 @@ class TopK:
     ) -> None:
         score(by)
         check_fraction(fraction)
-        if scope not in ("global", "tensor"):
-            raise ValueError(f"exchange.scope is {scope!r}; it must be global or tensor")
-        if compat not in (None, "original"):
-            raise ValueError(f"exchange.compat is {compat!r}; it must be null or original")
+        check_choice("exchange.scope", scope, "global", "tensor")
+        check_choice("exchange.compat", compat, None, "original")
         self.by, self.fraction, self.scope, self.compat = by, fraction, scope, compat
 
     def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
@@ -180,9 +178,8 @@ class Layers:
             raise ValueError("give either exchange.threshold or exchange.percentage, and set the other to null")
         check_number("exchange.percentage", percentage, above=0, most=1, null=True)
         check_number("exchange.threshold", threshold, least=0, null=True)
-        for key, value in (("more", more), ("normalise", normalise)):
-            if not isinstance(value, bool):
-                raise ValueError(f"exchange.{key} is {value!r}; it must be true or false")
+        check_flag("exchange.more", more)
+        check_flag("exchange.normalise", normalise)
         self.threshold, self.percentage, self.more, self.normalise = threshold, percentage, more, normalise
 
     def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:

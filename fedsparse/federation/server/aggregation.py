@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fedsparse.core import parallel
+from fedsparse.core.checks import check_choice
 from fedsparse.core.subspace import CHUNK
 from fedsparse.federation.exchange.update import Update
-from fedsparse.federation.server.robust import Averaged, check_denominator, krum, multi_krum
+from fedsparse.federation.server.robust import DENOMINATORS, Averaged, krum, multi_krum
 
 AverageRows = Callable[[Tensor, Tensor, Tensor], Averaged]
 
@@ -131,7 +132,7 @@ class WeightedMean:
     per_step = False  # whether a client's change is divided by its steps
 
     def __init__(self, denominator: str = "senders") -> None:
-        check_denominator(denominator)
+        check_choice("aggregation.denominator", denominator, *DENOMINATORS)
         self.denominator = denominator
 
     def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fedsparse.core.checks import check_number
+from fedsparse.core.checks import check_choice, check_number
 from fedsparse.federation.exchange.update import finite_rows
 
 DENOMINATORS = ("senders", "participants")
@@ -42,24 +42,13 @@ def coordinate_mean(values: Tensor, sent: Tensor, weight: Tensor, denominator: s
         ValueError: another denominator.
 
     """
-    check_denominator(denominator)
+    check_choice("aggregation.denominator", denominator, *DENOMINATORS)
     values, sent, weight, _ = _counted(values, sent, weight)
     summed = (weight[:, None] * values).sum(0)
     senders = (weight[:, None] * sent).sum(0)
     touched = senders > 0
     divisor = senders if denominator == "senders" else weight.sum().expand_as(senders)
     return torch.where(touched, summed / torch.where(touched, divisor, 1.0), 0.0), touched
-
-
-def check_denominator(denominator: str) -> None:
-    """Refuse an unknown denominator.
-
-    Raises:
-        ValueError: says what it may be.
-
-    """
-    if denominator not in DENOMINATORS:
-        raise ValueError(f"aggregation.denominator is {denominator!r}; it must be senders or participants")
 
 
 def trimmed_mean(values: Tensor, sent: Tensor, weight: Tensor, trim: float = 0.2) -> Averaged:

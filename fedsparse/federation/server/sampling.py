@@ -22,14 +22,12 @@ def participants(per_round: float | int, num_clients: int, key: str = "federatio
     >>> participants(0.5, 20), participants(3, 20), participants(1.0, 20)
     (10, 3, 20)
     """
-    if isinstance(per_round, bool) or not isinstance(per_round, int | float):
-        raise ValueError(f"{key} is {per_round!r}; it must be a count or a fraction")
-    if isinstance(per_round, int) and 1 <= per_round <= num_clients:
+    if isinstance(per_round, int) and not isinstance(per_round, bool) and 1 <= per_round <= num_clients:
         return per_round
-    if isinstance(per_round, float) and math.isfinite(per_round) and 0 < per_round <= 1:
+    if isinstance(per_round, float) and 0 < per_round <= 1:
         return max(1, math.floor(per_round * num_clients + 0.5))
     raise ValueError(
-        f"{key} is {per_round}; it must be a count from 1 to {num_clients}, or a fraction above 0 and up to 1.0"
+        f"{key} is {per_round!r}; it must be a count from 1 to {num_clients}, or a fraction above 0 and up to 1.0"
     )
 
 

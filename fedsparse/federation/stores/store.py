@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core import files
+from fedsparse.core.checks import check_choice
 from fedsparse.core.subspace import Carry
 
 KINDS = ("memory", "file")
@@ -213,6 +214,5 @@ def make_store(kind: str, path: Path) -> ClientStore:
         ValueError: another name.
 
     """
-    if kind not in KINDS:
-        raise ValueError(f"federation.store is {kind!r}; it must be memory or file")
+    check_choice("federation.store", kind, *KINDS)
     return MemoryStore() if kind == "memory" else FileStore(path)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedsparse.core.checks import check_number
 from fedsparse.federation.exchange.wire.positions import Coding, read_positions, size_range, write_positions
 from fedsparse.federation.exchange.wire.values import CODES, DTYPES, raw, read_values, values_size, write_values
 
@@ -146,8 +147,7 @@ def encode(
     dtype = dtype or row.dtype
     _check_dtypes(row, dtype)
     for name, number in (("weight", weight), ("steps", steps)):
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, not {number}")
+        check_number(name, number, least=0, double=True)
     marks = _marks(row, sent, mask)
     values = _chosen(row.detach().cpu(), sent if sent is not None else mask)
     coding, positions = write_positions(marks)
