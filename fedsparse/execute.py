@@ -26,7 +26,7 @@ from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.weights import save_weights
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.federation.masking import MaskChoice, zero
+from fedsparse.federation.masking import MaskSchedule, zero
 from fedsparse.federation.reports import Diverged
 from fedsparse.finished import WEIGHTS
 from fedsparse.masks import Mask
@@ -40,7 +40,7 @@ from fedsparse.prepare import (
     mean_client_overlap,
     prepare,
     record,
-    save_guidance,
+    save_deviation,
     sparsity_of,
 )
 from fedsparse.resume import Job
@@ -85,7 +85,7 @@ class Training:
     trainer: lightning.Trainer
     rounds: FederatedRounds
     callbacks: fitting.Callbacks
-    choice: MaskChoice
+    choice: MaskSchedule
 
 
 def execute(job: Job) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _lead(job: Job) -> dict[str, Any]:
     _stopped(job, training)
     save_weights(federation.net, job.folder / WEIGHTS)  # first, whatever may go wrong with figures of it
     if job.cfg.explore.get("save") and training.choice.observed is not None:
-        save_guidance(job.folder, federation.space.unflatten(training.choice.observed.cpu()))
+        save_deviation(job.folder, federation.space.unflatten(training.choice.observed.cpu()))
     if training.choice.mask is not start.found.mask or not (job.folder / PICTURE).exists():
         draw(job, training.choice.mask)  # once, however often it was chosen anew
     summary = _summary(job, federation, start.found, training)
@@ -186,11 +186,11 @@ def _train(job: Job, federation: build.Parts, module: ClientModule, start: Start
     return Training(trainer, rounds, callbacks, choice)
 
 
-def _choice(job: Job, federation: build.Parts, found: Calibrated, leads: bool) -> MaskChoice:
+def _choice(job: Job, federation: build.Parts, found: Calibrated, leads: bool) -> MaskSchedule:
     """Make what chooses masks while clients train; the leading process writes them down."""
-    tell = partial(record, job) if leads else _silent
+    report = partial(record, job) if leads else _silent
     rule, sparsity = instantiate(job.cfg.mask_rule), build.build_sparsity(job.cfg, federation.net)
-    return MaskChoice(rule, sparsity, federation.space, job.cfg.seed, found.mask, tell, found.observed)
+    return MaskSchedule(rule, sparsity, federation.space, job.cfg.seed, found.mask, report, found.observed)
 
 
 def _silent(mask: Mask) -> Mask:
@@ -291,12 +291,12 @@ def _exchanged(job: Job) -> dict[str, Any]:
 
 
 def _stored(job: Job, federation: build.Parts, checkpoint: Path) -> Calibrated:
-    """Take the masks of a checkpoint, under the words of the run's mask file."""
+    """Take the masks of a checkpoint, under the metadata of the run's mask file."""
     state = read_checkpoint(checkpoint, federation.space)["state_dict"]
     path = job.folder / MASK
-    words = Mask.load(path).metadata if path.is_file() else {}
-    overlap = tuple(json.loads(words.get(OVERLAP, "[]")))
-    return Calibrated(Mask(federation.space.unflatten(state["mask"]), words), state["bitmaps"], overlap)
+    metadata = Mask.load(path).metadata if path.is_file() else {}
+    overlap = tuple(json.loads(metadata.get(OVERLAP, "[]")))
+    return Calibrated(Mask(federation.space.unflatten(state["mask"]), metadata), state["bitmaps"], overlap)
 
 
 def _checkpoint(job: Job, federation: build.Parts) -> Path | None:

@@ -25,7 +25,7 @@ from fedsparse.federation.combinations import check_names
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.exchange.traffic import Traffic
 from fedsparse.federation.federation import Federation
-from fedsparse.federation.masking import MaskChoice
+from fedsparse.federation.masking import MaskSchedule
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.stores.store import ClientStore, make_store
 from fedsparse.limits import seconds_of
@@ -47,7 +47,7 @@ TRAFFIC = "traffic.csv"
 def build_rounds(
     cfg: DictConfig,
     parts: Parts,
-    choice: MaskChoice,
+    choice: MaskSchedule,
     ledger: Ledger,
     module: ClientModule,
     folder: Path,
@@ -124,7 +124,7 @@ def build_callbacks(
     cfg: DictConfig,
     rounds: FederatedRounds,
     federation: Parts,
-    choice: MaskChoice,
+    choice: MaskSchedule,
     folder: Path,
     shared: bool = False,
 ) -> Callbacks:

@@ -34,15 +34,23 @@ from fedsparse.masks import Mask, MaskRule, overlaps
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import FromFile
 from fedsparse.preparation.cache import Cache, source_of
-from fedsparse.preparation.calibration import Calibrated, Calibration, Work, calibrate, calibrate_clients, observe
+from fedsparse.preparation.calibration import (
+    Calibrated,
+    Calibration,
+    CalibrationJob,
+    calibrate,
+    calibrate_clients,
+    observe,
+)
 from fedsparse.preparation.head import Head, prepare_head
-from fedsparse.preparation.setting import Setting
+from fedsparse.preparation.preparation import Preparation
 from fedsparse.resume import Job
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.trial import try_out
 
 log = logging.getLogger("fedsparse")
-MASK, CLIENT_MASKS, GUIDANCE = "mask.safetensors", "client_masks.safetensors", "guidance.safetensors"
+MASK, CLIENT_MASKS = "mask.safetensors", "client_masks.safetensors"
+DEVIATION = "guidance.safetensors"  # the name in run folders of every version
 PICTURE = "mask.png"
 OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed run reports it too
 
@@ -58,13 +66,13 @@ def _prepare(job: Job, federation: build.Parts, module: ClientModule, ledger: Le
     check_phases(phases, rule, job.cfg)
     if job.cfg.pictures:
         results.save_partition(federation, job.choices.get("partition", ""), job.folder / "partition.png")
-    setting = build_setting(job.cfg, federation, ledger, module)
-    try_out(module, *setting.take(federation.dataset.train, np.arange(min(2, len(federation.dataset.train.y)))))
+    preparation = build_preparation(job.cfg, federation, ledger, module)
+    try_out(module, *preparation.take(federation.dataset.train, np.arange(min(2, len(federation.dataset.train.y)))))
     if phases.has("head"):
         with shown("head"):
-            start_head(job.cfg, setting, phases.prepares("head"))
+            start_head(job.cfg, preparation, phases.prepares("head"))
     with shown("calibrate") if phases.has("calibrate") else nullcontext():
-        found = choose_mask(job.cfg, setting, rule, phases)
+        found = choose_mask(job.cfg, preparation, rule, phases)
     if phases.explore is not None:
         return found
     if isinstance(rule, FromFile):
@@ -119,7 +127,7 @@ def shown(phase: str) -> Iterator[None]:
 
 
 def record(job: Job, chosen: Mask, bitmaps: Tensor | None = None, overlap: Sequence[float] = ()) -> Mask:
-    """Write a mask into the run folder; returns it with the words that the file has."""
+    """Write a mask into the run folder; returns it with the metadata of the file."""
     rule = job.choices.get("mask_rule", chosen.metadata["rule"])
     mask = Mask(chosen.tensors, chosen.metadata | {"rule": rule, OVERLAP: json.dumps(overlap)})
     if mask.density == 0:
@@ -135,10 +143,10 @@ def draw(job: Job, mask: Mask) -> None:
         results.picture(job.folder / PICTURE, lambda: mask_figure(mask, title=title))
 
 
-def build_setting(cfg: DictConfig, federation: build.Parts, ledger: Ledger, module: ClientModule) -> Setting:
+def build_preparation(cfg: DictConfig, federation: build.Parts, ledger: Ledger, module: ClientModule) -> Preparation:
     """Gather what head and mask are prepared on, and move the network to its device."""
     device = build_device(cfg)
-    return Setting(
+    return Preparation(
         net=federation.net.to(device),
         space=federation.space,
         dataset=federation.dataset,
@@ -154,49 +162,49 @@ def build_setting(cfg: DictConfig, federation: build.Parts, ledger: Ledger, modu
     )
 
 
-def start_head(cfg: DictConfig, setting: Setting, steps: int) -> None:
+def start_head(cfg: DictConfig, preparation: Preparation, steps: int) -> None:
     """Prepare the head in so many steps: every run of a seed starts from the same one, whatever its mask rule."""
     head, lr = Head(**cfg.head), cfg.calibration.head_lr
     if head.init == "random":
         return
-    read = {**_plain(cfg, "head"), "steps": steps, "lr": lr, "sampled": _sampled(setting, Purpose.HEAD, steps)}
+    read = {**_plain(cfg, "head"), "steps": steps, "lr": lr, "sampled": _sampled(preparation, Purpose.HEAD, steps)}
     Cache(cfg.calibration.cache).head(
-        setting,
+        preparation,
         read | {"client": _plain(cfg, "client")},
         cfg.model.head,
-        lambda: prepare_head(setting, head, cfg.model.head, steps, lr),
+        lambda: prepare_head(preparation, head, cfg.model.head, steps, lr),
     )
 
 
-def choose_mask(cfg: DictConfig, setting: Setting, rule: MaskRule, phases: Phases) -> Calibrated:
+def choose_mask(cfg: DictConfig, preparation: Preparation, rule: MaskRule, phases: Phases) -> Calibrated:
     """Choose what trains in the first round: calibrate, or take the masks of the same calibration.
 
     Where clients explore first, everything trains until they have.
     """
     calibration = Calibration(**{**cfg.calibration, "rounds": phases.prepares("calibrate")})
-    work = Work(rule, build.build_sparsity(cfg, setting.net), calibration, cfg.model.head)
+    job = CalibrationJob(rule, build.build_sparsity(cfg, preparation.net), calibration, cfg.model.head)
     if phases.explore is not None:
-        everything = Mask.of(setting.space, torch.ones(setting.space.size, dtype=torch.bool), rule="Dense")
-        return Calibrated(everything, observed=observe(setting, work))
+        everything = Mask.of(preparation.space, torch.ones(preparation.space.size, dtype=torch.bool), rule="Dense")
+        return Calibrated(everything, observed=observe(preparation, job))
     choose = calibrate_clients if build.own_masks(cfg) else calibrate
-    again = work.sparsity.schedule is not None or work.sparsity.renew_every is not None
+    again = job.sparsity.schedule is not None or job.sparsity.renew_every is not None
     if again or not (rule.needs_data or rule.iterations):  # what is asked again needs all that the rule knows
-        return choose(setting, work)
+        return choose(preparation, job)
     read = {key: _plain(cfg, key) for key in ("mask_rule", "sparsity", "calibration", "mask")}
     del read["calibration"]["cache"]
     read["calibration"]["rounds"] = calibration.rounds
-    read["sampled"] = _sampled(setting, Purpose.CALIBRATION, calibration.rounds)
+    read["sampled"] = _sampled(preparation, Purpose.CALIBRATION, calibration.rounds)
     read |= {"client": _plain(cfg, "client"), "rule": source_of(rule)}
-    return Cache(calibration.cache).calibrated(setting, read, lambda: choose(setting, work))
+    return Cache(calibration.cache).calibrated(preparation, read, lambda: choose(preparation, job))
 
 
 def _plain(cfg: DictConfig, key: str) -> Any:
     return OmegaConf.to_container(cfg[key], resolve=True)
 
 
-def _sampled(setting: Setting, purpose: Purpose, rounds: int) -> list[list[int]]:
+def _sampled(preparation: Preparation, purpose: Purpose, rounds: int) -> list[list[int]]:
     """Who takes part in each round of a preparation."""
-    return [list(setting.sample(round, purpose)) for round in range(rounds)]
+    return [list(preparation.sample(round, purpose)) for round in range(rounds)]
 
 
 def write(folder: Path, mask: Mask, bitmaps: torch.Tensor) -> None:
@@ -208,9 +216,9 @@ def write(folder: Path, mask: Mask, bitmaps: torch.Tensor) -> None:
         log.info("density %-30s %.4f", layer, density)
 
 
-def save_guidance(folder: Path, found: Mapping[str, Tensor]) -> None:
+def save_deviation(folder: Path, found: Mapping[str, Tensor]) -> None:
     """Write what exploring clients found, by tensor, beside the masks: ``explore.save=true`` asks for it."""
-    files.write(folder / GUIDANCE, save({name: part.contiguous() for name, part in found.items()}))
+    files.write(folder / DEVIATION, save({name: part.contiguous() for name, part in found.items()}))
 
 
 def sparsity_of(mask: Mask, always: torch.Tensor, space: ParamSpace) -> float:

@@ -1,4 +1,4 @@
-"""mask_rule=autoflip: guidance, agreement and the original's quantile, by hand."""
+"""mask_rule=autoflip: deviation, agreement and the original's quantile, by hand."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fedsparse.masks.rules import AutoFLIP, MaskRule
 
 SPACE = ParamSpace(["w", "b", "head"], [torch.Size([5]), torch.Size([3]), torch.Size([2])])
 # minmax: w 1/4, 0, 1/2, 1, 3/4;  b 0, 1, 0.1;  the head is constant: 0
-GUIDANCE = torch.tensor([2.0, 1.0, 3.0, 5.0, 4.0, 0.0, 1.0, 0.1, 9.0, 9.0], dtype=torch.float64)
+DEVIATION = torch.tensor([2.0, 1.0, 3.0, 5.0, 4.0, 0.0, 1.0, 0.1, 9.0, 9.0], dtype=torch.float64)
 ROW = torch.zeros(10)
 
 
-def kept(rule, sparsity, observed=GUIDANCE, **options):
+def kept(rule, sparsity, observed=DEVIATION, **options):
     return rule.mask(SPACE, ROW, sparsity, observed, **options).row(SPACE).nonzero().flatten().tolist()
 
 
@@ -30,12 +30,12 @@ def kept(rule, sparsity, observed=GUIDANCE, **options):
         ("none", [2, 3, 4, 8, 9]),
     ],
 )
-def test_exactly_k_of_the_normalised_guidance(how, expected):
+def test_exactly_k_of_the_normalised_deviation(how, expected):
     assert kept(AutoFLIP(how), Sparsity(5 / 8, always_train="head")) == expected
 
 
 def test_an_outlier_decides_with_minmax_and_not_with_rank():
-    outlier = GUIDANCE.clone()
+    outlier = DEVIATION.clone()
     outlier[3] = 1e12
     sparsity = Sparsity(5 / 8, always_train="head")
     assert kept(AutoFLIP("minmax"), sparsity, outlier) == [3, 6, 7, 8, 9]  # the rest of w is as good as 0
@@ -43,7 +43,7 @@ def test_an_outlier_decides_with_minmax_and_not_with_rank():
 
 
 def test_min_density_guards_the_tensor_of_an_outlier():
-    outlier = GUIDANCE.clone()
+    outlier = DEVIATION.clone()
     outlier[3] = 1e12
     sparsity = Sparsity(0.5, min_density=0.4, always_train="head")
     assert kept(AutoFLIP("minmax"), sparsity, outlier) == [3, 4, 6, 7, 8, 9]
@@ -77,7 +77,7 @@ def test_agreement_is_the_size_of_the_weighted_mean_sign():
     assert torch.equal(rule.remember(torch.ones(3), mean), mean)  # the last round alone
 
 
-def test_agreement_is_added_to_the_guidance():
+def test_agreement_is_added_to_the_deviation():
     memory = torch.zeros(10, dtype=torch.float64)
     memory[1], memory[5] = -0.9, 0.6  # 0 + 0.9 and 0 + 0.6 against 1, 0.75, 1
     sparsity = Sparsity(5 / 8, always_train="head")
@@ -87,14 +87,14 @@ def test_agreement_is_added_to_the_guidance():
 
 
 def test_what_did_not_train_counts_with_the_mean_agreement_and_can_come_back():
-    """Guidance 0.5 waits, 0.6 trains: agreement 0.1 of it and 0.9 of another one leave it 0.7, the waiting one 1.0."""
+    """Deviation 0.5 waits, 0.6 trains: agreement 0.1 of it and 0.9 of another one leave it 0.7, the waiting one 1.0."""
     rule, space = AutoFLIP("none", refine=True), ParamSpace(["w"], [torch.Size([3])])
     told = torch.tensor([-0.9, 0.1], dtype=torch.float64)  # of coordinates 0 and 1
     assert rule.unheard(told) == pytest.approx(0.5)
     assert MaskRule().unheard(told) == 0.0  # of other rules
     memory = torch.tensor([-0.9, 0.1, 0.5], dtype=torch.float64)
-    guidance = torch.tensor([0.7, 0.6, 0.5], dtype=torch.float64)
-    mask = rule.mask(space, torch.zeros(3), Sparsity(1 / 3), guidance, memory=memory)
+    deviation = torch.tensor([0.7, 0.6, 0.5], dtype=torch.float64)
+    mask = rule.mask(space, torch.zeros(3), Sparsity(1 / 3), deviation, memory=memory)
     assert mask.row(space).tolist() == [True, False, True]
 
 
@@ -107,10 +107,10 @@ def test_what_it_asks_of_the_protocol():
         AutoFLIP().mask(SPACE, ROW, Sparsity())
 
 
-def test_the_guidance_handed_in_stays_as_it_was():
-    observed, memory = GUIDANCE.clone(), torch.ones(10, dtype=torch.float64)
+def test_the_deviation_handed_in_stays_as_it_was():
+    observed, memory = DEVIATION.clone(), torch.ones(10, dtype=torch.float64)
     AutoFLIP("none", refine=True).mask(SPACE, ROW, Sparsity(), observed, memory=memory)
-    assert torch.equal(observed, GUIDANCE)
+    assert torch.equal(observed, DEVIATION)
     assert torch.equal(memory, torch.ones(10, dtype=torch.float64))
 
 

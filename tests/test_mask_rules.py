@@ -29,6 +29,11 @@ class Distance(MaskRule):
         return (row - 0.5).square()
 
 
+def configured(option):
+    """The rule of a YAML, as it stands."""
+    return lambda file: instantiate(OmegaConf.load(CONF / "mask_rule" / f"{option}.yaml"))
+
+
 RULES = {  # name: (how to build it, whether it keeps exactly k)
     "least_sensitive": (lambda file: rules.Fisher(largest=False), True),
     "most_sensitive": (lambda file: rules.Fisher(largest=True), True),
@@ -40,7 +45,7 @@ RULES = {  # name: (how to build it, whether it keeps exactly k)
     "lowest_magnitude": (lambda file: rules.Magnitude(largest=False), True),
     "autoflip": (lambda file: rules.AutoFLIP("robust"), True),  # with minmax every tensor's best score is 1
     "autoflip_refined": (lambda file: rules.AutoFLIP("rank", refine=True), True),
-    "snip": (lambda file: rules.Snip(), True),
+    "snip": (configured("snip"), True),
     "synflow": (lambda file: rules.SynFlow(20), True),
     "movement": (lambda file: rules.Movement(), True),
     "random": (lambda file: rules.Random(), True),

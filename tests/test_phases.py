@@ -20,7 +20,7 @@ from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.client.early_stopping import Patience
 from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.federation.exchange.wire.positions import write_positions
-from fedsparse.federation.masking import Guide
+from fedsparse.federation.masking import ClientMean
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import EveryUpdateDropped
 from fedsparse.federation.server.aggregation import FedNova
@@ -413,7 +413,7 @@ def test_fednova_counts_the_steps_that_patience_leaves(tmp_path, cohort):
 
 def test_nothing_is_summed_up_for_a_rule_that_does_not_listen(monkeypatch, tmp_path):
     sizes = []
-    monkeypatch.setattr(masking, "Guide", lambda size, device: sizes.append(size) or Guide(size, device))
+    monkeypatch.setattr(masking, "ClientMean", lambda size, device: sizes.append(size) or ClientMean(size, device))
     Small(small_net(), small_data(), uneven_parts()).fit(2, tmp_path)
     staged([LEARN], Random()).fit(2, tmp_path)
     assert sizes == []

@@ -31,7 +31,7 @@ from fedsparse.data.samples import Mapped, stamp
 from fedsparse.data.stream import CohortStream, gathered
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.preparation.cache import fingerprint
-from fedsparse.prepare import build_setting
+from fedsparse.prepare import build_preparation
 from fedsparse.resume import read_job
 from fedsparse.simulation import tracking
 from fedsparse.simulation.csv_logger import read_rows
@@ -369,7 +369,7 @@ def test_what_is_prepared_is_kept_for_the_files_it_was_prepared_on(tmp_path, run
 
     def found():
         federation = build.build_federation(cfg)
-        return fingerprint(build_setting(cfg, federation, Ledger(), build.build_module(cfg, federation)), {})
+        return fingerprint(build_preparation(cfg, federation, Ledger(), build.build_module(cfg, federation)), {})
 
     first = found()
     assert found() == first

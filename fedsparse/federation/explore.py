@@ -12,7 +12,7 @@ from fedsparse.data.rounds import Cohort
 from fedsparse.federation.exchange.admission import counted
 from fedsparse.federation.exchange.update import Payload, Start, Update
 from fedsparse.federation.exchange.wire.message import known_size
-from fedsparse.federation.masking import Guide
+from fedsparse.federation.masking import ClientMean
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import Report
 from fedsparse.federation.round import Round
@@ -30,7 +30,7 @@ class Explore(Round):
 
     def __init__(self, federation: Federation, number: int, phase: Phase, lr: float) -> None:
         super().__init__(federation, number, phase, lr)
-        self.guide = Guide(federation.server.subspace.size, federation.server.rows.device)
+        self.deviation = ClientMean(federation.server.subspace.size, federation.server.rows.device)
         self.chain: Tensor | None = None
 
     def send(self, cohort: Cohort) -> Start:
@@ -53,7 +53,7 @@ class Explore(Round):
     def receive(self, cohort: Cohort, payload: Payload) -> None:
         """Add up the squared deviations, and hand the model on; clients keep nothing."""
         update, group = payload.update, self.federation.topology.group(cohort.clients)
-        self.guide.add(update.rows.square(), update.weight, update.loss)
+        self.deviation.add(update.rows.square(), update.weight, update.loss)
         if self.phase.updates_model and counted(update):
             assert update.values is not None
             self.chain = update.values[:1].clone()
@@ -62,7 +62,7 @@ class Explore(Round):
 
     def _step(self) -> Change | None:
         """Tell the mask rule the mean squared deviation; the global row stays, or is where the last client stopped."""
-        f, found = self.federation, self.guide.finish()
+        f, found = self.federation, self.deviation.finish()
         if found is None:
             return None
         if f.choice is not None and f.choice.rule.explores and self.phase.informs_mask:

@@ -23,7 +23,7 @@ from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.exchange.traffic import Traffic
 from fedsparse.federation.explore import Explore
-from fedsparse.federation.masking import MaskChoice
+from fedsparse.federation.masking import MaskSchedule
 from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.reports import Dropped, Report, named
 from fedsparse.federation.round import Round
@@ -86,7 +86,7 @@ class Federation:
         untouched: str = "hold",
         phases: Phases | None = None,
         schedule: Schedule = constant,
-        choice: MaskChoice | None = None,
+        choice: MaskSchedule | None = None,
         store: ClientStore | None = None,
         ledger: Ledger | None = None,
         traffic: Traffic | None = None,
@@ -205,7 +205,7 @@ class Federation:
             store.saved()
 
 
-def _check_groups(topology: Topology, choice: MaskChoice | None, phases: Phases) -> None:
+def _check_groups(topology: Topology, choice: MaskSchedule | None, phases: Phases) -> None:
     """Refuse a mask that changes while clients of several groups hold other values of what stops training.
 
     Raises:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedsparse.masks.compare import overlaps
+from fedsparse.masks.deviations import deviation, normalise
 from fedsparse.masks.gradual import Gradual
-from fedsparse.masks.guidance import deviation, normalise
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.quantiles import above_quantile
 from fedsparse.masks.rule import MaskRule

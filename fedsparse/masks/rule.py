@@ -176,4 +176,4 @@ class MaskRule:
         """
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         chosen = select(self.scores(row, observed, generator), space, sparsity, largest=self.largest)
-        return Mask.of(space, chosen, rule=type(self).__name__, **sparsity.words)
+        return Mask.of(space, chosen, rule=type(self).__name__, **sparsity.metadata)

@@ -102,10 +102,10 @@ class Sparsity:
         return scheduled or (self.renew_every is not None and round % self.renew_every == 0)
 
     @property
-    def words(self) -> dict[str, str]:
-        """Say it in a mask's metadata: the ratio, or scope and rank.
+    def metadata(self) -> dict[str, str]:
+        """What a mask file says of it: the ratio, or scope and rank.
 
-        >>> Sparsity(0.8).words, Sparsity(scope="shira", rank=4).words
+        >>> Sparsity(0.8).metadata, Sparsity(scope="shira", rank=4).metadata
         ({'ratio': '0.8'}, {'scope': 'shira', 'rank': '4'})
         """
         return {"scope": "shira", "rank": str(self.rank)} if self.scope == "shira" else {"ratio": str(self.ratio)}

@@ -58,4 +58,4 @@ class Thinned(MaskRule):
         name = type(self).__name__
         if observed is None or observed.dtype != torch.bool:
             raise ValueError(f"{name} needs calibration rounds: hand in the state that take() returned, bool (P,)")
-        return Mask.of(space, observed, rule=name, **sparsity.words)
+        return Mask.of(space, observed, rule=name, **sparsity.metadata)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsparse.core.checks import check_choice, check_flag
 from fedsparse.core.space import ParamSpace
-from fedsparse.masks.guidance import check_how, normalise
+from fedsparse.masks.deviations import check_how, normalise
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.quantiles import above_quantile
 from fedsparse.masks.rule import MaskRule
@@ -21,7 +21,7 @@ from fedsparse.masks.sparsity import Sparsity
 
 
 class AutoFLIP(MaskRule):
-    r"""Scores by the guidance: the squared deviation of the exploring clients, normalised tensor by tensor.
+    r"""Scores by the squared deviation of the exploring clients, normalised tensor by tensor.
 
     With ``refine`` the clients' agreement in the last training round is added, as outlined in the paper's later
     versions:
@@ -29,11 +29,11 @@ class AutoFLIP(MaskRule):
     .. math:: s_j = g_j + \left| \sum_k w_k \, \mathrm{sign}(\Delta_{kj}) / \sum_k w_k \right|
 
     with :math:`\Delta_{kj}` the update of client k and :math:`w_k` its weight. The second term lies in [0, 1]; where
-    nothing trained it is the mean of where something did, so that of two coordinates of equal guidance one that clients
-    disagree about gives way to one that waits.
+    nothing trained it is the mean of where something did, so that of two coordinates of equal deviation the one that
+    clients disagree about gives way to the one that does not train.
 
     Args:
-        normalise: ``minmax`` (the original's default), ``robust``, ``rank`` or ``none``; see ``guidance.normalise``.
+        normalise: ``minmax`` (the original's default), ``robust``, ``rank`` or ``none``; see ``deviations.normalise``.
         compat: None keeps exactly k; ``original`` keeps what lies strictly above the linearly interpolated quantile
             ``sparsity.ratio`` of all scores, those of ``always_train`` included: fewer than k where scores tie. The
             original prunes every tensor, biases and the output layer too: that is ``sparsity.always_train=[]``. Its
@@ -82,7 +82,7 @@ class AutoFLIP(MaskRule):
             space: the coordinates.
             row: not read.
             sparsity: how many train.
-            observed: the guidance before it is normalised (P,); see ``scores.deviation``.
+            observed: the deviation before it is normalised (P,); see ``deviations.deviation``.
             generator: not read.
             memory: signed agreement of the last round (P,), read with ``refine``.
 
@@ -97,7 +97,7 @@ class AutoFLIP(MaskRule):
         if self.refine and memory is not None:
             scores += memory.abs()
         chosen = _strict(scores, space, sparsity) if self.compat else select(scores, space, sparsity, largest=True)
-        return Mask.of(space, chosen, rule=type(self).__name__, **sparsity.words)
+        return Mask.of(space, chosen, rule=type(self).__name__, **sparsity.metadata)
 
 
 def _strict(scores: Tensor, space: ParamSpace, sparsity: Sparsity) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fedsparse.core.checks import check_choice, check_number, check_whole
 from fedsparse.core.space import ParamSpace
 from fedsparse.masks.gradients import Forward, Losses
+from fedsparse.masks.rules.fisher import Fisher
 from fedsparse.masks.scores import Batches, trainable_space
-from fedsparse.masks.sensitivity import Fisher
 from fedsparse.masks.thinned import Thinned
 from fedsparse.masks.topk import top_fraction
 

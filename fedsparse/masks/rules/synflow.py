@@ -1,6 +1,6 @@
-"""Criteria of pruning before and during training: SNIP, SynFlow and movement.
+"""SynFlow (Tanaka et al. 2020): which coordinates carry the flow of absolute weights, without data.
 
-Shapes: ``P`` coordinates of the space, ``b`` samples of a batch, ``K`` clients, ``n`` coordinates that train.
+Shapes: ``P`` coordinates of the space, ``b`` samples of a batch.
 """
 
 from __future__ import annotations
@@ -11,50 +11,12 @@ from torch.func import functional_call
 
 from fedsparse.core.checks import check_whole
 from fedsparse.core.space import ParamSpace
-from fedsparse.masks.gradients import Losses, gradients, own
+from fedsparse.masks.gradients import Losses
 from fedsparse.masks.mask import Mask
-from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.thinned import Thinned
 from fedsparse.models.modes import evaluating
-
-
-class Snip(MaskRule):
-    r"""Scores by how much the loss would move without a coordinate, to first order (Lee et al. 2019, SNIP).
-
-    .. math:: s_j = \left| \theta_j \sum_i \partial \ell(x_i, y_i) / \partial \theta_j \right|
-
-    The signed gradients are summed over samples, batches and clients, and the absolute value is taken at the end, so
-    that who holds which sample does not matter. In eval mode.
-    """
-
-    needs_data = True
-
-    def observe(
-        self,
-        net: nn.Module,
-        space: ParamSpace,
-        x: Tensor,
-        y: Tensor,
-        *,
-        loss: Losses,
-        generator: torch.Generator | None = None,
-        into: Tensor | None = None,
-    ) -> Tensor:
-        """Add the gradient of the summed losses of one batch: float64 (P,)."""
-        total = torch.zeros(space.size, dtype=torch.float64, device=x.device) if into is None else into
-        with evaluating(net):
-            found = gradients(net, own(net, space), x, y, loss)
-        for part, gradient in zip(space.unflatten(total).values(), found, strict=True):
-            part.add_(gradient)
-        return total
-
-    def scores(self, row: Tensor, observed: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Multiply by the weights: the sum has the order of the mean."""
-        if observed is None:
-            raise ValueError("mask_rule=snip needs calibration data: sum observe() over some batches first")
-        return (row * observed).abs()
 
 
 class SynFlow(Thinned):
@@ -112,7 +74,7 @@ class SynFlow(Thinned):
         if observed is None or observed.dtype == torch.bool:
             return super().mask(space, row, sparsity, observed, generator)
         return Mask.of(
-            space, select(observed, space, sparsity, largest=True), rule=type(self).__name__, **sparsity.words
+            space, select(observed, space, sparsity, largest=True), rule=type(self).__name__, **sparsity.metadata
         )
 
     def observe(
@@ -166,53 +128,3 @@ def given_up(order: Tensor, before: Tensor | None, kept: Tensor, scores: Tensor,
         rank[scores[those].argsort(stable=True)] = torch.arange(len(rank), dtype=order.dtype, device=order.device)
         ranked[those] = survived + rank / max(1, len(rank))
     return ranked
-
-
-class Movement(MaskRule):
-    r"""Scores by how far training moves a coordinate away from zero (Sanh et al. 2020, movement pruning).
-
-    .. math:: s_j = \sum_t \theta_{tj} \, \overline{\Delta}_{tj}
-
-    with :math:`\theta_t` the global value before round t and :math:`\overline{\Delta}_t` the weighted mean of the
-    clients' changes: the paper's sum over steps of -lr * gradient * weight, a round at a time. A coordinate that no
-    longer trains keeps its score. Before anything is heard there is nothing to choose by: the first mask must be of
-    density 1.
-    """
-
-    listens = True
-
-    def hear(self, change: Tensor, start: Tensor) -> Tensor:
-        """Multiply: positive where a value moves away from zero, (K, n)."""
-        return start * change
-
-    def mask(
-        self,
-        space: ParamSpace,
-        row: Tensor,
-        sparsity: Sparsity,
-        observed: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        *,
-        memory: Tensor | None = None,
-    ) -> Mask:
-        """Choose the coordinates that moved away from zero the most; all of them before anything is heard.
-
-        Args:
-            space: the coordinates.
-            row: not read.
-            sparsity: how many train.
-            observed: not read.
-            generator: not read.
-            memory: the sum over rounds (P,).
-
-        Raises:
-            ValueError: a choice is asked for before anything was heard, or scores that allow none (``select``).
-
-        """
-        if memory is None and sparsity.density < 1:
-            raise ValueError(
-                "mask_rule=movement chooses by what training moved, so all must train at first: "
-                "give it a schedule that starts at 0, such as sparsity=gradual80"
-            )
-        scores = torch.zeros(space.size) if memory is None else memory
-        return Mask.of(space, select(scores, space, sparsity, largest=True), rule=type(self).__name__, **sparsity.words)
