@@ -30,7 +30,7 @@ from fedsparse.devices import build_device
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.masking import NOTHING
 from fedsparse.federation.phases import Phases
-from fedsparse.masks import Mask, MaskRule, overlaps
+from fedsparse.masks import Exploration, Mask, MaskRule, overlaps
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import FromFile
 from fedsparse.preparation.cache import Cache, source_of
@@ -90,11 +90,11 @@ def check_phases(phases: Phases, rule: MaskRule, cfg: DictConfig) -> None:
 
     """
     name, explore = type(rule).__name__, phases.explore
-    if rule.explores and (explore is None or not explore.informs_mask):
+    if rule.need(Exploration) and (explore is None or not explore.informs_mask):
         raise ValueError(f"the mask rule {name} chooses by an exploration that informs it: set phases=explore")
-    if (rule.needs_data or rule.iterations) and not phases.has("calibrate"):
+    if rule.calibration and not phases.has("calibrate"):
         raise ValueError(f"the mask rule {name} needs the phase calibrate, which phases leaves out")
-    if explore is not None and not rule.explores and not explore.updates_model:
+    if explore is not None and not rule.need(Exploration) and not explore.updates_model:
         raise ValueError(
             f"the mask rule {name} takes nothing from an exploration: set phases=default, or explore.keep_model=true "
             "for a head start"
@@ -187,8 +187,7 @@ def choose_mask(cfg: DictConfig, preparation: Preparation, rule: MaskRule, phase
         everything = Mask.of(preparation.space, torch.ones(preparation.space.size, dtype=torch.bool), rule="Dense")
         return Calibrated(everything, observed=observe(preparation, job))
     choose = calibrate_clients if build.own_masks(cfg) else calibrate
-    again = job.sparsity.schedule is not None or job.sparsity.renew_every is not None
-    if again or not (rule.needs_data or rule.iterations):  # what is asked again needs all that the rule knows
+    if not job.sparsity.constant or not rule.calibration:  # a later choice needs what was observed
         return choose(preparation, job)
     read = {key: _plain(cfg, key) for key in ("mask_rule", "sparsity", "calibration", "mask")}
     del read["calibration"]["cache"]

@@ -23,7 +23,14 @@ from fedsparse.masks import Sparsity
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import Fisher, Random
 from fedsparse.preparation.cache import Cache, fingerprint, source_of
-from fedsparse.preparation.calibration import Calibration, CalibrationJob, calibrate, calibrate_clients, observe
+from fedsparse.preparation.calibration import (
+    Calibration,
+    CalibrationJob,
+    _rounds,
+    calibrate,
+    calibrate_clients,
+    observe,
+)
 from fedsparse.preparation.head import Head, prepare_head, probe
 from fedsparse.preparation.preparation import Preparation
 from fedsparse.shipped import conf_dir
@@ -98,6 +105,13 @@ def test_scores_are_summed_over_clients_and_calibration_rounds(preparation):
     assert preparation.ledger.bytes_setup_up == 4 * (
         HEADER.size + 8 * preparation.space.size
     )  # in the net's own float64
+
+
+def test_a_calibration_round_adds_to_the_sum_of_the_last_one_in_place(preparation):
+    """A second row in float64 is twice the model's size."""
+    first, second = _rounds(preparation, job(Fisher(largest=False), rounds=2))
+    assert first is second
+    assert first.dtype == torch.float64
 
 
 def test_the_server_scores_on_its_validation_split_and_sends_nothing(preparation):

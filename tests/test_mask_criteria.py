@@ -17,9 +17,10 @@ from torch.nn.functional import cross_entropy
 from fedsparse.core.space import ParamSpace
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.exchange.wire.message import HEADER
-from fedsparse.masks import Gradual, Sparsity
+from fedsparse.masks import Evidence, Gradual, Sparsity, Updates, choose
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import Movement, Random, Snip, SynFlow, Talos
+from fedsparse.masks.thinning import shrunk, thin
 from fedsparse.preparation.calibration import Calibration, CalibrationJob, calibrate, calibrate_clients, observe
 from fedsparse.preparation.preparation import Preparation
 
@@ -57,7 +58,7 @@ def test_snip_by_hand():
     rule, product = Snip(), lambda forward, x, y: forward(x).squeeze(1) * y
     observed = rule.observe(net, space, x, y, loss=product)
     assert observed.tolist() == [-1.0, 4.0]
-    assert rule.scores(space.read(net), observed, torch.Generator()).tolist() == [5.0, 2.0]
+    assert rule.scores(Evidence(space, space.read(net), Sparsity(), observed=observed)).tolist() == [5.0, 2.0]
 
 
 def test_snip_is_the_gradient_of_everybodys_mean_loss_times_the_weight(preparation):
@@ -68,7 +69,9 @@ def test_snip_is_the_gradient_of_everybodys_mean_loss_times_the_weight(preparati
     expected = torch.cat([(p.grad * p.detach()).abs().flatten() for p in net.parameters()])
     rule = Snip()
     observed = observe(preparation, job(rule, rounds=2))
-    found = rule.scores(preparation.space.read(preparation.net), observed, torch.Generator())
+    found = rule.scores(
+        Evidence(preparation.space, preparation.space.read(preparation.net), Sparsity(), observed=observed)
+    )
     torch.testing.assert_close(found / len(index), expected.double(), rtol=1e-9, atol=1e-14)
     assert preparation.ledger.bytes_setup_up == 4 * (
         HEADER.size + 8 * preparation.space.size
@@ -76,8 +79,8 @@ def test_snip_is_the_gradient_of_everybodys_mean_loss_times_the_weight(preparati
 
 
 def test_snip_needs_data():
-    with pytest.raises(ValueError, match="mask_rule=snip needs calibration data"):
-        Snip().mask(ParamSpace(["w"], [torch.Size([4])]), torch.ones(4), Sparsity())
+    with pytest.raises(ValueError, match="evidence.observed is None; for a rule that needs batches"):
+        choose(Snip(), Evidence(ParamSpace(["w"], [torch.Size([4])]), torch.ones(4), Sparsity()))
 
 
 # --- SynFlow
@@ -110,13 +113,13 @@ def test_synflow_in_two_iterations_by_hand():
     row, rule, state, sparsity = space.read(net), SynFlow(2), None, Sparsity(0.75)
     kept = []
     for round in range(2):
-        space.write(net, rule.view(row, state))
+        space.write(net, shrunk(row, state, rule.calibration.shrink))
         observed = rule.observe(net, space, torch.ones(1, 2), torch.ones(1), loss=losses)
-        state = rule.take(state, observed, space=space, sparsity=sparsity, round=round, rounds=2)
+        state = thin(observed, state, space, sparsity, largest=True, power=(round + 1) / 2)
         kept.append(state.nonzero().flatten().tolist())
     assert kept == [[2, 4, 5], [2, 5]]
     flows = flow(linear_net(), torch.ones(1, 2))
-    at_once = SynFlow(1).take(None, flows, space=space, sparsity=sparsity, round=0, rounds=1)
+    at_once = thin(flows, None, space, sparsity, largest=True, power=1.0)
     assert at_once.nonzero().flatten().tolist() == [2, 5]
 
 
@@ -216,7 +219,8 @@ def test_synflow_under_a_schedule_gives_up_in_the_order_of_its_iterations(prepar
     growing = replace(alone, schedule=Gradual(initial=0.2, steps=3))
     rule, row = SynFlow(5), preparation.space.read(preparation.net)
     found = calibrate(preparation, CalibrationJob(rule, growing, Calibration(), HEAD))
-    masks = [rule.mask(preparation.space, row, growing.at(t), found.observed).row(preparation.space) for t in range(4)]
+    stages = [Evidence(preparation.space, row, growing.at(t), observed=found.observed) for t in range(4)]
+    masks = [choose(rule, stage).row(preparation.space) for stage in stages]
     assert torch.equal(found.mask.row(preparation.space), masks[0])
     counted = int((~preparation.space.where(HEAD)).sum())
     kept = [int((mask & ~preparation.space.where(HEAD)).sum()) for mask in masks]
@@ -249,23 +253,24 @@ def test_movement_by_hand():
     """Two rounds of two clients: 2 -> 3, 1 and -1 -> -2, -1; away from zero is positive, whatever the sign."""
     rule, space = Movement(), ParamSpace(["w"], [torch.Size([3])])
     start = torch.tensor([[2.0, -1.0, 4.0]] * 2)
-    heard = rule.hear(torch.tensor([[1.0, -1.0, 0.0], [-1.0, 0.0, -0.5]]), start)
-    assert heard.tolist() == [[2, 1, 0], [-2, 0, -2]]
-    memory = rule.remember(None, heard.double().mean(0))
-    assert memory.tolist() == [0, 0.5, -1]
-    memory = rule.remember(memory, torch.tensor([0.75, 0.0, 0.5], dtype=torch.float64))
-    assert memory.tolist() == [0.75, 0.5, -0.5]
+    rows, need = rule.of_update(torch.tensor([[1.0, -1.0, 0.0], [-1.0, 0.0, -0.5]]), start), rule.need(Updates)
+    assert rows.tolist() == [[2, 1, 0], [-2, 0, -2]]
+    updates = need.gather(None, rows.double().mean(0))
+    assert updates.tolist() == [0, 0.5, -1]
+    updates = need.gather(updates, torch.tensor([0.75, 0.0, 0.5], dtype=torch.float64))
+    assert updates.tolist() == [0.75, 0.5, -0.5]
+    assert need.elsewhere(updates) == 0
     for ratio, expected in ((0.3, [0, 1]), (0.6, [0])):
-        mask = rule.mask(space, start[0], Sparsity(ratio), memory=memory)
+        mask = choose(rule, Evidence(space, start[0], Sparsity(ratio), updates=updates))
         assert mask.row(space).nonzero().flatten().tolist() == expected
 
 
-def test_movement_trains_everything_before_it_has_heard_anything():
+def test_movement_trains_everything_before_the_first_round():
     rule, space = Movement(), ParamSpace(["w"], [torch.Size([4])])
     gradual = Sparsity(0.8, schedule=Gradual())
-    assert rule.mask(space, torch.ones(4), gradual.at(0)).density == 1
+    assert choose(rule, Evidence(space, torch.ones(4), gradual.at(0))).density == 1
     with pytest.raises(ValueError, match="mask_rule=movement chooses by what training moved") as caught:
-        rule.mask(space, torch.ones(4), Sparsity(0.8))
+        choose(rule, Evidence(space, torch.ones(4), Sparsity(0.8)))
     assert "\n" not in str(caught.value)
 
 

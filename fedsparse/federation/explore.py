@@ -45,7 +45,7 @@ class Explore(Round):
     def encode(self, update: Update) -> Payload:
         """Squared deviations where the mask rule is told, and the model where it is updated: only counted."""
         f = self.federation
-        told = f.choice is not None and f.choice.rule.explores and self.phase.informs_mask
+        told = f.choice is not None and f.choice.scores_exploration and self.phase.informs_mask
         n, dtype = f.exchange.size, update.rows.dtype
         size = known_size(n, 0, dtype) * told + known_size(n, f.buffers.size, dtype) * self.phase.updates_model
         return Payload(update, (size,) * len(update.clients))
@@ -65,7 +65,7 @@ class Explore(Round):
         f, found = self.federation, self.deviation.finish()
         if found is None:
             return None
-        if f.choice is not None and f.choice.rule.explores and self.phase.informs_mask:
+        if f.choice is not None and f.choice.scores_exploration and self.phase.informs_mask:
             f.choice.explore(f.server.subspace.spread(found[0]))
         if self.chain is not None:
             f.server.put(self.chain)

@@ -108,8 +108,8 @@ class Federation:
         self.server = Server(rows, make_server, subspace, untouched)
         self.ledger, traffic = Ledger() if ledger is None else ledger, Traffic() if traffic is None else traffic
         self.bytes = ByteCount(self.ledger, traffic, subspace, local, topology.groups, model_length, prunes)
-        listening = [choice] if choice is not None and choice.rule.listens else []
-        self.watchers: list[Watcher] = [*[self.bytes] * count_bytes, *listening, *watchers]
+        updated = [choice] if choice is not None and choice.scores_updates else []
+        self.watchers: list[Watcher] = [*[self.bytes] * count_bytes, *updated, *watchers]
         store = MemoryStore() if store is None else store
         own = self.exchange.stores | self.objective.stores
         self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **own}

@@ -6,7 +6,7 @@ Shapes: P coordinates of which n train, K clients of the cohort.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from fedsparse.federation.phases import Phases
 from fedsparse.federation.reports import Report
 from fedsparse.federation.server.aggregation import Change, add_scaled
 from fedsparse.federation.watcher import Watcher
-from fedsparse.masks import Mask, MaskRule, Sparsity
+from fedsparse.masks import Evidence, Exploration, Mask, MaskRule, Sparsity, Updates, choose
 
 if TYPE_CHECKING:
     from fedsparse.federation.round import Round
@@ -76,6 +76,7 @@ class MaskSchedule(Watcher):
         observed: what calibration or exploration found, (P,), or None.
         updates: what learning rounds gathered, (P,), or None.
         explored: rounds of exploration that were taken in.
+        changes: whether a mask is chosen anew in some learning round.
         mean: of the clients' updates in the round that is open; None where the rule does not score them.
 
     """
@@ -90,6 +91,11 @@ class MaskSchedule(Watcher):
     updates: Tensor | None = None
     explored: int = 0
     mean: ClientMean | None = None
+    changes: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Settle whether masks are chosen anew."""
+        self.changes = not self.sparsity.constant
 
     @property
     def prunes(self) -> bool:
@@ -97,9 +103,14 @@ class MaskSchedule(Watcher):
         return self.sparsity.mode == "prune"
 
     @property
-    def changes(self) -> bool:
-        """Whether a mask is chosen anew in some learning round."""
-        return self.sparsity.schedule is not None or self.sparsity.renew_every is not None
+    def scores_exploration(self) -> bool:
+        """Whether the rule scores what clients explore."""
+        return self.rule.need(Exploration) is not None
+
+    @property
+    def scores_updates(self) -> bool:
+        """Whether the rule scores what clients learn."""
+        return self.rule.need(Updates) is not None
 
     def explore(self, found: Tensor) -> None:
         """Take in the mean squared deviation of a round of exploration, (P,); of several rounds the mean counts."""
@@ -110,24 +121,24 @@ class MaskSchedule(Watcher):
 
     def open(self, round: Round) -> None:
         """Begin the mean over this round's updates, if the rule scores them and the phase informs it."""
-        listens = self.rule.listens and round.phase.informs_mask and not round.phase.explores
+        informed = self.scores_updates and round.phase.informs_mask and not round.phase.explores
         server = round.federation.server
-        self.mean = ClientMean(server.subspace.size, server.rows.device) if listens else None
+        self.mean = ClientMean(server.subspace.size, server.rows.device) if informed else None
 
     def receive(self, round: Round, received: Update) -> None:
         """Add the updates of a cohort."""
-        if self.mean is not None and (rows := self.rule.hear(received.rows, received.start)) is not None:
+        if self.mean is not None:
+            rows = self.rule.of_update(received.rows, received.start)
             self.mean.add(rows, received.weight, received.loss)
 
     def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
         """Take in the mean over all clients, of the coordinates that trained."""
-        found = None if self.mean is None else self.mean.finish()
+        found, need = None if self.mean is None else self.mean.finish(), self.rule.need(Updates)
         self.mean = None
-        if found is not None:
-            subspace = round.federation.server.subspace
-            fresh = subspace.spread(found[0], self.rule.unheard(found[0]))
+        if found is not None and need is not None:
+            fresh = round.federation.server.subspace.spread(found[0], need.elsewhere(found[0]))
             before = None if self.updates is None else self.updates.to(fresh.device)  # of a checkpoint, on the CPU
-            self.updates = self.rule.remember(before, fresh)
+            self.updates = need.gather(before, fresh)
 
     def due(self, number: int, phases: Phases) -> bool:
         """Whether a mask is chosen before a round: the first after an exploration, and where the sparsity says so.
@@ -147,13 +158,11 @@ class MaskSchedule(Watcher):
 
     def choose(self, row: Tensor, round: int) -> Mask:
         """Choose the mask of a learning round, for global values (P,)."""
-        gathered = {"memory": _cpu(self.updates)} if self.rule.listens else {}
         again = (round,) if round and self.sparsity.schedule is None else ()  # a schedule thins out one draw
         stream = torch_generator(self.seed, Purpose.MASK, *again)
-        sparsity = self.sparsity.at(round)
-        mask = self.rule.mask(
-            self.space, row.cpu(), sparsity, observed=_cpu(self.observed), generator=stream, **gathered
-        )
+        observed, updates = _cpu(self.observed), _cpu(self.updates)
+        evidence = Evidence(self.space, row.cpu(), self.sparsity.at(round), stream, observed, updates)
+        mask = choose(self.rule, evidence)
         if mask.density == 0:
             raise ValueError(NOTHING)
         self.mask = self.report(mask)

@@ -18,12 +18,12 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.masks.gradients import Forward, Losses, add_squares, gradients, own
 from fedsparse.models.modes import evaluating
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+LabelledBatches = Iterable[tuple[Tensor, Tensor]]
 
 
 def fisher(
     net: nn.Module,
-    batches: Batches,
+    batches: LabelledBatches,
     *,
     per_sample: bool = True,
     labels: str = "data",

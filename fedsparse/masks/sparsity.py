@@ -79,6 +79,11 @@ class Sparsity:
         dies = self.mode == "prune" and self.scope == "global"
         return self.min_density or (ONE if dies else 0.0)
 
+    @property
+    def constant(self) -> bool:
+        """Whether one mask is chosen for all rounds."""
+        return self.schedule is None and self.renew_every is None
+
     def at(self, round: int) -> Sparsity:
         """Give the sparsity of a round, counted from 0: the ratio that its schedule has come to, and no schedule.
 

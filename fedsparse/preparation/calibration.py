@@ -21,8 +21,9 @@ from fedsparse.core.space import Patterns
 from fedsparse.data.datasets import Split
 from fedsparse.federation.exchange.wire.message import bitmap_size, known_size
 from fedsparse.federation.reports import Diverged, left_out
-from fedsparse.masks import Mask, MaskRule, Sparsity
+from fedsparse.masks import Evidence, Mask, MaskRule, Sparsity, Thinning, choose
 from fedsparse.masks.bitmaps import pack
+from fedsparse.masks.thinning import exchanged, ordered, shrunk, thin
 from fedsparse.preparation.preparation import Preparation
 
 log = logging.getLogger("fedsparse")
@@ -76,7 +77,7 @@ class Calibrated:
         mask: the coordinates that train; with ``mask.owner=client`` those that some client trains.
         bitmaps: uint8 (N, B), each client's own mask; empty with ``mask.owner=global``.
         overlap: Jaccard index with the final mask of what the rule would have given after each earlier round.
-        observed: what the rule knows in the end, (P,), for masks that are chosen later; None without calibration.
+        observed: after the last round, (P,), for masks that are chosen later (``Evidence``); None without calibration.
 
     """
 
@@ -108,8 +109,8 @@ class CalibrationJob:
 
     def __post_init__(self) -> None:
         """Refuse what the rule cannot do."""
-        again = self.sparsity.schedule is not None or self.sparsity.renew_every is not None
-        if again and not self.rule.renewable:
+        kind = self.rule.calibration
+        if not self.sparsity.constant and isinstance(kind, Thinning) and not kind.order:
             raise ValueError(
                 f"the mask rule {type(self.rule).__name__} chooses once, in its own rounds; with it "
                 "sparsity.schedule and sparsity.renew_every must be null"
@@ -127,11 +128,11 @@ class Source:
 
 def calibrate(preparation: Preparation, job: CalibrationJob) -> Calibrated:
     """Choose one mask for all clients."""
-    masks, state = [], None
-    for state in _rounds(preparation, job):
-        masks.append(_mask(preparation, job, state, ()))
+    masks, observed = [], None
+    for observed in _rounds(preparation, job):
+        masks.append(_mask(preparation, job, observed, ()))
     overlap = tuple(mask.overlap(masks[-1]) for mask in masks[:-1])
-    return Calibrated(masks[-1], overlap=overlap, observed=None if state is None else state.cpu())
+    return Calibrated(masks[-1], overlap=overlap, observed=None if observed is None else observed.cpu())
 
 
 def calibrate_clients(preparation: Preparation, job: CalibrationJob) -> Calibrated:
@@ -170,31 +171,55 @@ def calibrate_clients(preparation: Preparation, job: CalibrationJob) -> Calibrat
 
 
 def observe(preparation: Preparation, job: CalibrationJob, client: int | None = None) -> Tensor | None:
-    """Let the rule observe in all calibration rounds: what it then knows, or None if it needs no data."""
-    *_, state = _rounds(preparation, job, client)
-    return state
+    """Measure what the rule needs in all calibration rounds (``Evidence.observed``); None if it needs nothing."""
+    *_, observed = _rounds(preparation, job, client)
+    return observed
 
 
 def _rounds(preparation: Preparation, job: CalibrationJob, client: int | None = None) -> Iterator[Tensor | None]:
-    """What the rule knows after each calibration round: of one client's data, or of those sampled in each round."""
-    alone = job.rule.iterations
-    if not (job.rule.needs_data or alone):
+    """What is observed after each calibration round, on one client's data or on those sampled in each round."""
+    kind = job.rule.calibration
+    if kind is None:
         yield None
-        return
-    net, space, state = preparation.net, preparation.space, None
-    row, rounds = space.read(net), alone or job.calibration.rounds
+    elif isinstance(kind, Thinning):
+        yield from _thinned(preparation, job, kind, client)
+    else:
+        yield from _summed(preparation, job, client)
+
+
+def _summed(preparation: Preparation, job: CalibrationJob, client: int | None) -> Iterator[Tensor]:
+    """Sum over batches, clients and rounds: float64 (P,), the same sum after each round."""
+    total = _zeros(preparation)
+    for round in range(job.calibration.rounds):
+        _observe(preparation, job, round, _sources(preparation, job, round, client), total)
+        yield total
+
+
+def _thinned(preparation: Preparation, job: CalibrationJob, thinning: Thinning, client: int | None) -> Iterator[Tensor]:
+    """Score what is left round by round, and give up the worst: bool (P,), or the order (P,) where that is kept."""
+    net, space, left = preparation.net, preparation.space, None
+    row, rounds = space.read(net), thinning.rounds or job.calibration.rounds
+    order = _zeros(preparation) if thinning.order and job.sparsity.schedule is not None else None
     for round in range(rounds):
-        space.write(net, job.rule.view(row, state))
-        total = job.rule.start(row, state)
-        if alone:
-            _observe_alone(preparation, job, total)
+        scores = _zeros(preparation)
+        space.write(net, shrunk(row, left, thinning.shrink))
+        if thinning.clients:
+            _observe(preparation, job, round, _sources(preparation, job, round, client, left), scores)
         else:
-            sources = _sources(preparation, job, round, state) if client is None else [_own(preparation, client)]
-            _observe(preparation, job, round, sources, total)
+            _observe_alone(preparation, job, scores)
         space.write(net, row)
-        state = job.rule.take(state, total, space=space, sparsity=job.sparsity, round=round, rounds=rounds)
-        if not alone or round == rounds - 1:
-            yield state
+        power = (round + 1) / rounds
+        kept = thin(scores, left, space, job.sparsity, largest=job.rule.largest, power=power)
+        order = None if order is None else ordered(order, left, kept, scores, round)
+        left = kept
+        if thinning.clients or round == rounds - 1:
+            yield left if order is None else order
+
+
+def _zeros(preparation: Preparation) -> Tensor:
+    """A sum before the first round: float64 (P,)."""
+    device = preparation.space.tensors(preparation.net)[0].device
+    return torch.zeros(preparation.space.size, dtype=torch.float64, device=device)
 
 
 def _observe_alone(preparation: Preparation, job: CalibrationJob, total: Tensor) -> None:
@@ -235,23 +260,33 @@ def _observe(
         log.warning("calibration: %s", left_out(lost, "NaN or infinity in what is observed"))
 
 
-def _own(preparation: Preparation, client: int) -> Source:
-    return Source(preparation.dataset.train, preparation.parts[client], client)
+def _sources(
+    preparation: Preparation, job: CalibrationJob, round: int, client: int | None, left: Tensor | None = None
+) -> list[Source]:
+    """One client's shard, the server's validation split, or the shards of those sampled, whose messages are counted.
 
+    Args:
+        preparation: what is calibrated on.
+        job: the calibration.
+        round: its round, from 0.
+        client: whose shard; None: those of the round.
+        left: bool (P,), what earlier rounds of a thinning left; None: everything is scored.
 
-def _sources(preparation: Preparation, job: CalibrationJob, round: int, state: Tensor | None) -> list[Source]:
-    """The server's validation split, or the shards of the clients sampled in this round, whose messages are counted."""
+    """
+    train, parts = preparation.dataset.train, preparation.parts
+    if client is not None:
+        return [Source(train, parts[client], client)]
     if job.calibration.where == "server":
         return [Source(preparation.dataset.val, np.arange(len(preparation.dataset.val.y)), 0)]
     clients = preparation.sample(round, Purpose.CALIBRATION)
-    up, down = job.rule.traffic(preparation.space, state)
+    scores, bitmap = exchanged(preparation.space.size, left)
     head = int(preparation.space.where(job.head).sum())
     preparation.ledger.first_model(clients, preparation.model_length)
     preparation.ledger.client_steps += sum(_batches(preparation, job, client) for client in clients)
-    dtype = preparation.space.tensors(preparation.net)[0].dtype  # scores travel in it too, and traffic counts float32
-    sent, told = (known_size(count, 0, dtype).total for count in (up // 4, head))
-    preparation.ledger.setup(len(clients), up=sent, down=told + down)
-    return [_own(preparation, client) for client in clients]
+    dtype = preparation.space.tensors(preparation.net)[0].dtype  # scores travel in it too
+    up, down = (known_size(count, 0, dtype).total for count in (scores, head))
+    preparation.ledger.setup(len(clients), up=up, down=down + bitmap)
+    return [Source(train, parts[client], client) for client in clients]
 
 
 def _batches(preparation: Preparation, job: CalibrationJob, client: int) -> int:
@@ -259,9 +294,9 @@ def _batches(preparation: Preparation, job: CalibrationJob, client: int) -> int:
     return min(job.calibration.batches, -(-len(preparation.parts[client]) // preparation.batch_size))
 
 
-def _mask(preparation: Preparation, job: CalibrationJob, state: Tensor | None, owner: tuple[int, ...]) -> Mask:
+def _mask(preparation: Preparation, job: CalibrationJob, observed: Tensor | None, owner: tuple[int, ...]) -> Mask:
     """Choose the coordinates of one mask; random rules draw from a stream of their own for each owner."""
     row = preparation.space.read(preparation.net).cpu()
-    observed = None if state is None else state.cpu()
     stream = torch_generator(preparation.seed, Purpose.MASK, *owner)
-    return job.rule.mask(preparation.space, row, job.sparsity.at(0), observed=observed, generator=stream)
+    observed = None if observed is None else observed.cpu()
+    return choose(job.rule, Evidence(preparation.space, row, job.sparsity.at(0), stream, observed))

@@ -7,16 +7,14 @@ Shapes: ``P`` coordinates of the space, ``K`` clients, ``n`` coordinates that tr
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_choice, check_flag
 from fedsparse.core.space import ParamSpace
 from fedsparse.masks.deviations import check_how, normalise
-from fedsparse.masks.mask import Mask
+from fedsparse.masks.evidence import Evidence, Exploration, Need, Updates
 from fedsparse.masks.quantiles import above_quantile
 from fedsparse.masks.rule import MaskRule
-from fedsparse.masks.select import select
 from fedsparse.masks.sparsity import Sparsity
 
 
@@ -38,66 +36,38 @@ class AutoFLIP(MaskRule):
             ``sparsity.ratio`` of all scores, those of ``always_train`` included: fewer than k where scores tie. The
             original prunes every tensor, biases and the output layer too: that is ``sparsity.always_train=[]``. Its
             median is the lower of two.
-        refine: add the agreement, where a training round has been heard.
+        refine: add the agreement, after the first learning round.
 
     Raises:
         ValueError: an option outside these choices.
 
     """
 
-    explores = True
+    needs: tuple[Need, ...] = (Exploration(),)
 
     def __init__(self, normalise: str = "minmax", compat: str | None = None, refine: bool = False) -> None:
         check_how(normalise)
         check_choice("mask_rule.compat", compat, None, "original")
         check_flag("mask_rule.refine", refine)
         self.normalise, self.compat, self.refine = normalise, compat, refine
-        self.listens = refine
+        if refine:
+            self.needs = (Exploration(), Updates(keep="last", absent="mean"))
 
-    def hear(self, change: Tensor, start: Tensor) -> Tensor | None:
-        """Give the direction of every update: -1, 0 or 1, (K, n); None without ``refine``."""
-        return change.sign() if self.refine else None
+    def of_update(self, change: Tensor, start: Tensor) -> Tensor:
+        """Take the direction of every update: -1, 0 or 1, (K, n); agreement is about where the clients stand now."""
+        return change.sign()
 
-    def unheard(self, heard: Tensor) -> float:
-        """Let what did not train count as agreed upon as the mean of what did: so it can train again."""
-        return float(heard.abs().mean())
-
-    def remember(self, memory: Tensor | None, heard: Tensor) -> Tensor:
-        """Keep the last round alone: agreement is about where the clients stand now."""
-        return heard
-
-    def mask(
-        self,
-        space: ParamSpace,
-        row: Tensor,
-        sparsity: Sparsity,
-        observed: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        *,
-        memory: Tensor | None = None,
-    ) -> Mask:
-        """Choose the coordinates of highest score.
-
-        Args:
-            space: the coordinates.
-            row: not read.
-            sparsity: how many train.
-            observed: the deviation before it is normalised (P,); see ``deviations.deviation``.
-            generator: not read.
-            memory: signed agreement of the last round (P,), read with ``refine``.
+    def scores(self, evidence: Evidence) -> Tensor:
+        """Normalise the deviation, and add the agreement; with ``compat=original`` choose: bool (P,).
 
         Raises:
-            ValueError: no observations, scores that allow no choice (``select``), or with ``compat=original`` a
-                sparsity that a quantile cannot give.
+            ValueError: no exploration, or with ``compat=original`` a sparsity that a quantile cannot give.
 
         """
-        if observed is None:
-            raise ValueError("mask_rule=autoflip chooses by what clients found: it needs a phase that explores")
-        scores = normalise(observed, space, self.normalise, self.compat)
-        if self.refine and memory is not None:
-            scores += memory.abs()
-        chosen = _strict(scores, space, sparsity) if self.compat else select(scores, space, sparsity, largest=True)
-        return Mask.of(space, chosen, rule=type(self).__name__, **sparsity.metadata)
+        scores = normalise(evidence.measured, evidence.space, self.normalise, self.compat)
+        if self.refine and evidence.updates is not None:
+            scores += evidence.updates.abs()
+        return _strict(scores, evidence.space, evidence.sparsity) if self.compat else scores
 
 
 def _strict(scores: Tensor, space: ParamSpace, sparsity: Sparsity) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedsparse.core.space import ParamSpace
-from fedsparse.masks.mask import Mask
+from fedsparse.masks.evidence import Evidence
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.sparsity import Sparsity
 
@@ -14,13 +13,10 @@ from fedsparse.masks.sparsity import Sparsity
 class Dense(MaskRule):
     """Everything trains, whatever the ratio."""
 
-    def mask(
-        self,
-        space: ParamSpace,
-        row: Tensor,
-        sparsity: Sparsity,
-        observed: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Mask:
-        """Mark every coordinate."""
-        return Mask.of(space, torch.ones(space.size, dtype=torch.bool), rule="Dense", ratio="0.0")
+    def scores(self, evidence: Evidence) -> Tensor:
+        """Mark every coordinate: bool (P,)."""
+        return torch.ones(evidence.space.size, dtype=torch.bool)
+
+    def metadata(self, sparsity: Sparsity) -> dict[str, str]:
+        """Give the ratio that it has, not the one asked for."""
+        return {"rule": "Dense", "ratio": "0.0"}

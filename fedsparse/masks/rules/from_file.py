@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor
 
-from fedsparse.core.space import ParamSpace
+from fedsparse.masks.evidence import Evidence
 from fedsparse.masks.mask import Mask
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.sparsity import Sparsity
@@ -29,15 +28,8 @@ class FromFile(MaskRule):
             raise ValueError("mask_rule=from_file needs mask_rule.path=<a mask.safetensors file>")
         self.path = path
 
-    def mask(
-        self,
-        space: ParamSpace,
-        row: Tensor,
-        sparsity: Sparsity,
-        observed: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Mask:
-        """Read the file.
+    def scores(self, evidence: Evidence) -> Tensor:
+        """Read the file: bool (P,).
 
         Raises:
             ValueError: no such file, a damaged one, or one made for another model.
@@ -46,9 +38,13 @@ class FromFile(MaskRule):
             UserWarning: the file freezes coordinates that ``sparsity.always_train`` trains.
 
         """
-        loaded = Mask.load(self.path)
-        kept, always = loaded.row(space), space.where(sparsity.always_train)
+        space = evidence.space
+        kept, always = Mask.load(self.path).row(space), space.where(evidence.sparsity.always_train)
         if added := int((always & ~kept).count_nonzero()):
             text = f"the mask file freezes {added} coordinates that sparsity.always_train trains; they train"
             warnings.warn(text, stacklevel=2)
-        return Mask(space.unflatten(kept | always), loaded.metadata | {"rule": "FromFile"})
+        return kept | always
+
+    def metadata(self, sparsity: Sparsity) -> dict[str, str]:
+        """Take the file's own, its ratio among it."""
+        return Mask.load(self.path).metadata | {"rule": "FromFile"}

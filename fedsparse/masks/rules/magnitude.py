@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_flag
+from fedsparse.masks.evidence import Evidence
 from fedsparse.masks.rule import MaskRule
 
 
 class Magnitude(MaskRule):
-    """Scores by the absolute pre-trained value (Han et al. 2015 prune by it).
+    """Scores by the absolute value.
 
     Args:
         largest: train the coordinates of largest magnitude, or of smallest.
@@ -24,6 +24,6 @@ class Magnitude(MaskRule):
         check_flag("mask_rule.largest", largest)
         self.largest = largest
 
-    def scores(self, row: Tensor, observed: Tensor | None, generator: torch.Generator) -> Tensor:
+    def scores(self, evidence: Evidence) -> Tensor:
         """Take absolute values."""
-        return row.abs()
+        return evidence.row.abs()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.core.space import ParamSpace
+from fedsparse.masks.evidence import Batches, Evidence
 from fedsparse.masks.gradients import Losses, gradients, own
 from fedsparse.masks.rule import MaskRule
 from fedsparse.models.modes import evaluating
@@ -23,7 +24,7 @@ class Snip(MaskRule):
     that who holds which sample does not matter. In eval mode.
     """
 
-    needs_data = True
+    needs = (Batches(),)
 
     def observe(
         self,
@@ -44,8 +45,6 @@ class Snip(MaskRule):
             part.add_(gradient)
         return total
 
-    def scores(self, row: Tensor, observed: Tensor | None, generator: torch.Generator) -> Tensor:
+    def scores(self, evidence: Evidence) -> Tensor:
         """Multiply by the weights: the sum has the order of the mean."""
-        if observed is None:
-            raise ValueError("mask_rule=snip needs calibration data: sum observe() over some batches first")
-        return (row * observed).abs()
+        return (evidence.row * evidence.measured).abs()

@@ -11,15 +11,15 @@ from torch.func import functional_call
 
 from fedsparse.core.checks import check_whole
 from fedsparse.core.space import ParamSpace
+from fedsparse.masks.evidence import Evidence, Thinning
 from fedsparse.masks.gradients import Losses
-from fedsparse.masks.mask import Mask
-from fedsparse.masks.select import select
-from fedsparse.masks.sparsity import Sparsity
-from fedsparse.masks.thinned import Thinned
+from fedsparse.masks.rule import MaskRule
 from fedsparse.models.modes import evaluating
 
+ITERATIONS = 100
 
-class SynFlow(Thinned):
+
+class SynFlow(MaskRule):
     r"""Scores by the flow through the network of absolute weights, without any data (Tanaka et al. 2020, SynFlow).
 
     .. math:: R = \sum_c f_{|\theta|}(1)_c, \qquad s_j = |\theta_j| \, \partial R / \partial |\theta_j|
@@ -30,9 +30,6 @@ class SynFlow(Thinned):
     products of weights: there the scores are defined as above, and conserve nothing; the running statistics are as
     they are.
 
-    Under a schedule its state is float64 (P,), the order in which coordinates are given up: the later an iteration, and
-    within one the larger a score, the higher. So the masks of all ratios up to the last lie within each other.
-
     Args:
         iterations: n, at least 1.
 
@@ -41,41 +38,15 @@ class SynFlow(Thinned):
 
     """
 
-    renewable = True
+    needs = (Thinning(rounds=ITERATIONS, order=True),)
 
-    def __init__(self, iterations: int = 100) -> None:
+    def __init__(self, iterations: int = ITERATIONS) -> None:
         check_whole("mask_rule.iterations", iterations, 1)
-        self.iterations = iterations
+        self.needs = (Thinning(rounds=iterations, order=True),)
 
-    def view(self, row: Tensor, state: Tensor | None) -> Tensor:
-        """Take out what was given up: (P,)."""
-        return row if state is None else row * still(state)
-
-    def take(
-        self, state: Tensor | None, observed: Tensor, *, space: ParamSpace, sparsity: Sparsity, round: int, rounds: int
-    ) -> Tensor:
-        """Give up the worst of those that are still there, and under a schedule note in which order."""
-        before = None if state is None else still(state)
-        scores = observed.clone()
-        kept = super().take(before, observed, space=space, sparsity=sparsity, round=round, rounds=rounds)
-        if sparsity.schedule is None:
-            return kept
-        return given_up(torch.zeros_like(scores) if state is None else state, before, kept, scores, round)
-
-    def mask(
-        self,
-        space: ParamSpace,
-        row: Tensor,
-        sparsity: Sparsity,
-        observed: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Mask:
-        """Make the mask of the last iteration, or of a ratio on the way there."""
-        if observed is None or observed.dtype == torch.bool:
-            return super().mask(space, row, sparsity, observed, generator)
-        return Mask.of(
-            space, select(observed, space, sparsity, largest=True), rule=type(self).__name__, **sparsity.metadata
-        )
+    def scores(self, evidence: Evidence) -> Tensor:
+        """Take what is left, bool (P,), or under a schedule the order in which coordinates are given up, (P,)."""
+        return evidence.measured
 
     def observe(
         self,
@@ -108,23 +79,3 @@ class SynFlow(Thinned):
         for part, leaf, gradient in zip(space.unflatten(total).values(), leaves, found, strict=True):
             part.add_(leaf.detach() * gradient)
         return total
-
-
-def still(state: Tensor) -> Tensor:
-    """Say what is still there: bool (P,), of that itself or of an order."""
-    return state if state.dtype == torch.bool else state >= state.max().floor()
-
-
-def given_up(order: Tensor, before: Tensor | None, kept: Tensor, scores: Tensor, round: int) -> Tensor:
-    """Note an iteration in the order: whole numbers are iterations survived, fractions ranks by score within one.
-
-    >>> given_up(torch.zeros(3), None, torch.tensor([False, True, False]), torch.tensor([2.0, 9.0, 1.0]), 0)
-    tensor([0.5000, 1.0000, 0.0000])
-    """
-    lost = ~kept if before is None else before & ~kept
-    ranked = order.clone()
-    for those, survived in ((lost, round), (kept, round + 1)):
-        rank = torch.empty(int(those.sum()), dtype=order.dtype, device=order.device)
-        rank[scores[those].argsort(stable=True)] = torch.arange(len(rank), dtype=order.dtype, device=order.device)
-        ranked[those] = survived + rank / max(1, len(rank))
-    return ranked
