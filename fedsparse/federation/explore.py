@@ -1,4 +1,4 @@
-"""A round in which clients explore: what they found is told to the mask rule. Shapes: K clients, n coordinates."""
+"""A round in which clients explore: the mask rule scores their squared deviations. Shapes: K clients, n coordinates."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Explore(Round):
         return replace(start, values=restored)
 
     def encode(self, update: Update) -> Payload:
-        """Squared deviations where the mask rule is told, and the model where it is updated: only counted."""
+        """Squared deviations where the mask rule scores them, and the model where it is updated: only counted."""
         f = self.federation
-        told = f.choice is not None and f.choice.scores_exploration and self.phase.informs_mask
+        informs = f.choice is not None and f.choice.scores_exploration and self.phase.informs_mask
         n, dtype = f.exchange.size, update.rows.dtype
-        size = known_size(n, 0, dtype) * told + known_size(n, f.buffers.size, dtype) * self.phase.updates_model
+        size = known_size(n, 0, dtype) * informs + known_size(n, f.buffers.size, dtype) * self.phase.updates_model
         return Payload(update, (size,) * len(update.clients))
 
     def receive(self, cohort: Cohort, payload: Payload) -> None:
@@ -61,7 +61,7 @@ class Explore(Round):
         self.reports.append(Report.of(self.number, update, group, payload.sizes, {}))
 
     def _step(self) -> Change | None:
-        """Tell the mask rule the mean squared deviation; the global row stays, or is where the last client stopped."""
+        """Hand the mean squared deviation over; the global row stays, or is where the last client stopped."""
         f, found = self.federation, self.deviation.finish()
         if found is None:
             return None

@@ -62,7 +62,7 @@ class Federation:
         ledger: sums of bytes.
         traffic: what each client of each round sent and received.
         model_length: bytes of the first model.
-        watchers: look on, beside those that count bytes and listen for the mask rule.
+        watchers: look on, beside those that count bytes and gather updates for the mask rule.
         count_bytes: whether bytes are counted.
 
     Attributes:

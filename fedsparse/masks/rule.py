@@ -22,8 +22,8 @@ class MaskRule:
 
     Attributes:
         largest: whether the largest scores train, or the smallest.
-        needs: the evidence that the rule needs beside the row; the class's say of which kinds it is, and an object may
-            have others of these kinds, by its options.
+        needs: the evidence that the rule needs beside the row; those of the class name the kinds, which are read
+            before a rule is built; an object's have its options.
 
     >>> from fedsparse.masks import choose
     >>> class Heaviest(MaskRule):

@@ -1,4 +1,4 @@
-"""Calibration: what a mask rule measures on the clients before the first round, and the masks that come of it.
+"""Calibration: what a mask rule observes before the first round, and the masks that are chosen by it.
 
 Does not depend on the cohort size: fixed chunks, sums in float64, clients in their order.
 
