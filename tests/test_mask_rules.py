@@ -47,7 +47,6 @@ RULES = {  # name: (how to build it, whether it keeps exactly k)
     "autoflip": (lambda file: rules.AutoFLIP("robust"), True),  # with minmax every tensor's best score is 1
     "autoflip_refined": (lambda file: rules.AutoFLIP("rank", refine=True), True),
     "snip": (configured("snip"), True),
-    "gradient": (configured("gradient"), True),
     "synflow": (lambda file: rules.SynFlow(20), True),
     "movement": (lambda file: rules.Movement(), True),
     "random": (lambda file: rules.Random(), True),
