@@ -21,7 +21,7 @@ from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.federation.reports import Diverged
 from fedsparse.masks import Sparsity
 from fedsparse.masks.bitmaps import masks_of
-from fedsparse.masks.rules import Fisher, Random
+from fedsparse.masks.rules import Fisher, Random, Talos
 from fedsparse.preparation.cache import Cache, fingerprint, source_of
 from fedsparse.preparation.calibration import (
     Calibration,
@@ -392,6 +392,29 @@ def test_a_client_whose_scores_are_not_finite_is_left_out_and_named(preparation,
         spoilt(preparation, client, float("nan"))
     with pytest.raises(Diverged, match="calibration: what is observed is NaN or infinite everywhere"):
         observe(preparation, job(Fisher(largest=False), rounds=1))
+
+
+def test_a_client_lost_in_a_later_round_of_thinning_leaves_the_network_as_it_was(preparation):
+    """What the others score is the network, not the one that this client's round has shrunk."""
+    clean, before = calibrate_clients(preparation, job(Talos(), rounds=2)), preparation.space.read(preparation.net)
+
+    class Late(Talos):
+        """Not finite for the third client in its second round, of two for each client; a shard is one batch."""
+
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def observe(self, net, space, x, y, *, into, **options):
+            self.calls += 1
+            found = super().observe(net, space, x, y, into=into, **options)
+            return into.fill_(float("nan")) if self.calls == 6 else found
+
+    found = calibrate_clients(preparation, job(Late(), rounds=2))
+    assert torch.equal(preparation.space.read(preparation.net), before)
+    assert not found.bitmaps[2].any()
+    others = [client for client in range(7) if client != 2]
+    assert torch.equal(found.bitmaps[others], clean.bitmaps[others])
 
 
 def test_a_client_whose_own_scores_are_not_finite_trains_nothing_and_is_named(preparation, caplog):

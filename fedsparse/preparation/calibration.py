@@ -203,11 +203,13 @@ def _thinned(preparation: Preparation, job: CalibrationJob, thinning: Thinning, 
     for round in range(rounds):
         scores = _zeros(preparation)
         space.write(net, shrunk(row, left, thinning.shrink))
-        if thinning.clients:
-            _observe(preparation, job, round, _sources(preparation, job, round, client, left), scores)
-        else:
-            _observe_alone(preparation, job, scores)
-        space.write(net, row)
+        try:
+            if thinning.clients:
+                _observe(preparation, job, round, _sources(preparation, job, round, client, left), scores)
+            else:
+                _observe_alone(preparation, job, scores)
+        finally:  # a client whose scores are not finite is left out, and the next one goes on with this network
+            space.write(net, row)
         power = (round + 1) / rounds
         kept = thin(scores, left, space, job.sparsity, largest=job.rule.largest, power=power)
         order = None if order is None else ordered(order, left, kept, scores, round)
