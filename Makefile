@@ -143,7 +143,7 @@ RATIOS := sparsity.ratio=0.5,0.7,0.9
 STARTED := phases=explore explore.keep_model=true
 GUIDANCE = $(SWEEP) pictures=false experiment=autoflip_digits partition=iid,noniid_nc2 seed=0,1,2,3,4 federation.rounds=1 explore.save=true
 
-autoflip: $(READY) ## mask rules at equal client steps with and without AutoFLIP's head start, five seeds; and what its guidance measures
+autoflip: $(READY) ## mask rules at equal client steps with and without AutoFLIP's head start, five seeds; and what its deviations measure
 	@echo "986 runs of 1200 client steps each and 40 explorations, JOBS=$(JOBS) at a time; a run took 0.3 to 0.9 s beside other work"
 	@echo "(58 cells: 696 runs choose learning rates, 290 are reported.) What is finished in $(AUTOFLIP_AT) is skipped, what was stopped goes on."
 	$(AUTOFLIP) $(RATE) mask_rule=dense hydra.sweep.dir=$(AUTOFLIP_AT)/rates/dense

@@ -12,7 +12,7 @@ from fedsparse.core.seeding import Purpose
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.exchange.ledger import Traffic
-from fedsparse.federation.masking import MaskChoice, zero
+from fedsparse.federation.masking import MaskSchedule, zero
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.server.sampling import uniform
 from fedsparse.masks import Mask, Sparsity
@@ -38,7 +38,7 @@ def staged(phases, rule=None, sparsity=None, net=None, explorers=7, start=None, 
     small.given["phases"] = Phases(phases)
     row = torch.ones(small.space.size, dtype=torch.bool) if start is None else start
     rule, sparsity = AutoFLIP() if rule is None else rule, Sparsity(0.8) if sparsity is None else sparsity
-    small.given["choice"] = MaskChoice(rule, sparsity, small.space, small.seed, Mask.of(small.space, row))
+    small.given["choice"] = MaskSchedule(rule, sparsity, small.space, small.seed, Mask.of(small.space, row))
     if sparsity.mode == "prune":
         zero(small.net, small.space, row)
     return small

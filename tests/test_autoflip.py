@@ -1,4 +1,4 @@
-"""mask_rule=autoflip: guidance, agreement and the original's quantile, by hand."""
+"""mask_rule=autoflip: deviation, agreement and the original's quantile, by hand."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import torch
 from omegaconf import OmegaConf
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.masks import Sparsity
-from fedsparse.masks.rules import AutoFLIP, MaskRule
+from fedsparse.masks import Evidence, Exploration, Sparsity, Updates, choose
+from fedsparse.masks.rules import AutoFLIP
 
 SPACE = ParamSpace(["w", "b", "head"], [torch.Size([5]), torch.Size([3]), torch.Size([2])])
 # minmax: w 1/4, 0, 1/2, 1, 3/4;  b 0, 1, 0.1;  the head is constant: 0
-GUIDANCE = torch.tensor([2.0, 1.0, 3.0, 5.0, 4.0, 0.0, 1.0, 0.1, 9.0, 9.0], dtype=torch.float64)
+DEVIATION = torch.tensor([2.0, 1.0, 3.0, 5.0, 4.0, 0.0, 1.0, 0.1, 9.0, 9.0], dtype=torch.float64)
 ROW = torch.zeros(10)
 
 
-def kept(rule, sparsity, observed=GUIDANCE, **options):
-    return rule.mask(SPACE, ROW, sparsity, observed, **options).row(SPACE).nonzero().flatten().tolist()
+def kept(rule, sparsity, observed=DEVIATION, **options):
+    return (
+        choose(rule, Evidence(SPACE, ROW, sparsity, observed=observed, **options))
+        .row(SPACE)
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,12 +36,12 @@ def kept(rule, sparsity, observed=GUIDANCE, **options):
         ("none", [2, 3, 4, 8, 9]),
     ],
 )
-def test_exactly_k_of_the_normalised_guidance(how, expected):
+def test_exactly_k_of_the_normalised_deviation(how, expected):
     assert kept(AutoFLIP(how), Sparsity(5 / 8, always_train="head")) == expected
 
 
 def test_an_outlier_decides_with_minmax_and_not_with_rank():
-    outlier = GUIDANCE.clone()
+    outlier = DEVIATION.clone()
     outlier[3] = 1e12
     sparsity = Sparsity(5 / 8, always_train="head")
     assert kept(AutoFLIP("minmax"), sparsity, outlier) == [3, 6, 7, 8, 9]  # the rest of w is as good as 0
@@ -43,7 +49,7 @@ def test_an_outlier_decides_with_minmax_and_not_with_rank():
 
 
 def test_min_density_guards_the_tensor_of_an_outlier():
-    outlier = GUIDANCE.clone()
+    outlier = DEVIATION.clone()
     outlier[3] = 1e12
     sparsity = Sparsity(0.5, min_density=0.4, always_train="head")
     assert kept(AutoFLIP("minmax"), sparsity, outlier) == [3, 4, 6, 7, 8, 9]
@@ -70,48 +76,45 @@ def test_agreement_is_the_size_of_the_weighted_mean_sign():
     """Three clients of weights 2, 1, 1: signs (+ + -), (- + 0), (- + +)."""
     rule = AutoFLIP(refine=True)
     change = torch.tensor([[0.5, 1e-9, -3.0], [-0.1, 2.0, 0.0], [-7.0, 1.0, 0.2]])
-    heard = rule.hear(change, torch.ones(3, 3))
-    assert heard.tolist() == [[1, 1, -1], [-1, 1, 0], [-1, 1, 1]]
-    mean = (torch.tensor([2.0, 1.0, 1.0]) @ heard) / 4
+    signs = rule.of_update(change, torch.ones(3, 3))
+    assert signs.tolist() == [[1, 1, -1], [-1, 1, 0], [-1, 1, 1]]
+    mean = (torch.tensor([2.0, 1.0, 1.0]) @ signs) / 4
     assert mean.tolist() == [0, 1, -0.25]
-    assert torch.equal(rule.remember(torch.ones(3), mean), mean)  # the last round alone
+    assert torch.equal(rule.need(Updates).gather(torch.ones(3), mean), mean)  # the last round alone
 
 
-def test_agreement_is_added_to_the_guidance():
-    memory = torch.zeros(10, dtype=torch.float64)
-    memory[1], memory[5] = -0.9, 0.6  # 0 + 0.9 and 0 + 0.6 against 1, 0.75, 1
+def test_agreement_is_added_to_the_deviation():
+    updates = torch.zeros(10, dtype=torch.float64)
+    updates[1], updates[5] = -0.9, 0.6  # 0 + 0.9 and 0 + 0.6 against 1, 0.75, 1
     sparsity = Sparsity(5 / 8, always_train="head")
-    assert kept(AutoFLIP(refine=True), sparsity, memory=memory) == [1, 3, 6, 8, 9]
-    assert kept(AutoFLIP(refine=True), sparsity) == [3, 4, 6, 8, 9]  # nothing heard yet
-    assert kept(AutoFLIP(), sparsity, memory=memory) == [3, 4, 6, 8, 9]
+    assert kept(AutoFLIP(refine=True), sparsity, updates=updates) == [1, 3, 6, 8, 9]
+    assert kept(AutoFLIP(refine=True), sparsity) == [3, 4, 6, 8, 9]  # before the first learning round
+    assert kept(AutoFLIP(), sparsity, updates=updates) == [3, 4, 6, 8, 9]
 
 
 def test_what_did_not_train_counts_with_the_mean_agreement_and_can_come_back():
-    """Guidance 0.5 waits, 0.6 trains: agreement 0.1 of it and 0.9 of another one leave it 0.7, the waiting one 1.0."""
+    """Deviation 0.5 waits, 0.6 trains: agreement 0.1 of it and 0.9 of another one leave it 0.7, the waiting one 1.0."""
     rule, space = AutoFLIP("none", refine=True), ParamSpace(["w"], [torch.Size([3])])
-    told = torch.tensor([-0.9, 0.1], dtype=torch.float64)  # of coordinates 0 and 1
-    assert rule.unheard(told) == pytest.approx(0.5)
-    assert MaskRule().unheard(told) == 0.0  # of other rules
-    memory = torch.tensor([-0.9, 0.1, 0.5], dtype=torch.float64)
-    guidance = torch.tensor([0.7, 0.6, 0.5], dtype=torch.float64)
-    mask = rule.mask(space, torch.zeros(3), Sparsity(1 / 3), guidance, memory=memory)
+    trained = torch.tensor([-0.9, 0.1], dtype=torch.float64)  # of coordinates 0 and 1
+    assert rule.need(Updates).elsewhere(trained) == pytest.approx(0.5)
+    updates = torch.tensor([-0.9, 0.1, 0.5], dtype=torch.float64)
+    deviation = torch.tensor([0.7, 0.6, 0.5], dtype=torch.float64)
+    mask = choose(rule, Evidence(space, torch.zeros(3), Sparsity(1 / 3), observed=deviation, updates=updates))
     assert mask.row(space).tolist() == [True, False, True]
 
 
-def test_what_it_asks_of_the_protocol():
-    assert AutoFLIP.explores
-    assert not AutoFLIP.needs_data
-    assert (AutoFLIP().listens, AutoFLIP(refine=True).listens) == (False, True)
-    assert AutoFLIP().hear(torch.ones(1, 3), torch.ones(1, 3)) is None
-    with pytest.raises(ValueError, match="mask_rule=autoflip chooses by what clients found"):
-        AutoFLIP().mask(SPACE, ROW, Sparsity())
+def test_what_it_needs():
+    assert AutoFLIP().needs == (Exploration(),)
+    assert AutoFLIP(refine=True).needs == (Exploration(), Updates(keep="last", absent="mean"))
+    with pytest.raises(ValueError, match="evidence.observed is None"):
+        choose(AutoFLIP(), Evidence(SPACE, ROW, Sparsity()))
 
 
-def test_the_guidance_handed_in_stays_as_it_was():
-    observed, memory = GUIDANCE.clone(), torch.ones(10, dtype=torch.float64)
-    AutoFLIP("none", refine=True).mask(SPACE, ROW, Sparsity(), observed, memory=memory)
-    assert torch.equal(observed, GUIDANCE)
-    assert torch.equal(memory, torch.ones(10, dtype=torch.float64))
+def test_the_deviation_handed_in_stays_as_it_was():
+    observed, updates = DEVIATION.clone(), torch.ones(10, dtype=torch.float64)
+    choose(AutoFLIP("none", refine=True), Evidence(SPACE, ROW, Sparsity(), observed=observed, updates=updates))
+    assert torch.equal(observed, DEVIATION)
+    assert torch.equal(updates, torch.ones(10, dtype=torch.float64))
 
 
 def test_biases_norms_and_the_head_are_excluded_by_a_list_of_patterns():
@@ -119,7 +122,10 @@ def test_biases_norms_and_the_head_are_excluded_by_a_list_of_patterns():
     space = ParamSpace(names, [torch.Size([4])] * 4)
     config = OmegaConf.create({"head": "head.*", "always": ["${head}", "*.bias", "*norm*"]})
     observed = torch.from_numpy(np.random.default_rng(1).random(16))
-    mask = AutoFLIP().mask(space, torch.zeros(16), Sparsity(0.5, always_train=config.always), observed)
+    mask = choose(
+        AutoFLIP(),
+        Evidence(space, torch.zeros(16), Sparsity(0.5, always_train=config.always), observed=observed),
+    )
     assert {name: int(marks.sum()) for name, marks in mask.tensors.items()} == dict(
         zip(names, [2, 4, 4, 4], strict=True)
     )
@@ -148,5 +154,5 @@ def test_the_original_with_robust_agrees_with_torchs_own_median_and_quantiles():
         for part in found.split(space.sizes):
             scores.append((part - part.median()) / (part.quantile(0.75) - part.quantile(0.25)))
         wanted = torch.cat(scores) > torch.cat(scores).quantile(0.5)
-        mask = rule.mask(space, torch.zeros(space.size), Sparsity(0.5, always_train=[]), observed=found)
+        mask = choose(rule, Evidence(space, torch.zeros(space.size), Sparsity(0.5, always_train=[]), observed=found))
         assert torch.equal(mask.row(space), wanted), seed

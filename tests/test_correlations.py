@@ -1,4 +1,4 @@
-"""What guidance measures: ranks by hand, and the Fisher information of a run's start against a plain loop."""
+"""What deviations measure: ranks by hand, and the Fisher information of a run's start against a plain loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_tensor_without_order_is_left_out_of_the_mean():
     assert np.isnan(found["fisher_within"])
 
 
-def test_a_folder_without_guidance_says_so(run_in, tmp_path):
+def test_a_folder_without_deviations_says_so(run_in, tmp_path):
     run_in("plain", "mask_rule=random", "pictures=false")
     with pytest.raises(SystemExit, match="no run holds guidance.safetensors; run with mask_rule=autoflip"):
         correlations.main([str(tmp_path / "plain")])
@@ -64,15 +64,15 @@ def test_a_run_saves_what_its_clients_explored_and_is_measured(run_in, tmp_path,
     (row,) = [line.split("│")[1:-1] for line in lines if "mlp" in line]
     assert [cell.strip() for cell in row[:3]] == ["mlp", "noniid_nc2", "SGDM"]
 
-    setting = at_start(folder)
-    net, train = setting.net.eval(), setting.dataset.train
-    total = torch.zeros(setting.space.size, dtype=torch.float64)
-    for part in setting.parts:
+    preparation = at_start(folder)
+    net, train = preparation.net.eval(), preparation.dataset.train
+    total = torch.zeros(preparation.space.size, dtype=torch.float64)
+    for part in preparation.parts:
         for i in part:
-            x, y = setting.take(train, np.array([i]))
+            x, y = preparation.take(train, np.array([i]))
             grads = torch.autograd.grad(cross_entropy(net(x), y), list(net.parameters()))
             total += torch.cat([grad.flatten() for grad in grads]).double() ** 2
-    assert torch.allclose(correlations.fisher(setting), total, rtol=1e-4, atol=1e-9)
+    assert torch.allclose(correlations.fisher(preparation), total, rtol=1e-4, atol=1e-9)
 
 
 def test_nothing_is_saved_unasked(run_in):

@@ -24,9 +24,9 @@ from fedsparse.masks import Sparsity
 from fedsparse.masks.rules import Fisher
 from fedsparse.models.flops import pruning_figures
 from fedsparse.models.shrink import shrink
-from fedsparse.preparation.calibration import Calibration, Work, calibrate
+from fedsparse.preparation.calibration import Calibration, CalibrationJob, calibrate
 from fedsparse.preparation.head import probe, solve
-from fedsparse.preparation.setting import Setting
+from fedsparse.preparation.preparation import Preparation
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.personal import Personal
@@ -132,9 +132,9 @@ def test_a_step_that_is_done_again_after_an_overflow(tmp_path, cohort):
         assert torch.equal(a, b)
 
 
-def setting_of(first):
+def preparation_of(first):
     small = Small(net(first), small_data(), uneven_parts())
-    return Setting(
+    return Preparation(
         net=small.net, space=small.space, dataset=small.dataset, parts=small.parts,
         sample=lambda round, purpose: [3, 5], losses=small.module.losses, batch_size=16, seed=0,
         ledger=Ledger(), model_length=777,
@@ -146,14 +146,16 @@ def setting_of(first):
 def test_calibration_and_the_head(labels, where):
     rows = []
     for first in (Doubles, DoublesACopy):
-        setting = setting_of(first)
-        before = copies(setting.dataset)
-        probe(setting, HEAD, steps=2, lr=0.3)
-        solve(setting, HEAD, 1.0)
+        preparation = preparation_of(first)
+        before = copies(preparation.dataset)
+        probe(preparation, HEAD, steps=2, lr=0.3)
+        solve(preparation, HEAD, 1.0)
         measured = Calibration(where=where, labels=labels, rounds=2)
-        found = calibrate(setting, Work(Fisher(True, labels=labels), Sparsity(0.6, always_train=HEAD), measured, HEAD))
-        assert kept(setting.dataset, before)
-        rows.append((setting.space.read(setting.net), found.observed))
+        found = calibrate(
+            preparation, CalibrationJob(Fisher(True, labels=labels), Sparsity(0.6, always_train=HEAD), measured, HEAD)
+        )
+        assert kept(preparation.dataset, before)
+        rows.append((preparation.space.read(preparation.net), found.observed))
     for a, b in zip(*rows, strict=True):
         assert torch.equal(a, b)
 

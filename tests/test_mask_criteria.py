@@ -17,11 +17,12 @@ from torch.nn.functional import cross_entropy
 from fedsparse.core.space import ParamSpace
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.exchange.wire.message import HEADER
-from fedsparse.masks import Gradual, Sparsity
+from fedsparse.masks import Evidence, Gradual, Sparsity, Updates, choose
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.masks.rules import Movement, Random, Snip, SynFlow, Talos
-from fedsparse.preparation.calibration import Calibration, Work, calibrate, calibrate_clients, observe
-from fedsparse.preparation.setting import Setting
+from fedsparse.masks.thinning import shrunk, thin
+from fedsparse.preparation.calibration import Calibration, CalibrationJob, calibrate, calibrate_clients, observe
+from fedsparse.preparation.preparation import Preparation
 
 HEAD = "3.*"
 SAMPLED = {0: [3, 5], 1: [6, 3]}
@@ -32,18 +33,18 @@ def losses(forward, x, y):
 
 
 @pytest.fixture
-def setting():
+def preparation():
     """Batches of whole shards, so that the order in which they are dealt does not matter."""
     small = Small(small_net(), small_data(), uneven_parts())
-    return Setting(
+    return Preparation(
         net=small.net, space=small.space, dataset=small.dataset, parts=small.parts,
         sample=lambda round, purpose: SAMPLED[round], losses=small.module.losses, batch_size=1000, seed=0,
         ledger=Ledger(), model_length=777,
     )  # fmt: skip
 
 
-def work(rule, **calibration):
-    return Work(rule, Sparsity(0.6, always_train=HEAD), Calibration(**calibration), HEAD)
+def job(rule, **calibration):
+    return CalibrationJob(rule, Sparsity(0.6, always_train=HEAD), Calibration(**calibration), HEAD)
 
 
 # --- SNIP
@@ -57,25 +58,29 @@ def test_snip_by_hand():
     rule, product = Snip(), lambda forward, x, y: forward(x).squeeze(1) * y
     observed = rule.observe(net, space, x, y, loss=product)
     assert observed.tolist() == [-1.0, 4.0]
-    assert rule.scores(space.read(net), observed, torch.Generator()).tolist() == [5.0, 2.0]
+    assert rule.scores(Evidence(space, space.read(net), Sparsity(), observed=observed)).tolist() == [5.0, 2.0]
 
 
-def test_snip_is_the_gradient_of_everybodys_mean_loss_times_the_weight(setting):
+def test_snip_is_the_gradient_of_everybodys_mean_loss_times_the_weight(preparation):
     """As if one had all samples of two rounds: the third client was drawn twice."""
-    index = torch.cat([torch.from_numpy(setting.parts[client]) for round in (0, 1) for client in SAMPLED[round]])
-    split, net = setting.dataset.train, copy.deepcopy(setting.net).eval()
+    index = torch.cat([torch.from_numpy(preparation.parts[client]) for round in (0, 1) for client in SAMPLED[round]])
+    split, net = preparation.dataset.train, copy.deepcopy(preparation.net).eval()
     cross_entropy(net(split.x[index]), split.y[index]).backward()
     expected = torch.cat([(p.grad * p.detach()).abs().flatten() for p in net.parameters()])
     rule = Snip()
-    observed = observe(setting, work(rule, rounds=2))
-    found = rule.scores(setting.space.read(setting.net), observed, torch.Generator())
+    observed = observe(preparation, job(rule, rounds=2))
+    found = rule.scores(
+        Evidence(preparation.space, preparation.space.read(preparation.net), Sparsity(), observed=observed)
+    )
     torch.testing.assert_close(found / len(index), expected.double(), rtol=1e-9, atol=1e-14)
-    assert setting.ledger.bytes_setup_up == 4 * (HEADER.size + 8 * setting.space.size)  # in the net's own float64
+    assert preparation.ledger.bytes_setup_up == 4 * (
+        HEADER.size + 8 * preparation.space.size
+    )  # in the net's own float64
 
 
 def test_snip_needs_data():
-    with pytest.raises(ValueError, match="mask_rule=snip needs calibration data"):
-        Snip().mask(ParamSpace(["w"], [torch.Size([4])]), torch.ones(4), Sparsity())
+    with pytest.raises(ValueError, match="evidence.observed is None; for a rule that needs batches"):
+        choose(Snip(), Evidence(ParamSpace(["w"], [torch.Size([4])]), torch.ones(4), Sparsity()))
 
 
 # --- SynFlow
@@ -108,13 +113,13 @@ def test_synflow_in_two_iterations_by_hand():
     row, rule, state, sparsity = space.read(net), SynFlow(2), None, Sparsity(0.75)
     kept = []
     for round in range(2):
-        space.write(net, rule.view(row, state))
+        space.write(net, shrunk(row, state, rule.calibration.shrink))
         observed = rule.observe(net, space, torch.ones(1, 2), torch.ones(1), loss=losses)
-        state = rule.take(state, observed, space=space, sparsity=sparsity, round=round, rounds=2)
+        state = thin(observed, state, space, sparsity, largest=True, power=(round + 1) / 2)
         kept.append(state.nonzero().flatten().tolist())
     assert kept == [[2, 4, 5], [2, 5]]
     flows = flow(linear_net(), torch.ones(1, 2))
-    at_once = SynFlow(1).take(None, flows, space=space, sparsity=sparsity, round=0, rounds=1)
+    at_once = thin(flows, None, space, sparsity, largest=True, power=1.0)
     assert at_once.nonzero().flatten().tolist() == [2, 5]
 
 
@@ -138,18 +143,18 @@ def plain_synflow(net, x, ratio, iterations, head):
 
 
 @pytest.mark.parametrize("iterations", [1, 7])
-def test_synflow_equals_a_plain_loop_and_asks_no_client(setting, iterations):
-    before = copy.deepcopy(setting.net.state_dict())
-    found = calibrate(setting, work(SynFlow(iterations)))
-    head = setting.space.where(HEAD)
-    expected = plain_synflow(setting.net, setting.dataset.val.x, 0.6, iterations, head)
-    assert found.mask.row(setting.space).tolist() == expected.tolist()
+def test_synflow_equals_a_plain_loop_and_asks_no_client(preparation, iterations):
+    before = copy.deepcopy(preparation.net.state_dict())
+    found = calibrate(preparation, job(SynFlow(iterations)))
+    head = preparation.space.where(HEAD)
+    expected = plain_synflow(preparation.net, preparation.dataset.val.x, 0.6, iterations, head)
+    assert found.mask.row(preparation.space).tolist() == expected.tolist()
     assert found.overlap == ()
-    assert setting.ledger.bytes_total == 0
-    assert all(torch.equal(tensor, before[name]) for name, tensor in setting.net.state_dict().items())
+    assert preparation.ledger.bytes_total == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in preparation.net.state_dict().items())
 
 
-def test_synflow_never_reads_a_sample(setting):
+def test_synflow_never_reads_a_sample(preparation):
     """Only the shape of an input reaches the rule."""
     seen = []
 
@@ -158,12 +163,12 @@ def test_synflow_never_reads_a_sample(setting):
             seen.append((x.abs().sum().item(), tuple(x.shape)))
             return super().observe(net, space, x, y, **options)
 
-    calibrate(setting, work(Spy(2)))
-    assert seen == [(0.0, (1, *setting.dataset.val.x.shape[1:]))] * 2
+    calibrate(preparation, job(Spy(2)))
+    assert seen == [(0.0, (1, *preparation.dataset.val.x.shape[1:]))] * 2
 
 
-def test_own_masks_by_synflow_are_the_same_for_everybody(setting):
-    masks = masks_of(calibrate_clients(setting, work(SynFlow(2))).bitmaps, setting.space)
+def test_own_masks_by_synflow_are_the_same_for_everybody(preparation):
+    masks = masks_of(calibrate_clients(preparation, job(SynFlow(2))).bitmaps, preparation.space)
     assert all(mask.overlap(masks[0]) == 1 for mask in masks)
 
 
@@ -199,28 +204,29 @@ def test_synflow_refuses_text_and_other_iterations():
 
 
 @pytest.mark.parametrize("rule", [SynFlow(6), Talos()])
-def test_every_tensor_keeps_its_share_in_every_round_of_thinning(setting, rule):
-    setting = replace(setting, sample=lambda round, purpose: [3, 5])
+def test_every_tensor_keeps_its_share_in_every_round_of_thinning(preparation, rule):
+    preparation = replace(preparation, sample=lambda round, purpose: [3, 5])
     sparsity = Sparsity(0.9, min_density=0.05, always_train=HEAD)
-    mask = calibrate(setting, Work(rule, sparsity, Calibration(rounds=6), HEAD)).mask
-    counted = ~setting.space.where(HEAD)
-    assert int(mask.row(setting.space)[counted].sum()) == math.floor(0.1 * int(counted.sum()) + 0.5)
+    mask = calibrate(preparation, CalibrationJob(rule, sparsity, Calibration(rounds=6), HEAD)).mask
+    counted = ~preparation.space.where(HEAD)
+    assert int(mask.row(preparation.space)[counted].sum()) == math.floor(0.1 * int(counted.sum()) + 0.5)
     assert all(int(marks.sum()) >= math.ceil(0.05 * marks.numel()) for marks in mask.tensors.values())
 
 
-def test_synflow_under_a_schedule_gives_up_in_the_order_of_its_iterations(setting):
+def test_synflow_under_a_schedule_gives_up_in_the_order_of_its_iterations(preparation):
     """Masks of a growing ratio lie within each other, and the last is that of the ratio alone."""
     alone = Sparsity(0.9, always_train=HEAD)
     growing = replace(alone, schedule=Gradual(initial=0.2, steps=3))
-    rule, row = SynFlow(5), setting.space.read(setting.net)
-    found = calibrate(setting, Work(rule, growing, Calibration(), HEAD))
-    masks = [rule.mask(setting.space, row, growing.at(t), found.observed).row(setting.space) for t in range(4)]
-    assert torch.equal(found.mask.row(setting.space), masks[0])
-    counted = int((~setting.space.where(HEAD)).sum())
-    kept = [int((mask & ~setting.space.where(HEAD)).sum()) for mask in masks]
+    rule, row = SynFlow(5), preparation.space.read(preparation.net)
+    found = calibrate(preparation, CalibrationJob(rule, growing, Calibration(), HEAD))
+    stages = [Evidence(preparation.space, row, growing.at(t), observed=found.observed) for t in range(4)]
+    masks = [choose(rule, stage).row(preparation.space) for stage in stages]
+    assert torch.equal(found.mask.row(preparation.space), masks[0])
+    counted = int((~preparation.space.where(HEAD)).sum())
+    kept = [int((mask & ~preparation.space.where(HEAD)).sum()) for mask in masks]
     assert kept == [math.floor((1 - growing.at(t).ratio) * counted + 0.5) for t in range(4)]
     assert all(bool((later <= earlier).all()) for earlier, later in zip(masks[:-1], masks[1:], strict=True))
-    last = calibrate(setting, Work(SynFlow(5), alone, Calibration(), HEAD)).mask.row(setting.space)
+    last = calibrate(preparation, CalibrationJob(SynFlow(5), alone, Calibration(), HEAD)).mask.row(preparation.space)
     assert torch.equal(masks[-1], last)
 
 
@@ -228,15 +234,15 @@ def test_synflow_under_a_schedule_gives_up_in_the_order_of_its_iterations(settin
 def test_what_chooses_in_its_own_rounds_cannot_be_renewed(rule):
     for sparsity in (Sparsity(0.8, schedule=Gradual()), Sparsity(0.8, renew_every=3)):
         with pytest.raises(ValueError, match=f"{type(rule).__name__} chooses once") as caught:
-            Work(rule, sparsity, Calibration(), HEAD)
+            CalibrationJob(rule, sparsity, Calibration(), HEAD)
         assert "\n" not in str(caught.value)
 
 
-def test_the_first_mask_has_the_ratio_of_round_zero(setting):
+def test_the_first_mask_has_the_ratio_of_round_zero(preparation):
     sparsity = Sparsity(0.8, always_train=HEAD, schedule=Gradual(initial=0.25, steps=4))
-    mask = calibrate(setting, Work(Random(), sparsity, Calibration(), HEAD)).mask
-    counted = ~setting.space.where(HEAD)
-    assert int(mask.row(setting.space)[counted].sum()) == math.floor(0.75 * int(counted.sum()) + 0.5)
+    mask = calibrate(preparation, CalibrationJob(Random(), sparsity, Calibration(), HEAD)).mask
+    counted = ~preparation.space.where(HEAD)
+    assert int(mask.row(preparation.space)[counted].sum()) == math.floor(0.75 * int(counted.sum()) + 0.5)
     assert mask.metadata["ratio"] == "0.25"
 
 
@@ -247,32 +253,33 @@ def test_movement_by_hand():
     """Two rounds of two clients: 2 -> 3, 1 and -1 -> -2, -1; away from zero is positive, whatever the sign."""
     rule, space = Movement(), ParamSpace(["w"], [torch.Size([3])])
     start = torch.tensor([[2.0, -1.0, 4.0]] * 2)
-    heard = rule.hear(torch.tensor([[1.0, -1.0, 0.0], [-1.0, 0.0, -0.5]]), start)
-    assert heard.tolist() == [[2, 1, 0], [-2, 0, -2]]
-    memory = rule.remember(None, heard.double().mean(0))
-    assert memory.tolist() == [0, 0.5, -1]
-    memory = rule.remember(memory, torch.tensor([0.75, 0.0, 0.5], dtype=torch.float64))
-    assert memory.tolist() == [0.75, 0.5, -0.5]
+    rows, need = rule.of_update(torch.tensor([[1.0, -1.0, 0.0], [-1.0, 0.0, -0.5]]), start), rule.need(Updates)
+    assert rows.tolist() == [[2, 1, 0], [-2, 0, -2]]
+    updates = need.gather(None, rows.double().mean(0))
+    assert updates.tolist() == [0, 0.5, -1]
+    updates = need.gather(updates, torch.tensor([0.75, 0.0, 0.5], dtype=torch.float64))
+    assert updates.tolist() == [0.75, 0.5, -0.5]
+    assert need.elsewhere(updates) == 0
     for ratio, expected in ((0.3, [0, 1]), (0.6, [0])):
-        mask = rule.mask(space, start[0], Sparsity(ratio), memory=memory)
+        mask = choose(rule, Evidence(space, start[0], Sparsity(ratio), updates=updates))
         assert mask.row(space).nonzero().flatten().tolist() == expected
 
 
-def test_movement_trains_everything_before_it_has_heard_anything():
+def test_movement_trains_everything_before_the_first_round():
     rule, space = Movement(), ParamSpace(["w"], [torch.Size([4])])
     gradual = Sparsity(0.8, schedule=Gradual())
-    assert rule.mask(space, torch.ones(4), gradual.at(0)).density == 1
+    assert choose(rule, Evidence(space, torch.ones(4), gradual.at(0))).density == 1
     with pytest.raises(ValueError, match="mask_rule=movement chooses by what training moved") as caught:
-        rule.mask(space, torch.ones(4), Sparsity(0.8))
+        choose(rule, Evidence(space, torch.ones(4), Sparsity(0.8)))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("rule", [SynFlow(6), Talos()])
-def test_whole_units_that_were_given_up_stay_out_without_a_warning(setting, rule):
+def test_whole_units_that_were_given_up_stay_out_without_a_warning(preparation, rule):
     """The next round's number can fit all that is left: the units given up are then no ties at the line."""
     sparsity = Sparsity(0.3, unit="output", always_train=HEAD)
-    setting = replace(setting, sample=lambda round, purpose: [3, 5])
-    mask = calibrate(setting, Work(rule, sparsity, Calibration(rounds=6), HEAD)).mask
-    counted = ~setting.space.where(HEAD)
-    kept = int(mask.row(setting.space)[counted].sum())
+    preparation = replace(preparation, sample=lambda round, purpose: [3, 5])
+    mask = calibrate(preparation, CalibrationJob(rule, sparsity, Calibration(rounds=6), HEAD)).mask
+    counted = ~preparation.space.where(HEAD)
+    kept = int(mask.row(preparation.space)[counted].sum())
     assert 0 < kept <= math.floor(0.7 * int(counted.sum()) + 0.5)

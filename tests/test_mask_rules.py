@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.masks import Gradual, Mask, MaskRule, Sparsity, rules
+from fedsparse.masks import Evidence, Exploration, Gradual, Mask, MaskRule, Sparsity, Thinning, Updates, choose, rules
+from fedsparse.masks.thinning import shrunk, thin
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -25,8 +26,13 @@ CONF = Path(__file__).parents[1] / "conf"
 class Distance(MaskRule):
     """A user's rule, three lines."""
 
-    def scores(self, row, observed, generator):
-        return (row - 0.5).square()
+    def scores(self, evidence):
+        return (evidence.row - 0.5).square()
+
+
+def configured(option):
+    """The rule of a YAML, as it stands."""
+    return lambda file: instantiate(OmegaConf.load(CONF / "mask_rule" / f"{option}.yaml"))
 
 
 RULES = {  # name: (how to build it, whether it keeps exactly k)
@@ -40,7 +46,7 @@ RULES = {  # name: (how to build it, whether it keeps exactly k)
     "lowest_magnitude": (lambda file: rules.Magnitude(largest=False), True),
     "autoflip": (lambda file: rules.AutoFLIP("robust"), True),  # with minmax every tensor's best score is 1
     "autoflip_refined": (lambda file: rules.AutoFLIP("rank", refine=True), True),
-    "snip": (lambda file: rules.Snip(), True),
+    "snip": (configured("snip"), True),
     "synflow": (lambda file: rules.SynFlow(20), True),
     "movement": (lambda file: rules.Movement(), True),
     "random": (lambda file: rules.Random(), True),
@@ -75,42 +81,44 @@ def mask_file(net, tmp_path):
 
 
 def build(name, net, file, sparsity, seed=0):
-    """Run a rule as the calibration does: a round of two batches if it wants data, then choose."""
+    """Gather what a rule needs as a run does, of two batches and two learning rounds, and choose."""
     rule, space, generator = RULES[name][0](str(file)), ParamSpace.of(net), torch.Generator().manual_seed(seed)
     rng = np.random.default_rng([6])
     batches = [(torch.from_numpy(rng.normal(size=(9, 5))).float(), torch.from_numpy(rng.integers(0, 3, 9)))] * 2
-    state = None
-    if rule.needs_data:
+    observed = updates = None
+    if isinstance(rule.calibration, Thinning):
+        observed = thinned(rule, net, space, sparsity, batches, generator)
+    elif rule.calibration:
         observed = sum(rule.observe(net, space, x, y, loss=losses, generator=generator) for x, y in batches)
-        state = rule.take(None, observed, space=space, sparsity=sparsity, round=0, rounds=1)
-    if rule.iterations:
-        state = alone(rule, net, space, sparsity, batches[0])
-    if rule.explores:
-        state = torch.from_numpy(rng.normal(size=space.size)).square()
-    told = {"memory": listen(rule, space, rng)} if rule.listens else {}
-    return space, rule.mask(space, space.read(net), sparsity, state, generator, **told)
+    if rule.need(Exploration):
+        observed = torch.from_numpy(rng.normal(size=space.size)).square()
+    if need := rule.need(Updates):
+        updates = learned(rule, need, space, rng)
+    return space, choose(rule, Evidence(space, space.read(net), sparsity, generator, observed, updates))
 
 
-def alone(rule, net, space, sparsity, batch):
-    """Let a rule look at the network, as often as it wants, and thin its mask out."""
-    row, state = space.read(net), None
-    for round in range(rule.iterations):
-        space.write(net, rule.view(row, state))
-        observed = rule.observe(net, space, *batch, loss=losses)
+def thinned(rule, net, space, sparsity, batches, generator):
+    """Give up in rounds: of the network alone as often as the rule wants, else once."""
+    thinning, row, left = rule.calibration, space.read(net), None
+    rounds = thinning.rounds or 1
+    for round in range(rounds):
+        space.write(net, shrunk(row, left, thinning.shrink))
+        seen = batches if thinning.clients else batches[:1]
+        scores = sum(rule.observe(net, space, x, y, loss=losses, generator=generator) for x, y in seen)
         space.write(net, row)
-        state = rule.take(state, observed, space=space, sparsity=sparsity, round=round, rounds=rule.iterations)
-    return state
+        left = thin(scores, left, space, sparsity, largest=rule.largest, power=(round + 1) / rounds)
+    return left
 
 
-def listen(rule, space, rng):
-    """Tell a rule of two training rounds of three clients, as the protocol does."""
-    memory = None
+def learned(rule, need, space, rng):
+    """Two learning rounds of three clients."""
+    gathered = None
     for _ in range(2):
         change, start = (torch.from_numpy(rng.normal(size=(3, space.size))).float() for _ in range(2))
-        heard = rule.hear(change, start)
-        assert heard.shape == change.shape
-        memory = rule.remember(memory, heard.double().mean(0))
-    return memory
+        rows = rule.of_update(change, start)
+        assert rows.shape == change.shape
+        gathered = need.gather(gathered, rows.double().mean(0))
+    return gathered
 
 
 @pytest.mark.filterwarnings("ignore:.*scores tie:UserWarning")  # a path of single weights has one flow
@@ -176,15 +184,30 @@ def test_a_mask_survives_its_file(name, net, mask_file, tmp_path):
     assert loaded.metadata == mask.metadata
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_a_rule_that_does_not_listen_is_told_nothing(name, mask_file):
-    rule = RULES[name][0](str(mask_file))
-    heard = rule.hear(torch.ones(2, 3), torch.ones(2, 3))
-    assert (heard is not None) == rule.listens
+def test_updates_are_summed_or_the_last_is_kept():
     first, second = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -1.0])
-    assert torch.equal(rule.remember(None, first), first)
-    summed = MaskRule().remember(first, second)
-    assert torch.equal(summed, first + second)
+    for keep, expected in (("sum", [1.5, 1.0]), ("last", [0.5, -1.0])):
+        assert Updates(keep).gather(None, first) is first
+        assert Updates(keep).gather(first, second).tolist() == expected
+
+
+def test_what_did_not_train_is_zero_or_the_mean_size_of_the_others():
+    mean = torch.tensor([-3.0, 1.0])
+    assert (Updates().elsewhere(mean), Updates(absent="mean").elsewhere(mean)) == (0.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("need", "options", "says"),
+    [
+        (Updates, {"keep": "all"}, r"^Updates\.keep is 'all'; it must be sum or last$"),
+        (Updates, {"absent": "nan"}, r"^Updates\.absent is 'nan'; it must be zero or mean$"),
+        (Thinning, {"shrink": 1.5}, r"^Thinning\.shrink is 1\.5; it must be"),
+        (Thinning, {"rounds": 0}, r"^Thinning\.rounds is 0; it must be a whole number of 1 or more$"),
+    ],
+)
+def test_needs_that_cannot_be_meant_are_refused(need, options, says):
+    with pytest.raises(ValueError, match=says):
+        need(**options)
 
 
 def test_random_follows_its_generator(net, mask_file):
@@ -192,18 +215,18 @@ def test_random_follows_its_generator(net, mask_file):
     masks = [build("random", net, mask_file, sparsity, seed)[1] for seed in (0, 1)]
     assert masks[0].overlap(masks[1]) < 0.6  # about 1/3 by chance
     space = ParamSpace.of(net)
-    assert rules.Random().mask(space, space.read(net), sparsity).to_bytes() == masks[0].to_bytes()
+    assert choose(rules.Random(), Evidence(space, space.read(net), sparsity)).to_bytes() == masks[0].to_bytes()
 
 
 def test_magnitude_by_hand():
     space, row = ParamSpace(["w"], [torch.Size([4])]), torch.tensor([-3.0, 1.0, 2.0, -0.5])
-    assert rules.Magnitude(largest=True).mask(space, row, Sparsity(0.5)).row(space).tolist() == [
+    assert choose(rules.Magnitude(largest=True), Evidence(space, row, Sparsity(0.5))).row(space).tolist() == [
         True,
         False,
         True,
         False,
     ]
-    assert rules.Magnitude(largest=False).mask(space, row, Sparsity(0.5)).row(space).tolist() == [
+    assert choose(rules.Magnitude(largest=False), Evidence(space, row, Sparsity(0.5))).row(space).tolist() == [
         False,
         True,
         False,
@@ -229,7 +252,7 @@ def test_from_file_takes_the_file_whatever_the_ratio(net, mask_file):
     assert mask.metadata == {"rule": "FromFile", "ratio": "0.6"}
     other = ParamSpace(["body.weight"], [torch.Size([12, 5])])
     with pytest.raises(ValueError, match="made for another model: extra body.bias"):
-        rules.FromFile(str(mask_file)).mask(other, torch.zeros(60), Sparsity())
+        choose(rules.FromFile(str(mask_file)), Evidence(other, torch.zeros(60), Sparsity()))
 
 
 def test_from_file_says_when_always_train_adds_to_it(net, mask_file):
@@ -247,16 +270,25 @@ def test_bad_options_are_refused_by_name():
         rules.Fisher(largest=True, labels="truth")
     with pytest.raises(ValueError, match=r"mask_rule\.chunk"):
         rules.Fisher(largest=True, chunk=0)
-    with pytest.raises(ValueError, match="need calibration data"):
-        rules.Fisher(largest=True).mask(ParamSpace(["w"], [torch.Size([4])]), torch.ones(4), Sparsity())
 
 
 def test_a_rule_without_its_methods_says_so(net):
     space = ParamSpace.of(net)
     with pytest.raises(NotImplementedError, match=r"MaskRule has no scores\(\)"):
-        MaskRule().mask(space, space.read(net), Sparsity())
+        choose(MaskRule(), Evidence(space, space.read(net), Sparsity()))
     with pytest.raises(NotImplementedError, match=r"no observe\(\)"):
         MaskRule().observe(net, space, torch.zeros(1, 5), torch.zeros(1), loss=losses)
+    with pytest.raises(NotImplementedError, match=r"no of_update\(\)"):
+        MaskRule().of_update(torch.ones(2, 3), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("name", [name for name, (make, _) in RULES.items() if make("file").needs])
+def test_a_rule_whose_evidence_is_missing_says_so(name, net, mask_file):
+    space, rule = ParamSpace.of(net), RULES[name][0](str(mask_file))
+    missing = "all must train at first" if name == "movement" else "^evidence.observed is None; for a rule that needs"
+    with pytest.raises(ValueError, match=missing) as caught:
+        choose(rule, Evidence(space, space.read(net), Sparsity()))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "mask_rule").glob("*.yaml")), ids=lambda p: p.stem)

@@ -20,7 +20,7 @@ from fedsparse.federation.exchange.wire.message import read
 from fedsparse.federation.exchange.wire.positions import write_positions
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.server.aggregation import WeightedMean
-from fedsparse.masks import MaskRule, Sparsity
+from fedsparse.masks import Evidence, Exploration, MaskRule, Sparsity, choose
 from fedsparse.masks.gradual import Gradual
 from fedsparse.masks.rules import AutoFLIP, Magnitude, Movement, Random
 
@@ -53,7 +53,7 @@ RULES = {
 
 
 def first_mask(rule, sparsity, small_space, row):
-    return rule.mask(small_space, row, sparsity.at(0), generator=stream()).row(small_space)
+    return choose(rule, Evidence(small_space, row, sparsity.at(0), stream())).row(small_space)
 
 
 def stream():
@@ -66,7 +66,7 @@ def build(rule, mode="freeze", **options):
     sparsity = Sparsity(sparsity.ratio, mode=mode, schedule=sparsity.schedule, renew_every=sparsity.renew_every)
     net, made = small_net(), make()
     space = ParamSpace.of(net)
-    start = None if made.explores else first_mask(made, sparsity, space, space.read(net))
+    start = None if made.need(Exploration) else first_mask(made, sparsity, space, space.read(net))
     return staged(phases, made, sparsity, net=net, start=start, **options), phases, sparsity
 
 
@@ -82,18 +82,17 @@ def plain_run(small, phases, sparsity, **options):
     rule, explores = small.given["choice"].rule, len(phases) > 1
     plain = DensePlain(small, prune=sparsity.mode == "prune", **options)
     observed = deviation(small, dealt(small.plan, 0)) if explores else None
-    memory, rows, masks = None, [], []
+    updates, rows, masks = None, [], []
     for round in range(ROUNDS):
         if (round == 0 and not explores) or (round == 0 and explores) or sparsity.renews(round):
-            more = {"memory": memory} if rule.listens else {}
-            args = {"observed": observed, "generator": stream(), **more}
-            plain.remask(rule.mask(small.space, plain.row, sparsity.at(round), **args).row(small.space))
+            evidence = Evidence(small.space, plain.row, sparsity.at(round), stream(), observed, updates)
+            plain.remask(choose(rule, evidence).row(small.space))
         masks.append(plain.mask.clone())
         moved, signs = plain.learn(dealt(small.plan, round + explores))
         if isinstance(rule, Movement):
-            memory = moved if memory is None else memory + moved
+            updates = moved if updates is None else updates + moved
         elif isinstance(rule, AutoFLIP):
-            memory = torch.where(plain.mask, signs, signs[plain.mask].abs().mean())
+            updates = torch.where(plain.mask, signs, signs[plain.mask].abs().mean())
         rows.append(plain.row.clone())
     return plain, rows, masks
 
@@ -250,9 +249,9 @@ class Wandering(MaskRule):
     def __init__(self):
         self.asked = 0
 
-    def scores(self, row, observed, generator):
+    def scores(self, evidence):
         self.asked += 1
-        return torch.rand(row.shape, generator=torch.Generator().manual_seed(self.asked))
+        return torch.rand(evidence.row.shape, generator=torch.Generator().manual_seed(self.asked))
 
 
 @pytest.mark.parametrize("cohort", [1, 3])

@@ -78,20 +78,18 @@ def resident(field):
 
 def peak_over_start():
     """Run in a process of its own: calibrate and select; print the growth of resident memory over the model's size."""
-    from fedsparse.masks import Sparsity
+    from fedsparse.masks import Evidence, Sparsity, choose
     from fedsparse.masks.rules import Fisher
 
     torch.set_num_threads(1)
     net, (x, y) = seeded(), images(4)
     space, rule, sparsity = ParamSpace.of(net), Fisher(largest=False), Sparsity(0.8, always_train="head.*")
     start = resident("VmRSS")
-    row, state = space.read(net), None
-    for round in range(2):
-        total = rule.start(row, state)
+    row, total = space.read(net), torch.zeros(space.size, dtype=torch.float64)
+    for _ in range(2):
         for half in (slice(0, 2), slice(2, 4)):
             rule.observe(net, space, x[half], y[half], loss=sample_losses, into=total)
-        state = rule.take(state, total, space=space, sparsity=sparsity, round=round, rounds=2)
-        mask = rule.mask(space, row, sparsity, state)
+        mask = choose(rule, Evidence(space, row, sparsity, observed=total))
     assert mask.density < 0.21
     print((resident("VmHWM") - start) / (4 * space.size))
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.masks import MaskRule, Sparsity, gradients
+from fedsparse.masks import Evidence, Sparsity, choose, gradients
 from fedsparse.masks.rules import Fisher
 from fedsparse.masks.scores import fisher, fisher_batch, fisher_per_sample
 
@@ -219,7 +219,7 @@ def test_a_head_of_zeros_is_refused(fisher):
     space, rule = ParamSpace.of(net), Fisher(largest=False, fisher=fisher)
     observed = rule.observe(net, space, x, y, loss=losses)
     with pytest.raises(ValueError, match="a head of zeros"):
-        rule.mask(space, space.read(net), Sparsity(0.8, always_train="3.*"), observed)
+        choose(rule, Evidence(space, space.read(net), Sparsity(0.8, always_train="3.*"), observed=observed))
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
@@ -317,14 +317,3 @@ def test_observe_adds_to_what_it_is_given_in_place(rule):
     total = torch.full((space.size,), 3.0, dtype=torch.float64)
     assert rule.observe(net, space, x, y, loss=losses, into=total) is total
     torch.testing.assert_close(total, 3 + rule.observe(net, space, x, y, loss=losses), rtol=1e-12, atol=1e-12)
-
-
-def test_a_round_goes_on_where_the_last_one_ended_by_default():
-    space, row = ParamSpace(["w"], [torch.Size([2])]), torch.ones(2)
-    first = MaskRule().start(row, None)
-    assert first.dtype == torch.float64
-    assert first.tolist() == [0.0, 0.0]
-    state = MaskRule().take(None, first.add_(2), space=space, sparsity=Sparsity(), round=0, rounds=2)
-    assert state.tolist() == [2.0, 2.0]
-    assert MaskRule().start(row, state) is state  # no second row of float64
-    assert MaskRule().view(row, state) is row

@@ -20,11 +20,11 @@ from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.client.early_stopping import Patience
 from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.federation.exchange.wire.positions import write_positions
-from fedsparse.federation.masking import Guide
+from fedsparse.federation.masking import ClientMean
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import EveryUpdateDropped
 from fedsparse.federation.server.aggregation import FedNova
-from fedsparse.masks import Sparsity
+from fedsparse.masks import Evidence, Sparsity, choose
 from fedsparse.masks.rules import AutoFLIP, Movement, Random
 
 LEARN = Phase("learn", rounds=2)
@@ -125,7 +125,7 @@ def test_what_is_told_is_the_mean_squared_deviation_and_the_model_stays(tmp_path
     for row in rows[0]:
         assert torch.equal(row.view(torch.int64), start.view(torch.int64))
     torch.testing.assert_close(small.federation.choice.observed, wanted, rtol=0, atol=1e-12)
-    chosen = AutoFLIP().mask(small.space, start, SPARSE, observed=wanted).row(small.space)
+    chosen = choose(AutoFLIP(), Evidence(small.space, start, SPARSE, observed=wanted)).row(small.space)
     assert int(chosen.sum()) == math.floor(0.2 * small.space.size + 0.5)
     assert [bool(mask.all()) for mask in seen] == [True, False, False]
     assert torch.equal(seen[1], chosen)
@@ -411,9 +411,9 @@ def test_fednova_counts_the_steps_that_patience_leaves(tmp_path, cohort):
     torch.testing.assert_close(small.fit(1, tmp_path).row, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_nothing_is_summed_up_for_a_rule_that_does_not_listen(monkeypatch, tmp_path):
+def test_nothing_is_summed_up_for_a_rule_that_scores_no_updates(monkeypatch, tmp_path):
     sizes = []
-    monkeypatch.setattr(masking, "Guide", lambda size, device: sizes.append(size) or Guide(size, device))
+    monkeypatch.setattr(masking, "ClientMean", lambda size, device: sizes.append(size) or ClientMean(size, device))
     Small(small_net(), small_data(), uneven_parts()).fit(2, tmp_path)
     staged([LEARN], Random()).fit(2, tmp_path)
     assert sizes == []

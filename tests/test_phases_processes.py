@@ -61,7 +61,7 @@ def build(case, **place):
 def outcome(small):
     stores = {name: dict(store.rows) for name, store in small.federation.stores.items()}
     choice, ledger = small.federation.choice, small.federation.ledger
-    whole = [small.row, torch.as_tensor(small.module.mask), choice.observed, choice.memory]
+    whole = [small.row, torch.as_tensor(small.module.mask), choice.observed, choice.updates]
     counted = [ledger.figures(), ledger.client_steps, ledger.has_mask, ledger.has_model]
     return whole, stores, [*counted, sorted((d.round, d.client) for d in small.federation.dropped)]
 

@@ -32,8 +32,7 @@ def copy(tmp_path):
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
     rule, option, row = steps()
-    with (tmp_path / "fedsparse/masks/rules.py").open("a") as file:
-        file.write("\n\n" + rule)
+    (tmp_path / "fedsparse/masks/rules/saliency.py").write_text(rule)
     (tmp_path / "conf/mask_rule/most_salient.yaml").write_text(option)
     table = tmp_path / "tests/test_mask_rules.py"
     table.write_text(table.read_text().replace("RULES = {", "RULES = {\n" + row.rstrip("\n"), 1))
@@ -74,7 +73,7 @@ def test_a_federation_from_python_runs_as_printed(capsys):
 
 
 def test_the_files_that_the_readme_names_exist():
-    for name in re.findall(r"\]\(([\w./-]+)\)", README) + ["notebooks/01_first_run.ipynb", "fedsparse/masks/rules.py"]:
+    for name in re.findall(r"\]\(([\w./-]+)\)", README) + ["notebooks/01_first_run.ipynb", "fedsparse/masks/rules"]:
         assert (ROOT / name).exists(), name
 
 

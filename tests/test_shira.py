@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.masks import Mask, Sparsity, select
+from fedsparse.masks import Evidence, Mask, Sparsity, choose, select
 from fedsparse.masks.rules import Magnitude
 
 # PEFT's SHiRA layer on newer versions of torch
@@ -40,7 +40,7 @@ def net():
 def mask_of(net, rank=2, always="head.*"):
     space = ParamSpace.of(net)
     sparsity = Sparsity(scope="shira", rank=rank, always_train=always)
-    return Magnitude(largest=True).mask(space, space.read(net), sparsity)
+    return choose(Magnitude(largest=True), Evidence(space, space.read(net), sparsity))
 
 
 def test_every_linear_layer_trains_as_many_as_lora_has(net):
@@ -131,7 +131,7 @@ def test_any_other_mask_is_refused_with_its_counts(net):
     whole = Mask.of(space, torch.ones(space.size, dtype=torch.bool))
     for mask, rank, text in (
         (mask_of(net), 3, "body.fc.weight has 48 of 144, body.fc.bias has 0 of 12, needed 72"),
-        (Magnitude(largest=True).mask(space, row, Sparsity(0.5, always_train="head.*")), 2, "needed 48"),
+        (choose(Magnitude(largest=True), Evidence(space, row, Sparsity(0.5, always_train="head.*"))), 2, "needed 48"),
         (whole, 2, "token has 12 of 12, needed 0"),
     ):
         with pytest.raises(ValueError, match=f"no SHiRA mask of rank {rank} .*{text}") as caught:

@@ -31,7 +31,7 @@ from fedsparse.data.samples import Mapped, stamp
 from fedsparse.data.stream import CohortStream, gathered
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.job.assemble import assemble
-from fedsparse.job.prepare import build_setting
+from fedsparse.job.prepare import build_preparation
 from fedsparse.job.resume import read_job
 from fedsparse.preparation.cache import fingerprint
 from fedsparse.simulation import tracking
@@ -370,7 +370,7 @@ def test_what_is_prepared_is_kept_for_the_files_it_was_prepared_on(tmp_path, run
 
     def found():
         assembly = assemble(cfg)
-        return fingerprint(build_setting(assembly, assembly.module(), Ledger()), {})
+        return fingerprint(build_preparation(assembly, assembly.module(), Ledger()), {})
 
     first = found()
     assert found() == first

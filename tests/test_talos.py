@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.masks import Sparsity
-from fedsparse.masks.rules import Fisher, Talos, talos
+from fedsparse.masks import Evidence, Sparsity, choose
+from fedsparse.masks.rules import Talos, talos
+from fedsparse.masks.thinning import exchanged, shrunk, thin
 
 
 def two_layers(dtype=torch.float64, seed=3):
@@ -127,11 +128,11 @@ def calibrated(rule, net, sparsity, rounds, seed=5):
     space, states, generator = ParamSpace.of(net), [None], drawn(seed)
     row = space.read(net)
     for round in range(rounds):
-        space.write(net, rule.view(row, states[-1]))
-        observed = rule.start(row, states[-1])
+        space.write(net, shrunk(row, states[-1], rule.calibration.shrink))
+        observed = torch.zeros(space.size, dtype=torch.float64)
         for x, y in data():
             rule.observe(net, space, x, y, loss=None, generator=generator, into=observed)
-        states.append(rule.take(states[-1], observed, space=space, sparsity=sparsity, round=round, rounds=rounds))
+        states.append(thin(observed, states[-1], space, sparsity, largest=rule.largest, power=(round + 1) / rounds))
     space.write(net, row)
     return space, states
 
@@ -163,7 +164,7 @@ def test_the_rule_takes_the_same_steps_as_the_reference(score):
     space, states = calibrated(Talos(score=score), two_layers(), Sparsity(0.9), rounds=4)
     history = slow_talos(two_layers(), data(), 1 - 0.9, 4, seed=5, score=score)
     assert [state.tolist() for state in states[1:]] == history
-    mask = Talos().mask(space, space.read(two_layers()), Sparsity(0.9), states[-1])
+    mask = choose(Talos(), Evidence(space, space.read(two_layers()), Sparsity(0.9), observed=states[-1]))
     assert mask.row(space).tolist() == history[-1]
     assert mask.metadata == {"rule": "Talos", "ratio": "0.9"}
 
@@ -190,10 +191,10 @@ def test_frozen_coordinates_never_return_and_always_train_is_never_shrunk(scope,
         assert number <= budget + (scope == "tensor")
         assert unit == "output" or scope == "tensor" or number == budget
     assert all(state[head].all() for state in states[1:])
-    shrunk = Talos().view(row, states[-1])
-    assert torch.equal(shrunk[states[-1]], row[states[-1]])
-    torch.testing.assert_close(shrunk[~states[-1]], 0.1 * row[~states[-1]], rtol=1e-15, atol=0)
-    assert Talos().view(row, None) is row
+    small = shrunk(row, states[-1], Talos().calibration.shrink)
+    assert torch.equal(small[states[-1]], row[states[-1]])
+    torch.testing.assert_close(small[~states[-1]], 0.1 * row[~states[-1]], rtol=1e-15, atol=0)
+    assert shrunk(row, None, 0.1) is row
 
 
 def test_shira_thins_out_layer_by_layer():
@@ -207,12 +208,10 @@ def test_shira_thins_out_layer_by_layer():
 
 
 def test_bytes_of_the_messages_by_hand():
-    space, longer = (ParamSpace(["w"], [torch.Size([size])]) for size in (24, 25))
-    still = torch.arange(24) < 7
-    assert Talos().traffic(space, None) == (96, 0)
-    assert Talos().traffic(space, still) == (28, 3)
-    assert Talos().traffic(longer, torch.arange(25) < 7) == (28, 4)
-    assert Fisher(largest=True).traffic(space, torch.ones(24)) == (96, 0)
+    """Scores going up, and bytes coming down."""
+    assert exchanged(24, None) == (24, 0)
+    assert exchanged(24, torch.arange(24) < 7) == (7, 3)
+    assert exchanged(25, torch.arange(25) < 7) == (7, 4)
 
 
 def test_bad_options_are_refused_by_name():
@@ -223,5 +222,3 @@ def test_bad_options_are_refused_by_name():
             Talos(shrink=shrink)
     with pytest.raises(ValueError, match=r"mask_rule\.chunk"):
         Talos(chunk=0)
-    with pytest.raises(ValueError, match="needs calibration rounds"):
-        Talos().mask(ParamSpace(["w"], [torch.Size([4])]), torch.ones(4), Sparsity())

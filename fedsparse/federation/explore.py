@@ -1,4 +1,4 @@
-"""A round in which clients explore: what they found is told to the mask rule. Shapes: K clients, n coordinates."""
+"""A round in which clients explore: the mask rule scores their squared deviations. Shapes: K clients, n coordinates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.exchange.update import Payload, Start, Update, counted
 from fedsparse.federation.exchange.wire.message import known_size
-from fedsparse.federation.masking import Guide
+from fedsparse.federation.masking import ClientMean
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import Report
 from fedsparse.federation.round import Round
@@ -29,7 +29,7 @@ class Explore(Round):
 
     def __init__(self, federation: Federation, number: int, phase: Phase, lr: float) -> None:
         super().__init__(federation, number, phase, lr)
-        self.guide = Guide(federation.server.subspace.size, federation.server.rows.device)
+        self.deviation = ClientMean(federation.server.subspace.size, federation.server.rows.device)
         self.chain: Tensor | None = None
 
     def send(self, cohort: Cohort) -> Start:
@@ -42,17 +42,17 @@ class Explore(Round):
         return replace(start, values=restored)
 
     def encode(self, update: Update) -> Payload:
-        """Squared deviations where the mask rule is told, and the model where it is updated: only counted."""
+        """Squared deviations where the mask rule scores them, and the model where it is updated: only counted."""
         f = self.federation
-        told = f.choice is not None and f.choice.rule.explores and self.phase.informs_mask
+        informs = f.choice is not None and f.choice.scores_exploration and self.phase.informs_mask
         n, dtype = f.exchange.size, update.rows.dtype
-        size = known_size(n, 0, dtype) * told + known_size(n, f.buffers.size, dtype) * self.phase.updates_model
+        size = known_size(n, 0, dtype) * informs + known_size(n, f.buffers.size, dtype) * self.phase.updates_model
         return Payload(update, (size,) * len(update.clients))
 
     def receive(self, cohort: Cohort, payload: Payload) -> None:
         """Add up the squared deviations, and hand the model on; clients keep nothing."""
         update, group = payload.update, self.federation.topology.group(cohort.clients)
-        self.guide.add(update.rows.square(), update.weight, update.loss)
+        self.deviation.add(update.rows.square(), update.weight, update.loss)
         if self.phase.updates_model and counted(update):
             assert update.values is not None
             self.chain = update.values[:1].clone()
@@ -60,11 +60,11 @@ class Explore(Round):
         self.reports.append(Report.of(self.number, update, group, payload.sizes, {}))
 
     def _step(self) -> Change | None:
-        """Tell the mask rule the mean squared deviation; the global row stays, or is where the last client stopped."""
-        f, found = self.federation, self.guide.finish()
+        """Hand the mean squared deviation over; the global row stays, or is where the last client stopped."""
+        f, found = self.federation, self.deviation.finish()
         if found is None:
             return None
-        if f.choice is not None and f.choice.rule.explores and self.phase.informs_mask:
+        if f.choice is not None and f.choice.scores_exploration and self.phase.informs_mask:
             f.choice.explore(f.server.subspace.spread(found[0]))
         if self.chain is not None:
             f.server.put(self.chain)

@@ -22,7 +22,7 @@ from fedsparse.federation.client.training import LOCAL, Clients
 from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.explore import Explore
-from fedsparse.federation.masking import MaskChoice
+from fedsparse.federation.masking import MaskSchedule
 from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.reports import Dropped, Report, named
 from fedsparse.federation.round import Round
@@ -61,7 +61,7 @@ class Federation:
         ledger: sums of bytes.
         traffic: what each client of each round sent and received.
         model_length: bytes of the first model.
-        watchers: look on, beside those that count bytes and listen for the mask rule.
+        watchers: look on, beside those that count bytes and gather updates for the mask rule.
         count_bytes: whether bytes are counted.
 
     Attributes:
@@ -85,7 +85,7 @@ class Federation:
         untouched: str = "hold",
         phases: Phases | None = None,
         schedule: Schedule = constant,
-        choice: MaskChoice | None = None,
+        choice: MaskSchedule | None = None,
         store: ClientStore | None = None,
         ledger: Ledger | None = None,
         traffic: Traffic | None = None,
@@ -107,8 +107,8 @@ class Federation:
         self.server = Server(rows, make_server, subspace, untouched)
         self.ledger, traffic = Ledger() if ledger is None else ledger, Traffic() if traffic is None else traffic
         self.bytes = ByteCount(self.ledger, traffic, subspace, local, topology.groups, model_length, prunes)
-        listening = [choice] if choice is not None and choice.rule.listens else []
-        self.watchers: list[Watcher] = [*[self.bytes] * count_bytes, *listening, *watchers]
+        updated = [choice] if choice is not None and choice.scores_updates else []
+        self.watchers: list[Watcher] = [*[self.bytes] * count_bytes, *updated, *watchers]
         store = MemoryStore() if store is None else store
         own = self.exchange.stores | self.objective.stores
         self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **own}
@@ -204,7 +204,7 @@ class Federation:
             store.saved()
 
 
-def _check_groups(topology: Topology, choice: MaskChoice | None, phases: Phases) -> None:
+def _check_groups(topology: Topology, choice: MaskSchedule | None, phases: Phases) -> None:
     """Refuse a mask that changes while clients of several groups hold other values of what stops training.
 
     Raises:

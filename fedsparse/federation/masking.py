@@ -6,7 +6,7 @@ Shapes: P coordinates of which n train, K clients of the cohort.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from fedsparse.federation.phases import Phases
 from fedsparse.federation.reports import Report
 from fedsparse.federation.server.aggregation import Change, add_scaled
 from fedsparse.federation.watcher import Watcher
-from fedsparse.masks import Mask, MaskRule, Sparsity
+from fedsparse.masks import Evidence, Exploration, Mask, MaskRule, Sparsity, Updates, choose
 
 if TYPE_CHECKING:
     from fedsparse.federation.round import Round
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 NOTHING = "this mask lets no weight train: lower sparsity.ratio, or let the head train (head.frozen)"
 
 
-class Guide:
-    """What clients tell the mask rule in a round: a weighted mean, in float64, additive over cohorts and processes.
+class ClientMean:
+    """The weighted mean over the clients of a round, in float64: sums that add over cohorts and processes.
 
     Args:
         size: n.
@@ -41,18 +41,18 @@ class Guide:
         self.vector = torch.zeros(size + 2, dtype=torch.float64, device=device)
         self.weight = self.loss = 0.0
 
-    def add(self, told: Tensor, weight: Sequence[float], loss: Sequence[float]) -> None:
-        """Add what K clients tell, (K, n), in client order; one of weight 0 tells nothing.
+    def add(self, rows: Tensor, weight: Sequence[float], loss: Sequence[float]) -> None:
+        """Add rows of K clients, (K, n), in client order; one of weight 0 is left out.
 
-        What was too large for the dtype counts as its largest number, so that one client stays one.
+        What was too large for the dtype counts as its largest number, so that one client weighs no more than its share.
         """
-        for row, own, value in zip(told, weight, loss, strict=True):
+        for row, own, value in zip(rows, weight, loss, strict=True):
             if own > 0:
                 add_scaled(self.vector[:-2], torch.nan_to_num(row), own)
                 self.weight, self.loss = self.weight + own, self.loss + own * value
 
     def finish(self) -> tuple[Tensor, float] | None:
-        """Divide by the weights of all processes: the mean (n,) and the mean loss; None if nobody told anything."""
+        """Divide by the weights of all processes: the mean (n,) and the mean loss; None without any weight."""
         if parallel.joined():
             self.vector[-2:] = self.vector.new_tensor([self.weight, self.loss])
             torch.distributed.all_reduce(self.vector)
@@ -63,8 +63,8 @@ class Guide:
 
 
 @dataclass
-class MaskChoice(Watcher):
-    """What a mask rule knows, and the masks that come of it; every process of a run comes to the same.
+class MaskSchedule(Watcher):
+    """When masks are chosen, and the evidence that they are chosen by; every process of a run comes to the same.
 
     Args:
         rule: scores the coordinates.
@@ -72,11 +72,12 @@ class MaskChoice(Watcher):
         space: the coordinates.
         seed: the run's seed.
         mask: what trains now.
-        tell: is handed each new mask, and gives it back with its words.
+        report: takes each new mask, and returns it with its metadata.
         observed: what calibration or exploration found, (P,), or None.
-        memory: what the rule heard in learning rounds, (P,), or None.
+        updates: what learning rounds gathered, (P,), or None.
         explored: rounds of exploration that were taken in.
-        guide: what clients tell in the round that is open; None where the rule does not listen.
+        changes: whether a mask is chosen anew in some learning round.
+        mean: of the clients' updates in the round that is open; None where the rule does not score them.
 
     """
 
@@ -85,11 +86,16 @@ class MaskChoice(Watcher):
     space: ParamSpace
     seed: int
     mask: Mask
-    tell: Callable[[Mask], Mask] = lambda mask: mask
+    report: Callable[[Mask], Mask] = lambda mask: mask
     observed: Tensor | None = None
-    memory: Tensor | None = None
+    updates: Tensor | None = None
     explored: int = 0
-    guide: Guide | None = None
+    mean: ClientMean | None = None
+    changes: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Settle whether masks are chosen anew."""
+        self.changes = not self.sparsity.constant
 
     @property
     def prunes(self) -> bool:
@@ -97,9 +103,14 @@ class MaskChoice(Watcher):
         return self.sparsity.mode == "prune"
 
     @property
-    def changes(self) -> bool:
-        """Whether a mask is chosen anew in some learning round."""
-        return self.sparsity.schedule is not None or self.sparsity.renew_every is not None
+    def scores_exploration(self) -> bool:
+        """Whether the rule scores what clients explore."""
+        return self.rule.need(Exploration) is not None
+
+    @property
+    def scores_updates(self) -> bool:
+        """Whether the rule scores what clients learn."""
+        return self.rule.need(Updates) is not None
 
     def explore(self, found: Tensor) -> None:
         """Take in the mean squared deviation of a round of exploration, (P,); of several rounds the mean counts."""
@@ -109,25 +120,25 @@ class MaskChoice(Watcher):
         self.observed = before + (found - before) / self.explored
 
     def open(self, round: Round) -> None:
-        """Listen to what clients learn in this round, if the rule does and the phase lets it."""
-        listens = self.rule.listens and round.phase.informs_mask and not round.phase.explores
+        """Begin the mean over this round's updates, if the rule scores them and the phase informs it."""
+        informed = self.scores_updates and round.phase.informs_mask and not round.phase.explores
         server = round.federation.server
-        self.guide = Guide(server.subspace.size, server.rows.device) if listens else None
+        self.mean = ClientMean(server.subspace.size, server.rows.device) if informed else None
 
     def receive(self, round: Round, received: Update) -> None:
-        """Hear what a cohort learned."""
-        if self.guide is not None and (told := self.rule.hear(received.rows, received.start)) is not None:
-            self.guide.add(told, received.weight, received.loss)
+        """Add the updates of a cohort."""
+        if self.mean is not None:
+            rows = self.rule.of_update(received.rows, received.start)
+            self.mean.add(rows, received.weight, received.loss)
 
     def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
-        """Remember what all clients told of the coordinates that trained."""
-        told = None if self.guide is None else self.guide.finish()
-        self.guide = None
-        if told is not None:
-            subspace = round.federation.server.subspace
-            heard = subspace.spread(told[0], self.rule.unheard(told[0]))
-            memory = None if self.memory is None else self.memory.to(heard.device)  # of a checkpoint, on the CPU
-            self.memory = self.rule.remember(memory, heard)
+        """Take in the mean over all clients, of the coordinates that trained."""
+        found, need = None if self.mean is None else self.mean.finish(), self.rule.need(Updates)
+        self.mean = None
+        if found is not None and need is not None:
+            fresh = round.federation.server.subspace.spread(found[0], need.elsewhere(found[0]))
+            before = None if self.updates is None else self.updates.to(fresh.device)  # of a checkpoint, on the CPU
+            self.updates = need.gather(before, fresh)
 
     def due(self, number: int, phases: Phases) -> bool:
         """Whether a mask is chosen before a round: the first after an exploration, and where the sparsity says so.
@@ -147,23 +158,23 @@ class MaskChoice(Watcher):
 
     def choose(self, row: Tensor, round: int) -> Mask:
         """Choose the mask of a learning round, for global values (P,)."""
-        heard = {"memory": _cpu(self.memory)} if self.rule.listens else {}
         again = (round,) if round and self.sparsity.schedule is None else ()  # a schedule thins out one draw
         stream = torch_generator(self.seed, Purpose.MASK, *again)
-        sparsity = self.sparsity.at(round)
-        mask = self.rule.mask(self.space, row.cpu(), sparsity, observed=_cpu(self.observed), generator=stream, **heard)
+        observed, updates = _cpu(self.observed), _cpu(self.updates)
+        evidence = Evidence(self.space, row.cpu(), self.sparsity.at(round), stream, observed, updates)
+        mask = choose(self.rule, evidence)
         if mask.density == 0:
             raise ValueError(NOTHING)
-        self.mask = self.tell(mask)
+        self.mask = self.report(mask)
         return self.mask
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rule knows, if it will be asked again."""
-        return {"observed": _cpu(self.observed), "memory": _cpu(self.memory), "explored": self.explored}
+        """The evidence, for a choice after a resume; the names are those of every version."""
+        return {"observed": _cpu(self.observed), "memory": _cpu(self.updates), "explored": self.explored}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it from a checkpoint."""
-        self.observed, self.memory, self.explored = state["observed"], state["memory"], state["explored"]
+        self.observed, self.updates, self.explored = state["observed"], state["memory"], state["explored"]
 
 
 def zero(net: nn.Module, space: ParamSpace, mask: Tensor) -> None:

@@ -19,16 +19,16 @@ class Phase:
     Args:
         name: what it is called in the bar, the logs and the summary.
         rounds: how many; of ``head`` federated steps.
-        kind: ``head``, ``calibrate``, ``explore`` (every chosen client starts from the same row; what it found is told
-            to the mask rule) or ``learn``; null: the name, or learn.
+        kind: ``head``, ``calibrate``, ``explore`` (every chosen client starts from the same row; the mask rule scores
+            how far it moved) or ``learn``; null: the name, or learn.
         updates_model: whether what clients learn goes into the global model; in ``explore`` each client then goes on
             from where the last one stopped.
-        informs_mask: whether the mask rule is told; while it is not, the mask stays.
+        informs_mask: whether the phase is evidence of the mask rule; while it is not, the mask stays.
         local_steps: of each client and round; null, with ``local_epochs`` null too: as in ``federation``.
         local_epochs: in place of local steps.
         patience: epochs without a better loss after which a client stops; null: none stops early.
         clients: of a round, a fraction or a count; null: ``federation.clients_per_round``.
-        weight: of a client in the mean that the mask rule is told: ``held``, ``processed`` or ``equal``.
+        weight: of a client in the mean that the mask rule scores: ``held``, ``processed`` or ``equal``.
         lr: the clients' learning rate, constant; null: ``optimizer.lr`` with its schedule.
 
     Raises:

@@ -167,7 +167,7 @@ class Method:
     @property
     def changes(self) -> bool:
         """Whether a mask is chosen anew while clients learn."""
-        return self.sparsity.schedule is not None or self.sparsity.renew_every is not None
+        return not self.sparsity.constant
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fedsparse.federation.server.sampling import participants
+from fedsparse.masks import MaskRule
+from fedsparse.masks.evidence import calibration
 
 
 def rounds_within(budget: int, before: int, per_round: int) -> int:
@@ -55,7 +57,7 @@ def preparation(cfg: DictConfig) -> int:
     """Count the client steps before clients learn: of calibration at most ``calibration.batches`` for each client."""
     clients, explore = _clients(cfg, cfg.federation.clients_per_round), cfg.phases.get("explore")
     steps = clients * cfg.calibration.head_steps if cfg.head.init == "probe" else 0
-    if _needs_data(str(cfg.mask_rule.get("_target_"))) and cfg.calibration.where == "clients":
+    if _asks_clients(str(cfg.mask_rule.get("_target_"))) and cfg.calibration.where == "clients":
         steps += clients * cfg.calibration.rounds * cfg.calibration.batches
     return int(steps) + (0 if explore is None else _exploration(cfg, explore))
 
@@ -67,11 +69,14 @@ def _exploration(cfg: DictConfig, explore: Any) -> int:
     return int(explore.rounds) * _clients(cfg, chosen) * int(explore.local_steps)
 
 
-def _needs_data(target: str) -> bool:
-    """Whether a mask rule is calibrated on data; of foreign rules nothing is imported here."""
+def _asks_clients(target: str) -> bool:
+    """Whether a mask rule is calibrated on the clients' data; of foreign rules nothing is imported here."""
     module, _, name = target.rpartition(".")
-    own = module.startswith("fedsparse.")
-    return own and bool(getattr(getattr(import_module(module), name, None), "needs_data", False))
+    if not module.startswith("fedsparse."):
+        return False
+    rule = getattr(import_module(module), name, MaskRule)  # a name that there is not is refused when it is built
+    found = calibration(rule.needs)
+    return found is not None and found.clients
 
 
 def _clients(cfg: DictConfig, chosen: float | int) -> int:

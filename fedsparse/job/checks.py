@@ -22,6 +22,7 @@ from fedsparse.federation.exchange.sparsifiers import Pattern
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.server.aggregation import Aggregation, AverageRows, FedNova, Robust
 from fedsparse.federation.server.server import Server
+from fedsparse.masks import Exploration
 from fedsparse.masks.rules import FromFile
 from fedsparse.optim.sgdm import SparseSGDM
 
@@ -57,11 +58,11 @@ def check_phases(phases: Phases, method: Method, keep_model: bool = False) -> No
     """
     rule, explore = method.rule, phases.explore
     name, given = type(rule).__name__, isinstance(rule, FromFile)
-    if rule.explores and (explore is None or not explore.informs_mask):
+    if rule.need(Exploration) and (explore is None or not explore.informs_mask):
         raise ValueError(f"the mask rule {name} chooses by an exploration that informs it: set phases=explore")
-    if (rule.needs_data or rule.iterations) and not phases.has("calibrate"):
+    if rule.calibration and not phases.has("calibrate"):
         raise ValueError(f"the mask rule {name} needs the phase calibrate, which phases leaves out")
-    if explore is not None and not rule.explores and not explore.updates_model:
+    if explore is not None and not rule.need(Exploration) and not explore.updates_model:
         raise ValueError(
             f"the mask rule {name} takes nothing from an exploration: set phases=default, or explore.keep_model=true "
             "for a head start"

@@ -25,7 +25,7 @@ from fedsparse.core.weights import save_weights
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
-from fedsparse.federation.masking import MaskChoice, zero
+from fedsparse.federation.masking import MaskSchedule, zero
 from fedsparse.federation.reports import Diverged
 from fedsparse.federation.stores.store import make_store
 from fedsparse.job.assemble import Assembly, assemble
@@ -79,7 +79,7 @@ class Training:
     trainer: lightning.Trainer
     rounds: FederatedRounds
     callbacks: Callbacks
-    choice: MaskChoice
+    choice: MaskSchedule
 
 
 def execute(job: Job) -> dict[str, Any]:
@@ -176,9 +176,9 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start) -> 
             f"{closed} rounds are closed already; with federation.rounds={job.cfg.federation.rounds} the run has fewer"
         )
     method = assembly.method
-    tell = partial(record, job) if leads else _silent
-    choice = MaskChoice(
-        method.rule, method.sparsity, problem.space, problem.seed, start.found.mask, tell, start.found.observed
+    report = partial(record, job) if leads else _silent
+    choice = MaskSchedule(
+        method.rule, method.sparsity, problem.space, problem.seed, start.found.mask, report, start.found.observed
     )
     rounds = _rounds(job.folder, assembly, module, choice, start.ledger, closed)
     callbacks = build_callbacks(
@@ -200,7 +200,7 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start) -> 
 
 
 def _rounds(
-    folder: Path, assembly: Assembly, module: ClientModule, choice: MaskChoice, ledger: Ledger, closed: int
+    folder: Path, assembly: Assembly, module: ClientModule, choice: MaskSchedule, ledger: Ledger, closed: int
 ) -> FederatedRounds:
     """Build the rounds; what clients keep may lie in the run folder, whose tables hold so many rounds already."""
     method, row = assembly.method, torch.as_tensor(module.mask).cpu()

@@ -34,9 +34,9 @@ from fedsparse.job.trial import try_out
 from fedsparse.masks import Mask
 from fedsparse.masks.rules import FromFile
 from fedsparse.preparation.cache import Cache, source_of
-from fedsparse.preparation.calibration import Calibrated, Work, calibrate, calibrate_clients, observe
+from fedsparse.preparation.calibration import Calibrated, CalibrationJob, calibrate, calibrate_clients, observe
 from fedsparse.preparation.head import prepare_head
-from fedsparse.preparation.setting import Setting
+from fedsparse.preparation.preparation import Preparation
 from fedsparse.simulation.devices import device_of
 from fedsparse.simulation.module import ClientModule
 
@@ -66,13 +66,13 @@ def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger)
             job.folder / PARTITION,
             lambda: partition_figure(labels, problem.parts, problem.dataset.classes, title),
         )
-    setting = build_setting(assembly, module, ledger)
-    try_out(module, *setting.take(problem.dataset.train, np.arange(min(2, len(problem.dataset.train.y)))))
+    preparation = build_preparation(assembly, module, ledger)
+    try_out(module, *preparation.take(problem.dataset.train, np.arange(min(2, len(problem.dataset.train.y)))))
     if phases.has("head"):
         with shown("head"):
-            start_head(assembly, setting, phases.prepares("head"))
+            start_head(assembly, preparation, phases.prepares("head"))
     with shown("calibrate") if phases.has("calibrate") else nullcontext():
-        found = choose_mask(assembly, setting)
+        found = choose_mask(assembly, preparation)
     if phases.explore is not None:
         return found
     if isinstance(rule, FromFile):
@@ -126,10 +126,10 @@ def draw(folder: Path, mask: Mask) -> None:
     picture(folder / MASK_PICTURE, lambda: mask_figure(mask, title=title))
 
 
-def build_setting(assembly: Assembly, module: ClientModule, ledger: Ledger) -> Setting:
+def build_preparation(assembly: Assembly, module: ClientModule, ledger: Ledger) -> Preparation:
     """Gather what head and mask are prepared on, and move the network to its device."""
     problem, device = assembly.problem, device_of(assembly.session.accelerator)
-    return Setting(
+    return Preparation(
         net=problem.net.to(device),
         space=problem.space,
         dataset=problem.dataset,
@@ -145,46 +145,46 @@ def build_setting(assembly: Assembly, module: ClientModule, ledger: Ledger) -> S
     )
 
 
-def start_head(assembly: Assembly, setting: Setting, steps: int) -> None:
+def start_head(assembly: Assembly, preparation: Preparation, steps: int) -> None:
     """Prepare the head in so many steps: every run of a seed starts from the same one, whatever its mask rule."""
     head, patterns, lr = assembly.method.head, assembly.problem.head, assembly.method.calibration.head_lr
     if head.init == "random":
         return
     config = assembly.config
-    read = {**config["head"], "steps": steps, "lr": lr, "sampled": _sampled(setting, Purpose.HEAD, steps)}
+    read = {**config["head"], "steps": steps, "lr": lr, "sampled": _sampled(preparation, Purpose.HEAD, steps)}
     Cache(assembly.method.calibration.cache).head(
-        setting,
+        preparation,
         read | {"client": config["client"]},
         patterns,
-        lambda: prepare_head(setting, head, patterns, steps, lr),
+        lambda: prepare_head(preparation, head, patterns, steps, lr),
     )
 
 
-def choose_mask(assembly: Assembly, setting: Setting) -> Calibrated:
+def choose_mask(assembly: Assembly, preparation: Preparation) -> Calibrated:
     """Choose what trains in the first round: calibrate, or take the masks of the same calibration.
 
     Where clients explore first, everything trains until they have.
     """
     method, rule = assembly.method, assembly.method.rule
     calibration = method.calibration
-    work = Work(rule, method.sparsity, calibration, assembly.problem.head)
+    job = CalibrationJob(rule, method.sparsity, calibration, assembly.problem.head)
     if assembly.course.phases.explore is not None:
-        everything = Mask.of(setting.space, torch.ones(setting.space.size, dtype=torch.bool), rule="Dense")
-        return Calibrated(everything, observed=observe(setting, work))
+        everything = Mask.of(preparation.space, torch.ones(preparation.space.size, dtype=torch.bool), rule="Dense")
+        return Calibrated(everything, observed=observe(preparation, job))
     choose = calibrate_clients if method.own_masks else calibrate
-    if method.changes or not (rule.needs_data or rule.iterations):  # what is asked again needs all that the rule knows
-        return choose(setting, work)
+    if method.changes or not rule.calibration:  # a later choice needs what was observed
+        return choose(preparation, job)
     read = {key: assembly.config[key] for key in ("mask_rule", "sparsity", "mask", "client")}
     options = {key: value for key, value in assembly.config["calibration"].items() if key != "cache"}
     read["calibration"] = options | {"rounds": calibration.rounds}
-    read["sampled"] = _sampled(setting, Purpose.CALIBRATION, calibration.rounds)
+    read["sampled"] = _sampled(preparation, Purpose.CALIBRATION, calibration.rounds)
     read["rule"] = source_of(rule)
-    return Cache(calibration.cache).calibrated(setting, read, lambda: choose(setting, work))
+    return Cache(calibration.cache).calibrated(preparation, read, lambda: choose(preparation, job))
 
 
-def _sampled(setting: Setting, purpose: Purpose, rounds: int) -> list[list[int]]:
+def _sampled(preparation: Preparation, purpose: Purpose, rounds: int) -> list[list[int]]:
     """Who takes part in each round of a preparation."""
-    return [list(setting.sample(round, purpose)) for round in range(rounds)]
+    return [list(preparation.sample(round, purpose)) for round in range(rounds)]
 
 
 def save_deviation(folder: Path, found: Mapping[str, Tensor]) -> None:

@@ -5,50 +5,12 @@ Shapes: ``P`` coordinates of the space.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from fedsparse.core.space import ParamSpace, Patterns, matches
-from fedsparse.masks.select import Sparsity, select
 from fedsparse.models.heads import Attention
-
-
-def select_heads(
-    scores: Tensor,
-    space: ParamSpace,
-    sparsity: Sparsity,
-    attentions: Sequence[Attention],
-    *,
-    largest: bool,
-    power: float = 1.0,
-) -> Tensor:
-    """Choose whole output units as ``select`` does with ``unit=output``, and of attention layers whole heads.
-
-    The head at the line between kept and not kept is dropped if it does not fit whole: at most as many coordinates as
-    asked for are kept, at worst one head fewer in each pool. No warning of ties: the units of a head tie by design.
-
-    Args:
-        scores: (P,).
-        space: names and shapes of the coordinates.
-        sparsity: how many; with ``unit=output``.
-        attentions: the layers, of ``fedsparse.models.heads.attentions``.
-        largest: whether the largest scores train, or the smallest.
-        power: exponent of the density.
-
-    Returns:
-        bool (P,), True where a coordinate trains.
-
-    Raises:
-        ValueError: as ``select``.
-
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*scores tie at the threshold.*")
-        pooled = mean_by_head(scores, space, attentions, sparsity.always_train)
-        mask = select(pooled, space, sparsity, largest=largest, power=power)
-    return whole_heads(mask, space, attentions, sparsity.always_train)
 
 
 def mean_by_head(scores: Tensor, space: ParamSpace, attentions: Sequence[Attention], apart: Patterns = ()) -> Tensor:

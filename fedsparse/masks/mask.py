@@ -31,7 +31,7 @@ class Mask:
 
     Args:
         tensors: bool tensors by parameter name, True where a coordinate trains.
-        metadata: words about the mask (rule, ratio), stored in its file.
+        metadata: of the mask (rule, ratio), text by key; its file holds them.
 
     Raises:
         ValueError: a tensor that is not bool.

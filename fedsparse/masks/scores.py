@@ -1,4 +1,4 @@
-"""Scores of coordinates: the diagonal of the Fisher information, in two forms; AutoFLIP's are in ``guidance``.
+"""Scores of coordinates: the diagonal of the Fisher information, in two forms.
 
 Shapes: ``P`` coordinates of the space, ``b`` samples of a batch, ``C`` classes.
 
@@ -16,26 +16,14 @@ from torch.nn.functional import cross_entropy
 
 from fedsparse.core.space import ParamSpace
 from fedsparse.masks.gradients import Forward, Losses, add_squares, gradients, own
-from fedsparse.masks.guidance import deviation, normalise
 from fedsparse.models.modes import evaluating
 
-__all__ = [
-    "Batches",
-    "deviation",
-    "fisher",
-    "fisher_batch",
-    "fisher_per_sample",
-    "normalise",
-    "sample_losses",
-    "trainable_space",
-]
-
-Batches = Iterable[tuple[Tensor, Tensor]]
+LabelledBatches = Iterable[tuple[Tensor, Tensor]]
 
 
 def fisher(
     net: nn.Module,
-    batches: Batches,
+    batches: LabelledBatches,
     *,
     per_sample: bool = True,
     labels: str = "data",

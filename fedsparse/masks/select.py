@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fedsparse.core.space import ParamSpace, matches
 from fedsparse.masks.floors import best_units, mark_at_least
+from fedsparse.masks.heads import mean_by_head, whole_heads
 from fedsparse.masks.sparsity import Sparsity
-from fedsparse.masks.topk import check, count, mark, top_fraction
-
-__all__ = ["TIED_SHARE", "Sparsity", "count", "select", "top_fraction"]
+from fedsparse.masks.topk import check, count, mark
+from fedsparse.models.heads import Attention
 
 TIED_SHARE = 0.01  # above this share of ties at the threshold, the order of the coordinates decides: worth a warning
 
@@ -51,8 +51,6 @@ def select(scores: Tensor, space: ParamSpace, sparsity: Sparsity, *, largest: bo
 
     """
     if sparsity.unit == "output" and sparsity.heads:
-        from fedsparse.masks.heads import select_heads  # which selects units itself
-
         plain = replace(sparsity, heads=())
         return select_heads(scores, space, plain, sparsity.heads, largest=largest, power=power)
     if scores.shape != (space.size,):
@@ -67,6 +65,42 @@ def select(scores: Tensor, space: ParamSpace, sparsity: Sparsity, *, largest: bo
         warnings.warn(text, stacklevel=2)
     rest = {n: torch.full_like(t, n not in counted, dtype=torch.bool).reshape(-1) for n, t in named.items()}
     return torch.cat(list((rest | kept).values()))
+
+
+def select_heads(
+    scores: Tensor,
+    space: ParamSpace,
+    sparsity: Sparsity,
+    attentions: Sequence[Attention],
+    *,
+    largest: bool,
+    power: float = 1.0,
+) -> Tensor:
+    """Choose whole output units as ``select`` does with ``unit=output``, and of attention layers whole heads.
+
+    The head at the line between kept and not kept is dropped if it does not fit whole: at most as many coordinates as
+    asked for are kept, at worst one head fewer in each pool. No warning of ties: the units of a head tie by design.
+
+    Args:
+        scores: (P,).
+        space: names and shapes of the coordinates.
+        sparsity: how many; with ``unit=output``.
+        attentions: the layers, of ``fedsparse.models.heads.attentions``.
+        largest: whether the largest scores train, or the smallest.
+        power: exponent of the density.
+
+    Returns:
+        bool (P,), True where a coordinate trains.
+
+    Raises:
+        ValueError: as ``select``.
+
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*scores tie at the threshold.*")
+        pooled = mean_by_head(scores, space, attentions, sparsity.always_train)
+        mask = select(pooled, space, sparsity, largest=largest, power=power)
+    return whole_heads(mask, space, attentions, sparsity.always_train)
 
 
 def linear(parts: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

@@ -79,6 +79,11 @@ class Sparsity:
         dies = self.mode == "prune" and self.scope == "global"
         return self.min_density or (ONE if dies else 0.0)
 
+    @property
+    def constant(self) -> bool:
+        """Whether one mask is chosen for all rounds."""
+        return self.schedule is None and self.renew_every is None
+
     def at(self, round: int) -> Sparsity:
         """Give the sparsity of a round, counted from 0: the ratio that its schedule has come to, and no schedule.
 
@@ -102,10 +107,10 @@ class Sparsity:
         return scheduled or (self.renew_every is not None and round % self.renew_every == 0)
 
     @property
-    def words(self) -> dict[str, str]:
-        """Say it in a mask's metadata: the ratio, or scope and rank.
+    def metadata(self) -> dict[str, str]:
+        """What a mask file says of it: the ratio, or scope and rank.
 
-        >>> Sparsity(0.8).words, Sparsity(scope="shira", rank=4).words
+        >>> Sparsity(0.8).metadata, Sparsity(scope="shira", rank=4).metadata
         ({'ratio': '0.8'}, {'scope': 'shira', 'rank': '4'})
         """
         return {"scope": "shira", "rank": str(self.rank)} if self.scope == "shira" else {"ratio": str(self.ratio)}

@@ -27,7 +27,7 @@ from fedsparse.core import files
 from fedsparse.core.space import Patterns, matches
 from fedsparse.masks import Mask
 from fedsparse.preparation.calibration import Calibrated
-from fedsparse.preparation.setting import Setting
+from fedsparse.preparation.preparation import Preparation
 
 log = logging.getLogger("fedsparse")
 BITMAPS, MASK = "bitmaps", "mask/"
@@ -45,11 +45,13 @@ class Cache:
 
     folder: str | None
 
-    def head(self, setting: Setting, config: Mapping[str, Any], patterns: Patterns, make: Callable[[], None]) -> None:
+    def head(
+        self, preparation: Preparation, config: Mapping[str, Any], patterns: Patterns, make: Callable[[], None]
+    ) -> None:
         """Let ``make`` prepare the network's head, or take the same one as before.
 
         Args:
-            setting: what the head is prepared on.
+            preparation: what the head is prepared on.
             config: plain values that its making reads.
             patterns: names of the head's parameters.
             make: changes the head in place.
@@ -58,14 +60,16 @@ class Cache:
 
         def made() -> tuple[dict[str, Tensor], Any]:
             make()
-            return {n: p.detach().cpu() for n, p in setting.net.named_parameters() if matches(n, patterns)}, None
+            return {n: p.detach().cpu() for n, p in preparation.net.named_parameters() if matches(n, patterns)}, None
 
-        tensors, _ = self._through(setting, {"head": config}, made)
+        tensors, _ = self._through(preparation, {"head": config}, made)
         with torch.no_grad():
             for name, tensor in tensors.items():
-                setting.net.get_parameter(name).copy_(tensor)
+                preparation.net.get_parameter(name).copy_(tensor)
 
-    def calibrated(self, setting: Setting, config: Mapping[str, Any], make: Callable[[], Calibrated]) -> Calibrated:
+    def calibrated(
+        self, preparation: Preparation, config: Mapping[str, Any], make: Callable[[], Calibrated]
+    ) -> Calibrated:
         """Let ``make`` calibrate, or take the masks that the same calibration found before."""
 
         def made() -> tuple[dict[str, Tensor], Any]:
@@ -73,50 +77,54 @@ class Cache:
             tensors = {MASK + name: tensor for name, tensor in found.mask.tensors.items()}
             return tensors | {BITMAPS: found.bitmaps}, [found.mask.metadata, found.overlap]
 
-        tensors, (metadata, overlap) = self._through(setting, {"mask": config}, made)
-        mask = {name: tensors[MASK + name] for name in setting.space.names}
+        tensors, (metadata, overlap) = self._through(preparation, {"mask": config}, made)
+        mask = {name: tensors[MASK + name] for name in preparation.space.names}
         return Calibrated(Mask(mask, metadata), tensors[BITMAPS], tuple(overlap))
 
     def _through(
-        self, setting: Setting, config: Mapping[str, Any], make: Callable[[], tuple[dict[str, Tensor], Any]]
+        self, preparation: Preparation, config: Mapping[str, Any], make: Callable[[], tuple[dict[str, Tensor], Any]]
     ) -> tuple[dict[str, Tensor], Any]:
-        """Read tensors and words, or make and write them."""
+        """Read tensors and metadata, or make and write them."""
         if self.folder is None:
             return make()
-        path = Path(self.folder) / f"{fingerprint(setting, config)}.safetensors"
+        path = Path(self.folder) / f"{fingerprint(preparation, config)}.safetensors"
         kept = _load(path)
         if kept is None:
-            tensors, words = make()
+            tensors, metadata = make()
             try:
-                _store(path, tensors, {"words": words, "ledger": setting.ledger.state_dict()})
+                _store(path, tensors, {"metadata": metadata, "ledger": preparation.ledger.state_dict()})
             except OSError as error:  # prepared it is, and the run goes on
                 log.warning("calibration.cache=%s keeps nothing (%s)", self.folder, error.strerror or error)
-            return tensors, words
-        setting.ledger.load_state_dict(kept[1]["ledger"])
-        return kept[0], kept[1]["words"]
+            return tensors, metadata
+        preparation.ledger.load_state_dict(kept[1]["ledger"])
+        return kept[0], kept[1]["metadata"]
 
 
-def fingerprint(setting: Setting, config: Mapping[str, Any]) -> str:
+def fingerprint(preparation: Preparation, config: Mapping[str, Any]) -> str:
     """SHA-256 of the configuration, the start, the data, who holds what, the ledger so far, and the code.
 
     Of data that lies on the disk, names, sizes and times of change stand for the bytes.
     """
     digest = hashlib.sha256()
-    for piece in _pieces(setting, config):
+    for piece in _pieces(preparation, config):
         digest.update(hashlib.sha256(piece).digest())
     return digest.hexdigest()
 
 
-def _pieces(setting: Setting, config: Mapping[str, Any]) -> Iterator[bytes]:
-    yield json.dumps([config, setting.seed, setting.batch_size, repr(setting.inputs)], sort_keys=True).encode()
-    yield json.dumps([setting.ledger.state_dict(), setting.model_length, list(setting.space.names)]).encode()
+def _pieces(preparation: Preparation, config: Mapping[str, Any]) -> Iterator[bytes]:
+    yield json.dumps(
+        [config, preparation.seed, preparation.batch_size, repr(preparation.inputs)], sort_keys=True
+    ).encode()
+    yield json.dumps(
+        [preparation.ledger.state_dict(), preparation.model_length, list(preparation.space.names)]
+    ).encode()
     yield code_version().encode()
-    yield (source_of(setting.net) + source_of(getattr(setting.losses, "__self__", None))).encode()
-    for tensor in setting.net.state_dict().values():
+    yield (source_of(preparation.net) + source_of(getattr(preparation.losses, "__self__", None))).encode()
+    for tensor in preparation.net.state_dict().values():
         yield _bytes(tensor)
-    for split in (setting.dataset.train, setting.dataset.val):
+    for split in (preparation.dataset.train, preparation.dataset.val):
         yield from (_bytes(split.x) if isinstance(split.x, Tensor) else split.x.stamp(), _bytes(split.y))
-    for part in setting.parts:
+    for part in preparation.parts:
         yield part.tobytes()
 
 
@@ -147,12 +155,12 @@ def source_of(thing: object) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and known else secrets.token_hex(32)
 
 
-def _store(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, Any]) -> None:
+def _store(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a file that appears whole: two jobs of a sweep may prepare the same thing at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     files.clear(path.parent, age=HOUR)
-    files.write(path, save(whole, {"json": json.dumps(words)}))
+    files.write(path, save(whole, {"json": json.dumps(metadata)}))
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], Any] | None:
@@ -161,7 +169,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], Any] | None:
         return None
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            words = json.loads(file.metadata()["json"])
-            return {name: file.get_tensor(name) for name in file.keys()}, words  # noqa: SIM118
+            metadata = json.loads(file.metadata()["json"])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError):
         return None

@@ -1,4 +1,4 @@
-"""Calibration: what a mask rule measures on the clients before the first round, and the masks that come of it.
+"""Calibration: what a mask rule observes before the first round, and the masks that are chosen by it.
 
 Does not depend on the cohort size: fixed chunks, sums in float64, clients in their order.
 
@@ -21,9 +21,10 @@ from fedsparse.core.space import Patterns
 from fedsparse.data.datasets import Split
 from fedsparse.federation.exchange.wire.message import bitmap_size, known_size
 from fedsparse.federation.reports import Diverged, left_out
-from fedsparse.masks import Mask, MaskRule, Sparsity
+from fedsparse.masks import Evidence, Mask, MaskRule, Sparsity, Thinning, choose
 from fedsparse.masks.bitmaps import pack
-from fedsparse.preparation.setting import Setting
+from fedsparse.masks.thinning import exchanged, ordered, shrunk, thin
+from fedsparse.preparation.preparation import Preparation
 
 log = logging.getLogger("fedsparse")
 
@@ -76,7 +77,7 @@ class Calibrated:
         mask: the coordinates that train; with ``mask.owner=client`` those that some client trains.
         bitmaps: uint8 (N, B), each client's own mask; empty with ``mask.owner=global``.
         overlap: Jaccard index with the final mask of what the rule would have given after each earlier round.
-        observed: what the rule knows in the end, (P,), for masks that are chosen later; None without calibration.
+        observed: after the last round, (P,), for masks that are chosen later (``Evidence``); None without calibration.
 
     """
 
@@ -87,7 +88,7 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
-class Work:
+class CalibrationJob:
     """A calibration: of which rule, to which sparsity, how.
 
     Attributes:
@@ -108,8 +109,8 @@ class Work:
 
     def __post_init__(self) -> None:
         """Refuse what the rule cannot do."""
-        again = self.sparsity.schedule is not None or self.sparsity.renew_every is not None
-        if again and not self.rule.renewable:
+        kind = self.rule.calibration
+        if not self.sparsity.constant and isinstance(kind, Thinning) and not kind.order:
             raise ValueError(
                 f"the mask rule {type(self.rule).__name__} chooses once, in its own rounds; with it "
                 "sparsity.schedule and sparsity.renew_every must be null"
@@ -125,16 +126,16 @@ class Source:
     owner: int
 
 
-def calibrate(setting: Setting, work: Work) -> Calibrated:
+def calibrate(preparation: Preparation, job: CalibrationJob) -> Calibrated:
     """Choose one mask for all clients."""
-    masks, state = [], None
-    for state in _rounds(setting, work):
-        masks.append(_mask(setting, work, state, ()))
+    masks, observed = [], None
+    for observed in _rounds(preparation, job):
+        masks.append(_mask(preparation, job, observed, ()))
     overlap = tuple(mask.overlap(masks[-1]) for mask in masks[:-1])
-    return Calibrated(masks[-1], overlap=overlap, observed=None if state is None else state.cpu())
+    return Calibrated(masks[-1], overlap=overlap, observed=None if observed is None else observed.cpu())
 
 
-def calibrate_clients(setting: Setting, work: Work) -> Calibrated:
+def calibrate_clients(preparation: Preparation, job: CalibrationJob) -> Calibrated:
     """Let every client that holds data choose its own mask on its own shard; each bitmap is sent up once.
 
     The server answers with the bitmap of what anybody trains: those coordinates it will send down.
@@ -143,77 +144,112 @@ def calibrate_clients(setting: Setting, work: Work) -> Calibrated:
         ValueError: ``calibration.where=server``, which has no client's data.
 
     """
-    if work.calibration.where == "server":
+    if job.calibration.where == "server":
         raise ValueError("mask.owner=client scores on each client's own data; set calibration.where=clients")
-    space, clients = setting.space, setting.eligible
-    bitmaps = torch.zeros(len(setting.parts), -(-space.size // 8), dtype=torch.uint8)
+    space, clients = preparation.space, preparation.eligible
+    bitmaps = torch.zeros(len(preparation.parts), -(-space.size // 8), dtype=torch.uint8)
     union = torch.zeros(space.size, dtype=torch.bool)
     lost = {}
     for client in clients:
         try:
-            observed = observe(setting, work, client)
+            observed = observe(preparation, job, client)
         except Diverged as error:  # it trains nothing
             lost[client] = error
             continue
-        row = _mask(setting, work, observed, (client,)).row(space)
+        row = _mask(preparation, job, observed, (client,)).row(space)
         bitmaps[client], union = pack(row), union | row
     if len(lost) == len(clients):
         raise lost[clients[0]]
     if lost:
         log.warning("calibration: %s", left_out(lost, "NaN or infinity in what is observed"))
     length = bitmap_size(space.size).total
-    setting.ledger.first_model(clients, setting.model_length)
-    setting.ledger.setup(len(clients), up=length, down=length)
-    setting.ledger.has_mask |= set(clients)
-    name = {"rule": type(work.rule).__name__, "owner": "client", **work.sparsity.at(0).words}
+    preparation.ledger.first_model(clients, preparation.model_length)
+    preparation.ledger.setup(len(clients), up=length, down=length)
+    preparation.ledger.has_mask |= set(clients)
+    name = {"rule": type(job.rule).__name__, "owner": "client", **job.sparsity.at(0).metadata}
     return Calibrated(Mask.of(space, union, **name), bitmaps)
 
 
-def observe(setting: Setting, work: Work, client: int | None = None) -> Tensor | None:
-    """Let the rule observe in all calibration rounds: what it then knows, or None if it needs no data."""
-    *_, state = _rounds(setting, work, client)
-    return state
+def observe(preparation: Preparation, job: CalibrationJob, client: int | None = None) -> Tensor | None:
+    """Measure what the rule needs in all calibration rounds (``Evidence.observed``); None if it needs nothing."""
+    *_, observed = _rounds(preparation, job, client)
+    return observed
 
 
-def _rounds(setting: Setting, work: Work, client: int | None = None) -> Iterator[Tensor | None]:
-    """What the rule knows after each calibration round: of one client's data, or of those sampled in each round."""
-    alone = work.rule.iterations
-    if not (work.rule.needs_data or alone):
+def _rounds(preparation: Preparation, job: CalibrationJob, client: int | None = None) -> Iterator[Tensor | None]:
+    """What is observed after each calibration round, on one client's data or on those sampled in each round."""
+    kind = job.rule.calibration
+    if kind is None:
         yield None
-        return
-    net, space, state = setting.net, setting.space, None
-    row, rounds = space.read(net), alone or work.calibration.rounds
+    elif isinstance(kind, Thinning):
+        yield from _thinned(preparation, job, kind, client)
+    else:
+        yield from _summed(preparation, job, client)
+
+
+def _summed(preparation: Preparation, job: CalibrationJob, client: int | None) -> Iterator[Tensor]:
+    """Sum over batches, clients and rounds: float64 (P,), the same sum after each round."""
+    total = _zeros(preparation)
+    for round in range(job.calibration.rounds):
+        _observe(preparation, job, round, _sources(preparation, job, round, client), total)
+        yield total
+
+
+def _thinned(preparation: Preparation, job: CalibrationJob, thinning: Thinning, client: int | None) -> Iterator[Tensor]:
+    """Score what is left round by round, and give up the worst: bool (P,), or the order (P,) where that is kept."""
+    net, space, left = preparation.net, preparation.space, None
+    row, rounds = space.read(net), thinning.rounds or job.calibration.rounds
+    order = _zeros(preparation) if thinning.order and job.sparsity.schedule is not None else None
     for round in range(rounds):
-        space.write(net, work.rule.view(row, state))
-        total = work.rule.start(row, state)
-        if alone:
-            _observe_alone(setting, work, total)
-        else:
-            sources = _sources(setting, work, round, state) if client is None else [_own(setting, client)]
-            _observe(setting, work, round, sources, total)
-        space.write(net, row)
-        state = work.rule.take(state, total, space=space, sparsity=work.sparsity, round=round, rounds=rounds)
-        if not alone or round == rounds - 1:
-            yield state
+        scores = _zeros(preparation)
+        space.write(net, shrunk(row, left, thinning.shrink))
+        try:
+            if thinning.clients:
+                _observe(preparation, job, round, _sources(preparation, job, round, client, left), scores)
+            else:
+                _observe_alone(preparation, job, scores)
+        finally:  # a client whose scores are not finite is left out, and the next one goes on with this network
+            space.write(net, row)
+        power = (round + 1) / rounds
+        kept = thin(scores, left, space, job.sparsity, largest=job.rule.largest, power=power)
+        order = None if order is None else ordered(order, left, kept, scores, round)
+        left = kept
+        if thinning.clients or round == rounds - 1:
+            yield left if order is None else order
 
 
-def _observe_alone(setting: Setting, work: Work, total: Tensor) -> None:
+def _zeros(preparation: Preparation) -> Tensor:
+    """A sum before the first round: float64 (P,)."""
+    device = preparation.space.tensors(preparation.net)[0].device
+    return torch.zeros(preparation.space.size, dtype=torch.float64, device=device)
+
+
+def _observe_alone(preparation: Preparation, job: CalibrationJob, total: Tensor) -> None:
     """Add what the rule observes of the network alone; the validation split gives the shape of an input, no more."""
-    x, y = setting.take(setting.dataset.val, np.arange(1))
-    work.rule.observe(
-        setting.net, setting.space, torch.zeros_like(x), torch.zeros_like(y), loss=setting.losses, into=total
+    x, y = preparation.take(preparation.dataset.val, np.arange(1))
+    job.rule.observe(
+        preparation.net,
+        preparation.space,
+        torch.zeros_like(x),
+        torch.zeros_like(y),
+        loss=preparation.losses,
+        into=total,
     )
 
 
-def _observe(setting: Setting, work: Work, round: int, sources: Sequence[Source], total: Tensor) -> None:
+def _observe(
+    preparation: Preparation, job: CalibrationJob, round: int, sources: Sequence[Source], total: Tensor
+) -> None:
     """Add what the rule observes on the batches of all sources to a sum in float64 (P,), where that is finite."""
     before, lost = torch.empty_like(total), set[int]()
     for source in sources:
         before.copy_(total)
-        order = generator(setting.seed, Purpose.CALIBRATION, round, source.owner).permutation(source.part)
-        labels = torch_generator(setting.seed, Purpose.CALIBRATION, round, source.owner)
-        for x, y in setting.batches(source.split, order, work.calibration.batches):
-            work.rule.observe(setting.net, setting.space, x, y, loss=setting.losses, generator=labels, into=total)
+        order = generator(preparation.seed, Purpose.CALIBRATION, round, source.owner).permutation(source.part)
+        labels = torch_generator(preparation.seed, Purpose.CALIBRATION, round, source.owner)
+        for x, y in preparation.batches(source.split, order, job.calibration.batches):
+            job.rule.observe(
+                preparation.net, preparation.space, x, y, loss=preparation.losses, generator=labels, into=total
+            )
         if not bool(total.isfinite().all()):
             total.copy_(before)
             lost.add(source.owner)
@@ -226,33 +262,43 @@ def _observe(setting: Setting, work: Work, round: int, sources: Sequence[Source]
         log.warning("calibration: %s", left_out(lost, "NaN or infinity in what is observed"))
 
 
-def _own(setting: Setting, client: int) -> Source:
-    return Source(setting.dataset.train, setting.parts[client], client)
+def _sources(
+    preparation: Preparation, job: CalibrationJob, round: int, client: int | None, left: Tensor | None = None
+) -> list[Source]:
+    """One client's shard, the server's validation split, or the shards of those sampled, whose messages are counted.
+
+    Args:
+        preparation: what is calibrated on.
+        job: the calibration.
+        round: its round, from 0.
+        client: whose shard; None: those of the round.
+        left: bool (P,), what earlier rounds of a thinning left; None: everything is scored.
+
+    """
+    train, parts = preparation.dataset.train, preparation.parts
+    if client is not None:
+        return [Source(train, parts[client], client)]
+    if job.calibration.where == "server":
+        return [Source(preparation.dataset.val, np.arange(len(preparation.dataset.val.y)), 0)]
+    clients = preparation.sample(round, Purpose.CALIBRATION)
+    scores, bitmap = exchanged(preparation.space.size, left)
+    head = int(preparation.space.where(job.head).sum())
+    preparation.ledger.first_model(clients, preparation.model_length)
+    preparation.ledger.client_steps += sum(_batches(preparation, job, client) for client in clients)
+    dtype = preparation.space.tensors(preparation.net)[0].dtype  # scores travel in it too
+    up, down = (known_size(count, 0, dtype).total for count in (scores, head))
+    preparation.ledger.setup(len(clients), up=up, down=down + bitmap)
+    return [Source(train, parts[client], client) for client in clients]
 
 
-def _sources(setting: Setting, work: Work, round: int, state: Tensor | None) -> list[Source]:
-    """The server's validation split, or the shards of the clients sampled in this round, whose messages are counted."""
-    if work.calibration.where == "server":
-        return [Source(setting.dataset.val, np.arange(len(setting.dataset.val.y)), 0)]
-    clients = setting.sample(round, Purpose.CALIBRATION)
-    up, down = work.rule.traffic(setting.space, state)
-    head = int(setting.space.where(work.head).sum())
-    setting.ledger.first_model(clients, setting.model_length)
-    setting.ledger.client_steps += sum(_batches(setting, work, client) for client in clients)
-    dtype = setting.space.tensors(setting.net)[0].dtype  # scores travel in it too, and traffic counts float32
-    sent, told = (known_size(count, 0, dtype).total for count in (up // 4, head))
-    setting.ledger.setup(len(clients), up=sent, down=told + down)
-    return [_own(setting, client) for client in clients]
-
-
-def _batches(setting: Setting, work: Work, client: int) -> int:
+def _batches(preparation: Preparation, job: CalibrationJob, client: int) -> int:
     """Count the batches that a client goes through in a calibration round."""
-    return min(work.calibration.batches, -(-len(setting.parts[client]) // setting.batch_size))
+    return min(job.calibration.batches, -(-len(preparation.parts[client]) // preparation.batch_size))
 
 
-def _mask(setting: Setting, work: Work, state: Tensor | None, owner: tuple[int, ...]) -> Mask:
+def _mask(preparation: Preparation, job: CalibrationJob, observed: Tensor | None, owner: tuple[int, ...]) -> Mask:
     """Choose the coordinates of one mask; random rules draw from a stream of their own for each owner."""
-    row = setting.space.read(setting.net).cpu()
-    observed = None if state is None else state.cpu()
-    stream = torch_generator(setting.seed, Purpose.MASK, *owner)
-    return work.rule.mask(setting.space, row, work.sparsity.at(0), observed=observed, generator=stream)
+    row = preparation.space.read(preparation.net).cpu()
+    stream = torch_generator(preparation.seed, Purpose.MASK, *owner)
+    observed = None if observed is None else observed.cpu()
+    return choose(job.rule, Evidence(preparation.space, row, job.sparsity.at(0), stream, observed))

@@ -22,7 +22,7 @@ from fedsparse.federation.exchange.wire.message import length
 from fedsparse.federation.reports import Diverged, left_out
 from fedsparse.models.head import Statistics, features, head_of, temperature
 from fedsparse.models.modes import evaluating
-from fedsparse.preparation.setting import Setting
+from fedsparse.preparation.preparation import Preparation
 
 log = logging.getLogger("fedsparse")
 DIVERGED = "{}, so the run stops; try a smaller calibration.head_lr, or head.init=closed_form"
@@ -55,11 +55,11 @@ class Head:
         check_number("head.ridge", self.ridge, least=0)
 
 
-def prepare_head(setting: Setting, head: Head, patterns: Patterns, steps: int, lr: float) -> None:
+def prepare_head(preparation: Preparation, head: Head, patterns: Patterns, steps: int, lr: float) -> None:
     """Let the head start as ``head.init`` says.
 
     Args:
-        setting: what to work on; the network's head is changed.
+        preparation: what to work on; the network's head is changed.
         head: how.
         patterns: names of the head's parameters.
         steps: federated steps of ``probe``.
@@ -67,12 +67,12 @@ def prepare_head(setting: Setting, head: Head, patterns: Patterns, steps: int, l
 
     """
     if head.init == "probe":
-        probe(setting, patterns, steps, lr)
+        probe(preparation, patterns, steps, lr)
     elif head.init == "closed_form":
-        solve(setting, patterns, head.ridge)
+        solve(preparation, patterns, head.ridge)
 
 
-def probe(setting: Setting, head: Patterns, steps: int, lr: float) -> None:
+def probe(preparation: Preparation, head: Patterns, steps: int, lr: float) -> None:
     """Take federated SGD steps of the head alone: each client sends the gradient of one batch, the server averages.
 
     All runs start from the same head so, whatever their mask rule; and a head of zeros, or a random one, would make the
@@ -82,20 +82,20 @@ def probe(setting: Setting, head: Patterns, steps: int, lr: float) -> None:
         Diverged: no client's gradient is finite, or the head that comes of them is not.
 
     """
-    parameters = [p for name, p in setting.net.named_parameters() if matches(name, head)]
+    parameters = [p for name, p in preparation.net.named_parameters() if matches(name, head)]
     message, lost = length(*parameters), set[int]()
-    with evaluating(setting.net):
+    with evaluating(preparation.net):
         for step in range(steps):
-            clients = setting.sample(step, Purpose.HEAD)
-            gradients, bad = _mean_gradient(setting, parameters, step, clients)
+            clients = preparation.sample(step, Purpose.HEAD)
+            gradients, bad = _mean_gradient(preparation, parameters, step, clients)
             lost |= bad
             if bad == set(clients):
                 why = f"head step {step + 1}: the loss or gradient of every client is NaN or infinite"
                 raise Diverged(DIVERGED.format(why))
             _descend(parameters, gradients, lr)
-            setting.ledger.first_model(clients, setting.model_length)
-            setting.ledger.setup(len(clients), up=message, down=message)
-            setting.ledger.client_steps += len(clients)
+            preparation.ledger.first_model(clients, preparation.model_length)
+            preparation.ledger.setup(len(clients), up=message, down=message)
+            preparation.ledger.client_steps += len(clients)
     if not all(bool(p.isfinite().all()) for p in parameters):
         raise Diverged(DIVERGED.format("the head became NaN or infinite"))
     if lost:
@@ -110,25 +110,25 @@ def _descend(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], lr
 
 
 def _mean_gradient(
-    setting: Setting, parameters: list[nn.Parameter], step: int, clients: Sequence[int]
+    preparation: Preparation, parameters: list[nn.Parameter], step: int, clients: Sequence[int]
 ) -> tuple[list[Tensor], set[int]]:
     """Mean gradient of the head over one batch of each client, by samples held, in float64; and whose is not finite."""
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     finite: list[Tensor] = []  # asked for once a step: the host waits for the device then
     for client in clients:
-        part = setting.parts[client]
-        batch = generator(setting.seed, Purpose.HEAD, step, client).permutation(part)[: setting.batch_size]
-        x, y = setting.take(setting.dataset.train, batch)
-        gradients = torch.autograd.grad(setting.losses(setting.net, x, y).mean(), parameters)
+        part = preparation.parts[client]
+        batch = generator(preparation.seed, Purpose.HEAD, step, client).permutation(part)[: preparation.batch_size]
+        x, y = preparation.take(preparation.dataset.train, batch)
+        gradients = torch.autograd.grad(preparation.losses(preparation.net, x, y).mean(), parameters)
         finite.append(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
         for total, gradient in zip(sums, gradients, strict=True):
             total.add_(torch.where(finite[-1], gradient, 0.0), alpha=len(part))
     lost = {client for client, good in zip(clients, torch.stack(finite).tolist(), strict=True) if not good}
-    held = sum(len(setting.parts[client]) for client in clients if client not in lost)
+    held = sum(len(preparation.parts[client]) for client in clients if client not in lost)
     return [total / max(1, held) for total in sums], lost
 
 
-def solve(setting: Setting, patterns: Patterns, ridge: float) -> None:
+def solve(preparation: Preparation, patterns: Patterns, ridge: float) -> None:
     """Set the head to the ridge regression on all clients' features, from sums that each sends once (Fed3R).
 
     Fanì, Camoriano, Caputo and Ciccone 2024, "Accelerating Heterogeneous Federated Learning with Closed-form
@@ -143,17 +143,19 @@ def solve(setting: Setting, patterns: Patterns, ridge: float) -> None:
         Diverged: no client's sums are finite.
 
     """
-    layer = head_of(setting.net, patterns)
-    clients = setting.eligible
-    sums = {client: _statistics(setting, layer, setting.parts[client]) for client in clients}
+    layer = head_of(preparation.net, patterns)
+    clients = preparation.eligible
+    sums = {client: _statistics(preparation, layer, preparation.parts[client]) for client in clients}
     good = [client for client in clients if all(bool(part.isfinite().all()) for part in sums[client].tensors)]
     if not good:
         raise Diverged("the features of every client are NaN or infinite, so the run stops; look at the data's range")
     if lost := set(clients) - set(good):
         log.warning("head: %s", left_out(lost, "NaN or infinity in the features"))
     weight, bias = reduce(add, (sums[client] for client in good)).solve(ridge)
-    everything = np.arange(len(setting.dataset.val.y))
-    pairs = [(features(setting.net, layer, x), y) for x, y in setting.batches(setting.dataset.val, everything)]
+    everything = np.arange(len(preparation.dataset.val.y))
+    pairs = [
+        (features(preparation.net, layer, x), y) for x, y in preparation.batches(preparation.dataset.val, everything)
+    ]
     x, y = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     heat = temperature(x.double() @ weight.T + bias, y)
     with torch.no_grad():
@@ -161,15 +163,15 @@ def solve(setting: Setting, patterns: Patterns, ridge: float) -> None:
         if layer.bias is not None:
             layer.bias.copy_(bias / heat)
     down = length(*layer.parameters())
-    setting.ledger.first_model(clients, setting.model_length)
-    setting.ledger.setup(len(clients), up=length(*sums[good[0]].tensors), down=down)
+    preparation.ledger.first_model(clients, preparation.model_length)
+    preparation.ledger.setup(len(clients), up=length(*sums[good[0]].tensors), down=down)
 
 
-def _statistics(setting: Setting, layer: nn.Linear, part: np.ndarray) -> Statistics:
+def _statistics(preparation: Preparation, layer: nn.Linear, part: np.ndarray) -> Statistics:
     """Sums of one client over all its samples, batch by batch."""
     classes = layer.out_features
     parts = (
-        Statistics.of(features(setting.net, layer, x), y, classes)
-        for x, y in setting.batches(setting.dataset.train, part)
+        Statistics.of(features(preparation.net, layer, x), y, classes)
+        for x, y in preparation.batches(preparation.dataset.train, part)
     )
     return reduce(add, parts)

@@ -1,4 +1,4 @@
-"""What AutoFLIP's guidance measures: ``python -m fedsparse.studies.correlations <folder of runs> ...``.
+"""What AutoFLIP's deviations measure: ``python -m fedsparse.studies.correlations <folder of runs> ...``.
 
 For each run: Spearman's rank correlation of the mean squared deviation of its exploration with the magnitude of the
 start and with the Fisher information there (squared gradients of single samples, all clients' data), and how much the
@@ -27,7 +27,7 @@ from fedsparse.analysis.statistics import Interval
 from fedsparse.core.folder import DEVIATION
 from fedsparse.core.signals import command
 from fedsparse.masks.scores import fisher_per_sample
-from fedsparse.preparation.setting import Setting
+from fedsparse.preparation.preparation import Preparation
 from fedsparse.studies.scale import at_start
 
 Figures = Mapping[str, float]
@@ -84,22 +84,22 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 def measure(run: Run) -> dict[str, float]:
     """Relate what a run's clients explored to its start, which is built again."""
-    setting = at_start(run.folder)
-    space, stored = setting.space, load_file(run.folder / DEVIATION)
+    preparation = at_start(run.folder)
+    space, stored = preparation.space, load_file(run.folder / DEVIATION)
     numbers = {
         name: torch.full(shape, i) for i, (name, shape) in enumerate(zip(space.names, space.shapes, strict=True))
     }
     counted = ~space.where(_always(run)).cpu()
-    rows = [_row(space.names, stored), space.read(setting.net).abs().cpu(), fisher(setting).cpu()]
+    rows = [_row(space.names, stored), space.read(preparation.net).abs().cpu(), fisher(preparation).cpu()]
     chosen = [row.double()[counted].numpy() for row in rows]
     return figures(chosen[0], chosen[1], chosen[2], _row(space.names, numbers)[counted].numpy())
 
 
-def fisher(setting: Setting) -> torch.Tensor:
+def fisher(preparation: Preparation) -> torch.Tensor:
     """Sum the squared gradients of single samples over all clients' data: float64 (P,)."""
-    total = torch.zeros(setting.space.size, dtype=torch.float64, device=setting.device)
-    for x, y in setting.batches(setting.dataset.train, np.sort(np.concatenate(setting.parts))):
-        fisher_per_sample(setting.net, setting.space, x, y, loss=setting.losses, into=total)
+    total = torch.zeros(preparation.space.size, dtype=torch.float64, device=preparation.device)
+    for x, y in preparation.batches(preparation.dataset.train, np.sort(np.concatenate(preparation.parts))):
+        fisher_per_sample(preparation.net, preparation.space, x, y, loss=preparation.losses, into=total)
     return total
 
 
@@ -132,7 +132,9 @@ def grouped(runs: Iterable[Run]) -> dict[Group, list[Figures]]:
 
 def table(found: Mapping[Group, Sequence[Figures]]) -> Table:
     """Lay out means over seeds ± half the 95 % interval."""
-    shown = Table(title="Guidance of exploring clients: mean over seeds ± half the 95 % interval", title_justify="left")
+    shown = Table(
+        title="Deviation of exploring clients: mean over seeds ± half the 95 % interval", title_justify="left"
+    )
     for name in ("model", "partition", "optimizer", *HEAD.values(), "seeds"):
         shown.add_column(name)
     for key, runs in sorted(found.items()):

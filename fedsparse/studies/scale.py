@@ -23,10 +23,10 @@ from fedsparse.data.files import printable
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.job.assemble import assemble
 from fedsparse.job.command import one_line
-from fedsparse.job.prepare import build_setting, start_head
+from fedsparse.job.prepare import build_preparation, start_head
 from fedsparse.job.resume import read_job
 from fedsparse.models.modes import evaluating
-from fedsparse.preparation.setting import Setting
+from fedsparse.preparation.preparation import Preparation
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(16))  # 0 to 1.5
 
@@ -65,12 +65,12 @@ def scaled(folder: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
         there, ``test/acc_at_1``, and all ``alphas`` with their ``val``.
 
     """
-    setting, start, end = _start_and_end(folder, trusted)
-    space, net, data = setting.space, setting.net, setting.dataset
+    preparation, start, end = _start_and_end(folder, trusted)
+    space, net, data = preparation.space, preparation.net, preparation.dataset
 
     def at(alpha: float, split: Split) -> float:
         space.write(net, start + alpha * (end - start))
-        return accuracy(setting, split)
+        return accuracy(preparation, split)
 
     val = [at(alpha, data.val) for alpha in ALPHAS]
     best = best_alpha(ALPHAS, val)
@@ -88,26 +88,26 @@ def best_alpha(alphas: Sequence[float], val: Sequence[float]) -> float:
     return max(zip(alphas, val, strict=True), key=lambda pair: (pair[1], -abs(pair[0] - 1)))[0]
 
 
-def at_start(folder: Path, trusted: Sequence[str] = ()) -> Setting:
+def at_start(folder: Path, trusted: Sequence[str] = ()) -> Preparation:
     """Build a run's data and its model as it was before the first round, from the stored configuration."""
     assembly = assemble(read_job(folder, trusted=trusted).cfg)
-    setting = build_setting(assembly, assembly.module(), Ledger())
-    start_head(assembly, setting, assembly.method.calibration.head_steps)
-    return setting
+    preparation = build_preparation(assembly, assembly.module(), Ledger())
+    start_head(assembly, preparation, assembly.method.calibration.head_steps)
+    return preparation
 
 
-def _start_and_end(folder: Path, trusted: Sequence[str]) -> tuple[Setting, torch.Tensor, torch.Tensor]:
+def _start_and_end(folder: Path, trusted: Sequence[str]) -> tuple[Preparation, torch.Tensor, torch.Tensor]:
     """Build the run's model as it was before its first round, and read it after its last: rows (P,)."""
-    setting = at_start(folder, trusted)
-    start = setting.space.read(setting.net)
-    setting.net.load_state_dict(load_weights(folder / WEIGHTS))
-    return setting, start, setting.space.read(setting.net)
+    preparation = at_start(folder, trusted)
+    start = preparation.space.read(preparation.net)
+    preparation.net.load_state_dict(load_weights(folder / WEIGHTS))
+    return preparation, start, preparation.space.read(preparation.net)
 
 
 @torch.no_grad()
-def accuracy(setting: Setting, split: Split) -> float:
+def accuracy(preparation: Preparation, split: Split) -> float:
     """Share of a split that the network classifies rightly, in eval mode."""
-    batches = setting.batches(split, np.arange(len(split.y)))
-    with evaluating(setting.net):
-        right = sum(int((setting.net(x).argmax(1) == y).sum()) for x, y in batches)
+    batches = preparation.batches(split, np.arange(len(split.y)))
+    with evaluating(preparation.net):
+        right = sum(int((preparation.net(x).argmax(1) == y).sum()) for x, y in batches)
     return right / len(split.y)

@@ -1,4 +1,4 @@
-"""AutoFLIP's guidance: how far clients moved every coordinate while they explored, made comparable between tensors.
+"""Deviation scores of AutoFLIP: how far clients moved every coordinate, made comparable between tensors.
 
 Internò et al. (arXiv 2405.10271), whose code takes the mean squared deviation from the start and scales it tensor by
 tensor.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.space import ParamSpace
+from fedsparse.masks.evidence import Batches, Evidence, Need
 from fedsparse.masks.gradients import Losses
 from fedsparse.masks.rule import MaskRule
 from fedsparse.masks.scores import fisher_batch, fisher_per_sample
@@ -34,7 +35,7 @@ class Fisher(MaskRule):
 
     """
 
-    needs_data = True
+    needs: tuple[Need, ...] = (Batches(),)
 
     def __init__(self, largest: bool, fisher: str = "sample", labels: str = "data", chunk: int | None = None) -> None:
         check_flag("mask_rule.largest", largest)
@@ -63,8 +64,6 @@ class Fisher(MaskRule):
         """Choose what is differentiated: the clients' losses, as they are."""
         return loss
 
-    def scores(self, row: Tensor, observed: Tensor | None, generator: torch.Generator) -> Tensor:
+    def scores(self, evidence: Evidence) -> Tensor:
         """Take the summed observations as they are: a mean would give the same order."""
-        if observed is None:
-            raise ValueError("the Fisher rules need calibration data: sum observe() over some batches first")
-        return observed
+        return evidence.measured

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Setting:
+class Preparation:
     """What head and mask are prepared on.
 
     Attributes:

@@ -13,9 +13,9 @@ from scipy.stats import rankdata
 from sklearn.preprocessing import MinMaxScaler, RobustScaler
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.masks import above_quantile, guidance, topk
+from fedsparse.masks import above_quantile, deviations, topk
+from fedsparse.masks.deviations import deviation, normalise
 from fedsparse.masks.quantiles import quantile
-from fedsparse.masks.scores import deviation, normalise
 
 SPACE = ParamSpace(
     ["a.weight", "a.bias", "scalar", "none", "head"], [torch.Size(s) for s in ([4, 5], [4], [], [0], [7])]
@@ -156,7 +156,7 @@ def test_scores_keep_their_dtype(how, dtype):
 def test_pieces_and_samples_do_not_show(how, monkeypatch):
     scores = rows(1, SPACE.size)[0]
     whole = normalise(scores, SPACE, how)
-    monkeypatch.setattr(guidance, "_CHUNK", 3)
+    monkeypatch.setattr(deviations, "_CHUNK", 3)
     monkeypatch.setattr(topk, "_SAMPLE", 2)
     assert torch.equal(normalise(scores, SPACE, how), whole)
 

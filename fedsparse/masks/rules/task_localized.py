@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from fedsparse.core.checks import check_choice, check_number, check_whole
 from fedsparse.core.space import ParamSpace
+from fedsparse.masks.evidence import Thinning
 from fedsparse.masks.gradients import Forward, Losses
-from fedsparse.masks.scores import Batches, trainable_space
-from fedsparse.masks.sensitivity import Fisher
-from fedsparse.masks.thinned import Thinned
+from fedsparse.masks.rules.fisher import Fisher
+from fedsparse.masks.scores import LabelledBatches, trainable_space
+from fedsparse.masks.thinning import shrunk
 from fedsparse.masks.topk import top_fraction
 
 SHRINK = 0.1
 
 
-def talos(net: nn.Module, batches: Batches, keep: float, rounds: int, generator: torch.Generator) -> Tensor:
+def talos(net: nn.Module, batches: LabelledBatches, keep: float, rounds: int, generator: torch.Generator) -> Tensor:
     r"""Choose the coordinates that train by TaLoS, over all trainable parameters of a network.
 
     In round r of R the :math:`\lfloor k^{r/R} P + 1/2 \rfloor` lowest scores among those still training go on, k the
@@ -47,24 +48,22 @@ def talos(net: nn.Module, batches: Batches, keep: float, rounds: int, generator:
 
     """
     _check_schedule(keep, rounds)
-    rule, space, state = Talos(), trainable_space(net), None
+    rule, space, left = Talos(), trainable_space(net), None
     row = space.read(net)
     try:
         for round in range(rounds):
-            space.write(net, rule.view(row, state))
+            space.write(net, shrunk(row, left, SHRINK))
             observed = _observe(rule, net, space, batches, generator, round)
-            scores = observed if state is None else observed.masked_fill_(~state, math.inf)
-            state = top_fraction(scores, keep ** ((round + 1) / rounds), largest=False)
+            scores = observed if left is None else observed.masked_fill_(~left, math.inf)
+            left = top_fraction(scores, keep ** ((round + 1) / rounds), largest=False)
     finally:
         space.write(net, row)
-    assert state is not None  # rounds is at least 1
-    return state
+    assert left is not None  # rounds is at least 1
+    return left
 
 
-class Talos(Thinned, Fisher):
+class Talos(Fisher):
     """Trains the least sensitive coordinates, thinned out over ``calibration.rounds``; one round thins them at once.
-
-    Its state is bool (P,), True where a coordinate still trains (``Thinned``).
 
     Args:
         score: ``logit``: squared gradient of the drawn label's logit; ``logprob``: of its log-probability.
@@ -76,19 +75,13 @@ class Talos(Thinned, Fisher):
 
     """
 
+    needs = (Thinning(SHRINK),)
+
     def __init__(self, score: str = "logit", shrink: float = SHRINK, chunk: int | None = None) -> None:
         super().__init__(largest=False, labels="model", chunk=chunk)
         check_choice("mask_rule.score", score, *SCORES)
         check_number("mask_rule.shrink", shrink, least=0, most=1)
-        self.score, self.shrink = score, shrink
-
-    def view(self, row: Tensor, state: Tensor | None) -> Tensor:
-        """Shrink the frozen coordinates: (P,)."""
-        return row if state is None else torch.where(state, row, self.shrink * row)
-
-    def traffic(self, space: ParamSpace, state: Tensor | None) -> tuple[int, int]:
-        """Count float32 scores of those that still train going up and, from the second round, a bitmap coming down."""
-        return (4 * space.size, 0) if state is None else (4 * int(state.count_nonzero()), -(-space.size // 8))
+        self.score, self.needs = score, (Thinning(shrink),)
 
     def differentiated(self, loss: Losses) -> Losses:
         """Differentiate the drawn label's logit, or its log-probability, whatever the clients learn by."""
@@ -114,7 +107,7 @@ def _check_schedule(keep: float, rounds: int) -> None:
 
 
 def _observe(
-    rule: Talos, net: nn.Module, space: ParamSpace, batches: Batches, generator: torch.Generator, round: int
+    rule: Talos, net: nn.Module, space: ParamSpace, batches: LabelledBatches, generator: torch.Generator, round: int
 ) -> Tensor:
     """Sum the scores of one round: float64 (P,)."""
     total, seen = torch.zeros(space.size, dtype=torch.float64, device=space.tensors(net)[0].device), 0
