@@ -221,8 +221,6 @@ def test_no_import_goes_in_a_circle():
 WORDINGS = ("; it must be ", "must be one of ", "; give one of ")
 BY_HAND = {  # what begins a refusal that is worded by hand, and why no function of core/checks words it
     "calibration.cache": "a folder",
-    "calibration.labels": "a word, among the mask rules, which are being moved",
-    "calibration.where": "a word, in the calibration, which is being moved",
     "data.unknown": "one of 80 characters, which a line has no room for",
     "evaluation.{key}": "a list of words",
     "exchange.attackers": "a count, or a list of ids",

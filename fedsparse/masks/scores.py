@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedsparse.core.checks import check_choice
 from fedsparse.core.space import ParamSpace
 from fedsparse.masks.gradients import Forward, Losses, add_squares, gradients, own
 from fedsparse.models.modes import evaluating
@@ -154,10 +155,9 @@ def _zeros(space: ParamSpace, x: Tensor) -> Tensor:
 
 def _labels(net: nn.Module, x: Tensor, y: Tensor, labels: str, generator: torch.Generator | None) -> Tensor:
     """Take the labels of the data, or draw them from the model's softmax."""
+    check_choice("calibration.labels", labels, "data", "model")
     if labels == "data":
         return y
-    if labels != "model":
-        raise ValueError(f"calibration.labels is {labels!r}; it must be data or model")
     if generator is None:
         raise ValueError("labels are to be drawn from the model (calibration.labels=model, TaLoS): hand in a generator")
     with torch.no_grad():

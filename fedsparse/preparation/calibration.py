@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsparse.core.checks import check_number
+from fedsparse.core.checks import check_choice, check_number
 from fedsparse.core.seeding import Purpose, generator, torch_generator
 from fedsparse.core.space import Patterns
 from fedsparse.data.datasets import Split
@@ -59,8 +59,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if self.where not in ("clients", "server"):
-            raise ValueError(f"calibration.where is {self.where!r}; it must be clients or server")
+        check_choice("calibration.where", self.where, "clients", "server")
         for key in ("batches", "rounds"):
             check_number(f"calibration.{key}", getattr(self, key), whole=True, least=1)
         check_number("calibration.head_steps", self.head_steps, whole=True, least=0)
