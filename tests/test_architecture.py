@@ -19,7 +19,10 @@ MAY = {
     "hydra": ("job/", "train.py", "calibrate.py", "repeat.py"),
     "lightning": ("data/datamodule.py", "simulation/", "job/", "bench/federated.py", "bench/gpu/"),
     "wandb": ("simulation/artifacts.py", "bench/federated.py"),
+    "omegaconf": ("job/", "train.py", "calibrate.py", "repeat.py"),
 }
+# of job/, what reads keys of a configuration: it is composed and checked, assembled, stored and compared
+READS_KEYS = ("assemble.py", "budget.py", "config.py", "finished.py", "resume.py", "unread.py")
 
 
 def place(path):
@@ -63,6 +66,33 @@ def test_imports_run_one_way(path):
 def test_libraries_stay_where_they_belong(path, library):
     used = any(name.split(".")[0] == library for name in imported(path))
     assert not used or place(path).startswith(MAY[library])
+
+
+def keys_read(tree):
+    """Keys that are read of anything called cfg, such as ``job.cfg.seed``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "cfg":
+            yield node.attr
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value).split(".")[-1] == "cfg":
+            yield ast.unparse(node.slice)
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_a_configuration_is_read_in_one_room(path):
+    found = set(keys_read(ast.parse(path.read_text())))
+    assert path.parent.name == "job" or not found
+    if path.name == "execute.py":  # how many processes there are to be is asked before anything is assembled
+        assert found == {"trainer"}
+    elif path.name not in READS_KEYS:
+        assert not found
+
+
+def test_reading_a_key_is_found():
+    assert set(keys_read(ast.parse("a = job.cfg.seed + cfg['lr'] + cfg.model.head + other.seed"))) == {
+        "seed",
+        "'lr'",
+        "model",
+    }
 
 
 def test_the_check_itself_can_fail(tmp_path, monkeypatch):

@@ -74,12 +74,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Training:
-    """The parts of a training that are asked something afterwards."""
+    """The parts of a training that are asked something afterwards; ``max_time`` is ``trainer.max_time``."""
 
     trainer: lightning.Trainer
     rounds: FederatedRounds
     callbacks: Callbacks
     choice: MaskSchedule
+    max_time: Any
 
 
 def execute(job: Job) -> dict[str, Any]:
@@ -171,10 +172,9 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start) -> 
     """Train to the last round."""
     problem, phases, leads = assembly.problem, assembly.course.phases, parallel.process() == 0
     closed = 0 if start.checkpoint is None else read_checkpoint(start.checkpoint, problem.space)["epoch"] + 1
+    asked = assembly.config["federation"]["rounds"]
     if closed > phases.total:
-        raise ValueError(
-            f"{closed} rounds are closed already; with federation.rounds={job.cfg.federation.rounds} the run has fewer"
-        )
+        raise ValueError(f"{closed} rounds are closed already; with federation.rounds={asked} the run has fewer")
     method = assembly.method
     report = partial(record, job) if leads else _silent
     choice = MaskSchedule(
@@ -196,7 +196,7 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start) -> 
     loggers = build_loggers(assembly.session.loggers, job.folder, job.group, closed) if leads else []
     trainer = build_trainer(assembly.session, callbacks, loggers, phases.total)
     trainer.fit(module, assembly.datamodule(), ckpt_path=start.checkpoint)
-    return Training(trainer, rounds, callbacks, choice)
+    return Training(trainer, rounds, callbacks, choice, assembly.config["trainer"].get("max_time"))
 
 
 def _rounds(
@@ -248,7 +248,7 @@ def _stopped(job: Job, training: Training) -> None:
         raise signals.Stopped(received[0], said=True)
     if training.callbacks.stop.overtime and closed < training.rounds.federation.phases.total:
         training.callbacks.artifacts.close(training.trainer.loggers)
-        limit = f"trainer.max_time={job.cfg.trainer.max_time}"
+        limit = f"trainer.max_time={training.max_time}"
         raise Unfinished(f"{limit}: round {closed} is closed and saved; go on with resume={job.folder}")
 
 
