@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -23,7 +22,7 @@ from fedsparse.execute import quiet
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.preparation.calibration import Calibrated
 from fedsparse.prepare import mean_client_overlap, prepare, sparsity_of
-from fedsparse.resume import Job, facts, store
+from fedsparse.resume import Job, composed, store
 from fedsparse.shipped import conf_dir
 from fedsparse.sweep import CALIBRATION, already_used, held, used
 
@@ -36,7 +35,7 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
     """Calibrate with the configuration that Hydra composed."""
     hydra_cfg = HydraConfig.get()
-    job = Job(cfg, Path(hydra_cfg.runtime.output_dir), *facts(hydra_cfg))
+    job = composed(cfg, hydra_cfg)
     check(cfg, job.choices)
     if used(job.folder):
         raise ValueError(already_used(job.folder))

@@ -58,6 +58,22 @@ def facts(hydra_cfg: Any) -> tuple[dict[str, str], str | None]:
     return choices, Path(str(hydra_cfg["sweep"]["dir"])).name if sweep else None
 
 
+def composed(cfg: DictConfig, hydra_cfg: Any) -> Job:
+    """Take the job that Hydra composed, in the folder that it made.
+
+    Raises:
+        ValueError: an option of one's own has the name of a shipped one, which Hydra takes instead.
+
+    """
+    choices, group = facts(hydra_cfg)
+    own = [Path(str(source["path"])) for source in hydra_cfg["runtime"]["config_sources"] if source["schema"] == "file"]
+    for key, option in choices.items():
+        shadowed = [folder / key / f"{option}.yaml" for folder in own if folder.resolve() != conf_dir()]
+        if (conf_dir() / key / f"{option}.yaml").is_file() and any(file.is_file() for file in shadowed):
+            raise ValueError(f"{key}={option} is shipped and cannot be replaced; rename {shadowed[0]}")
+    return Job(cfg, Path(str(hydra_cfg["runtime"]["output_dir"])), choices, group)
+
+
 def stored_facts(folder: Path) -> tuple[dict[str, str], str | None]:
     """Read the same of a stored run, as plain data: nothing is resolved.
 
@@ -132,8 +148,13 @@ def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str]
     return Job(cfg, folder, *stored_facts(folder), resumed=True, begun=begun)
 
 
-def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = ()) -> None:
+def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = (), options: Sequence[str] = ()) -> None:
     """Refuse stored overrides that compose what a stored configuration may not name, or that are Hydra's own.
+
+    Args:
+        overrides: as they were stored.
+        trusted: names of packages whose code they may name.
+        options: what the reader typed beside them.
 
     Raises:
         ValueError: names what stands there.
@@ -142,7 +163,7 @@ def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = (
     for override in overrides:
         if "hydra" in override.partition("=")[0].lower():  # of its launcher, callbacks, folders, search path
             raise ValueError(f"the stored override {override[:100]!r} is of Hydra itself, which no run stores")
-    trust.admitted(_compose(overrides), trusted)
+    trust.admitted(_compose([*overrides, *options]), trusted)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -27,7 +27,7 @@ from fedsparse.core import parallel, signals
 from fedsparse.data.files import printable
 from fedsparse.execute import execute, follow
 from fedsparse.federation.reports import Diverged
-from fedsparse.resume import Job, as_found, facts, finished, open_log, read_job, store
+from fedsparse.resume import Job, as_found, composed, finished, open_log, read_job, store
 from fedsparse.shipped import conf_dir
 from fedsparse.sweep import CellFailed, held, shown
 from fedsparse.typed import arranged, check_typed, given_twice
@@ -118,7 +118,7 @@ def logging_kept() -> Iterator[None]:
 def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
     """Carry out the run that Hydra composed."""
     hydra_cfg = HydraConfig.get()
-    job = Job(cfg, Path(hydra_cfg.runtime.output_dir), *facts(hydra_cfg))
+    job = composed(cfg, hydra_cfg)
     return _single(job, hydra_cfg) if job.group is None else run_cell(job, hydra_cfg)
 
 
