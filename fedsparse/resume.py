@@ -66,11 +66,14 @@ def composed(cfg: DictConfig, hydra_cfg: Any) -> Job:
 
     """
     choices, group = facts(hydra_cfg)
-    own = [Path(str(source["path"])) for source in hydra_cfg["runtime"]["config_sources"] if source["schema"] == "file"]
+    sources = hydra_cfg["runtime"]["config_sources"]
+    folders = [Path(str(source["path"])) for source in sources if source["schema"] == "file"]
+    own = [folder for folder in folders if folder.resolve() != conf_dir()]
     for key, option in choices.items():
-        shadowed = [folder / key / f"{option}.yaml" for folder in own if folder.resolve() != conf_dir()]
-        if (conf_dir() / key / f"{option}.yaml").is_file() and any(file.is_file() for file in shadowed):
-            raise ValueError(f"{key}={option} is shipped and cannot be replaced; rename {shadowed[0]}")
+        file = f"{key}/{option}.yaml"
+        hidden = [folder / file for folder in own if (folder / file).is_file()]
+        if hidden and (conf_dir() / file).is_file():
+            raise ValueError(f"{key}={option} is shipped and cannot be replaced; rename {hidden[0]}")
     return Job(cfg, Path(str(hydra_cfg["runtime"]["output_dir"])), choices, group)
 
 
