@@ -31,6 +31,7 @@ MAY = {
         "repeat.py",
         "resume.py",
         "trust.py",
+        "targets.py",
     ),
     "lightning": (
         "data/datamodule.py",
