@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from wheels import PIP, ROOT, call
 
-from fedsparse import calibrate, export, repeat, report, train
+from fedsparse import calibrate, export, repeat, report, run, train
 from fedsparse.data import datasets, partition
 from fedsparse.models.vision import mlp
 from fedsparse.resume import read_job
@@ -50,6 +50,13 @@ BASE = {  # one round of whole passes by plain gradient descent, in float64: wha
     "logger": "csv",
     "pictures": "false",
 }
+
+OPTIONS = [f"{key}={value}" for key, value in BASE.items()]
+EXPERIMENT = """# @package _global_
+defaults:
+  - override /aggregation: midrange
+  - override /partition: blocks
+"""
 
 
 def start(data):
@@ -113,9 +120,8 @@ def typed(own, tmp_path, monkeypatch):
 
     def go(*overrides, of=train):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        options = [f"{key}={value}" for key, value in BASE.items()]
         flags = ["--config-dir", str(own / "conf"), "hydra.run.dir=run"]
-        monkeypatch.setattr(sys, "argv", ["fedsparse", *flags, *options, *overrides])
+        monkeypatch.setattr(sys, "argv", ["fedsparse", *flags, *OPTIONS, *overrides])
         of.main()
         return tmp_path / "run"
 
@@ -275,6 +281,19 @@ def test_an_option_that_a_shipped_one_hides_is_refused(typed, tmp_path, capfd):
         typed("hydra.searchpath=['file://more']", "mask_rule=random")
     said = capfd.readouterr().err.splitlines()[-1]
     assert said == "fedsparse: mask_rule=random is shipped and cannot be replaced; rename more/mask_rule/random.yaml"
+
+
+def test_from_python_the_folder_is_a_search_path(own, typed, tmp_path):
+    summary = run([*OPTIONS, f"hydra.searchpath=['file://{own / 'conf'}']", "mask_rule=heaviest"])
+    assert summary["mask_rule"] == "heaviest"
+    assert summary["global_sha256"] == summary_of(typed("mask_rule=heaviest"))["global_sha256"]
+
+
+def test_an_experiment_of_ones_own_chooses_ones_own_parts(own, typed):
+    """It lies beside the parts, in a folder named experiment, as the shipped ones do."""
+    write(own, {"conf/experiment/ours.yaml": EXPERIMENT})
+    summary = summary_of(typed("experiment=ours"))
+    assert (summary["aggregation"], summary["partition"], summary["experiment"]) == ("midrange", "blocks", "ours")
 
 
 def test_a_rule_of_ones_own_calibrates_alone(typed, tmp_path):
