@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -24,7 +23,7 @@ from fedsparse.job.command import arrange, on_command_line
 from fedsparse.job.config import check
 from fedsparse.job.execute import quiet
 from fedsparse.job.prepare import prepare
-from fedsparse.job.resume import Job, facts, store
+from fedsparse.job.resume import Job, composed, store
 from fedsparse.job.runs import compose_and_run
 from fedsparse.job.shipped import conf_dir
 from fedsparse.job.summary import mean_client_overlap, sparsity_of
@@ -40,7 +39,7 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
     """Calibrate with the configuration that Hydra composed."""
     hydra_cfg = HydraConfig.get()
-    job = Job(cfg, Path(hydra_cfg.runtime.output_dir), *facts(hydra_cfg))
+    job = composed(cfg, hydra_cfg)
     check(cfg, job.choices)
     if used(job.folder):
         raise ValueError(already_used(job.folder))

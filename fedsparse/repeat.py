@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -21,7 +22,7 @@ from fedsparse.analysis.table import once, rows
 from fedsparse.core.signals import command
 from fedsparse.job import trust
 from fedsparse.job.command import one_line
-from fedsparse.job.resume import Job, facts, refuse_stored_overrides
+from fedsparse.job.resume import composed, refuse_stored_overrides
 from fedsparse.job.runs import compose_and_run, run_cell
 from fedsparse.job.sweep import MAY_DIFFER, CellFailed, cell_name, shown
 
@@ -63,17 +64,32 @@ def overrides_of(run: Run) -> list[str]:
 def execute_cell(cfg: DictConfig) -> dict[str, object]:
     """Carry out one cell: what is finished is only reported, what was stopped goes on."""
     hydra_cfg = HydraConfig.get()
-    choices, _ = facts(hydra_cfg)
-    folder = Path(hydra_cfg.runtime.output_dir)
-    return run_cell(Job(cfg, folder, choices, group=folder.parent.name), hydra_cfg)
+    job = composed(cfg, hydra_cfg)
+    return run_cell(replace(job, group=job.folder.parent.name), hydra_cfg)
 
 
-def run(overrides: Sequence[str], folder: Path, beside: bool = False, trusted: Sequence[str] = ()) -> bool:
-    """Compose and carry out one cell, maybe beside others; False if it failed, which it has said."""
+def run(
+    overrides: Sequence[str],
+    folder: Path,
+    beside: bool = False,
+    trusted: Sequence[str] = (),
+    config_dir: Path | None = None,
+) -> bool:
+    """Compose and carry out one cell, maybe beside others; False if it failed, which it has said.
+
+    Args:
+        overrides: as they were stored.
+        folder: of the cell.
+        beside: whether others run at the same time.
+        trusted: names of packages whose code the overrides may name.
+        config_dir: a folder of the reader's own options, as ``--config-dir`` of ``fedsparse.train``.
+
+    """
+    own = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir.absolute()}']"]
     options = [CHECKED, f"hydra.run.dir={folder.absolute()}", *([BESIDE] if beside else [])]
     try:
-        refuse_stored_overrides(overrides, trusted)
-        compose_and_run(execute_cell, [*overrides, *options])
+        refuse_stored_overrides(overrides, trusted, own)
+        compose_and_run(execute_cell, [*overrides, *own, *options])
     except CellFailed:
         return False
     except Exception as error:
@@ -94,6 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--trust", nargs="+", default=[], metavar="NAME", help="packages whose code the stored runs may name"
     )
+    parser.add_argument(
+        "--config-dir", type=Path, metavar="DIR", help="the folder of your own options that the runs were begun with"
+    )
     options = parser.parse_args(arguments)
     try:
         trusted = trust.checked(options.trust)
@@ -102,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"fedsparse: {error}")
     print(f"{len(listed)} cells in {options.into or options.folder}", flush=True)
     beside = options.jobs > 1
-    done = Parallel(n_jobs=options.jobs)(delayed(run)(*cell, beside, trusted) for cell in listed)
+    done = Parallel(n_jobs=options.jobs)(delayed(run)(*cell, beside, trusted, options.config_dir) for cell in listed)
     if not all(done):
         sys.exit(f"fedsparse: {done.count(False)} cells failed, see above; the same command skips what is finished")
 

@@ -14,6 +14,8 @@ import torch
 
 torch.set_num_threads(1)
 
+collect_ignore = ["outside"]  # a package that a run imports from a folder of its own, not from here
+
 FAST = ["model=mlp", "logger=csv", "federation.rounds=3", "calibration.head_steps=4"]
 
 
@@ -29,6 +31,14 @@ def run_in(tmp_path, monkeypatch):
         return run([*(FAST if fast else []), f"hydra.run.dir={folder}", *overrides]), folder
 
     return go
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel of this checkout, built once."""
+    from wheels import build, copy_checkout
+
+    return build(copy_checkout(tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("wheels"))
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from fedsparse.core import parallel
 from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.federation.exchange.filters import RESIDUAL, Feedback
+from fedsparse.federation.exchange.ledger import Traffic
 from fedsparse.federation.exchange.sparsifiers import TopK
-from fedsparse.federation.exchange.traffic import Traffic
 from fedsparse.federation.server.aggregation import FedNova, Robust, WeightedMean
 from fedsparse.federation.server.robust import median
 from fedsparse.optim.fedopt import FedAdam

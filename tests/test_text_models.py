@@ -67,7 +67,7 @@ def test_the_packaged_weights_load_whole_and_are_small():
     assert sum(path.stat().st_size for path in PACKAGED.iterdir()) < 2_000_000
     assert len(load_tokenizer("bert_tiny")) == len(file["bert.embeddings.word_embeddings.weight"])
     with safe_open(PACKAGED / "model.safetensors", "pt") as opened:
-        assert opened.metadata()["command"].startswith("python -m fedsparse.studies.pretrain_text")
+        assert opened.metadata()["command"].startswith("python -m fedsparse.pretrain_text")  # of then
 
 
 def test_the_head_starts_anew_by_the_seed_and_the_rest_does_not(folder):

@@ -60,8 +60,8 @@ def hub(tmp_path, canary):
 
 
 def overwrite(tmp_path, canary):
-    path = {"_target_": "fedsparse.job.summary.Path", "_args_": [str(canary)]}
-    return {"_target_": "fedsparse.job.summary.write_atomically", "path": path, "text": "x"}
+    path = {"_target_": "pathlib.Path", "_args_": [str(canary)]}
+    return {"_target_": "fedsparse.core.files.write", "path": path, "content": "x"}
 
 
 def beside_a_shipped_target(tmp_path, canary):

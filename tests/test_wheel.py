@@ -5,48 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
 import sysconfig
-from pathlib import Path
 
 import pytest
+from wheels import PIP, ROOT, call
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 DATA = {".py", ".yaml", ".safetensors", ".typed", ".json"}
 SHORT = ["logger=csv", "federation.rounds=1"]
 
 
-def call(command, cwd, **env):
-    """Run to the end -> standard output; what the command said is in the failure."""
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def copy_checkout(target):
-    """Copy what a wheel is built from: setuptools leaves build/ and *.egg-info beside it."""
-    for name in ("fedsparse", "conf"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "LICENSE"):
-        shutil.copy(ROOT / name, target)
-    readme = ROOT / "README.md"
-    (target / "README.md").write_text(readme.read_text(encoding="utf-8") if readme.exists() else "", encoding="utf-8")
-    return target
-
-
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Build the wheel without network, and install it alone into an empty folder -> that folder."""
-    source = copy_checkout(tmp_path_factory.mktemp("source"))
-    wheels, target = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("target")
-    call([*PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", wheels, source], wheels)
-    (wheel,) = wheels.glob("*.whl")
-    call([*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel], wheels)
+def installed(wheel, tmp_path_factory):
+    """Install the wheel alone into an empty folder -> that folder."""
+    target = tmp_path_factory.mktemp("target")
+    call([*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel], target)
     return target
 
 

@@ -59,6 +59,25 @@ def facts(hydra_cfg: Any) -> tuple[dict[str, str], str | None]:
     return choices, Path(str(hydra_cfg["sweep"]["dir"])).name if sweep else None
 
 
+def composed(cfg: DictConfig, hydra_cfg: Any) -> Job:
+    """Take the job that Hydra composed, in the folder that it made.
+
+    Raises:
+        ValueError: an option of one's own has the name of a shipped one, which Hydra takes instead.
+
+    """
+    choices, group = facts(hydra_cfg)
+    sources = hydra_cfg["runtime"]["config_sources"]
+    folders = [Path(str(source["path"])) for source in sources if source["schema"] == "file"]
+    own = [folder for folder in folders if folder.resolve() != conf_dir()]
+    for key, option in choices.items():
+        file = f"{key}/{option}.yaml"
+        hidden = [folder / file for folder in own if (folder / file).is_file()]
+        if hidden and (conf_dir() / file).is_file():
+            raise ValueError(f"{key}={option} is shipped and cannot be replaced; rename {hidden[0]}")
+    return Job(cfg, Path(str(hydra_cfg["runtime"]["output_dir"])), choices, group)
+
+
 def stored_facts(folder: Path) -> tuple[dict[str, str], str | None]:
     """Read the same of a stored run, as plain data: nothing is resolved.
 
@@ -132,8 +151,13 @@ def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str]
     return Job(cfg, folder, *stored_facts(folder), resumed=True, begun=begun)
 
 
-def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = ()) -> None:
+def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = (), options: Sequence[str] = ()) -> None:
     """Refuse stored overrides that compose what a stored configuration may not name, or that are Hydra's own.
+
+    Args:
+        overrides: as they were stored.
+        trusted: names of packages whose code they may name.
+        options: what the reader typed beside them.
 
     Raises:
         ValueError: names what stands there.
@@ -142,7 +166,7 @@ def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = (
     for override in overrides:
         if "hydra" in override.partition("=")[0].lower():  # of its launcher, callbacks, folders, search path
             raise ValueError(f"the stored override {override[:100]!r} is of Hydra itself, which no run stores")
-    trust.admitted(_compose(overrides), trusted)
+    trust.admitted(_compose([*overrides, *options]), trusted)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -18,7 +18,7 @@ from fedsparse.job import trust
 from fedsparse.job.command import hydras_as_value_errors, logging_kept, one_line
 from fedsparse.job.config import check, register_resolvers
 from fedsparse.job.execute import execute
-from fedsparse.job.resume import Job, as_found, facts, finished, open_log, read_job, store
+from fedsparse.job.resume import Job, as_found, composed, finished, open_log, read_job, store
 from fedsparse.job.shipped import conf_dir
 from fedsparse.job.sweep import CellFailed, held, shown
 from fedsparse.job.typed import check_typed
@@ -89,7 +89,7 @@ def resume_folder(arguments: Sequence[str]) -> Path | None:
 def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
     """Carry out the run that Hydra composed."""
     hydra_cfg = HydraConfig.get()
-    job = Job(cfg, Path(hydra_cfg.runtime.output_dir), *facts(hydra_cfg))
+    job = composed(cfg, hydra_cfg)
     return _single(job, hydra_cfg) if job.group is None else run_cell(job, hydra_cfg)
 
 

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
@@ -24,6 +23,7 @@ from fedsparse.analysis.files import BYTES, plain_yaml, yaml_of, yaml_text
 from fedsparse.core.folder import OVERRIDES
 from fedsparse.job import earlier
 from fedsparse.job.shipped import conf_dir
+from fedsparse.job.targets import imported
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
@@ -200,7 +200,7 @@ def _check_part(key: str, node: Mapping[str, Any], trusted: Sequence[str], typed
     if not isinstance(target, str) or not NAME.fullmatch(target):
         raise ValueError(f"{at}_target_ is {_shown(target)}, which is no dotted name")
     if covers(trusted, target):
-        return _check_home(f"{at}_target_: {target}", target, trusted)
+        return _check_home(f"{at}_target_", target, trusted)
     if target not in shipped().arguments:
         package = target.rpartition(".")[0] or target
         raise ValueError(f"{at}_target_: {_shown(target)} {_ask(package)}")
@@ -211,17 +211,14 @@ def _check_part(key: str, node: Mapping[str, Any], trusted: Sequence[str], typed
     return None
 
 
-def _check_home(what: str, target: str, trusted: Sequence[str]) -> None:
+def _check_home(key: str, target: str, trusted: Sequence[str]) -> None:
     """Refuse what a trusted package only imported: ``mypackage.os.system`` is not of mypackage.
 
     Raises:
         ValueError: it is of another package, which is named, or cannot be imported.
 
     """
-    try:
-        found = get_object(target)
-    except Exception as error:  # importing runs a package's own code
-        raise ValueError(f"{what} cannot be imported here: {one_line_of(error)}") from error
+    found, what = imported(key, target), f"{key}: {target}"
     if not callable(found):
         raise ValueError(f"{what} is nothing that can be called")
     home = str(getattr(found, "__module__", None) or type(found).__module__)

@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from fedsparse.job import shipped
 from fedsparse.job.advice import no_key
+from fedsparse.job.targets import imported
 
 FREE = ("phases", "callbacks", "logger", "experiment")  # whose keys are names of one's own
 
@@ -23,7 +23,7 @@ def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
         choices: option chosen of each group; what an option of one's own holds is its own affair.
 
     Raises:
-        ValueError: one line with the first of them, and what may be meant.
+        ValueError: one line with the first of them, and what may be meant; or a ``_target_`` cannot be imported.
 
     """
     written = OmegaConf.to_yaml(cfg)
@@ -52,17 +52,19 @@ def _not_taken(node: Any, path: str) -> Iterator[str]:
         for place, value in enumerate(node):
             yield from _not_taken(value, f"{path}{place}.")
     if isinstance(node, dict):
-        taken = _parameters(node["_target_"]) if isinstance(node.get("_target_"), str) else None
+        target = node.get("_target_")
+        taken = _parameters(f"{path}_target_", target) if isinstance(target, str) and "${" not in target else None
         for key, value in node.items():
             if taken is not None and not str(key).startswith("_") and key not in taken:
                 yield f"{path}{key}"
             yield from _not_taken(value, f"{path}{key}.")
 
 
-def _parameters(target: str) -> Mapping[str, Any] | None:
-    """Names that a target takes; None if it takes any, or cannot be had: whoever calls it then says so."""
+def _parameters(key: str, target: str) -> Mapping[str, Any] | None:
+    """Names that a target takes; None if it takes any, or has no signature: whoever calls it then says so."""
+    called = imported(key, target)
     try:
-        found = inspect.signature(get_object(target)).parameters
-    except Exception:
+        found = inspect.signature(called).parameters
+    except (TypeError, ValueError):
         return None
     return None if any(p.kind is p.VAR_KEYWORD for p in found.values()) else found
