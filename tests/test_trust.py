@@ -79,7 +79,7 @@ def of_the_library(tmp_path, canary):
 PLANTED = [
     shell, unpickled, hub, overwrite, beside_a_shipped_target, by_a_reference, of_the_library,
 ]  # fmt: skip
-NAMED = r"collect_env\.run|torch\.load|hub\.load|fedsparse\.results\.\w+|hydra\.utils\.instantiate|source\._args_"
+NAMED = r"collect_env\.run|torch\.load|hub\.load|fedsparse\.core\.files\.write|hydra\.utils\.instantiate|source\._args_"
 
 
 @pytest.fixture
