@@ -140,7 +140,7 @@ def put(disk: Disk, place: int, data: Any) -> None:
         disk.write(data)
 
 
-def own(path: Path) -> None:
+def unshare(path: Path) -> None:
     """Let a file that will be changed in place be nobody else's: of a hard link a copy takes its place.
 
     Raises:
@@ -163,7 +163,7 @@ class LogFile(logging.FileHandler):
         path = Path(self.baseFilename)
         if path.is_symlink():
             path.unlink()
-        own(path)
+        unshare(path)
         return super()._open()
 
 

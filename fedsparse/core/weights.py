@@ -32,11 +32,11 @@ def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[tuple[Any, ...], str] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
-        place = _place(tensor)
-        if tensor.numel() and place in first:
-            names[name] = first[place]
+        key = _storage_key(tensor)
+        if tensor.numel() and key in first:
+            names[name] = first[key]
             continue
-        first[place] = name
+        first[key] = name
         memory = tensor.untyped_storage().data_ptr()
         stored = tensor.detach().cpu().contiguous()
         tensors[name] = stored.clone() if memory in seen else stored
@@ -46,10 +46,10 @@ def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
     """List the tensors of a state, one that is there under several names once."""
-    return list({_place(tensor): tensor for tensor in state.values()}.values())
+    return list({_storage_key(tensor): tensor for tensor in state.values()}.values())
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
     """Say where a tensor lies, and how: two of the same place are one."""
     layout = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
     return (tensor.data_ptr() or id(tensor), *layout)

@@ -49,7 +49,7 @@ class ByteCount(Watcher):
         self.model_length, self.mask_length, self.prunes = model_length, mask_length(subspace), prunes
         self.downlinks = [Downlink() for _ in range(groups)]
         self.travelling = self._travelling(subspace)
-        self.before: list[Tensor] = []
+        self.start: list[Tensor] = []
 
     def _travelling(self, subspace: Subspace) -> Tensor | None:
         """Mark which of the n coordinates travel, (n,); None if all do."""
@@ -66,7 +66,7 @@ class ByteCount(Watcher):
 
     def open(self, round: Round) -> None:
         """Keep what travels of each global row, to compare it afterwards."""
-        self.before = [self._of(row) for row in round.federation.server.values]
+        self.start = [self._of(row) for row in round.federation.server.values]
 
     def _of(self, values: Tensor) -> Tensor:
         """Copy what travels of trained values (n,)."""
@@ -80,14 +80,14 @@ class ByteCount(Watcher):
             self.ledger.stepped(report.local_steps, report.clipped)
         pairs = [pair for report in reports for pair in zip(report.clients, report.group, strict=True)]
         for group, downlink in enumerate(self.downlinks):
-            after, members = self._of(round.federation.server.values[group]), [c for c, own in pairs if own == group]
-            downlink.close(round.number, self.before[group], after, members)
-        self.before = []
+            after, members = self._of(round.federation.server.values[group]), [c for c, g in pairs if g == group]
+            downlink.close(round.number, self.start[group], after, members)
+        self.start = []
         self.traffic.write(round.number + 1, self.ledger.close())
 
     def _count(self, round: Round, client: int, group: int, up: Size) -> None:
         """Count one client."""
-        federation, ledger, row = round.federation, self.ledger, self.before[group]
+        federation, ledger, row = round.federation, self.ledger, self.start[group]
         first, setup, trained = client not in ledger.has_model, ledger.bytes_setup_down, federation.server.subspace
         zeros = self.prunes * (trained.total - trained.size) * row.element_size()
         ledger.first_model([client], self.model_length - zeros)
@@ -109,8 +109,8 @@ class ByteCount(Watcher):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.ledger.load_state_dict(state["ledger"])
-        for downlink, own in zip(self.downlinks, state["downlink"], strict=True):
-            downlink.load_state_dict(own)
+        for downlink, stored in zip(self.downlinks, state["downlink"], strict=True):
+            downlink.load_state_dict(stored)
 
 
 def mask_length(subspace: Subspace) -> int:

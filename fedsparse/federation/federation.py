@@ -110,20 +110,20 @@ class Federation:
         updated = [choice] if choice is not None and choice.scores_updates else []
         self.watchers: list[Watcher] = [*[self.bytes] * count_bytes, *updated, *watchers]
         store = MemoryStore() if store is None else store
-        own = self.exchange.stores | self.objective.stores
-        self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **own}
+        added = self.exchange.stores | self.objective.stores
+        self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **added}
         self.keepers: list[Keeper] = [clients, self.server, self.exchange, self.objective, self.bytes]
-        self.keepers += [Part(store, local), *own.values()]
+        self.keepers += [Part(store, local), *added.values()]
         self.dropped: list[Dropped] = []
         self.closed = 0
 
     def open(self, number: int) -> Round:
         """Begin a round: its mask, its learning rate, and empty sums."""
-        phase, own = self.phases.at(number)
+        phase, number_in_phase = self.phases.at(number)
         if self.choice is not None and self.choice.due(number, self.phases):
             mask = self.choice.choose(self.server.rows[0], self.phases.of_kind(number))
             self.train_only(mask.row(self.clients.space), number)
-        factor = 1.0 if phase.explores else self.schedule(own, phase.rounds)
+        factor = 1.0 if phase.explores else self.schedule(number_in_phase, phase.rounds)
         lr = self.clients.lr * factor if phase.lr is None else phase.lr
         round = (Explore if phase.explores else Round)(self, number, phase, lr)
         for watcher in self.watchers:
@@ -146,7 +146,7 @@ class Federation:
 
     def keep(self, report: Report) -> Report:
         """Write down what clients keep, and return the report without it."""
-        self.objective.hear(report.kept)
+        self.objective.update(report.kept)
         for name, (clients, rows) in report.kept.items():
             self.stores[name].write(clients, rows)
         return replace(report, kept={})

@@ -61,7 +61,7 @@ class Row:
         return ",".join([str(round), str(self.client), self.group, self.model, str(self.n), *values]) + "\n"
 
     @property
-    def place(self) -> tuple[int, int]:
+    def sort_key(self) -> tuple[int, int]:
         """Where it stands in the file: by client, and then as a round goes."""
         return self.client, MODELS.index(self.model)
 

@@ -128,7 +128,7 @@ class MaskSchedule(Watcher):
     def receive(self, round: Round, received: Update) -> None:
         """Add the updates of a cohort."""
         if self.mean is not None:
-            rows = self.rule.of_update(received.rows, received.start)
+            rows = self.rule.of_update(received.rows, received.start_values)
             self.mean.add(rows, received.weight, received.loss)
 
     def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:

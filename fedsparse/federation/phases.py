@@ -180,8 +180,8 @@ class Phases:
 
     def of_kind(self, round: int) -> int:
         """Count the rounds before this one in which clients do the same: explore, or learn."""
-        phase, own = self.at(round)
-        return own + self.before(phase)
+        phase, number = self.at(round)
+        return number + self.before(phase)
 
     def before(self, phase: Phase) -> int:
         """Count the rounds of earlier phases in which clients do as in this one: explore, or learn."""

@@ -55,7 +55,9 @@ class Round:
         self.federation, self.number, self.phase, self.lr = federation, number, phase, lr
         self.reports: list[Report] = []
         f, size = federation, 0 if phase.explores else federation.server.subspace.size
-        self.tally = f.aggregation.zero(f.topology.groups, size, f.buffers.size, f.server.rows.device, f.exchange.own)
+        self.tally = f.aggregation.zero(
+            f.topology.groups, size, f.buffers.size, f.server.rows.device, f.exchange.per_coordinate
+        )
 
     def send(self, cohort: Cohort) -> Start:
         """What the server sends K clients: where they start, and how they train."""
@@ -94,7 +96,7 @@ class Round:
 
         """
         f = self.federation
-        everyone = [report for own in parallel.gather(self.reports) for report in own]  # of all processes
+        everyone = [report for part in parallel.gather(self.reports) for report in part]  # of all processes
         reports = [f.keep(report) if report.kept else report for report in everyone]
         f.objective.close()
         change = self._step()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsparse.core.checks import check_flag, check_not_negative, check_positive, two_decays
 from fedsparse.core.subspace import CHUNK
-from fedsparse.optim.index import Place
+from fedsparse.optim.index import TrainedIndex
 from fedsparse.optim.masked import MaskedOptimizer
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled")
@@ -149,13 +149,13 @@ class SparseAdam(MaskedOptimizer):
             for tensor in state.values():
                 tensor.zero_()
 
-    def _begin(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
+    def _init_state(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
         """Make the moments where there are none, and count the steps of each client by itself."""
-        state = self._started(param)
+        state = self._made(param)
         if state["step"].numel() != clients or state["step"].dim() == 0:
             state["step"] = state["step"].expand(clients).clone()
 
-    def _started(self, param: Tensor) -> dict[str, Any]:
+    def _made(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         for name in self.moments:
             moment = self._moment(param, name)
@@ -165,19 +165,19 @@ class SparseAdam(MaskedOptimizer):
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """Step one parameter where it trains."""
-        state, options = self._started(param), {name: group[name] for name in _OPTIONS}
+        state, options = self._made(param), {name: group[name] for name in _OPTIONS}
         state["step"] += 1
         correction = corrections(state["step"].view(-1).tolist(), options["betas"])
-        place, m, v = self._places.get(param), *(state[name] for name in self.moments)
-        if place is None:
-            for theta, g, *parts in _pieces(param, grad, m, v, whole=isinstance(correction[0], Tensor)):
+        index, m, v = self._indices.get(param), *(state[name] for name in self.moments)
+        if index is None:
+            for theta, g, *parts in _cache_chunks(param, grad, m, v, whole=isinstance(correction[0], Tensor)):
                 adam_update(theta, g, *parts, correction=_beside(correction, param), **options)
             return
-        for theta, g, moments, index in place.trained(param, grad, m, v):
-            adam_update(theta, g, *moments, correction=_beside(correction, param, place, index), **options)
+        for theta, g, moments, positions in index.trained(param, grad, m, v):
+            adam_update(theta, g, *moments, correction=_beside(correction, param, index, positions), **options)
 
 
-def _pieces(*tensors: Tensor, whole: bool) -> Iterator[Sequence[Tensor]]:
+def _cache_chunks(*tensors: Tensor, whole: bool) -> Iterator[Sequence[Tensor]]:
     """Split a large parameter and what is beside it into pieces that stay in a CPU's cache."""
     if whole or tensors[0].device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
         return iter([tensors])
@@ -185,13 +185,13 @@ def _pieces(*tensors: Tensor, whole: bool) -> Iterator[Sequence[Tensor]]:
 
 
 def _beside(
-    correction: Correction, param: Tensor, place: Place | None = None, index: Tensor | None = None
+    correction: Correction, param: Tensor, index: TrainedIndex | None = None, positions: Tensor | None = None
 ) -> Correction:
     """Lay the corrections of K clients beside their rows, or beside what trains of them; numbers are as they are."""
     if not isinstance(correction[0], Tensor):
         return correction
     first, second = (torch.as_tensor(values, device=param.device) for values in correction)
-    if place is None or index is None:
+    if index is None or positions is None:
         column = (-1, *[1] * (param.dim() - 1))
         return first.view(column), second.view(column)
-    return place.of_clients(first, index), place.of_clients(second, index)
+    return index.of_clients(first, positions), index.of_clients(second, positions)

@@ -24,7 +24,7 @@ _LARGE = 1 << 16  # coordinates of a tensor that is worth a step of its own
 
 
 @dataclass(frozen=True)
-class Piece:
+class Block:
     """A stretch of a row with one kind of mask.
 
     Attributes:
@@ -45,23 +45,23 @@ class Piece:
         return row.narrow(0, self.start, math.prod(self.shape)).view(self.shape)
 
 
-def pieces(space: ParamSpace, mask: Tensor) -> list[Piece]:
+def blocks(space: ParamSpace, mask: Tensor) -> list[Block]:
     """Split a row for an optimizer: each large tensor apart, unless it is frozen; all small ones are one piece.
 
     That piece is the whole row; its mask is False where another piece trains.
     """
-    named = [Piece(*tensor, None) for tensor in zip(space.names, space.offsets, space.shapes, strict=True)]
-    large = [piece for piece in named if math.prod(piece.shape) >= _LARGE]
-    apart = [_masked(piece, piece.of(mask)) for piece in large if bool(piece.of(mask).any())]
+    named = [Block(*tensor, None) for tensor in zip(space.names, space.offsets, space.shapes, strict=True)]
+    large = [block for block in named if math.prod(block.shape) >= _LARGE]
+    apart = [_masked(block, block.of(mask)) for block in large if bool(block.of(mask).any())]
     rest = mask.clone()
-    for piece in large:
-        piece.of(rest).fill_(False)
-    whole = Piece("", 0, (space.size,), None if bool(rest.all()) else rest)
+    for block in large:
+        block.of(rest).fill_(False)
+    whole = Block("", 0, (space.size,), None if bool(rest.all()) else rest)
     return [*apart, *[whole] * bool(rest.any())]
 
 
-def _masked(piece: Piece, mask: Tensor) -> Piece:
-    return piece if bool(mask.all()) else replace(piece, mask=mask)
+def _masked(block: Block, mask: Tensor) -> Block:
+    return block if bool(mask.all()) else replace(block, mask=mask)
 
 
 def by_units(mask: Tensor) -> bool:
@@ -71,7 +71,7 @@ def by_units(mask: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainedIndex:
     """Where a mask lets a parameter train: n of the N entries of one dimension of it, seen in a shape of two at most.
 
     Single coordinates are entries of the flat parameter. Where a mask lets whole output units train (an index of the
@@ -79,17 +79,17 @@ class Place:
 
     Attributes:
         shape: how the parameter's memory is seen: (N,), (N, coordinates of a unit) or (K, N).
-        dim: the dimension that ``index`` is about.
-        index: int32 (n,), ascending; int64 where N needs it.
+        dim: the dimension that ``positions`` count along.
+        positions: int32 (n,), ascending; int64 where N needs it.
 
     """
 
     shape: tuple[int, ...]
     dim: int
-    index: Tensor
+    positions: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor, param: Tensor) -> Place:
+    def of(cls, mask: Tensor, param: Tensor) -> TrainedIndex:
         """Find the coarsest entries that the mask does not cut."""
         laid = mask if mask.stride() == param.stride() or _expanded(mask) else laid_like(mask, param)
         shape, dim, marks = _marks(laid, param)
@@ -98,7 +98,7 @@ class Place:
     @cached_property
     def gathered(self) -> tuple[int, ...]:
         """Shape of what trains: (n,), (n, coordinates of a unit) or (K, n)."""
-        return tuple(len(self.index) if dim == self.dim else size for dim, size in enumerate(self.shape))
+        return tuple(len(self.positions) if dim == self.dim else size for dim, size in enumerate(self.shape))
 
     @property
     def numel(self) -> int:
@@ -108,7 +108,7 @@ class Place:
     @cached_property
     def fingerprint(self) -> int:
         """Tell one mask of a parameter from another with as many ones."""
-        return zlib.crc32(self.index.cpu().numpy().tobytes(), hash((self.shape, self.dim)) & 0xFFFFFFFF)
+        return zlib.crc32(self.positions.cpu().numpy().tobytes(), hash((self.shape, self.dim)) & 0xFFFFFFFF)
 
     def see(self, tensor: Tensor) -> Tensor:
         """View a dense tensor's memory in this shape."""
@@ -117,48 +117,50 @@ class Place:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Copy what trains of a tensor that lies like the parameter: (n,), (n, coordinates of a unit) or (K, n)."""
-        return self.see(tensor).index_select(self.dim, self.index)
+        return self.see(tensor).index_select(self.dim, self.positions)
 
     def scatter(self, values: Tensor, like: Tensor) -> Tensor:
         """Write gathered values into zeros that lie like a parameter."""
         out = torch.zeros_like(like)
-        self.see(out).index_copy_(self.dim, self.index.long(), values)
+        self.see(out).index_copy_(self.dim, self.positions.long(), values)
         return out
 
     def trained(
         self, param: Tensor, grad: Tensor, *moments: Moment
     ) -> Iterator[tuple[Tensor, Tensor, Sequence[Moment], Tensor]]:
         """Give what trains a chunk after the other: values, gradient, moments, index; the values are written back."""
-        seen, steep = self.see(param), self.see(grad if grad.stride() == param.stride() else laid_like(grad, param))
-        for index, parts in self._chunks(*moments):
-            values = seen.index_select(self.dim, index)
-            yield values, steep.index_select(self.dim, index), parts, index
-            seen.index_copy_(self.dim, index, values)
+        seen, gradient = self.see(param), self.see(grad if grad.stride() == param.stride() else laid_like(grad, param))
+        for positions, parts in self._chunks(*moments):
+            values = seen.index_select(self.dim, positions)
+            yield values, gradient.index_select(self.dim, positions), parts, positions
+            seen.index_copy_(self.dim, positions, values)
 
     def _chunks(self, *moments: Moment) -> Iterator[tuple[Tensor, Sequence[Moment]]]:
         """Split index and moments for one pass over them; the index comes as int64, which torch writes by."""
-        n, wide = len(self.index), math.prod(self.shape) // max(1, self.shape[self.dim])
-        size = max(1, CHUNK // wide) if self.index.device.type == "cpu" else n
+        n, wide = len(self.positions), math.prod(self.shape) // max(1, self.shape[self.dim])
+        size = max(1, CHUNK // wide) if self.positions.device.type == "cpu" else n
         if n <= size:
-            yield self.index.long(), moments
+            yield self.positions.long(), moments
             return
         for low in range(0, n, size):
             length = min(size, n - low)
-            index = self.index.narrow(0, low, length).long()
-            yield index, [None if m is None else m.narrow(self.dim, low, length) for m in moments]
+            positions = self.positions.narrow(0, low, length).long()
+            yield positions, [None if m is None else m.narrow(self.dim, low, length) for m in moments]
 
     def by_client(self, values: Tensor, clients: int) -> Sequence[Tensor]:
         """View gathered values as what is each client's, who are the parameter's first dimension: K tensors."""
         if self.dim == 1:
             return values.unbind(0)
-        first = torch.arange(clients + 1, dtype=self.index.dtype, device=self.index.device) * (self.shape[0] // clients)
-        return [values[low:high] for low, high in pairwise(torch.searchsorted(self.index, first).tolist())]
+        first = torch.arange(clients + 1, dtype=self.positions.dtype, device=self.positions.device) * (
+            self.shape[0] // clients
+        )
+        return [values[low:high] for low, high in pairwise(torch.searchsorted(self.positions, first).tolist())]
 
-    def of_clients(self, values: Tensor, index: Tensor) -> Tensor:
-        """Lay K numbers, one of each client, beside the gathered entries of ``index``: (K, 1), (n,) or (n, 1)."""
+    def of_clients(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Lay K numbers, one of each client, beside the gathered entries of ``positions``: (K, 1), (n,) or (n, 1)."""
         if self.dim == 1:
             return values.unsqueeze(1)
-        found = values[index // (self.shape[0] // len(values))]
+        found = values[positions // (self.shape[0] // len(values))]
         return found if len(self.shape) == 1 else found.unsqueeze(1)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_flag, check_not_negative, check_positive, check_share
-from fedsparse.optim.index import Place
+from fedsparse.optim.index import TrainedIndex
 from fedsparse.optim.masked import MaskedOptimizer
 
 _WORTH = 1 << 14  # coordinates from which one sweep beats the overhead of its kernel
@@ -172,21 +172,21 @@ class SparseSGDM(MaskedOptimizer):
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """Step one parameter where it trains, with its momentum if it has any."""
-        options, place, moves = (
+        options, index, moves = (
             {name: group[name] for name in _OPTIONS},
-            self._places.get(param),
+            self._indices.get(param),
             bool(group["momentum"]),
         )
         buffer = self._moment(param, "momentum_buffer") if moves else None
         fresh = moves and self.state[param].get("fresh", False)
-        if place is None:
+        if index is None:
             buffer = _update_whole(param, grad, buffer, fresh, options)
         else:
-            buffer = _update_at(place, param, grad, buffer, fresh, options)
+            buffer = _update_at(index, param, grad, buffer, fresh, options)
         if moves:
             self.state[param].update(momentum_buffer=buffer, fresh=False)
 
-    def _begin(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
+    def _init_state(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
         """Make the momentum, or zero it if it was reset; who has any still takes the next step as a first one.
 
         So a client whose first step comes later than the others' starts from zero momentum. Only with dampening is
@@ -210,11 +210,11 @@ def _update_whole(
 
 
 def _update_at(
-    place: Place, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
+    index: TrainedIndex, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
 ) -> Tensor | None:
     """Step what trains of a parameter, a chunk after the other; the momentum of what trains, if any."""
     if buffer is None and options["momentum"]:
-        buffer, fresh = param.new_empty(place.gathered), True
-    for values, steep, (part,), _ in place.trained(param, grad, buffer):
-        sgdm_update(values, steep, part, fresh=fresh, **options)
+        buffer, fresh = param.new_empty(index.gathered), True
+    for values, gradient, (part,), _ in index.trained(param, grad, buffer):
+        sgdm_update(values, gradient, part, fresh=fresh, **options)
     return buffer

@@ -34,7 +34,7 @@ def wandb_logger(offline: bool, **options: Any) -> WandbLogger:
     return WandbLogger(offline=offline, **options)
 
 
-def begun(logger: Logger) -> bool:
+def started(logger: Logger) -> bool:
     """Begin what a logger writes to, and let each later failure be a warning, the last that the logger is asked.
 
     What it wanted to write is no reason to lose the run's own results.
@@ -89,7 +89,7 @@ class Artifacts(lightning.Callback):
 
     def __init__(self, folder: Path, config: Mapping[str, Any], density: Callable[[], Mapping[str, float]]) -> None:
         self.folder, self.config, self.density = folder, dict(config), density
-        self.told: dict[str, float] = {}
+        self.logged: dict[str, float] = {}
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log the configuration and the densities."""
@@ -100,7 +100,7 @@ class Artifacts(lightning.Callback):
 
         The run's own results are written before: what happens here can cost none of them.
         """
-        if dict(self.density()) != self.told:  # the mask was chosen while clients trained
+        if dict(self.density()) != self.logged:  # the mask was chosen while clients trained
             self._configure(loggers)
         for logger in loggers:
             if isinstance(logger, WandbLogger):
@@ -114,9 +114,9 @@ class Artifacts(lightning.Callback):
                 _end_failed()
 
     def _configure(self, loggers: Sequence[Logger]) -> None:
-        self.told = dict(self.density())
+        self.logged = dict(self.density())
         for logger in loggers:
-            logger.log_hyperparams(self.config | {"density": self.told})
+            logger.log_hyperparams(self.config | {"density": self.logged})
 
     def _log(self, logger: WandbLogger) -> None:
         import wandb

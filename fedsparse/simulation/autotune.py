@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedsparse.federation.client.drift import Term
+from fedsparse.federation.client.drift import GradientCorrection
 from fedsparse.federation.client.training import Clients
 
 SECONDS = 2.0
@@ -94,10 +94,10 @@ def _step(clients: Clients, batch: Batch, size: int) -> Callable[[], None]:
     """One local step of so many clients, to its end on the device."""
     x, y = batch if size == 1 else tuple(part.expand(size, *part.shape).contiguous() for part in batch)
 
-    term = Term()
+    correction = GradientCorrection()
 
     def step() -> None:
-        clients.step(x, y, (len(batch[1]),) * size, term).tolist()
+        clients.step(x, y, (len(batch[1]),) * size, correction).tolist()
 
     return step
 
@@ -107,12 +107,12 @@ def client_bytes(clients: Clients, batch: Batch) -> int:
     kept: dict[int, int] = {}
     rows = clients.theta.untyped_storage().data_ptr()
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() != rows:
             kept[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         _step(clients, batch, 1)()
     return (ROWS + len(clients.optimizer.moments)) * clients.theta.nbytes + sum(kept.values())
 

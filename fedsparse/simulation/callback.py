@@ -29,7 +29,8 @@ class FederatedRounds(lightning.Callback):
     Attributes:
         federation: from the start of the training.
         round: the one that is open, or None.
-        phase: of the open round, or the last one; ``own`` is its number there.
+        phase: of the open round, or the last one.
+        number_in_phase: of that round, from 0.
         lr: the clients' learning rate of that round.
         loss: their mean loss in the last closed round.
 
@@ -41,7 +42,7 @@ class FederatedRounds(lightning.Callback):
         self.federate = federate
         self.loaded: dict[str, Any] | None = None
         self.round: Round | None = None
-        self.phase, self.own = Phase("learn"), 0
+        self.phase, self.number_in_phase = Phase("learn"), 0
         self.loss = self.lr = math.nan
 
     def on_fit_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
@@ -56,7 +57,7 @@ class FederatedRounds(lightning.Callback):
         """Open the round."""
         trained = self.federation.server.subspace
         self.round = self.federation.open(trainer.current_epoch)
-        self.phase, self.own = self.federation.phases.at(trainer.current_epoch)
+        self.phase, self.number_in_phase = self.federation.phases.at(trainer.current_epoch)
         self.lr = self.round.lr
         if self.federation.server.subspace is not trained:
             module.set_mask(self.federation.server.subspace.mask)

@@ -61,16 +61,16 @@ class RoundCheckpoint(ModelCheckpoint):
     Args:
         explores: whether clients explore in a round: what is there before the mask is chosen is no result, and never
             best.
-        told: is called when a checkpoint is whole on the disk.
+        on_saved: called after each checkpoint that is complete on the disk.
         options: of ModelCheckpoint.
 
     """
 
     def __init__(
-        self, explores: Callable[[int], bool] = _never, told: Callable[[], None] = _nothing, **options: Any
+        self, explores: Callable[[int], bool] = _never, on_saved: Callable[[], None] = _nothing, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.explores, self.told = explores, told
+        self.explores, self.on_saved = explores, on_saved
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save; a round that was not evaluated has no score to compare, and Lightning would take an old one."""
@@ -78,7 +78,7 @@ class RoundCheckpoint(ModelCheckpoint):
         if self.monitor is None or (evaluated and not self.explores(trainer.current_epoch)):
             super().on_train_epoch_end(trainer, pl_module)
         if self._last_global_step_saved == trainer.global_step:
-            self.told()
+            self.on_saved()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state with all its paths moved to today's folder."""

@@ -24,8 +24,8 @@ class CopiedNet:
     @torch.no_grad()
     def load(self, module: ClientModule, row: Tensor | None = None, buffers: Tensor | None = None) -> None:
         """Take the network's parameters and buffers as they are now, and in their place those of rows."""
-        for mine, its in zip(_values(self.net), _values(module.net), strict=True):
-            mine.copy_(its)
+        for target, source in zip(_values(self.net), _values(module.net), strict=True):
+            target.copy_(source)
         if row is not None:
             module.space.write(self.net, row)
         if buffers is not None:

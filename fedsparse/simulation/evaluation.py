@@ -32,8 +32,8 @@ def client_figures(correct: np.ndarray, tests: Sequence[np.ndarray], groups: Seq
     if not holders:
         return {}
     sizes = np.array([len(tests[client]) for client in holders])
-    own = np.repeat([groups[client] if groups else 0 for client in holders], sizes)
-    right = correct[np.concatenate([tests[client] for client in holders]), own]
+    models = np.repeat([groups[client] if groups else 0 for client in holders], sizes)
+    right = correct[np.concatenate([tests[client] for client in holders]), models]
     hits = np.add.reduceat(right.astype(np.float64), sizes.cumsum() - sizes)
     accuracies = np.sort(hits / sizes)
     worst = accuracies[: max(1, len(accuracies) // 10)]
@@ -64,15 +64,18 @@ class Evaluation(lightning.Callback):
 
     Args:
         tests: for every client the indices of its test part.
-        own: samples at the end of the test split that are clients' own: test/loss and test/acc leave them out.
+        client_only: samples at the end of the test split of single clients, which test/loss and test/acc leave out.
         group: the global model of each of some clients; by default all share one.
 
     """
 
     def __init__(
-        self, tests: Sequence[np.ndarray] = (), own: int = 0, group: Callable[[Sequence[int]], Sequence[int]] = of_all
+        self,
+        tests: Sequence[np.ndarray] = (),
+        client_only: int = 0,
+        group: Callable[[Sequence[int]], Sequence[int]] = of_all,
     ) -> None:
-        self.tests, self.own, self.group = tests, own, group
+        self.tests, self.client_only, self.group = tests, client_only, group
         self.figures: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -95,7 +98,7 @@ class Evaluation(lightning.Callback):
         self.figures = {}
         for name, seen in zip(SPLITS, self._of_all(trainer), strict=True):
             whole = {key: torch.cat([batch[key] for batch in seen]) for key in ("logits", "y", "losses")}
-            common = len(whole["y"]) - (self.own if name == "test" else 0)
+            common = len(whole["y"]) - (self.client_only if name == "test" else 0)
             self.figures |= split_figures(name, **{key: value[:common] for key, value in whole.items()})
         correct = (whole["logits"].argmax(2) == whole["y"].unsqueeze(1)).cpu().numpy()
         self.figures |= client_figures(correct, self.tests, self.group(range(len(self.tests))))
@@ -105,8 +108,8 @@ class Evaluation(lightning.Callback):
         """Batches of both splits in their order; of several processes each has seen every n-th."""
         if not parallel.joined():
             return self.seen
-        own = [[{key: value.cpu() for key, value in batch.items()} for batch in seen] for seen in self.seen]
-        everyone, loaders = parallel.gather(own), trainer.val_dataloaders
+        batches = [[{key: value.cpu() for key, value in batch.items()} for batch in seen] for seen in self.seen]
+        everyone, loaders = parallel.gather(batches), trainer.val_dataloaders
         turns = len(everyone)
         return [
             [everyone[batch % turns][split][batch // turns] for batch in range(loader.total)]

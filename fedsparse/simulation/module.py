@@ -21,7 +21,7 @@ from fedsparse.data.images import unchanged
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.client.bound import Forward
 from fedsparse.federation.client.buffers import BUFFERS, Buffers
-from fedsparse.federation.client.drift import Objective, Plain
+from fedsparse.federation.client.drift import DriftCorrection, NoCorrection
 from fedsparse.federation.client.training import (
     LOSS_SCALE,
     Batch,
@@ -80,7 +80,7 @@ class ClientModule(lightning.LightningModule):
         clip_norm: float | None = None,
         inputs: Callable[[Tensor], Tensor] = unchanged,
         compile: bool = False,
-        objective: Objective | None = None,
+        objective: DriftCorrection | None = None,
         buffers: str = "average",
         seed: int = 0,
     ) -> None:
@@ -89,7 +89,7 @@ class ClientModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
         self.make_optimizer, self.inputs, self.compile_net = make_optimizer, inputs, compile
-        self.objective = Plain() if objective is None else objective
+        self.objective = NoCorrection() if objective is None else objective
         self.buffer_policy, self.groups, self.seed = buffers, 1, seed
         self.buffer_store: ClientStore | None = None
         self.received: Start | None = None

@@ -127,8 +127,8 @@ class Personal(lightning.Callback):
         listed = [(client, group) for group, clients in groups.items() for client in clients]
         for client, group in listed[parallel.process() :: parallel.processes()]:
             if self.rounds is not None and module.groups > 1:
-                federation, own = self.rounds.federation, self.rounds.federation.topology.group([client])[0]
-                self.copied.load(module, federation.server.rows[own], federation.buffers.values[own])
+                federation, group_index = self.rounds.federation, self.rounds.federation.topology.group([client])[0]
+                self.copied.load(module, federation.server.rows[group_index], federation.buffers.values[group_index])
             self._evaluate(trainer, module, client, group, model)
 
     def _groups(self, data: Any, round: int) -> dict[str, list[int]]:
@@ -150,7 +150,7 @@ class Personal(lightning.Callback):
 
     def _close(self, round: int) -> None:
         """Gather what the processes have found, and write it down in an order that does not depend on them."""
-        rows = sorted((row for rows in parallel.gather(self.found) for row in rows), key=lambda row: row.place)
+        rows = sorted((row for rows in parallel.gather(self.found) for row in rows), key=lambda row: row.sort_key)
         self.table.append(row.line(round, self.metrics) for row in rows)
         self.figures = columns(rows, self.metrics)
 

@@ -163,9 +163,11 @@ def _threads(size: int) -> int:
 
 def _start(rank: int, size: int, meeting: Path) -> subprocess.Popen[bytes]:
     """Start a process that follows; in a session of its own, so that Ctrl-C reaches the leading one alone."""
-    own = _variables(rank, size) | _on_this_machine() | {MEETING: str(meeting), "OMP_NUM_THREADS": str(_threads(size))}
+    variables = (
+        _variables(rank, size) | _on_this_machine() | {MEETING: str(meeting), "OMP_NUM_THREADS": str(_threads(size))}
+    )
     command = [sys.executable, "-m", "fedsparse.train"]
-    return subprocess.Popen(command, env=os.environ | own, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(command, env=os.environ | variables, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _wait(followers: Followers) -> None:

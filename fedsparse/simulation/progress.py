@@ -120,12 +120,12 @@ class RoundProgress(lightning.Callback):
 
     def _where(self) -> str:
         """Name the round that is open or has just closed; a learning round is called a round."""
-        phase, own = self.rounds.phase, self.rounds.own
-        return f"{'round' if phase.name == 'learn' else phase.name} {own + 1}/{phase.rounds}"
+        phase, number = self.rounds.phase, self.rounds.number_in_phase
+        return f"{'round' if phase.name == 'learn' else phase.name} {number + 1}/{phase.rounds}"
 
     def _status(self) -> str:
         """Loss of the last closed round, last validation accuracy, bytes sent so far."""
         loss, accuracy = self.rounds.loss, self.accuracy
-        shown = [f"loss {loss:.3f}" if loss == loss else "loss  -   "]
-        shown.append(f"val acc {accuracy:6.2%}" if accuracy == accuracy else "val acc   -   ")
-        return "  ".join([*shown, f"sent up {human_bytes(self.rounds.federation.ledger.bytes_up)}"])
+        parts = [f"loss {loss:.3f}" if loss == loss else "loss  -   "]
+        parts.append(f"val acc {accuracy:6.2%}" if accuracy == accuracy else "val acc   -   ")
+        return "  ".join([*parts, f"sent up {human_bytes(self.rounds.federation.ledger.bytes_up)}"])

@@ -17,7 +17,7 @@ from fedsparse.core.precisions import DOUBLE, HALF
 from fedsparse.federation.phases import Phases
 from fedsparse.masks import Mask
 from fedsparse.simulation import strategy
-from fedsparse.simulation.artifacts import Artifacts, begun
+from fedsparse.simulation.artifacts import Artifacts, started
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.simulation.csv_logger import RoundCSV
@@ -121,7 +121,7 @@ def build_checkpoints(folder: Path, rounds: FederatedRounds, phases: Phases, eve
     best = RoundCheckpoint(
         phases.explores, **shared, monitor="val/acc", mode="max", filename=BEST.removesuffix(".ckpt")
     )
-    last = RoundCheckpoint(told=rounds.saved, **shared, filename=Path(LAST).stem, every_n_epochs=every)
+    last = RoundCheckpoint(on_saved=rounds.saved, **shared, filename=Path(LAST).stem, every_n_epochs=every)
     return [best, last]
 
 
@@ -139,16 +139,16 @@ def build_loggers(chosen: Mapping[str, Callable[..., Any]], folder: Path, group:
     table.drop_from(round + 1)
     options = {"wandb": {"group": group, "id": _run_id(folder), "resume": "allow"}} if "wandb" in chosen else {}
     built = [build(save_dir=str(folder), **options.get(name, {})) for name, build in chosen.items()]
-    return [table, *(logger for logger in built if begun(logger))]
+    return [table, *(logger for logger in built if started(logger))]
 
 
 def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:
     """Build the one Trainer that runs the whole federation, for so many rounds."""
-    own = _own_precision(session)
+    plugin = _precision_plugin(session)
     several = {"strategy": strategy.CohortStrategy()} if parallel.joined() else {}
     found = [environment] if (environment := strategy.environment()) else []
     return session.trainer(
-        **({} if own is None else {"precision": None}),
+        **({} if plugin is None else {"precision": None}),
         **several,
         accelerator=session.accelerator,
         max_epochs=rounds,
@@ -156,7 +156,7 @@ def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], ro
         check_val_every_n_epoch=session.eval_every,
         callbacks=callbacks.listed(),
         logger=loggers,
-        plugins=[AtomicCheckpointIO(), *found, *([] if own is None else [own])],
+        plugins=[AtomicCheckpointIO(), *found, *([] if plugin is None else [plugin])],
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
@@ -166,7 +166,7 @@ def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], ro
     )
 
 
-def _own_precision(session: Session) -> Precision | None:
+def _precision_plugin(session: Session) -> Precision | None:
     """Build the plugin of a precision that Lightning's own would not do; None for the others."""
     if session.precision == HALF:
         return HalfPrecision(device_of(session.accelerator))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedsparse.core.space import Binding, ParamSpace
 from fedsparse.models.units import compute_all_units, compute_units_only, trained_units
-from fedsparse.optim.index import Piece
+from fedsparse.optim.index import Block
 
 Forward = Callable[[Tensor], Tensor]
 Losses = Callable[[Forward, Tensor, Tensor], Tensor]
@@ -47,12 +47,12 @@ class BoundRow:
         space: its federated tensors.
         theta: the row (1, P), with its gradient.
         mask: bool (P,), what some client trains.
-        split: the pieces of the row that the optimizer steps.
+        blocks: of the row, which the optimizer steps.
         losses: of every sample of a batch: (forward, x, y) -> (B,).
         forward: calls the network; the network itself, or compiled.
 
     Attributes:
-        views: these pieces, as views of the row.
+        views: these blocks, as views of the row.
         gradients: of these, after a backward.
 
     """
@@ -63,7 +63,7 @@ class BoundRow:
         space: ParamSpace,
         theta: Tensor,
         mask: Tensor,
-        split: Sequence[Piece],
+        blocks: Sequence[Block],
         losses: Losses,
         forward: Forward,
     ) -> None:
@@ -71,14 +71,14 @@ class BoundRow:
         self.net, self.space, self.row, self.grad = net, space, theta[0], theta.grad[0]
         self.losses, self.forward = losses, forward
         self.gradients: list[Tensor] = []
-        self.pieces = [replace(piece, mask=None) for piece in split]
-        self.views = [piece.of(self.row) for piece in split]
+        self.blocks = [replace(block, mask=None) for block in blocks]
+        self.views = [block.of(self.row) for block in blocks]
         self.trained = {name for name, marks in space.unflatten(mask).items() if bool(marks.any())}
-        masks = {piece.name: piece.mask for piece in split if piece.name and piece.mask is not None}
+        masks = {block.name: block.mask for block in blocks if block.name and block.mask is not None}
         self.units = trained_units(net, masks) if forward is net else {}  # compiled code adds to no .grad
-        self.apart = {piece.name for piece in split if piece.name} - self.units.keys()
-        for view, piece in zip(self.views, split, strict=True):
-            view.grad = None if piece.name in self.apart else piece.of(self.grad)
+        self.apart = {block.name for block in blocks if block.name} - self.units.keys()
+        for view, block in zip(self.views, blocks, strict=True):
+            view.grad = None if block.name in self.apart else block.of(self.grad)
         self.bound = self._bound()
 
     def bind(self) -> None:
@@ -93,7 +93,7 @@ class BoundRow:
         gradients = dict(zip(binding.names, binding.gradients, strict=True))
         by_unit = [(gradients.pop(name), index) for name, index in self.units.items()]
         swept = list(gradients.values()) if len(gradients) < len(self.space.names) else [self.grad]
-        named = zip(self.pieces, self.views, strict=True)
+        named = zip(self.blocks, self.views, strict=True)
         taken = [(self.net.get_parameter(p.name), view) for p, view in named if p.name in self.apart]
         return Bound(binding, taken, swept, by_unit)
 
@@ -123,7 +123,7 @@ class BoundRow:
 
     def parts(self, row: Tensor) -> list[Tensor]:
         """View a row (P,) or (1, P) piece by piece, as ``views`` and ``gradients`` are."""
-        return [piece.of(row.view(-1)) for piece in self.pieces]
+        return [block.of(row.view(-1)) for block in self.blocks]
 
     def intact(self) -> bool:
         """Whether every gradient is still the view that was bound.

@@ -43,7 +43,7 @@ def step_weights(count: Sequence[Sequence[int]], optimizer: torch.optim.Optimize
     return tuple(step_weight(sum(1 for n in steps if n), **options) for steps in zip(*count, strict=True))
 
 
-class Term:
+class GradientCorrection:
     """What is added to the gradients of K clients in one round: nothing, if no other says more."""
 
     def correct(self, rows: Rows) -> None:
@@ -54,7 +54,7 @@ class Term:
         return {}
 
 
-class Objective:
+class DriftCorrection:
     """What clients minimise beside their loss; one that adds nothing, for others to build on.
 
     Attributes:
@@ -72,11 +72,11 @@ class Objective:
         """Let the clients keep what it needs in other stores, made by name."""
         self.stores = {name: make(name) for name in self.stores}
 
-    def begin(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> Term:
+    def start(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> GradientCorrection:
         """Make the term of K clients that start from rows (K, P)."""
-        return Term()
+        return GradientCorrection()
 
-    def hear(self, kept: Kept) -> None:
+    def update(self, kept: Kept) -> None:
         """Learn what clients will keep, before the stores are told."""
 
     def close(self) -> None:
@@ -93,11 +93,11 @@ class Objective:
         """Take it from a checkpoint."""
 
 
-class Plain(Objective):
+class NoCorrection(DriftCorrection):
     """The loss alone."""
 
 
-class FedProx(Objective):
+class FedProx(DriftCorrection):
     r"""A pull back to the global model, :math:`\mu / 2 \lVert \theta - \theta_0 \rVert^2` (Li et al. 2020, equation 2).
 
     What does not train does not move, and so is not pulled.
@@ -115,25 +115,25 @@ class FedProx(Objective):
         check_number("objective.mu", mu, least=0)
         self.mu = mu
 
-    def begin(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> Term:
+    def start(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> GradientCorrection:
         """Keep the start."""
-        return Pull(theta.detach().clone(), self.mu)
+        return ProximalCorrection(theta.detach().clone(), self.mu)
 
 
 @dataclass(frozen=True)
-class Pull(Term):
-    """FedProx's term: ``mu`` times the way from the start, ``anchor`` (K, P)."""
+class ProximalCorrection(GradientCorrection):
+    """Correction of FedProx: ``mu`` times the way from the start (K, P)."""
 
-    anchor: Tensor
+    start: Tensor
     mu: float
 
     def correct(self, rows: Rows) -> None:
         """Add it."""
-        for gradient, value, anchor in zip(rows.gradients, rows.views, rows.parts(self.anchor), strict=True):
-            gradient.add_(value.detach() - anchor, alpha=self.mu)
+        for gradient, value, start in zip(rows.gradients, rows.views, rows.parts(self.start), strict=True):
+            gradient.add_(value.detach() - start, alpha=self.mu)
 
 
-class Scaffold(Objective):
+class Scaffold(DriftCorrection):
     r"""Gradients corrected by :math:`c - c_i`, against the drift of clients (Karimireddy et al. 2020, option II).
 
     A client's variate becomes :math:`c_i - c + (x - y_i) / (\eta \lVert a_i \rVert_1)`; all begin at 0, so that c is
@@ -156,32 +156,32 @@ class Scaffold(Objective):
         self.num_clients = num_clients
         self.stores = {VARIATES: MemoryStore() if store is None else store}
         self.mean: Tensor | None = None
-        self.moved: Tensor | None = None  # what c will change by when the round closes: all clients of one start alike
+        self.shift: Tensor | None = None  # of c, added when the round closes, so that all its clients use one c
 
-    def begin(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> Term:
+    def start(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> GradientCorrection:
         """Look the variates up; the correction of what does not train is 0."""
         like = subspace.of(theta.detach())
         if self.mean is None:
             self.mean = torch.zeros(like.shape[1], dtype=torch.float64, device=like.device)
         self.mean = self.mean.to(like.device)
-        own, mean = read(self.stores[VARIATES], clients, torch.zeros_like(like)), self.mean.to(like.dtype)
-        correction = torch.zeros_like(theta)
-        subspace.write(correction, mean - own)
-        return Control(tuple(clients), own, mean, correction)
+        variates, mean = read(self.stores[VARIATES], clients, torch.zeros_like(like)), self.mean.to(like.dtype)
+        difference = torch.zeros_like(theta)
+        subspace.write(difference, mean - variates)
+        return VariateCorrection(tuple(clients), variates, mean, difference)
 
-    def hear(self, kept: Kept) -> None:
+    def update(self, kept: Kept) -> None:
         """Sum what changes in the clients' variates."""
         if VARIATES in kept:
             clients, rows = kept[VARIATES]
             before = read(self.stores[VARIATES], clients, torch.zeros_like(rows))
-            moved = (rows.double() - before.double()).sum(0) / self.num_clients
-            self.moved = moved if self.moved is None else self.moved + moved
+            shift = (rows.double() - before.double()).sum(0) / self.num_clients
+            self.shift = shift if self.shift is None else self.shift + shift
 
     def close(self) -> None:
         """Let c follow the clients' variates."""
-        if self.mean is not None and self.moved is not None:
-            self.mean += self.moved.to(self.mean.device)
-        self.moved = None
+        if self.mean is not None and self.shift is not None:
+            self.mean += self.shift.to(self.mean.device)
+        self.shift = None
 
     def move(self, carry: Carry) -> None:
         """Carry the server's variate over; the clients' lie in their store."""
@@ -197,20 +197,20 @@ class Scaffold(Objective):
 
 
 @dataclass(frozen=True)
-class Control(Term):
-    """SCAFFOLD's term of K clients: their variates ``own`` (K, n), c (n,), and c - c_i laid out as (K, P)."""
+class VariateCorrection(GradientCorrection):
+    """Correction of SCAFFOLD: the variates c_i (K, n), their mean c (n,), and the difference c - c_i as (K, P)."""
 
     clients: tuple[int, ...]
-    own: Tensor
+    variates: Tensor
     mean: Tensor
-    correction: Tensor
+    difference: Tensor
 
     def correct(self, rows: Rows) -> None:
         """Add c - c_i."""
-        for gradient, part in zip(rows.gradients, rows.parts(self.correction), strict=True):
+        for gradient, part in zip(rows.gradients, rows.parts(self.difference), strict=True):
             gradient.add_(part)
 
     def finish(self, change: Tensor, lr: float, steps: Sequence[float]) -> Kept:
         """Renew the clients' variates."""
         far = change.new_tensor([lr * max(a, 1.0) for a in steps]).unsqueeze(1)
-        return {VARIATES: (self.clients, self.own - self.mean - change / far)}
+        return {VARIATES: (self.clients, self.variates - self.mean - change / far)}

@@ -29,7 +29,7 @@ class Patience:
 
     def __init__(self, counts: Counts, epochs: int, patience: int) -> None:
         self.counts = counts
-        steps = [sum(n > 0 for n in own) for own in zip(*counts, strict=True)]
+        steps = [sum(n > 0 for n in client) for client in zip(*counts, strict=True)]
         self.length = [max(1, total // epochs) for total in steps]  # steps of an epoch, by client
         self.patience = patience
         self.best, self.waited = [math.inf] * len(steps), [0] * len(steps)
@@ -43,7 +43,7 @@ class Patience:
         self.taken.append(tuple(n if waited < self.patience else 0 for n, waited in pairs))
         return self.taken[-1]
 
-    def hear(self, losses: Sequence[float]) -> None:
+    def update(self, losses: Sequence[float]) -> None:
         """Take in the clients' mean losses of the step just taken."""
         for k, (n, loss) in enumerate(zip(self.taken[-1], losses, strict=True)):
             if n:

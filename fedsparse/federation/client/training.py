@@ -20,12 +20,19 @@ from fedsparse.data.images import unchanged
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.client.bound import BoundRow, Forward, Losses
 from fedsparse.federation.client.buffers import Buffers
-from fedsparse.federation.client.drift import VARIATES, Objective, Plain, Rows, Term, step_weights
+from fedsparse.federation.client.drift import (
+    VARIATES,
+    DriftCorrection,
+    GradientCorrection,
+    NoCorrection,
+    Rows,
+    step_weights,
+)
 from fedsparse.federation.client.early_stopping import Counts, Patience
 from fedsparse.federation.client.stacked import StackedRows
 from fedsparse.federation.exchange.update import Start, Update, finite
 from fedsparse.masks.bitmaps import unpack
-from fedsparse.optim.index import Piece, pieces
+from fedsparse.optim.index import Block, blocks
 from fedsparse.optim.masked import MaskedOptimizer
 
 LOCAL = "clients"  # the store of local coordinates
@@ -83,7 +90,7 @@ class Clients:
         clip_norm: float | None = None,
         inputs: Callable[[Tensor], Tensor] = unchanged,
         compile: bool = False,
-        objective: Objective | None = None,
+        objective: DriftCorrection | None = None,
         buffers: Buffers | None = None,
         bitmaps: Tensor | None = None,
         per_sample: bool = False,
@@ -94,7 +101,7 @@ class Clients:
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
         self.make_optimizer, self.losses, self.fetch, self.inputs = make_optimizer, losses, fetch, inputs
         self.forward: Forward = torch.compile(net, dynamic=False) if compile else net  # evaluation calls the net itself
-        self.objective = Plain() if objective is None else objective
+        self.objective = NoCorrection() if objective is None else objective
         self.buffers = Buffers(net) if buffers is None else buffers
         self.bitmaps = torch.zeros(0, 0, dtype=torch.uint8) if bitmaps is None else bitmaps
         self.per_sample, self.loss_scale, self.seed = per_sample, loss_scale, seed
@@ -119,9 +126,9 @@ class Clients:
 
     def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
         """One row, in the pieces that the optimizer steps, with the mask of each."""
-        split = [Piece("", 0, (self.space.size,), mask)] if len(self.bitmaps) else pieces(self.space, mask)
+        split = [Block("", 0, (self.space.size,), mask)] if len(self.bitmaps) else blocks(self.space, mask)
         rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self.forward)
-        return rows, [piece.mask for piece in split]
+        return rows, [block.mask for block in split]
 
     def _several(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
         """K rows, stepped as one tensor with the mask of all."""
@@ -140,16 +147,16 @@ class Clients:
 
     def train(self, start: Start, cohort: Cohort) -> Update:
         """ClientUpdate(k, x): local steps of masked SGDM from the rows that K clients were sent; what each changed."""
-        term = self.begin(start, cohort.clients)
+        correction = self.start(start, cohort.clients)
         taken: Counts = cohort.count
         if cohort.clients[0] >= 0:
             seed_dropout(self.theta.device, number(self.seed, Purpose.DROPOUT, cohort.round, cohort.clients[0]))
         x, y = self.fetch(cohort)
         batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
         if start.patience is None:
-            losses = [self.step(*batch, count, term) for batch, count in zip(batches, taken, strict=True)]
+            losses = [self.step(*batch, count, correction) for batch, count in zip(batches, taken, strict=True)]
         else:
-            losses, taken = self._patiently(batches, Patience(taken, start.epochs, start.patience), term)
+            losses, taken = self._patiently(batches, Patience(taken, start.epochs, start.patience), correction)
         values = self.subspace.of(self.theta.detach())
         if self.change.shape != values.shape or self.change.device != values.device:
             self.change = torch.empty_like(values)  # which the next cohort writes again
@@ -160,7 +167,7 @@ class Clients:
                 self.buffers.change(start.group) if self.buffers.size else values.new_zeros(len(values), 0),
                 processed(taken) if cohort.processed and start.patience else cohort.weight,
                 mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), taken),
-                anchor=start.values,
+                start=start.values,
                 values=values,
                 round=cohort.round,
                 steps=step_weights(taken, self.optimizer),
@@ -168,7 +175,7 @@ class Clients:
                 clipped=int((torch.cat(self.factors) < 1).sum()) if self.factors else 0,
             )
         )
-        kept = term.finish(update.rows, start.lr, update.steps)
+        kept = correction.finish(update.rows, start.lr, update.steps)
         if self.buffers.space.size:
             kept |= self.buffers.kept(cohort.clients)
         if self.local is not None:
@@ -176,10 +183,10 @@ class Clients:
         variates = kept[VARIATES][1] if VARIATES in kept else None
         return replace(update, kept=kept, variates=variates) if kept else update
 
-    def begin(self, start: Start, clients: Sequence[int]) -> Term:
+    def start(self, start: Start, clients: Sequence[int]) -> GradientCorrection:
         """Let K clients start from what they were sent, with fresh optimizers, and masks of their own."""
         self.subspace.write(self.theta, start.values)
-        term = self.objective.begin(self.theta, clients, self.subspace)
+        correction = self.objective.start(self.theta, clients, self.subspace)
         if len(self.bitmaps):
             masks = unpack(self.bitmaps[torch.tensor([max(client, 0) for client in clients])], self.space.size)
             self.frozen = self._frozen(masks)
@@ -192,24 +199,28 @@ class Clients:
         if self.buffers.space.size:
             self.buffers.start(clients, start.group)
         self.factors.clear()
-        return term
+        return correction
 
-    def _patiently(self, batches: Iterable[Batch], stop: Patience, term: Term) -> tuple[list[Tensor], Counts]:
+    def _patiently(
+        self, batches: Iterable[Batch], stop: Patience, correction: GradientCorrection
+    ) -> tuple[list[Tensor], Counts]:
         """Train until a client's loss has not improved for so many epochs: losses, and the samples of steps taken."""
         losses = list[Tensor]()
         for batch, count in zip(batches, stop.counts, strict=True):
-            losses.append(self.step(*batch, stop.allowed(count), term).view(-1))  # one client's loss has no dimension
-            stop.hear(losses[-1].tolist())
+            losses.append(
+                self.step(*batch, stop.allowed(count), correction).view(-1)
+            )  # one client's loss has no dimension
+            stop.update(losses[-1].tolist())
         return losses, stop.taken
 
-    def step(self, x: Tensor, y: Tensor, count: Sequence[int], term: Term) -> Tensor:
+    def step(self, x: Tensor, y: Tensor, count: Sequence[int], correction: GradientCorrection) -> Tensor:
         """One step of all K clients, x (K, B, ...) and y (K, B), or of one client without K: the losses (K,) or ()."""
         if not any(count):
             return self.theta.new_zeros(self.cohort)
         x = self.inputs(x)
         scaled = self.loss_scale != 1.0
         losses = self._scaled_backward(x, y, count) if scaled else self.rows.backward(x, y, count, None)
-        term.correct(self.rows)
+        correction.correct(self.rows)
         if self.clip_norm is not None:
             self._clip(self.clip_norm)
         self.optimizer.update() if all(count) else self._step_where(count)

@@ -36,14 +36,14 @@ class Downlink:
         self.stopped: Tensor | None = None
         self.zeros = False
         self.holds: dict[int, int] = {}
-        self.known: dict[int, Size] = {}
+        self.sizes: dict[int, Size] = {}
 
     def size(self, client: int, row: Tensor, buffers: int) -> Size:
         """Bytes of the message to a client that holds an older model: row (n,), so many buffer values."""
         since = self.holds.get(client, _NEVER)
-        if since not in self.known:
-            self.known[since] = self._size(since, row, buffers)
-        return self.known[since]
+        if since not in self.sizes:
+            self.sizes[since] = self._size(since, row, buffers)
+        return self.sizes[since]
 
     def _size(self, since: int, row: Tensor, buffers: int) -> Size:
         size = self._trained(since, row, buffers)
@@ -64,11 +64,11 @@ class Downlink:
         values = (int(marks.count_nonzero()) + buffers) * row.dtype.itemsize
         return Size(HEADER.size, len(write_positions(marks.cpu().numpy())[1]), values)
 
-    def close(self, round: int, before: Tensor, after: Tensor, clients: Iterable[int] = ()) -> None:
+    def close(self, round: int, start: Tensor, after: Tensor, clients: Iterable[int] = ()) -> None:
         """Note which coordinates a round moved, from their values (n,) before and after, and who holds those before."""
-        self.known = {}
+        self.sizes = {}
         self.holds.update(dict.fromkeys(clients, round))
-        moved = before != after
+        moved = start != after
         if bool(moved.all()):
             self.moved = round
         elif bool(moved.any()):
@@ -80,7 +80,7 @@ class Downlink:
 
         What has moved for the last time, or has become zero, still has to reach who holds an older model.
         """
-        self.known, self.zeros = {}, carry.zeros
+        self.sizes, self.zeros = {}, carry.zeros
         if isinstance(self.moved, int):
             self.moved = torch.full((carry.before.size,), self.moved, dtype=torch.int32)
         last = carry.before.spread(self.moved, _NEVER).cpu().clone()

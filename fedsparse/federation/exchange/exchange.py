@@ -17,7 +17,7 @@ from torch import Tensor
 from fedsparse.core.checks import check_choice
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Carry
-from fedsparse.federation.exchange.sparsifiers import Layout, Rule, Sender
+from fedsparse.federation.exchange.sparsifiers import Layout, Sender, Sparsifier
 from fedsparse.federation.exchange.update import Payload, Update, admit, finite, refuse
 from fedsparse.federation.exchange.wire.message import Message, encode, known_size, read, split_size
 from fedsparse.federation.stores.store import ClientStore
@@ -99,7 +99,7 @@ class Exchange:
 
     Attributes:
         sendable: which coordinates may travel.
-        own: whether clients send different coordinates, so that each is averaged over those who sent it.
+        per_coordinate: whether clients send different coordinates, so that each is averaged over those who sent it.
 
     Raises:
         ValueError: an unknown payload, or a compatibility that needs another one.
@@ -113,7 +113,7 @@ class Exchange:
         trained: Tensor,
         local: Tensor,
         masks: OwnMasks | None = None,
-        rule: Rule | None = None,
+        rule: Sparsifier | None = None,
         payload: str = "change",
         filters: Mapping[str, Filter | None] | None = None,
         compat: str | None = None,
@@ -125,7 +125,7 @@ class Exchange:
         self.masks, self.rule, self.payload, self.compat = masks, rule, payload, compat
         self.filters = [chosen for chosen in (filters or {}).values() if chosen is not None]
         self.local, self.space = local, space
-        self.own = masks is not None or rule is not None
+        self.per_coordinate = masks is not None or rule is not None
         self.sendable = Sendable.of(trained, local, space)
 
     def follow(self, trained: Tensor) -> None:
@@ -138,7 +138,7 @@ class Exchange:
         return self.sendable.size
 
     @property
-    def still(self) -> int:
+    def padding(self) -> int:
         """Coordinates that do not train and are sent all the same, as zeros behind the others."""
         return self.sendable.frozen * self.whole
 
@@ -200,29 +200,29 @@ class Exchange:
         if self.rule is not None or update.dtype not in (None, dtype) or self.payload != "change":
             written = tuple(self._message(update, k) for k in range(len(update.clients)))
             return Payload(update, tuple(split_size(message) for message in written), written)
-        held = None if self.masks is None else self._held(update.clients)  # the values stay where they are
-        if held is None:
+        allowed = None if self.masks is None else self._allowed(update.clients)  # the values stay where they are
+        if allowed is None:
             whole = self.sendable.size + self.sendable.frozen * self.whole
             sizes = (known_size(whole, extra, dtype),) * len(update.clients)
         else:
-            sizes = tuple(known_size(count, extra, dtype) for count in held.sum(1).tolist())
-        if held is None and self.sendable.all:
+            sizes = tuple(known_size(count, extra, dtype) for count in allowed.sum(1).tolist())
+        if allowed is None and self.sendable.all:
             return Payload(update, sizes)
-        rows = torch.where(self.sendable.travels if held is None else held, update.rows, 0.0)
-        return Payload(replace(update, rows=rows, sent=held), sizes)
+        rows = torch.where(self.sendable.travels if allowed is None else allowed, update.rows, 0.0)
+        return Payload(replace(update, rows=rows, sent=allowed), sizes)
 
     def _message(self, update: Update, k: int) -> bytes:
         """Write one client's message."""
-        index = self._known(update.clients[k])
-        change, anchor = _at(update.rows[k], index), _at(update.start[k], index)
-        own = None if self.filters else update.values  # filters may have changed the change
-        theta = anchor + change if own is None else _at(own[k], index)
-        marks = self._marks(theta, anchor, index, update, k)
+        index = self._positions(update.clients[k])
+        change, start = _at(update.rows[k], index), _at(update.start_values[k], index)
+        values_now = None if self.filters else update.values  # filters may have changed the change
+        theta = start + change if values_now is None else _at(values_now[k], index)
+        marks = self._marks(theta, start, index, update, k)
         values = change if self.payload == "change" else theta
         if self.rule is not None and self.rule.shared:
             assert marks is not None
             values, marks = values[marks], None
-        values = torch.nn.functional.pad(values, (0, self.still)) if self.still else values
+        values = torch.nn.functional.pad(values, (0, self.padding)) if self.padding else values
         return encode(
             values,
             marks,
@@ -233,32 +233,32 @@ class Exchange:
             steps=update.steps[k] if update.steps else 0.0,
         )
 
-    def _marks(self, theta: Tensor, anchor: Tensor, index: Tensor | None, update: Update, k: int) -> Tensor | None:
+    def _marks(self, theta: Tensor, start: Tensor, index: Tensor | None, update: Update, k: int) -> Tensor | None:
         """What the rule chooses of what a client may send."""
         if self.rule is None:
             return None
         layout = self.sendable.layout.at(index)
-        return self.rule.mark(theta, anchor, layout, Sender(max(0, update.clients[k]), update.round))
+        return self.rule.mark(theta, start, layout, Sender(max(0, update.clients[k]), update.round))
 
     def _received(self, payload: Payload) -> Update:
         """Read messages, with what both sides know."""
         update = payload.update
         parts = [self._read(message, update, k) for k, message in enumerate(payload.written)]
         sent = torch.stack([part for _, part, _ in parts])
-        said, extra = [message for _, _, message in parts], update.buffers.shape[1]
-        other = {k: len(m.buffers) for k, m in enumerate(said) if len(m.buffers) != update.extra}
+        messages, extra = [message for _, _, message in parts], update.buffers.shape[1]
+        other = {k: len(m.buffers) for k, m in enumerate(messages) if len(m.buffers) != update.extra}
         none = update.rows.new_zeros(update.extra)
-        exact = torch.stack([none if k in other else m.buffers.to(none) for k, m in enumerate(said)])
+        exact = torch.stack([none if k in other else m.buffers.to(none) for k, m in enumerate(messages)])
         buffers, variates = exact[:, :extra], exact[:, extra:]
         received = replace(
             update,
             rows=torch.stack([row for row, _, _ in parts]),
-            sent=sent if self.own else None,
+            sent=sent if self.per_coordinate else None,
             buffers=buffers.to(update.buffers.dtype),
             variates=None if update.variates is None else variates,
-            weight=tuple(message.weight for message in said),
-            loss=tuple(message.loss for message in said),
-            steps=tuple(message.steps for message in said),
+            weight=tuple(message.weight for message in messages),
+            loss=tuple(message.loss for message in messages),
+            steps=tuple(message.steps for message in messages),
         )
         model = f"buffer values, where the model has {update.extra}"
         return refuse(received, {k: f"{count} {model}" for k, count in other.items()}) if other else received
@@ -266,18 +266,18 @@ class Exchange:
     def _read(self, message: bytes, update: Update, k: int) -> tuple[Tensor, Tensor, Message]:
         """Read one client's message: change (n,), sent bool (n,), and all that it says."""
         like = update.rows[k]
-        index, anchor = self._known(update.clients[k]), update.start[k]
+        index, start = self._positions(update.clients[k]), update.start_values[k]
         shared = self._shared(index, update, k)
-        places = index if shared is None else (shared.nonzero().squeeze(1) if index is None else index[shared])
-        said = read(message, (len(like) if places is None else len(places)) + self.still, dtype=like.dtype)
-        values, marks = (part[: len(part) - self.still].to(like.device) for part in (said.values, said.sent))
+        positions = index if shared is None else (shared.nonzero().squeeze(1) if index is None else index[shared])
+        content = read(message, (len(like) if positions is None else len(positions)) + self.padding, dtype=like.dtype)
+        values, marks = (part[: len(part) - self.padding].to(like.device) for part in (content.values, content.sent))
         if self.payload == "value":
-            values = torch.where(marks, values - _at(anchor, places), 0.0)
+            values = torch.where(marks, values - _at(start, positions), 0.0)
         row, sent = torch.zeros_like(like), torch.zeros(len(like), dtype=torch.bool, device=like.device)
-        if places is None:
-            return values, marks, said
-        row[places], sent[places] = values, marks
-        return row, sent, said
+        if positions is None:
+            return values, marks, content
+        row[positions], sent[positions] = values, marks
+        return row, sent, content
 
     def _shared(self, index: Tensor | None, update: Update, k: int) -> Tensor | None:
         """What the receiver knows of a rule's choice without being told; it needs no values for that."""
@@ -286,20 +286,20 @@ class Exchange:
         nothing = _at(torch.zeros_like(update.rows[k]), index)
         return self._marks(nothing, nothing, index, update, k)
 
-    def _held(self, clients: Sequence[int]) -> Tensor | None:
+    def _allowed(self, clients: Sequence[int]) -> Tensor | None:
         """What each client may send, bool (K, n), if they have masks of their own."""
         if self.masks is None:
             return None
-        held = self.masks(clients)
-        assert held is not None  # there are own masks: they are why this exchange was given them
-        return held[:, self.sendable.trained] & self.sendable.travels
+        allowed = self.masks(clients)
+        assert allowed is not None  # there are own masks: they are why this exchange was given them
+        return allowed[:, self.sendable.trained] & self.sendable.travels
 
-    def _known(self, client: int) -> Tensor | None:
+    def _positions(self, client: int) -> Tensor | None:
         """Positions that a client may send, among the n; None for all."""
-        held = self._held([client])
-        if held is None and self.sendable.all:
+        allowed = self._allowed([client])
+        if allowed is None and self.sendable.all:
             return None
-        return (self.sendable.travels if held is None else held[0]).nonzero().squeeze(1)
+        return (self.sendable.travels if allowed is None else allowed[0]).nonzero().squeeze(1)
 
 
 class Full(Exchange):
@@ -336,5 +336,5 @@ def _absent_is_zero(update: Update, layout: Layout) -> Update:
     whole = torch.zeros(len(update.rows), len(layout.names), device=update.rows.device)
     whole.index_add_(1, layout.owner, update.sent.to(whole.dtype))
     tensors = (whole > 0)[:, layout.owner]
-    rows = torch.where(update.sent, update.rows, torch.where(tensors, -update.start, 0.0))
+    rows = torch.where(update.sent, update.rows, torch.where(tensors, -update.start_values, 0.0))
     return replace(update, rows=rows, sent=tensors)

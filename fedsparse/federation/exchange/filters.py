@@ -20,7 +20,7 @@ RESIDUAL = "residuals"
 PRECISIONS = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-class Feedback(Filter):
+class ErrorFeedback(Filter):
     """Error feedback: what a message leaves out, or rounds away, is added to the client's next change.
 
     Sent plus kept equals carried plus change (Stich et al. 2018, algorithm 1; Karimireddy et al. 2019).
@@ -54,7 +54,7 @@ class Feedback(Filter):
         return replace(payload, kept=payload.kept | {RESIDUAL: kept})
 
 
-class Precision(Filter):
+class Quantize(Filter):
     """Values travel with fewer bits.
 
     Args:
@@ -107,14 +107,14 @@ class SignFlip(Filter):
         return send(replace(update, rows=update.rows * update.rows.new_tensor(factors).unsqueeze(1)))
 
 
-def feedback(decay: float | None, **options: Any) -> Feedback | None:
+def feedback(decay: float | None, **options: Any) -> ErrorFeedback | None:
     """Make the filter that ``exchange.feedback`` asks for; none if it is null."""
-    return None if decay is None else Feedback(decay, **options)
+    return None if decay is None else ErrorFeedback(decay, **options)
 
 
-def precision(dtype: str | None) -> Precision | None:
+def precision(dtype: str | None) -> Quantize | None:
     """Make the filter that ``exchange.precision`` asks for; none if it is null."""
-    return None if dtype is None else Precision(dtype)
+    return None if dtype is None else Quantize(dtype)
 
 
 def sign_flip(clients: int | Sequence[int] | None, scale: float) -> SignFlip | None:

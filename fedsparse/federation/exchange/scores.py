@@ -19,12 +19,12 @@ TOLERANCE = 1e-9  # 0.1 * 30 is 3.0000000000000004, and yet three of thirty are 
 
 # the higher, the sooner it is sent; from a client's values now and those it started from (Zhou et al. 2019, section 3)
 SCORES: dict[str, Score] = {
-    "largest_final": lambda theta, anchor: theta.abs(),
-    "smallest_final": lambda theta, anchor: -theta.abs(),
-    "largest_change": lambda theta, anchor: (theta - anchor).abs(),
-    "smallest_change": lambda theta, anchor: -(theta - anchor).abs(),
-    "largest_increase": lambda theta, anchor: theta.abs() - anchor.abs(),
-    "smallest_increase": lambda theta, anchor: anchor.abs() - theta.abs(),
+    "largest_final": lambda theta, start: theta.abs(),
+    "smallest_final": lambda theta, start: -theta.abs(),
+    "largest_change": lambda theta, start: (theta - start).abs(),
+    "smallest_change": lambda theta, start: -(theta - start).abs(),
+    "largest_increase": lambda theta, start: theta.abs() - start.abs(),
+    "smallest_increase": lambda theta, start: start.abs() - theta.abs(),
 }
 
 
@@ -39,7 +39,7 @@ def score(rule: str) -> Score:
     return SCORES[rule]
 
 
-def select(rule: str, theta: Tensor, anchor: Tensor, fraction: float) -> Tensor:
+def select(rule: str, theta: Tensor, start: Tensor, fraction: float) -> Tensor:
     """Mark the coordinates of each row that a rule ranks first: exactly floor(fraction * n + 0.5), at least one.
 
     Ties go to the lowest index.
@@ -47,7 +47,7 @@ def select(rule: str, theta: Tensor, anchor: Tensor, fraction: float) -> Tensor:
     Args:
         rule: one of ``SCORES``, such as ``largest_change``.
         theta: (*, n), values after local training.
-        anchor: (*, n), values that the clients started from.
+        start: (*, n), values that the clients started from.
         fraction: share to mark, above 0 and at most 1.
 
     Returns:
@@ -60,7 +60,7 @@ def select(rule: str, theta: Tensor, anchor: Tensor, fraction: float) -> Tensor:
     tensor([False,  True, False])
 
     """
-    scores = score(rule)(theta, anchor)
+    scores = score(rule)(theta, start)
     k = kept(fraction, scores.shape[-1])
     rows = scores.reshape(-1, scores.shape[-1])
     return torch.stack([mark([row], k, largest=True)[0][0] for row in rows]).view(scores.shape)

@@ -53,7 +53,7 @@ class Sender:
     round: int
 
 
-class Rule(Protocol):
+class Sparsifier(Protocol):
     """Chooses what one client sends.
 
     Attributes:
@@ -63,7 +63,7 @@ class Rule(Protocol):
 
     shared: bool
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Mark what is sent, bool (n,), of values now and at the start, both (n,)."""
 
 
@@ -93,16 +93,16 @@ class TopK:
         check_choice("exchange.compat", compat, None, "original")
         self.by, self.fraction, self.scope, self.compat = by, fraction, scope, compat
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Rank all coordinates, or those of each tensor."""
         share = fraction_of(self.fraction, sender.round, sender.client)
         if not len(theta):
             return torch.zeros_like(theta, dtype=torch.bool)
         if self.compat:
-            return at_least(score(self.by)(theta, anchor), share) & (theta != 0)
+            return at_least(score(self.by)(theta, start), share) & (theta != 0)
         if self.scope == "global":
-            return select(self.by, theta, anchor, share)
-        parts = [part.split(layout.sizes().tolist()) for part in (theta, anchor)]
+            return select(self.by, theta, start, share)
+        parts = [part.split(layout.sizes().tolist()) for part in (theta, start)]
         pairs = zip(*parts, strict=True)
         return torch.cat([select(self.by, now, start, share) for now, start in pairs if len(now)])
 
@@ -122,7 +122,7 @@ class RandomK:
         check_fraction(fraction)
         self.fraction, self.seed = fraction, seed
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Mark as many as the fraction says."""
         k = kept(fraction_of(self.fraction, sender.round, sender.client), len(theta)) if len(theta) else 0
         stream = torch_generator(self.seed, Purpose.EXCHANGE, sender.round, sender.client)
@@ -146,9 +146,9 @@ class Threshold:
         check_number("exchange.threshold", threshold)
         self.score, self.least = score(by), -threshold if by.startswith("smallest") else threshold
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Compare every score with the threshold."""
-        return self.score(theta, anchor) >= self.least
+        return self.score(theta, start) >= self.least
 
 
 class Layers:
@@ -182,10 +182,10 @@ class Layers:
         check_flag("exchange.normalise", normalise)
         self.threshold, self.percentage, self.more, self.normalise = threshold, percentage, more, normalise
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Mark all coordinates of the tensors that are sent."""
         sizes = layout.sizes()
-        drift = drifts(theta - anchor, layout, self.normalise)
+        drift = drifts(theta - start, layout, self.normalise)
         if self.threshold is not None:
             chosen = (drift > self.threshold) == self.more
         else:
@@ -235,7 +235,7 @@ class Pattern:
             listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
             raise ValueError(f"exchange.names={self.names} matches no tensor that trains and travels: {listed}")
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Mark all coordinates of the tensors whose name matches; a client's own mask may leave it none of them."""
         hits = torch.tensor([matches(name, self.names) for name in layout.names], device=theta.device)
         return hits[layout.owner]

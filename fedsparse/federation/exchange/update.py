@@ -52,7 +52,7 @@ class Update:
         weight: K weights in the average.
         loss: K mean training losses.
         sent: bool (K, n), which coordinates each client sent, where that differs between them; None: all alike.
-        anchor: (K, n) values that the clients started from, which both sides know; None where nothing asks for them.
+        start: (K, n) values that the clients started from, which both sides know; None where nothing reads them.
         values: (K, n) values that training ended with: start plus change is rounded once more. None where nobody said.
         round: the round.
         steps: K sums of step weights (``drift.step_weight``); empty where nobody said.
@@ -71,7 +71,7 @@ class Update:
     weight: tuple[float, ...]
     loss: tuple[float, ...]
     sent: Tensor | None = None
-    anchor: Tensor | None = None
+    start: Tensor | None = None
     values: Tensor | None = None
     round: int = 0
     steps: tuple[float, ...] = ()
@@ -88,9 +88,9 @@ class Update:
         return self.buffers.shape[1] + (0 if self.variates is None else self.variates.shape[1])
 
     @property
-    def start(self) -> Tensor:
-        """Values that the clients started from; zeros where nobody said."""
-        return torch.zeros_like(self.rows) if self.anchor is None else self.anchor
+    def start_values(self) -> Tensor:
+        """Values (K, n) that the clients started from; zeros without ``start``."""
+        return torch.zeros_like(self.rows) if self.start is None else self.start
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ def admit(received: Update, weight: Sequence[float], between: bool) -> Update:
     return finite(admitted) if between else admitted
 
 
-def _claims(weight: float, known: float) -> str:
-    return f"a weight of {weight:g}, where at most {known:g} can be"
+def _claims(weight: float, limit: float) -> str:
+    return f"a weight of {weight:g}, where at most {limit:g} can be"
 
 
 def refuse(update: Update, why: Mapping[int, str]) -> Update:
@@ -176,7 +176,7 @@ def refuse(update: Update, why: Mapping[int, str]) -> Update:
         update,
         rows=torch.where(keep, update.rows, 0.0),
         buffers=torch.where(keep, update.buffers, 0.0),
-        values=None if update.values is None else torch.where(keep, update.values, update.start),
+        values=None if update.values is None else torch.where(keep, update.values, update.start_values),
         weight=tuple(w if g else 0.0 for w, g in zip(update.weight, good, strict=True)),
         loss=tuple(v if g else 0.0 for v, g in zip(update.loss, good, strict=True)),
         refused={**why, **update.refused},

@@ -52,16 +52,18 @@ class Tally:
         size: n.
         buffers: Q.
         device: where the sums are kept.
-        own: whether clients send different coordinates, so that the weights of each are summed too.
+        per_coordinate: whether clients send different coordinates, so that weights are summed for each coordinate too.
 
     """
 
-    def __init__(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> None:
-        sizes = [groups * size, groups * buffers, groups * size * own, 2 * groups + 1]
+    def __init__(
+        self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False
+    ) -> None:
+        sizes = [groups * size, groups * buffers, groups * size * per_coordinate, 2 * groups + 1]
         self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         rows, extra, senders, self.numbers = self.vector.split(sizes)
         self.rows, self.buffers = rows.view(groups, size), extra.view(groups, buffers)
-        self.senders = senders.view(groups, size) if own else None
+        self.senders = senders.view(groups, size) if per_coordinate else None
         self.weight, self.steps, self.loss = [0.0] * groups, [0.0] * groups, 0.0
 
     def count(self, group: int, update: Update, k: int) -> None:
@@ -83,7 +85,7 @@ class Tally:
         """Close the round with these mean changes of the rows (G, n); buffers and loss are averaged by weight."""
         weight = self.rows.new_tensor(self.weight).unsqueeze(1)
         buffers = self.buffers / torch.where(weight > 0, weight, 1.0)
-        sent = tuple(own > 0 for own in self.weight)
+        sent = tuple(total > 0 for total in self.weight)
         return Change(rows, buffers, touched, self.loss / sum(self.weight), sent)
 
 
@@ -104,8 +106,8 @@ class Aggregation(Protocol):
 
     denominator: str
 
-    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:
-        """Start a round; ``own`` if clients send different coordinates."""
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False) -> Tally:
+        """Start a round; ``per_coordinate`` if clients send different coordinates."""
 
     def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
         """Take in K updates; a client of weight 0 adds nothing."""
@@ -135,9 +137,9 @@ class WeightedMean:
         check_choice("aggregation.denominator", denominator, *DENOMINATORS)
         self.denominator = denominator
 
-    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False) -> Tally:
         """Start a round with empty sums."""
-        return Tally(groups, size, buffers, device, own)
+        return Tally(groups, size, buffers, device, per_coordinate)
 
     def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
         """Add w * rows in client order, so that the cohort size does not change the order of summation."""
@@ -241,7 +243,9 @@ class Robust:
         self.average = average
         self.picks = (average.func if isinstance(average, partial) else average) in (krum, multi_krum)
 
-    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> RowTally:
+    def zero(
+        self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False
+    ) -> RowTally:
         """Start a round without rows."""
         return RowTally(groups, buffers, size, device)
 
@@ -288,6 +292,6 @@ class Robust:
         if self.picks:
             return self.average(values, sent, weight, by=tally.size)  # type: ignore[call-arg]
         parts = zip(values.split(sizes, 1), sent.split(sizes, 1), strict=True)
-        means = [self.average(value, told, weight) for value, told in parts]
+        means = [self.average(value, marks, weight) for value, marks in parts]
         rows, touched = (torch.cat(part) for part in zip(*means, strict=True))
         return rows, touched

@@ -19,7 +19,7 @@ DENOMINATORS = ("senders", "participants")
 _TOLERANCE = 1e-9
 _FARTHEST = 1e100  # in units of what most clients send: farther is no farther, and its square is no overflow
 _CLOSE = 1e3  # median distances within which rows make up the point that a geometric median is looked for from
-_STILL = 1e-12  # median distances: a shorter step is the last
+_CONVERGED = 1e-12  # median distances: a shorter step is the last
 _PIECE = 1 << 16  # coordinates that are sorted at a time
 Averaged = tuple[Tensor, Tensor]
 
@@ -78,8 +78,8 @@ def median(values: Tensor, sent: Tensor, weight: Tensor) -> Averaged:
 def _middle(values: Tensor, sent: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Average the sent values of each coordinate, in ascending order, from ``low`` to before ``high`` (P,)."""
     ordered = torch.where(sent, values, math.inf).sort(0).values
-    place = torch.arange(len(values), device=values.device)[:, None]
-    taken = (place >= low) & (place < high)
+    rank = torch.arange(len(values), device=values.device)[:, None]
+    taken = (rank >= low) & (rank < high)
     return torch.where(taken, ordered, 0.0).sum(0) / (high - low).clamp(min=1)
 
 
@@ -183,7 +183,7 @@ def geometric_median(
     for _ in range(steps):
         share = weight / (values - point).norm(dim=1).clamp(min=smoothing * scale)
         before, point = point, (share[:, None] * values).sum(0) / share.sum()
-        if float((point - before).norm()) <= _STILL * scale:
+        if float((point - before).norm()) <= _CONVERGED * scale:
             break
     return point * unit, touched
 

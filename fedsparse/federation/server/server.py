@@ -78,7 +78,7 @@ class Server:
         """Take one step along the mean change of every group that somebody sent to."""
         touched = None if self.untouched == "step" else change.touched
         stepped = [group for group, sent in enumerate(change.sent) if sent]
-        held = [] if touched is None else [(group, t, t.clone()) for group in stepped for t in self._held(group)]
+        kept = [] if touched is None else [(group, t, t.clone()) for group in stepped for t in self._kept(group)]
         first = [group for group in stepped if touched is not None and not self._moments(group)]
         for group in stepped:
             change_of = change.rows[group : group + 1]
@@ -86,14 +86,14 @@ class Server:
         self.optimizer.step()
         for group in stepped:
             self.parameters[group].grad = None
-        for group, tensor, old in held:
+        for group, tensor, old in kept:
             tensor.copy_(torch.where(touched[group], tensor, old))  # type: ignore[index]
         for group in first if self.untouched == "freeze" else ():
             self._forget(group, touched[group])  # type: ignore[index]
         if self.values is not self.rows:
             self.subspace.write(self.rows, self.values)
 
-    def _held(self, group: int) -> list[Tensor]:
+    def _kept(self, group: int) -> list[Tensor]:
         """What stays at a coordinate that nobody sent: its value, and with ``freeze`` its moments."""
         return [self.parameters[group], *(self._moments(group) if self.untouched == "freeze" else [])]
 

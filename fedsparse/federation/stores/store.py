@@ -119,7 +119,7 @@ class FileStore:
         self.shape: tuple[int, int] = (0, 0)
         self.dtype = "float32"
         self.pinned: deque[list[int]] = deque([[], []], maxlen=2)
-        self.held: set[int] = set()  # the pinned slots: what a write must not touch
+        self.locked: set[int] = set()  # the pinned slots: what a write must not touch
         self.free: list[int] = []
         self.file: Any = None  # both are opened with the first row
         self.rows: Any = None
@@ -134,7 +134,7 @@ class FileStore:
         for client, row in zip(clients, rows.detach().cpu(), strict=True):
             if client >= 0:
                 slot = self.slots.get(client)
-                self.slots[client] = self._new(row) if slot is None or slot in self.held else slot
+                self.slots[client] = self._new(row) if slot is None or slot in self.locked else slot
                 self._put(self.slots[client], row.numpy())
 
     def _new(self, row: Tensor) -> int:
@@ -157,7 +157,7 @@ class FileStore:
 
     def _open(self) -> None:
         """Open the file, at its length of now, and map it; what was never written takes no room on the disk."""
-        files.own(self.path)
+        files.unshare(self.path)
         self.file = files.change(self.path, self.shape[0] * self._length())
         self.rows = np.memmap(self.path, dtype=self.dtype, mode="r", shape=self.shape)
 
@@ -202,8 +202,8 @@ class FileStore:
         self._release()
 
     def _release(self) -> None:
-        self.held = {slot for slots in self.pinned for slot in slots}
-        used = self.held | set(self.slots.values())
+        self.locked = {slot for slots in self.pinned for slot in slots}
+        used = self.locked | set(self.slots.values())
         self.free = [slot for slot in range(self.shape[0] - 1, -1, -1) if slot not in used]
 
 
