@@ -1,4 +1,4 @@
-"""A client: the local training of K clients as rows, without Lightning, data module or server."""
+"""The clients: local training of K clients as rows, without Lightning, data module or server."""
 
 from fedsparse.federation.client.buffers import Buffers
 from fedsparse.federation.client.drift import DriftCorrection, FedProx, NoCorrection, Scaffold

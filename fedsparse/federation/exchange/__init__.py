@@ -1,4 +1,4 @@
-"""What travels between clients and server: which coordinates, as which bytes, and what both sides know without them."""
+"""The exchange between clients and server: which coordinates travel, as which bytes, and what both sides can derive."""
 
 from fedsparse.federation.exchange.downlink import Downlink
 from fedsparse.federation.exchange.exchange import Exchange, Full

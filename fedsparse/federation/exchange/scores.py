@@ -1,6 +1,6 @@
-"""Scores of what a client may send, and the coordinates that they rank first: pure functions.
+"""Scores of the coordinates that a client may send, and the choice of the highest: pure functions.
 
-Shapes: n coordinates that a client may send, in the order that both sides know.
+Shapes: n coordinates that a client may send, in the same order on both sides.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fedsparse.core.checks import check_choice, check_number
 from fedsparse.masks.topk import count, mark
 
 Score = Callable[[Tensor, Tensor], Tensor]
-TOLERANCE = 1e-9  # 0.1 * 30 is 3.0000000000000004, and yet three of thirty are meant
+TOLERANCE = 1e-9  # 0.1 * 30 is 3.0000000000000004, and its ceiling must be 3
 
-# the higher, the sooner it is sent; from a client's values now and those it started from (Zhou et al. 2019, section 3)
+# higher scores are sent first; of a client's values after and before training (Zhou et al. 2019, section 3)
 SCORES: dict[str, Score] = {
     "largest_final": lambda theta, start: theta.abs(),
     "smallest_final": lambda theta, start: -theta.abs(),
@@ -29,10 +29,10 @@ SCORES: dict[str, Score] = {
 
 
 def score(rule: str) -> Score:
-    """Find the score of a rule by its name.
+    """Look up a score by its name.
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name.
 
     """
     check_choice("exchange.by", rule, *SCORES)
@@ -40,7 +40,7 @@ def score(rule: str) -> Score:
 
 
 def select(rule: str, theta: Tensor, start: Tensor, fraction: float) -> Tensor:
-    """Mark the coordinates of each row that a rule ranks first: exactly floor(fraction * n + 0.5), at least one.
+    """Mark the coordinates of each row with the highest scores: exactly floor(fraction * n + 0.5), at least one.
 
     Ties go to the lowest index.
 
@@ -78,7 +78,7 @@ def kept(fraction: float, n: int) -> int:
 
 
 def at_least(scores: Tensor, fraction: float) -> Tensor:
-    """Mark the ceil(fraction * n) best of n scores and whatever ties with the last of them: bool (n,).
+    """Mark the ceil(fraction * n) highest of n scores and all ties with the lowest of these: bool (n,).
 
     >>> at_least(torch.tensor([1.0, 2.0, 2.0, 3.0]), 0.5)
     tensor([False,  True,  True,  True])
