@@ -16,7 +16,7 @@ from torch import nn
 from fedsparse.optim import index, sgdm
 from fedsparse.optim.adam import SparseAdam
 from fedsparse.optim.fedopt import FedAdagrad, FedAdam, FedYogi
-from fedsparse.optim.index import Place
+from fedsparse.optim.index import TrainedIndex
 from fedsparse.optim.sgdm import SparseSGDM
 
 OPTIONS = [
@@ -305,8 +305,8 @@ def test_a_mask_of_one_row_may_be_expanded_to_the_cohort():
     theta.grad = torch.ones(3, 4)
     optimizer.step()
     assert theta.tolist() == [[-1, 0, -1, 0]] * 3
-    place = Place.of(mask.expand_as(theta), theta)
-    assert (place.shape, place.index.tolist()) == ((3, 4), [0, 2])  # the index of one row
+    place = TrainedIndex.of(mask.expand_as(theta), theta)
+    assert (place.shape, place.positions.tolist()) == ((3, 4), [0, 2])  # the index of one row
 
 
 UNIT = torch.tensor([True, False, True, True])
@@ -329,7 +329,7 @@ def test_any_chunk_of_units_coordinates_or_clients_equals_torch(mask, shape, chu
     options = {"momentum": 0.9, "weight_decay": 0.1}
     ours, start = randoms([mask.shape])[0], randoms([mask.shape])[0]
     theirs = start.clone()
-    assert Place.of(mask, ours).shape == shape
+    assert TrainedIndex.of(mask, ours).shape == shape
     walk(optimizer := SparseSGDM([ours], lr=0.1, masks=[mask], **options), [ours], 4)
     walk(torch.optim.SGD([theirs], lr=0.1, foreach=False, **options), [theirs], 4)
     assert bits(ours) == bits(torch.where(mask, theirs, start))
@@ -343,7 +343,7 @@ def test_momentum_and_index_cost_eight_bytes_for_each_coordinate_that_trains():
     mask[torch.randperm(10_000, generator=generator(4))[:2000]] = True
     optimizer = SparseSGDM([param], lr=0.1, masks=[mask.view(100, 100)])
     walk(optimizer, [param], 2)
-    held = [optimizer.state[param]["momentum_buffer"], *(place.index for place in optimizer._places.values())]
+    held = [optimizer.state[param]["momentum_buffer"], *(place.positions for place in optimizer._indices.values())]
     assert sum(t.untyped_storage().nbytes() for t in held) == 16_000
 
 

@@ -27,7 +27,7 @@ from fedsparse.data.datasets import Dataset
 from fedsparse.data.images import Inputs, TokenInputs, inputs_for
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
-from fedsparse.federation.client.drift import Objective
+from fedsparse.federation.client.drift import DriftCorrection
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.exchange.ledger import Link
 from fedsparse.federation.exchange.wire.message import known_size
@@ -369,7 +369,7 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
     asks = "num_clients" in options and options.num_clients is None  # then it gets the number of those who hold data
 
     def make(net: nn.Module, cohort: int) -> ClientModule:
-        objective: Objective = instantiate(options, **({"num_clients": len(problem.eligible)} if asks else {}))
+        objective: DriftCorrection = instantiate(options, **({"num_clients": len(problem.eligible)} if asks else {}))
         everything = torch.ones(problem.space.size, dtype=torch.bool)
         return client(
             net,

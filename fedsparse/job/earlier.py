@@ -15,7 +15,7 @@ _MOVED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "adam": ("SparseAdam",),
         "fedopt": ("AveragedMomentum", "FedAdagrad", "FedAdam", "FedYogi"),
     },
-    "fedsparse.federation.client": {"federation.objective": ("FedProx", "Plain", "Scaffold")},
+    "fedsparse.federation.client": {"federation.objective": ("FedProx", "Scaffold")},
     "fedsparse.federation.exchange": {
         "federation.filters": ("feedback", "precision", "sign_flip"),
         "federation.link": ("Link",),
@@ -47,6 +47,9 @@ TARGETS: Mapping[str, str] = {
         for name in ("Masked", "Sparse")
     },
     "fedsparse.federation.aggregation.CoordinateMean": "fedsparse.federation.server.WeightedMean",
+    **{
+        f"fedsparse.federation.{at}.Plain": "fedsparse.federation.client.NoCorrection" for at in ("client", "objective")
+    },
 }
 # by target, the keys that came since, with the value that does what was done then
 KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_client": {"even": False}}

@@ -142,7 +142,7 @@ def held(folder: Path) -> Iterator[None]:
 
     """
     files.refuse_links(folder)
-    files.own(folder / LOCK)
+    files.unshare(folder / LOCK)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
