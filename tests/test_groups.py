@@ -14,7 +14,7 @@ from torch import nn
 from fedsparse.core import parallel
 from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.exchange import Exchange
-from fedsparse.federation.exchange.filters import RESIDUAL
+from fedsparse.federation.exchange.filters import RESIDUAL, ErrorFeedback
 from fedsparse.federation.exchange.ledger import Traffic
 from fedsparse.federation.exchange.sparsifiers import TopK
 from fedsparse.federation.server.aggregation import FedNova, Robust, WeightedMean
