@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from fedsparse.job.config import register_resolvers
+from fedsparse.job.keys import JOBS, part
 from fedsparse.job.shipped import conf_dir
 
 CONF = conf_dir()
@@ -66,7 +67,8 @@ def test_every_option_composes_and_instantiates(composed, option):
     cfg = composed(f"{group}={name}", *NEEDS.get(option, []))
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if option not in COMPOSED_ONLY:
-        built = build_all(cfg[group]) if group in cfg else []
+        node = part(group, cfg[group]) if group in JOBS else cfg.get(group)
+        built = build_all(node)
         assert built or group in PLAIN or option in ("logger/csv", "callbacks/none", "evaluation/global")
 
 

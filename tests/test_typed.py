@@ -147,7 +147,7 @@ UNREAD = {
     "+data.source.x=1": "data.source.x",
     "+model.depth_=3": "model.depth_",
     "+client.x=1": "client.x",
-    "+server.optimizer.x=1": "server.optimizer.x",
+    "+server.x=1": "server.x",
     "+sede=3": "sede",
 }
 
@@ -160,7 +160,7 @@ def test_a_key_that_nothing_reads_is_refused(run_in, typed):
 
 def test_a_key_that_something_reads_is_not(run_in):
     """A key of one's own that another takes its value from, and an argument that the shipped YAML leaves out."""
-    own = ["+data.mine=0.2", "optimizer.lr=${data.mine}", "+server.optimizer.maximize=false"]
+    own = ["+data.mine=0.2", "optimizer.lr=${data.mine}", "+server.maximize=false"]
     assert run_in("run", "mask_rule=random", *own, "federation.rounds=1")[0]["lr"] == 0.2
 
 

@@ -144,8 +144,8 @@ def _partition(group: Settings, differing: set[tuple[str, str]]) -> str:
 def _shown(key: str, value: str) -> str:
     """Write a key and its value; a class by its own name.
 
-    >>> _shown("optimizer.build._target_", "torch.optim.Adam")
-    'optimizer.build=Adam'
+    >>> _shown("optimizer._target_", "torch.optim.Adam")
+    'optimizer=Adam'
 
     """
     target = key.endswith("._target_")

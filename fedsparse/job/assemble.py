@@ -37,6 +37,7 @@ from fedsparse.federation.schedule import check_schedule
 from fedsparse.federation.server.aggregation import Aggregation
 from fedsparse.federation.server.sampling import participants, uniform
 from fedsparse.job.checks import check_augmentation, check_method, check_phases
+from fedsparse.job.keys import part
 from fedsparse.job.limits import seconds_of
 from fedsparse.job.model import build_net, check_classes, check_fit, check_kind, check_parametrized, of_data
 from fedsparse.job.shards import deal_shards
@@ -336,7 +337,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         Federation,
         aggregation=aggregation,
         topology=instantiate(cfg.topology),
-        make_server=instantiate(cfg.server.optimizer),
+        make_server=instantiate(part("server", cfg.server)),
         untouched=cfg.server.untouched,
         phases=course.phases,
         schedule=instantiate(cfg.schedule),
@@ -365,7 +366,7 @@ def _sparsity(options: DictConfig, net: nn.Module) -> Sparsity:
 
 def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int], ClientModule]:
     """Make what builds the clients of a cohort: a network, and K."""
-    client, optimizer, options = instantiate(cfg.client), instantiate(cfg.optimizer.build), cfg.objective
+    client, optimizer, options = instantiate(cfg.client), instantiate(part("optimizer", cfg.optimizer)), cfg.objective
     asks = "num_clients" in options and options.num_clients is None  # then it gets the number of those who hold data
 
     def make(net: nn.Module, cohort: int) -> ClientModule:

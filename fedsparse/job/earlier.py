@@ -1,12 +1,17 @@
-"""What a configuration that an earlier version stored means today: names that moved, keys that came since.
+"""What a configuration that an earlier version stored means today: keys and names that moved, keys that came since.
 
 It is applied before anything is checked or built, so that an old run folder goes on to the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from fedsparse.job.keys import JOBS, SHARED
+
+Place = tuple[Any, ...]  # the keys that lead to a value
 
 _RULES = ("Layers", "Pattern", "RandomK", "Threshold", "TopK")
 # by the package of now, and what it has taken over from modules of then
@@ -54,6 +59,12 @@ KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_c
 VALUES: Mapping[str, Mapping[str, Mapping[Any, Any]]] = {
     "lightning.Trainer": {"precision": {32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}}
 }
+# by the key of then, that of now; what stands below it moves with it; the more special key first
+MOVES: Mapping[str, str] = {
+    "optimizer.build": "optimizer",
+    "server.optimizer": "server",
+}
+_REFERENCE = re.compile(r"(\$\{\s*(?:oc\.select\s*:\s*)?)([\w-]+(?:\.[\w-]+)+)")
 
 
 def renewed(node: Any) -> Any:
@@ -61,12 +72,96 @@ def renewed(node: Any) -> Any:
 
     >>> renewed({"_target_": "fedsparse.data.partition.classes_per_client", "nc": 2})["even"]
     False
+    >>> renewed({"server": {"lr": 1.0, "optimizer": {"_target_": "torch.optim.SGD", "lr": "${server.lr}"}}})
+    {'server': {'lr': 1.0, '_target_': 'torch.optim.SGD'}}
     """
+    found = _renamed(node)
+    return _moved(found) if isinstance(found, dict) else found
+
+
+def key_of_now(key: str) -> str | None:
+    """Find what a key of then is today; None if it did not move.
+
+    >>> key_of_now("server.optimizer.momentum"), key_of_now("server.lr")
+    ('server.momentum', None)
+    """
+    then = next((then for then in MOVES if f"{key}.".startswith(f"{then}.")), None)
+    return None if then is None else MOVES[then] + key.removeprefix(then)
+
+
+def override_of_now(override: str) -> str:
+    """Write what was typed for a stored run in today's keys.
+
+    >>> override_of_now("+server.optimizer.nesterov=${server.optimizer.lr}")
+    '+server.nesterov=${server.lr}'
+    """
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+~")
+    return key.removesuffix(name) + (key_of_now(name) or name) + equals + _referring(value)
+
+
+def _referring(value: Any) -> Any:
+    """Let references go to the keys of now."""
+    if isinstance(value, list):
+        return [_referring(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    return _REFERENCE.sub(lambda found: found[1] + (key_of_now(found[2]) or found[2]), value)
+
+
+def _moved(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Put values where their keys are now, but for those that only passed on what stands there.
+
+    A value whose place one of the job's own keys has stays where it is, and is refused by its name.
+    """
+    leaves = {place: _referring(value) for place, value in _leaves(cfg, ())}
+    moving = {place: there for place in leaves if len(there := _place_of_now(place)) > 1 and there != place}
+    found = {place: value for place, value in leaves.items() if place not in moving}
+    for place, there in moving.items():
+        group, key = there[0], there[1]
+        jobs = there in found and key in JOBS.get(group, ()) and key not in SHARED.get(group, ())
+        if there not in found or leaves[place] != f"${{{'.'.join(map(str, there))}}}":
+            found[place if jobs else there] = leaves[place]
+    return _nested(found)
+
+
+def _place_of_now(place: Place) -> Place:
+    """Find where a value stands now."""
+    for then, now in ((then.split("."), now.split(".")) for then, now in MOVES.items()):
+        if list(place[: len(then)]) == then:
+            return (*now, *place[len(then) :])
+    return place
+
+
+def _leaves(node: Mapping[Any, Any], above: Place) -> Iterator[tuple[Place, Any]]:
+    """Walk through nested mappings: every value with the keys that lead to it; an empty mapping is a value."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+def _nested(leaves: Mapping[Place, Any]) -> dict[str, Any]:
+    """Build nested mappings of values and the keys that lead to them."""
+    found: dict[str, Any] = {}
+    for (*above, last), value in leaves.items():
+        node = found
+        for key in above:
+            if not isinstance(node.get(key), dict):
+                node[key] = {}
+            node = node[key]
+        node[last] = value
+    return found
+
+
+def _renamed(node: Any) -> Any:
+    """Give targets their names of now, and the keys and values that these have."""
     if isinstance(node, list):
-        return [renewed(value) for value in node]
+        return [_renamed(value) for value in node]
     if not isinstance(node, Mapping):
         return node
-    found = {key: renewed(value) for key, value in node.items()}
+    found = {key: _renamed(value) for key, value in node.items()}
     if isinstance(target := found.get("_target_"), str):
         found["_target_"] = TARGETS.get(target, target)
         found = {**KEYS.get(found["_target_"], {}), **found}

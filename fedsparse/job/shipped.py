@@ -42,11 +42,14 @@ def defaults() -> dict[str, str | None]:
 
 @cache
 def keys(group: str, option: str) -> dict[str, Any]:
-    """Dotted keys of an option with their values, those of the parts that it is made of included."""
+    """Dotted keys of an option with their values: its own first, then those of the parts that it is made of."""
     node = dict(_read(conf_dir() / group / f"{option}.yaml"))
     parts = [str(part).removesuffix("@_here_") for part in node.pop("defaults", ()) if str(part).endswith("@_here_")]
-    found = {key: value for part in parts for key, value in keys(group, part).items()}
-    return found | dict(_flat(node, ""))
+    folder = option.rpartition("/")[0]
+    found = dict(_flat(node, ""))
+    for part in reversed(parts):  # the later one counts
+        found |= {key: value for key, value in keys(group, f"{folder}/{part}".lstrip("/")).items() if key not in found}
+    return found
 
 
 @cache

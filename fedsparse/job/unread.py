@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from fedsparse.job import shipped
 from fedsparse.job.advice import no_key
+from fedsparse.job.keys import JOBS, taken
 
 FREE = ("phases", "callbacks", "logger", "experiment")  # whose keys are names of one's own
 
@@ -47,22 +46,14 @@ def _has(group: str, key: str) -> bool:
 
 
 def _not_taken(node: Any, path: str) -> Iterator[str]:
-    """Keys beside a ``_target_`` that is called without them."""
+    """Keys beside a ``_target_`` that is called without them, and that the job does not read."""
     if isinstance(node, list):
         for place, value in enumerate(node):
             yield from _not_taken(value, f"{path}{place}.")
     if isinstance(node, dict):
-        taken = _parameters(node["_target_"]) if isinstance(node.get("_target_"), str) else None
+        named = taken(node["_target_"]) if isinstance(node.get("_target_"), str) else None
+        known = None if named is None else {*named, *JOBS.get(path.rstrip("."), ())}
         for key, value in node.items():
-            if taken is not None and not str(key).startswith("_") and key not in taken:
+            if known is not None and not str(key).startswith("_") and key not in known:
                 yield f"{path}{key}"
             yield from _not_taken(value, f"{path}{key}.")
-
-
-def _parameters(target: str) -> Mapping[str, Any] | None:
-    """Names that a target takes; None if it takes any, or cannot be had: whoever calls it then says so."""
-    try:
-        found = inspect.signature(get_object(target)).parameters
-    except Exception:
-        return None
-    return None if any(p.kind is p.VAR_KEYWORD for p in found.values()) else found

@@ -122,7 +122,7 @@ def grouped(runs: Iterable[Run]) -> dict[Group, list[Figures]]:
     found: dict[Group, list[Figures]] = {}
     for run in runs:
         if (run.folder / DEVIATION).is_file():
-            optimizer = run.config["optimizer.build._target_"].rsplit(".", 1)[-1].removeprefix("Sparse")
+            optimizer = run.config["optimizer._target_"].rsplit(".", 1)[-1].removeprefix("Sparse")
             key = (run.config["model"], run.summary["partition"], optimizer)
             found.setdefault(key, []).append(measure(run))
     if not found:

@@ -1,0 +1,76 @@
+"""No value of ``conf/`` is another one than before its nodes became flat: a value may move, none may change.
+
+``conf_before.json`` holds what the last commit before composed, unresolved: the whole default, and of every option of
+every group, experiments too, the parts that differ from it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from fedsparse.job.config import register_resolvers
+from fedsparse.job.earlier import renewed
+from fedsparse.job.keys import JOBS, part
+from fedsparse.job.shipped import conf_dir, groups
+
+BEFORE = json.loads(Path(__file__).with_name("conf_before.json").read_text(encoding="utf-8"))
+DEFAULT = BEFORE.pop("")
+NESTED = {"optimizer": "build", "server": "optimizer"}  # where a target of then stood in its group
+
+
+def before(option):
+    return DEFAULT | BEFORE[option]
+
+
+def now(option):
+    """Today's configuration; a group that is none any more has had one option."""
+    group = option.split("/")[0]
+    register_resolvers()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("train", overrides=[option.replace("/", "=")] if group in groups() else [])
+
+
+def called(node, place=()):
+    """What every target in a node is called with: (place, target, argument) -> value."""
+    found = {}
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if "_target_" in node and not isinstance(value, dict):
+            found[(*place, node["_target_"], key)] = value
+        found |= called(value, (*place, key))
+    return found
+
+
+def resolved(cfg):
+    return OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)
+
+
+def test_every_option_of_now_was_there():
+    listed = {f"{p.parent.name}/{p.stem}" for p in conf_dir().glob("*/*.yaml") if p.parent.name != "hydra"}
+    assert listed <= set(BEFORE)
+    assert {name.split("/")[0] for name in set(BEFORE) - listed}.isdisjoint(groups())
+
+
+@pytest.mark.parametrize("option", list(BEFORE))
+def test_what_was_stored_then_is_what_is_composed_now_and_every_target_gets_what_it_got(option):
+    cfg = now(option)
+    found = OmegaConf.to_container(cfg)
+    assert renewed(before(option)) == found
+    assert list(renewed(before(option))["phases"]) == list(found["phases"])  # they take place in this order
+    assert_called_alike(resolved(before(option)), cfg)
+
+
+def assert_called_alike(then, cfg):
+    """Compare what targets and the job get, read from both configurations alone, without the table of moves."""
+    found = OmegaConf.to_container(cfg, resolve=True)
+    for group in found:
+        if group in NESTED:
+            assert called(then[group][NESTED[group]]) == called(OmegaConf.to_container(part(group, cfg[group])))
+            for key in JOBS[group]:
+                assert found[group].get(key) == then[group].get(key)
+        else:
+            assert found[group] == then[group]
