@@ -132,7 +132,7 @@ BAD = [
     ("mask.owner=everyone", "mask.owner is 'everyone'"),
     ("mask.owner=client exchange=full", "mask.owner=client needs exchange=masked"),
     ("mask_rule=talos mask_rule.score=loss", "mask_rule.score"),
-    ("model=timm model.name=resnet_18 model.net.pretrained=false", "close to it are"),
+    ("model=timm model.name=resnet_18 model.pretrained=false", "close to it are"),
     ("model.checkpoint=absent.safetensors model=vit_digits", "absent.safetensors"),
 ]
 
@@ -451,8 +451,8 @@ def test_bad_arrays(tmp_path, monkeypatch, changes, says):
 
 def test_a_head_that_is_told_to_be_too_small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"10 outputs and the data 15 classes; set model.net.num_classes=15"):
-        run([*BASE, *write_arrays(tmp_path / "data", y=lambda y: y + 5), "model.net.num_classes=10"])
+    with pytest.raises(ValueError, match=r"10 outputs and the data 15 classes; set model.num_classes=15"):
+        run([*BASE, *write_arrays(tmp_path / "data", y=lambda y: y + 5), "model.num_classes=10"])
 
 
 @pytest.mark.parametrize(

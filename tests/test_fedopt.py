@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from fedsparse.core.subspace import Subspace
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.server.server import Server
-from fedsparse.job.keys import part
+from fedsparse.job.keys import target_of
 from fedsparse.job.shipped import conf_dir
 from fedsparse.optim.fedopt import AveragedMomentum, FedAdagrad, FedAdam, FedYogi
 
@@ -229,7 +229,7 @@ def test_options_outside_their_range_are_refused_in_one_line(wrong):
 def server_of(name, row, **options):
     """The server as the configuration makes it."""
     cfg = OmegaConf.create({"server": OmegaConf.merge(OmegaConf.load(conf_dir() / f"server/{name}.yaml"), options)})
-    make = instantiate(part("server", cfg.server))
+    make = instantiate(target_of("server", cfg.server))
     return Server(row, make, Subspace(torch.ones(row.shape[1], dtype=torch.bool)))
 
 

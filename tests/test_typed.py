@@ -50,7 +50,7 @@ NO_KEY = {
     "learning_rate": "did you mean optimizer.lr?",
     "optimizer.momentun": "did you mean optimizer.momentum?",
     "federation.round": "did you mean federation.rounds?",
-    "model.hidden": "did you mean model.net.hidden?",
+    "hidden": "did you mean model.hidden?",
 }
 NO_OPTION = {
     ("partition", "noniid_nc3"): "write partition=noniid_nc1 partition.nc=3",
@@ -143,8 +143,9 @@ UNREAD = {
     "+mask_rule.x=1": "mask_rule.x",
     "+schedule.x=1": "schedule.x",
     "+trainer.x=1": "trainer.x",
-    "+model.net.hiden=1": "model.net.hiden",
-    "+data.source.x=1": "data.source.x",
+    "+model.hiden=1": "model.hiden",
+    "+data.x=1": "data.x",
+    "+data.x=1 seed=${data.x}": "data.x",
     "+model.depth_=3": "model.depth_",
     "+client.x=1": "client.x",
     "+server.x=1": "server.x",
@@ -155,12 +156,12 @@ UNREAD = {
 @pytest.mark.parametrize("typed", UNREAD)
 def test_a_key_that_nothing_reads_is_refused(run_in, typed):
     with pytest.raises(ValueError, match=f"^there is no key {UNREAD[typed]}[; ]"):
-        run_in("run", "mask_rule=random", typed)
+        run_in("run", "mask_rule=random", *typed.split())
 
 
 def test_a_key_that_something_reads_is_not(run_in):
     """A key of one's own that another takes its value from, and an argument that the shipped YAML leaves out."""
-    own = ["+data.mine=0.2", "optimizer.lr=${data.mine}", "+server.maximize=false"]
+    own = ["+mine=0.2", "optimizer.lr=${mine}", "+server.maximize=false"]
     assert run_in("run", "mask_rule=random", *own, "federation.rounds=1")[0]["lr"] == 0.2
 
 

@@ -24,7 +24,6 @@ _IDLE = (
     "trainer.num_nodes",
     "data.stream",
     "data.workers",
-    "data.source.stream",
     "federation.cohort",
     "model.cohort",
     "federation.compile",

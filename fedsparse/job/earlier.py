@@ -55,6 +55,8 @@ TARGETS: Mapping[str, str] = {
 }
 # by target, the keys that came since, with the value that does what was done then
 KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_client": {"even": False}}
+# by target, the name of then of an argument and that of now
+ARGUMENTS: Mapping[str, Mapping[str, str]] = {"fedsparse.models.text.bert": {"source": "tokenizer"}}
 # by target and key, what a value of then is called now
 VALUES: Mapping[str, Mapping[str, Mapping[Any, Any]]] = {
     "lightning.Trainer": {"precision": {32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}}
@@ -63,6 +65,9 @@ VALUES: Mapping[str, Mapping[str, Mapping[Any, Any]]] = {
 MOVES: Mapping[str, str] = {
     "optimizer.build": "optimizer",
     "server.optimizer": "server",
+    "model.net.source": "model.tokenizer",
+    "model.net": "model",
+    "data.source": "data",
 }
 _REFERENCE = re.compile(r"(\$\{\s*(?:oc\.select\s*:\s*)?)([\w-]+(?:\.[\w-]+)+)")
 
@@ -164,7 +169,8 @@ def _renamed(node: Any) -> Any:
     found = {key: _renamed(value) for key, value in node.items()}
     if isinstance(target := found.get("_target_"), str):
         found["_target_"] = TARGETS.get(target, target)
-        found = {**KEYS.get(found["_target_"], {}), **found}
+        names_now = ARGUMENTS.get(found["_target_"], {})
+        found = {**KEYS.get(found["_target_"], {}), **{names_now.get(key, key): found[key] for key in found}}
         for key, names in VALUES.get(found["_target_"], {}).items():
             if isinstance(value := found.get(key), int | str):
                 found[key] = names.get(value, value)

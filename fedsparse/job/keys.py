@@ -14,13 +14,15 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 JOBS: Mapping[str, tuple[str, ...]] = {
+    "data": ("batch_size", "augment", "local_test", "stream", "workers"),
+    "model": ("name", "trainable", "head", "local", "cohort"),
     "optimizer": ("clip_norm",),
     "server": ("untouched",),
 }
-SHARED: Mapping[str, tuple[str, ...]] = {}
+SHARED: Mapping[str, tuple[str, ...]] = {"data": ("stream",), "model": ("name",)}
 
 
-def part(group: str, node: DictConfig) -> DictConfig:
+def target_of(group: str, node: DictConfig) -> DictConfig:
     """Keep what is called of a group: its ``_target_`` with the arguments, resolved."""
     plain: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     own = set(JOBS[group])

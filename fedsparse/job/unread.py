@@ -26,9 +26,9 @@ def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
 
     """
     written = OmegaConf.to_yaml(cfg)
-    for key in (*_unknown(cfg, choices), *_not_taken(OmegaConf.to_container(cfg), "")):
-        if f"${{{key}}}" not in written:  # a value elsewhere may be taken from it
-            raise ValueError(no_key(key))
+    unknown = [key for key in _unknown(cfg, choices) if f"${{{key}}}" not in written]  # from which none takes its value
+    for key in (*unknown, *_not_taken(OmegaConf.to_container(cfg), "")):
+        raise ValueError(no_key(key))
 
 
 def _unknown(cfg: DictConfig, choices: Mapping[str, str | None]) -> Iterator[str]:
