@@ -51,6 +51,29 @@ def called_then(node):
     return {(*place, {"source": "tokenizer"}.get(key, key)): value for (*place, key), value in called(node).items()}
 
 
+def exchanged_then(node):
+    """What sparsifier, filters and exchange got: payload, compat, and the rule with its options."""
+    build = node["build"]
+    filters = {f"{name}.{key}": value for name, got in build["filters"].items() for key, value in got.items()}
+    kind = build["rule"] if "rule" in build else {"_target_": build["_target_"], "_partial_": build["_partial_"]}
+    return filters, build["payload"], build.get("compat"), kind
+
+
+def exchanged(node):
+    """The same of now, as ``exchange_of`` deals it."""
+    shared = {
+        "attack._target_": "fedsparse.federation.exchange.sign_flip",
+        "attack.clients": node["attackers"],
+        "attack.scale": node["attack_scale"],
+        "feedback._target_": "fedsparse.federation.exchange.feedback",
+        "feedback.decay": node["feedback"],
+        "precision._target_": "fedsparse.federation.exchange.precision",
+        "precision.dtype": node["precision"],
+    }
+    kind = {key: value for key, value in node.items() if key not in set(JOBS["exchange"]) - {"compat"}}
+    return shared, node["payload"], node.get("compat"), kind
+
+
 def resolved(cfg):
     return OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)
 
@@ -73,7 +96,10 @@ def test_what_was_stored_then_is_what_is_composed_now_and_every_target_gets_what
 def assert_called_alike(then, cfg):
     """Compare what targets and the job get, read from both configurations alone, without the table of moves."""
     found = OmegaConf.to_container(cfg, resolve=True)
+    assert exchanged_then(then["exchange"]) == exchanged(found["exchange"])
     for group in found:
+        if group == "exchange":
+            continue
         if group in NESTED:
             wanted = called_then(then[group][NESTED[group]])
             assert called(OmegaConf.to_container(target_of(group, cfg[group]))) == wanted

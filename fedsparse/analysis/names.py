@@ -12,7 +12,8 @@ Settings = Mapping[str, str]
 # what may differ between runs that are averaged, or chosen among
 _SWEPT = ("seed", "optimizer.lr", "sparsity.ratio")
 _IDLE = (
-    "exchange.build",  # says what the other keys of the exchange say
+    "exchange._target_",  # says what the other keys of the exchange say
+    "exchange._partial_",
     "link",  # moves no bit
     "resume",
     "logger",

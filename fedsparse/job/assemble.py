@@ -28,6 +28,7 @@ from fedsparse.data.images import Inputs, TokenInputs, inputs_for
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.client.drift import Objective
+from fedsparse.federation.exchange.build import exchange_of
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.exchange.ledger import Link
 from fedsparse.federation.exchange.wire.message import known_size
@@ -37,7 +38,7 @@ from fedsparse.federation.schedule import check_schedule
 from fedsparse.federation.server.aggregation import Aggregation
 from fedsparse.federation.server.sampling import participants, uniform
 from fedsparse.job.checks import check_augmentation, check_method, check_phases
-from fedsparse.job.keys import target_of
+from fedsparse.job.keys import JOBS, target_of
 from fedsparse.job.limits import seconds_of
 from fedsparse.job.model import build_net, check_classes, check_fit, check_kind, check_parametrized, of_data
 from fedsparse.job.shards import deal_shards
@@ -327,7 +328,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
 
     """
     check_choice("mask.owner", cfg.mask.owner, "global", "client")
-    own_masks, exchange = cfg.mask.owner == "client", instantiate(cfg.exchange.build, _convert_="object")
+    own_masks, exchange = cfg.mask.owner == "client", _exchange_of(cfg.exchange)
 
     def make_exchange(trained: Tensor, masks: OwnMasks) -> Exchange:
         own = {"masks": masks} if own_masks else {}
@@ -356,6 +357,14 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         instantiate(cfg.link),
         cfg.federation.store,
     )
+
+
+def _exchange_of(options: DictConfig) -> Callable[..., Exchange]:
+    """Build the constructor of the exchange: of its target, with the options that all exchanges have."""
+    part = instantiate(target_of("exchange", options), _convert_="object")
+    given = {key: options[key] for key in JOBS["exchange"] if key in options}
+    filters = {name: instantiate(chosen) for name, chosen in (options.get("filters") or {}).items()}
+    return exchange_of(part, **given | {"filters": filters})
 
 
 def _sparsity(options: DictConfig, net: nn.Module) -> Sparsity:

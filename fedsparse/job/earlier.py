@@ -68,7 +68,20 @@ MOVES: Mapping[str, str] = {
     "model.net.source": "model.tokenizer",
     "model.net": "model",
     "data.source": "data",
+    "exchange.build.filters.attack.clients": "exchange.attackers",
+    "exchange.build.filters.attack.scale": "exchange.attack_scale",
+    "exchange.build.filters.feedback.decay": "exchange.feedback",
+    "exchange.build.filters.precision.dtype": "exchange.precision",
+    "exchange.build.rule": "exchange",
+    "exchange.build": "exchange",
 }
+# by key, the value of then that says nothing now: who filters an update is said by the keys of the exchange
+SAID: Mapping[str, str] = {
+    "exchange.build.filters.attack._target_": "fedsparse.federation.exchange.sign_flip",
+    "exchange.build.filters.feedback._target_": "fedsparse.federation.exchange.feedback",
+    "exchange.build.filters.precision._target_": "fedsparse.federation.exchange.precision",
+}
+_PLAIN = "fedsparse.federation.exchange.Exchange"  # what took a rule, which is the target now
 _REFERENCE = re.compile(r"(\$\{\s*(?:oc\.select\s*:\s*)?)([\w-]+(?:\.[\w-]+)+)")
 
 
@@ -117,17 +130,32 @@ def _referring(value: Any) -> Any:
 def _moved(cfg: dict[str, Any]) -> dict[str, Any]:
     """Put values where their keys are now, but for those that only passed on what stands there.
 
-    A value whose place one of the job's own keys has stays where it is, and is refused by its name.
+    Where two are for one place, or one for a key of the job's, it stays: what is left of then is refused by its name.
     """
-    leaves = {place: _referring(value) for place, value in _leaves(cfg, ())}
+    leaves = _without_said({place: _referring(value) for place, value in _leaves(cfg, ())})
     moving = {place: there for place in leaves if len(there := _place_of_now(place)) > 1 and there != place}
-    found = {place: value for place, value in leaves.items() if place not in moving}
+    kept = {place: value for place, value in leaves.items() if place not in moving}
+    moved: dict[Place, Any] = {}
     for place, there in moving.items():
-        group, key = there[0], there[1]
-        jobs = there in found and key in JOBS.get(group, ()) and key not in SHARED.get(group, ())
-        if there not in found or leaves[place] != f"${{{'.'.join(map(str, there))}}}":
-            found[place if jobs else there] = leaves[place]
-    return _nested(found)
+        passed_on = there in kept and leaves[place] == f"${{{'.'.join(map(str, there))}}}"
+        if not passed_on:
+            moved[place if there in moved or (there in kept and _of_the_job(there)) else there] = leaves[place]
+    return _nested(kept | moved)
+
+
+def _of_the_job(place: Place) -> bool:
+    """Whether a key of a network or a data set would take the place of one that the job reads."""
+    group, key = place[:2]
+    return group in ("model", "data") and key in JOBS[group] and key not in SHARED[group]
+
+
+def _without_said(leaves: Mapping[Place, Any]) -> dict[Place, Any]:
+    """Leave out what says nothing now: targets of filters, and the plain exchange where a rule is the target."""
+    said: dict[Place, Any] = {tuple(key.split(".")): value for key, value in SAID.items()}
+    if any(place[:3] == ("exchange", "build", "rule") for place in leaves):
+        target, waits = (("exchange", "build", key) for key in ("_target_", "_partial_"))
+        said |= {target: _PLAIN, waits: leaves.get(target) == _PLAIN}
+    return {place: value for place, value in leaves.items() if place not in said or value != said[place]}
 
 
 def _place_of_now(place: Place) -> Place:

@@ -15,11 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 
 JOBS: Mapping[str, tuple[str, ...]] = {
     "data": ("batch_size", "augment", "local_test", "stream", "workers"),
+    "exchange": ("payload", "attackers", "attack_scale", "feedback", "precision", "filters", "compat"),
     "model": ("name", "trainable", "head", "local", "cohort"),
     "optimizer": ("clip_norm",),
     "server": ("untouched",),
 }
-SHARED: Mapping[str, tuple[str, ...]] = {"data": ("stream",), "model": ("name",)}
+SHARED: Mapping[str, tuple[str, ...]] = {"data": ("stream",), "exchange": ("compat",), "model": ("name",)}
 
 
 def target_of(group: str, node: DictConfig) -> DictConfig:

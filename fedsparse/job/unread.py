@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedsparse.job import shipped
 from fedsparse.job.advice import no_key
+from fedsparse.job.earlier import MOVES
 from fedsparse.job.keys import JOBS, taken
 
 FREE = ("phases", "callbacks", "logger", "experiment")  # whose keys are names of one's own
@@ -27,7 +28,8 @@ def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
     """
     written = OmegaConf.to_yaml(cfg)
     unknown = [key for key in _unknown(cfg, choices) if f"${{{key}}}" not in written]  # from which none takes its value
-    for key in (*unknown, *_not_taken(OmegaConf.to_container(cfg), "")):
+    moved = [then for then in MOVES if OmegaConf.is_dict(OmegaConf.select(cfg, then))]
+    for key in (*unknown, *moved, *_not_taken(OmegaConf.to_container(cfg), "")):
         raise ValueError(no_key(key))
 
 
