@@ -21,6 +21,7 @@ from fedsparse.analysis.table import once, rows
 from fedsparse.core.signals import command
 from fedsparse.job import trust
 from fedsparse.job.command import one_line
+from fedsparse.job.earlier import renewed, typed_now
 from fedsparse.job.resume import Job, facts, refuse_stored_overrides
 from fedsparse.job.runs import compose_and_run, run_cell
 from fedsparse.job.sweep import MAY_DIFFER, CellFailed, cell_name, shown
@@ -41,7 +42,7 @@ def cells(folder: Path, seeds: Sequence[int], into: Path | None = None) -> Itera
         ValueError: no finished run is there.
 
     """
-    runs, _ = read_runs([folder])
+    runs, _ = read_runs([folder], renewed)
     best = [overrides_of(row.runs[0]) for row in rows(once(runs)[0])]
     left_out = [key for key in MAY_DIFFER if len({_value(key, typed) for typed in best}) == 1]  # as in the sweep itself
     for typed in best:
@@ -72,8 +73,9 @@ def run(overrides: Sequence[str], folder: Path, beside: bool = False, trusted: S
     """Compose and carry out one cell, maybe beside others; False if it failed, which it has said."""
     options = [CHECKED, f"hydra.run.dir={folder.absolute()}", *([BESIDE] if beside else [])]
     try:
-        refuse_stored_overrides(overrides, trusted)
-        compose_and_run(execute_cell, [*overrides, *options])
+        wanted = typed_now(overrides)  # while the folder keeps the name that it had then
+        refuse_stored_overrides(wanted, trusted)
+        compose_and_run(execute_cell, [*wanted, *options])
     except CellFailed:
         return False
     except Exception as error:

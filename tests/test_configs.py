@@ -36,7 +36,7 @@ COMPOSED_ONLY = {
     "model/bert_base",
 }
 # groups of plain values: nothing in them is built by itself
-PLAIN = ("federation", "calibration", "explore", "head", "mask", "phases", "experiment")
+PLAIN = ("phases", "experiment")
 
 
 @pytest.fixture

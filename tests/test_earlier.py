@@ -11,7 +11,7 @@ from composed import composed
 from omegaconf import OmegaConf
 
 from fedsparse import run
-from fedsparse.job.earlier import KEYS, SAID, TARGETS, override_of_now, renewed
+from fedsparse.job.earlier import KEYS, SAID, TARGETS, renewed, typed_now
 from fedsparse.job.trust import shipped
 from fedsparse.job.unread import check_keys
 
@@ -141,4 +141,4 @@ def test_a_damaged_configuration_is_renewed_to_something_that_can_be_refused(the
     ],
 )
 def test_what_was_typed_then_is_typed_now(then, now):
-    assert override_of_now(then) == now
+    assert typed_now([then, "trainer=default", "seed=1"]) == [now, "seed=1"]

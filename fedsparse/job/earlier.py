@@ -6,7 +6,7 @@ It is applied before anything is checked or built, so that an old run folder goe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedsparse.job.keys import JOBS, SHARED
@@ -75,6 +75,8 @@ MOVES: Mapping[str, str] = {
     "exchange.build.rule": "exchange",
     "exchange.build": "exchange",
 }
+# groups that had one option
+CHOICES = tuple(f"{group}=default" for group in ("calibration", "explore", "federation", "head", "mask", "trainer"))
 # by key, the value of then that says nothing now: who filters an update is said by the keys of the exchange
 SAID: Mapping[str, str] = {
     "exchange.build.filters.attack._target_": "fedsparse.federation.exchange.sign_flip",
@@ -107,15 +109,18 @@ def key_of_now(key: str) -> str | None:
     return None if then is None else MOVES[then] + key.removeprefix(then)
 
 
-def override_of_now(override: str) -> str:
-    """Write what was typed for a stored run in today's keys.
+def typed_now(overrides: Sequence[str]) -> list[str]:
+    """Write what was typed for a stored run in today's keys, without choices that are none any more.
 
-    >>> override_of_now("+server.optimizer.nesterov=${server.optimizer.lr}")
-    '+server.nesterov=${server.lr}'
+    >>> typed_now(["+server.optimizer.nesterov=${server.optimizer.lr}", "head=default"])
+    ['+server.nesterov=${server.lr}']
     """
-    key, equals, value = override.partition("=")
-    name = key.lstrip("+~")
-    return key.removesuffix(name) + (key_of_now(name) or name) + equals + _referring(value)
+    parts = [override.partition("=") for override in overrides if override not in CHOICES]
+    names = [key.lstrip("+~") for key, _, _ in parts]
+    return [
+        key.removesuffix(name) + (key_of_now(name) or name) + equals + _referring(value)
+        for name, (key, equals, value) in zip(names, parts, strict=True)
+    ]
 
 
 def _referring(value: Any) -> Any:

@@ -36,6 +36,9 @@ def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
 def _unknown(cfg: DictConfig, choices: Mapping[str, str | None]) -> Iterator[str]:
     """Keys that no option of their group has; nodes that are called are left to ``_not_taken``."""
     yield from (str(key) for key in cfg if key not in shipped.groups() and key not in shipped.main())
+    for section, held in shipped.sections().items():
+        if "_target_" not in held:
+            yield from (f"{section}.{key!s}" for key in cfg.get(section) or {} if key not in held)
     for group in shipped.groups():
         node, chosen = cfg.get(group), choices.get(group, shipped.defaults().get(group))
         if isinstance(node, DictConfig) and "_target_" not in node and group not in FREE:
