@@ -141,7 +141,7 @@ def check_server(optimizer: torch.optim.Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         check_number("server.lr", group["lr"], above=0)
-        check_number("server.optimizer.momentum", group.get("momentum", 0), least=0, below=1)
+        check_number("server.momentum", group.get("momentum", 0), least=0, below=1)
 
 
 def check_sizes(exchange: Exchange, aggregation: Aggregation, holds: Sequence[bool], taking_part: int) -> None:

@@ -34,7 +34,6 @@ MAY_DIFFER = (
     "trainer.num_nodes",
     "data.stream",
     "data.workers",
-    "data.source.stream",
     "calibration.cache",
 )
 
