@@ -10,8 +10,10 @@ import yaml
 from composed import composed
 from omegaconf import OmegaConf
 
-from fedsparse import run
+from fedsparse import repeat, run
+from fedsparse.analysis.folders import read_runs
 from fedsparse.job.earlier import KEYS, SAID, TARGETS, renewed, typed_now
+from fedsparse.job.keys import JOBS
 from fedsparse.job.trust import shipped
 from fedsparse.job.unread import check_keys
 
@@ -106,6 +108,27 @@ def test_filters_of_ones_own_stay_and_a_rule_is_the_target():
     values = {"payload": "change", "feedback": 0.5, "precision": None, "attackers": None, "attack_scale": 10.0}
     target = {"_target_": "fedsparse.federation.exchange.TopK", "fraction": {0: 0.5}}
     assert renewed(then)["exchange"] == values | target | {"filters": {"mine": {"_target_": "mine.Filter"}}}
+
+
+def test_reports_and_repeats_read_a_run_of_then(run_in, tmp_path):
+    """Its configuration and what was typed for it are rewritten as the last commit before stored them."""
+    _, folder = run_in("sweep/a", "mask_rule=random", "model.hidden=8", "federation.rounds=1", "seed=1")
+    (now,), _ = read_runs([folder], renewed)
+    stored = folder / ".hydra" / "config.yaml"
+    cfg = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    for group, inner in (("optimizer", "build"), ("model", "net")):
+        got = {key: cfg[group].pop(key) for key in list(cfg[group]) if key not in (*JOBS[group], "lr")}
+        cfg[group][inner] = got | ({"lr": "${optimizer.lr}"} if "lr" in cfg[group] else {})
+    stored.write_text(yaml.safe_dump(cfg, sort_keys=False), encoding="utf-8")
+    typed = folder / ".hydra" / "overrides.yaml"
+    typed.write_text(typed.read_text(encoding="utf-8").replace("model.hidden", "model.net.hidden"), encoding="utf-8")
+    (then,), _ = read_runs([folder], renewed)
+    assert then.config == now.config
+    assert read_runs([folder])[0][0].config != now.config
+    repeat.main([str(tmp_path / "sweep"), "--seeds", "2"])
+    (other,) = [path for path in (tmp_path / "sweep").glob("*/.hydra/config.yaml") if path.parents[1] != folder]
+    assert "model.net.hidden-8" in other.parents[1].name
+    assert yaml.safe_load(other.read_text(encoding="utf-8"))["model"]["hidden"] == 8
 
 
 @pytest.mark.parametrize(
