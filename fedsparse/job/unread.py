@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -30,7 +31,7 @@ def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
     written = OmegaConf.to_yaml(cfg)
     unknown = [key for key in _unknown(cfg, choices) if f"${{{key}}}" not in written]  # from which none takes its value
     moved = [then for then in MOVES if OmegaConf.is_dict(OmegaConf.select(cfg, then))]
-    for key in (*unknown, *moved, *_not_taken(OmegaConf.to_container(cfg), "")):
+    for key in chain(unknown, moved, _not_taken(OmegaConf.to_container(cfg), "")):
         raise ValueError(no_key(key))
 
 
