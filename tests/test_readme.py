@@ -120,7 +120,7 @@ def of_conf(words):
     return bool(words) and not any(word.endswith(f"={own}") for word in words for own in OWN)
 
 
-@pytest.mark.parametrize("words", filter(of_conf, printed_commands()), ids=" ".join)
+@pytest.mark.parametrize("words", [words for words in printed_commands() if of_conf(words)], ids=" ".join)
 def test_every_command_of_the_readme_composes(words):
     words = [word for word in words if not word.startswith(("resume=", "hydra"))]
     for cell in cells(words):
