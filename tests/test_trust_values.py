@@ -114,7 +114,7 @@ def test_a_configuration_that_would_grow_or_is_none_is_one_line(sent_folder, tex
 
 
 def test_references_of_ones_own_stay_references(sent_folder):
-    change(sent_folder, model__name="${seed}-${model.head}", model__near="${.name}", model__up="${..seed}")
+    change(sent_folder, model__name="${seed}-${model.head}", mask__near="${.owner}", mask__up="${..seed}")
     cfg = read_job(sent_folder).cfg
-    assert (cfg.model.name, cfg.model.near, cfg.model.up) == ("0-head.*", "0-head.*", 0)
+    assert (cfg.model.name, cfg.mask.near, cfg.mask.up) == ("0-head.*", "global", 0)
     assert read_job(sent_folder, ["federation.rounds=7"]).cfg.phases.learn.rounds == 7
