@@ -230,15 +230,12 @@ if folder:
 """
 
 
-@pytest.fixture
-def stand_in(monkeypatch):
-    monkeypatch.setattr(runs, "TRAIN", (sys.executable, "-c", RUN))
+STAND_IN = (sys.executable, "-c", RUN)
 
 
-@pytest.mark.usefixtures("stand_in")
 def test_a_run_is_killed_after_a_round_and_resumed(tmp_path, capsys):
     jobs = [runs.Job("killed", "cpu", killed=True), runs.Job("bad", "cpu", ("fails",))]
-    with runs.Runs(tmp_path, 1, 1, lambda: math.inf) as made:
+    with runs.Runs(tmp_path, 1, 1, lambda: math.inf, STAND_IN) as made:
         made.make(jobs)
     assert (made.codes, made.kills) == ({"killed": 0, "bad": 1}, {"killed": 2})
     assert made.said("killed")[-1] == f"called with resume={tmp_path / 'killed'}"
@@ -249,10 +246,9 @@ def test_a_run_is_killed_after_a_round_and_resumed(tmp_path, capsys):
     assert (said["cli bad"]["failed"], said["cli bad"]["said"][-1]) == ("exit status 1", "no such option")
 
 
-@pytest.mark.usefixtures("stand_in")
 def test_runs_end_with_the_budget(tmp_path, capsys):
     left = iter([100.0, 100.0, 10.0])
-    with runs.Runs(tmp_path, 1, 1, lambda: next(left)) as made:
+    with runs.Runs(tmp_path, 1, 1, lambda: next(left), STAND_IN) as made:
         made.make([runs.Job("long", "cpu"), runs.Job("next", "cpu")])
         process = made.running["long"]
     assert process.poll() == -signal.SIGKILL

@@ -20,7 +20,7 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import CHUNK, narrow
 
 Moment = TypeVar("Moment", Tensor, Tensor | None)
-_LARGE = 1 << 16  # coordinates of a tensor that is worth a step of its own
+LARGE = 1 << 16  # coordinates of a tensor that is worth a step of its own
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,25 @@ class Piece:
         return row.narrow(0, self.start, math.prod(self.shape)).view(self.shape)
 
 
-def pieces(space: ParamSpace, mask: Tensor) -> list[Piece]:
+def pieces(space: ParamSpace, mask: Tensor, large: int = LARGE) -> list[Piece]:
     """Split a row for an optimizer: each large tensor apart, unless it is frozen; all small ones are one piece.
 
     That piece is the whole row; its mask is False where another piece trains.
+
+    Args:
+        space: the tensors of the row.
+        mask: bool (P,), True where a coordinate trains.
+        large: coordinates from which a tensor is stepped apart.
+
     """
     named = [Piece(*tensor, None) for tensor in zip(space.names, space.offsets, space.shapes, strict=True)]
-    large = [piece for piece in named if math.prod(piece.shape) >= _LARGE]
-    apart = [_masked(piece, piece.of(mask)) for piece in large if bool(piece.of(mask).any())]
+    apart = [piece for piece in named if math.prod(piece.shape) >= large]
+    trained = [_masked(piece, piece.of(mask)) for piece in apart if bool(piece.of(mask).any())]
     rest = mask.clone()
-    for piece in large:
+    for piece in apart:
         piece.of(rest).fill_(False)
     whole = Piece("", 0, (space.size,), None if bool(rest.all()) else rest)
-    return [*apart, *[whole] * bool(rest.any())]
+    return [*trained, *[whole] * bool(rest.any())]
 
 
 def _masked(piece: Piece, mask: Tensor) -> Piece:
@@ -126,19 +132,22 @@ class Place:
         return out
 
     def trained(
-        self, param: Tensor, grad: Tensor, *moments: Moment
+        self, param: Tensor, grad: Tensor, *moments: Moment, chunk: int = CHUNK
     ) -> Iterator[tuple[Tensor, Tensor, Sequence[Moment], Tensor]]:
-        """Give what trains a chunk after the other: values, gradient, moments, index; the values are written back."""
+        """Give what trains a chunk after the other: values, gradient, moments, index; the values are written back.
+
+        On a CPU a chunk has at most so many coordinates, or is a single entry.
+        """
         seen, steep = self.see(param), self.see(grad if grad.stride() == param.stride() else laid_like(grad, param))
-        for index, parts in self._chunks(*moments):
+        for index, parts in self._chunks(chunk, *moments):
             values = seen.index_select(self.dim, index)
             yield values, steep.index_select(self.dim, index), parts, index
             seen.index_copy_(self.dim, index, values)
 
-    def _chunks(self, *moments: Moment) -> Iterator[tuple[Tensor, Sequence[Moment]]]:
+    def _chunks(self, chunk: int, *moments: Moment) -> Iterator[tuple[Tensor, Sequence[Moment]]]:
         """Split index and moments for one pass over them; the index comes as int64, which torch writes by."""
         n, wide = len(self.index), math.prod(self.shape) // max(1, self.shape[self.dim])
-        size = max(1, CHUNK // wide) if self.index.device.type == "cpu" else n
+        size = max(1, chunk // wide) if self.index.device.type == "cpu" else n
         if n <= size:
             yield self.index.long(), moments
             return

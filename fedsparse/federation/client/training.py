@@ -25,7 +25,7 @@ from fedsparse.federation.client.early_stopping import Counts, Patience
 from fedsparse.federation.client.stacked import StackedRows
 from fedsparse.federation.exchange.update import Start, Update, finite
 from fedsparse.masks.bitmaps import unpack
-from fedsparse.optim.index import Piece, pieces
+from fedsparse.optim.index import LARGE, Piece, pieces
 from fedsparse.optim.masked import MaskedOptimizer
 
 LOCAL = "clients"  # the store of local coordinates
@@ -58,6 +58,7 @@ class Clients:
         per_sample: whether each loss depends on its own sample alone, so that stacked clients' batches may be joined.
         loss_scale: factor of the loss in half precision, so that gradients do not vanish.
         seed: the run's seed, for dropout.
+        large: coordinates from which a tensor of one client is stepped by itself.
 
     Attributes:
         theta: the rows (K, P).
@@ -89,6 +90,7 @@ class Clients:
         per_sample: bool = False,
         loss_scale: float = 1.0,
         seed: int = 0,
+        large: int = LARGE,
     ) -> None:
         check_stackable(net, cohort)
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
@@ -97,7 +99,7 @@ class Clients:
         self.objective = Plain() if objective is None else objective
         self.buffers = Buffers(net) if buffers is None else buffers
         self.bitmaps = torch.zeros(0, 0, dtype=torch.uint8) if bitmaps is None else bitmaps
-        self.per_sample, self.loss_scale, self.seed = per_sample, loss_scale, seed
+        self.per_sample, self.loss_scale, self.seed, self.large = per_sample, loss_scale, seed, large
         self.factors: list[Tensor] = []  # by which each local step of a cohort multiplied its gradients, (K, 1)
         self.change = torch.zeros(0)
         self.subspace, self.theta = Subspace(mask), stacked(space.read(net), cohort)
@@ -119,7 +121,8 @@ class Clients:
 
     def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
         """One row, in the pieces that the optimizer steps, with the mask of each."""
-        split = [Piece("", 0, (self.space.size,), mask)] if len(self.bitmaps) else pieces(self.space, mask)
+        whole = Piece("", 0, (self.space.size,), mask)
+        split = [whole] if len(self.bitmaps) else pieces(self.space, mask, self.large)
         rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self.forward)
         return rows, [piece.mask for piece in split]
 
