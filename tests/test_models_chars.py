@@ -89,15 +89,8 @@ def test_a_federation_of_it_equals_a_plain_loop(tmp_path, masked, large):
     space = ParamSpace.of(net)
     mask = top_fraction(torch.rand(space.size, generator=torch.Generator().manual_seed(3)), 0.4) if masked else None
     start, client = copy.deepcopy(net), partial(ClientModule, large=large)
-    small = Small(
-        net,
-        Dataset(*splits, 5, "letters", vocabulary=5),
-        uneven_parts(40, 4),
-        mask=mask,
-        count=3,
-        clip=0.5,
-        client=client,
-    )
+    dataset = Dataset(*splits, 5, "letters", vocabulary=5)
+    small = Small(net, dataset, uneven_parts(40, 4), mask=mask, count=3, clip=0.5, client=client)
     masks = space.unflatten(mask) if masked else None
     rounds = replay(small.plan, 2)
     plain, _ = plain_fedavg(start, splits[0].x, splits[0].y, rounds, lr=0.2, momentum=0.9, clip=0.5, masks=masks)
