@@ -1,6 +1,7 @@
 """The rules of ``conf/exchange``: which coordinates a client sends, chosen anew for each round and client.
 
-A rule of your own is a class like these, a YAML beside the others, and a row in ``tests/test_exchange_contract.py``.
+A rule of your own is a class like these, a YAML beside the others, and a row in the contract test,
+``tests/test_exchange_contract.py``.
 
 Shapes: n coordinates that a client may send, in the order that both sides know, T tensors that they belong to.
 """
