@@ -26,8 +26,8 @@ from fedsparse.bench.savings import interleaved
 from fedsparse.core import files
 from fedsparse.core.folder import EXPORT, WEIGHTS
 from fedsparse.core.weights import load_weights, save_weights
+from fedsparse.job import earlier, trust
 from fedsparse.job import model as nets
-from fedsparse.job import trust
 from fedsparse.job.command import on_command_line
 from fedsparse.job.execute import quiet
 from fedsparse.job.finished import Finished, inputs, read_run
@@ -93,7 +93,7 @@ def load(folder: str | os.PathLike[str], trusted: Sequence[str] = ()) -> nn.Modu
     path = Path(folder)
     try:
         stored, tensors = json.loads((path / CONFIG).read_text(encoding="utf-8")), load_weights(path / WEIGHTS)
-        arguments, sizes = stored["net"], stored["modules"]
+        arguments, sizes = earlier.renewed(stored["net"]), stored["modules"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         text = f"{path} holds no exported model ({type(error).__name__}: {error})"
         raise ValueError(

@@ -22,6 +22,7 @@ from fedsparse.analysis.table import once, rows
 from fedsparse.core.signals import command
 from fedsparse.job import trust
 from fedsparse.job.command import one_line
+from fedsparse.job.earlier import renewed, typed_now
 from fedsparse.job.resume import composed, refuse_stored_overrides
 from fedsparse.job.runs import compose_and_run, run_cell
 from fedsparse.job.sweep import MAY_DIFFER, CellFailed, cell_name, shown
@@ -42,7 +43,7 @@ def cells(folder: Path, seeds: Sequence[int], into: Path | None = None) -> Itera
         ValueError: no finished run is there.
 
     """
-    runs, _ = read_runs([folder])
+    runs, _ = read_runs([folder], renewed)
     best = [overrides_of(row.runs[0]) for row in rows(once(runs)[0])]
     left_out = [key for key in MAY_DIFFER if len({_value(key, typed) for typed in best}) == 1]  # as in the sweep itself
     for typed in best:
@@ -88,8 +89,9 @@ def run(
     own = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir.absolute()}']"]
     options = [CHECKED, f"hydra.run.dir={folder.absolute()}", *([BESIDE] if beside else [])]
     try:
-        refuse_stored_overrides(overrides, trusted, own)
-        compose_and_run(execute_cell, [*overrides, *own, *options])
+        wanted = typed_now(overrides)  # while the folder keeps the name that it had then
+        refuse_stored_overrides(wanted, trusted, own)
+        compose_and_run(execute_cell, [*wanted, *own, *options])
     except CellFailed:
         return False
     except Exception as error:

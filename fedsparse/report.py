@@ -19,6 +19,7 @@ from fedsparse.analysis.page import Picture, Section, Table, markdown, page, png
 from fedsparse.analysis.table import once, rows
 from fedsparse.core import files
 from fedsparse.core.signals import command
+from fedsparse.job.earlier import renewed
 
 _TITLE = "fedsparse report"
 
@@ -45,7 +46,7 @@ def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
         ValueError: there is no finished run.
 
     """
-    found, problems = read_runs(folders)
+    found, problems = read_runs(folders, renewed)
     try:
         return _sections(found, problems, target)
     except Exception:  # of one damaged folder: the others are shown

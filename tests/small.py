@@ -15,7 +15,7 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.rounds import LocalWork, RoundPlan
-from fedsparse.federation.client.drift import Plain
+from fedsparse.federation.client.drift import NoCorrection
 from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.federation.federation import Federation
 from fedsparse.federation.phases import Phase, Phases
@@ -72,7 +72,7 @@ class Small:
     mask: torch.Tensor | None = None
     exchange: Any = Exchange
     aggregation: Any = WeightedMean
-    objective: Any = Plain
+    objective: Any = NoCorrection
     untouched: str = "hold"
     lr: float = 0.2
     momentum: float = 0.9

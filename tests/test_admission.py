@@ -14,7 +14,7 @@ from small import Small, small_data, small_net, uneven_parts
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client.drift import VARIATES, Scaffold
 from fedsparse.federation.exchange.exchange import Exchange, Filter
-from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip
+from fedsparse.federation.exchange.filters import ErrorFeedback, Quantize, SignFlip
 from fedsparse.federation.exchange.sparsifiers import RandomK, Threshold, TopK
 from fedsparse.federation.exchange.update import (
     NOT_FINITE,
@@ -39,7 +39,7 @@ HELD = (10.0, 20.0, 30.0)
 def an_update(buffers=2, **changes):
     g = torch.Generator().manual_seed(0)
     rows, start, more = (torch.randn(K, n, generator=g) for n in (SIZE, SIZE, buffers))
-    return replace(Update((4, 9, 2), rows, more, HELD, (0.1, -0.2, 0.3), anchor=start, round=1), **changes)
+    return replace(Update((4, 9, 2), rows, more, HELD, (0.1, -0.2, 0.3), start=start, round=1), **changes)
 
 
 def exchange(rule=None, **options):
@@ -71,9 +71,9 @@ def test_one_value_that_is_not_finite_takes_its_client_out(where, bad):
 def test_a_client_that_is_refused_ends_where_it_started_or_at_zero_if_nobody_knows(known):
     update = an_update(values=torch.ones(K, SIZE))
     if not known:
-        update = replace(update, anchor=None)
+        update = replace(update, start=None)
     found = refuse(update, {1: "late"})
-    assert torch.equal(found.values[1], update.anchor[1] if known else torch.zeros(SIZE))
+    assert torch.equal(found.values[1], update.start[1] if known else torch.zeros(SIZE))
     assert torch.equal(found.values[[0, 2]], torch.ones(2, SIZE))
 
 
@@ -212,7 +212,7 @@ def as_if_silent(tmp_path, caplog, make, attack):
 @pytest.mark.parametrize("precision", [None, "float16"])
 @pytest.mark.parametrize("says", [{"weight": 1e308}, {"weight": 1e300}, {"loss": NAN}])
 def test_a_client_whose_claims_cannot_be_true_is_as_if_silent_and_named(tmp_path, caplog, says, precision, cohort):
-    more = [] if precision is None else [partial(Precision, precision)]
+    more = [] if precision is None else [partial(Quantize, precision)]
 
     def make(filters, cohort=cohort):
         return build(filters=[*filters, *more], cohort=cohort)
@@ -230,11 +230,11 @@ WAYS = {
     "topk": {"rule": TopK(fraction=0.2)},
     "randomk": {"rule": RandomK(0.5)},
     "threshold of values": {"rule": Threshold(0.01, "largest_final"), "payload": "value"},
-    "half": {"last": [partial(Precision, "float16")]},
-    "int8": {"last": [partial(Precision, "int8")]},
-    "topk int8": {"rule": TopK(fraction=0.2), "last": [partial(Precision, "int8")]},
-    "feedback": {"rule": TopK(fraction=0.2), "last": [Feedback]},
-    "feedback of int8": {"last": [Feedback, partial(Precision, "int8")]},
+    "half": {"last": [partial(Quantize, "float16")]},
+    "int8": {"last": [partial(Quantize, "int8")]},
+    "topk int8": {"rule": TopK(fraction=0.2), "last": [partial(Quantize, "int8")]},
+    "feedback": {"rule": TopK(fraction=0.2), "last": [ErrorFeedback]},
+    "feedback of int8": {"last": [ErrorFeedback, partial(Quantize, "int8")]},
 }
 
 
@@ -269,7 +269,7 @@ def test_if_all_claim_too_much_the_line_says_so(tmp_path):
 
 def test_a_residual_that_overflows_is_not_kept(tmp_path):
     """Carried and changed are finite, their sum is not."""
-    travels, update = exchange(TopK(fraction=0.5), filters={"f": Feedback()}), an_update(0)
+    travels, update = exchange(TopK(fraction=0.5), filters={"f": ErrorFeedback()}), an_update(0)
     (store,) = travels.stores.values()
     carried = torch.zeros(SIZE)
     carried[3] = update.rows[1, 3] = MOST

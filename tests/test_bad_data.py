@@ -31,7 +31,7 @@ def dataset(classes=10, **options):
 OWN = {
     "a_torch_dataset": (
         lambda: TensorDataset(torch.zeros(60, 1, 8, 8), LABELS),
-        r"data\.source\._target_=own_data\.made returns a TensorDataset; it has to return .*Dataset\(train, val, test",
+        r"data\._target_=own_data\.made returns a TensorDataset; it has to return .*Dataset\(train, val, test",
     ),
     "three_torch_datasets": (lambda: (TensorDataset(LABELS),) * 3, "returns a tuple; it has to return"),
     "nothing": (lambda: None, "returns a NoneType; it has to return"),
@@ -77,7 +77,7 @@ def test_own_data_functions(early, monkeypatch, name):
     make, says = OWN[name]
     monkeypatch.setitem(sys.modules, "own_data", types.ModuleType("own_data"))
     sys.modules["own_data"].made = make
-    line = refused("data.source._target_=own_data.made model=vit_digits")
+    line = refused("data._target_=own_data.made model=vit_digits")
     assert re.search(says, line), line
 
 

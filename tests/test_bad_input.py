@@ -132,7 +132,7 @@ BAD = [
     ("mask.owner=everyone", "mask.owner is 'everyone'"),
     ("mask.owner=client exchange=full", "mask.owner=client needs exchange=masked"),
     ("mask_rule=talos mask_rule.score=loss", "mask_rule.score"),
-    ("model=timm model.name=resnet_18 model.net.pretrained=false", "close to it are"),
+    ("model=timm model.name=resnet_18 model.pretrained=false", "close to it are"),
     ("model.checkpoint=absent.safetensors model=vit_digits", "absent.safetensors"),
 ]
 
@@ -278,8 +278,8 @@ BAD_EXCHANGE = [
     (f"{LAYERS}=inf", "exchange.threshold is inf; it must be null, or a finite number of 0 or more"),
     ("exchange=pattern exchange.names=5", "exchange.names is 5; it must be glob patterns"),
     ("server.lr=1e39", "server.lr is 1e.39; it must be a finite number above 0"),
-    ("server=fedavgm server.optimizer.momentum=5", "server.optimizer.momentum is 5; it must be .* and below 1"),
-    ("server=fedadam server.tau=1e39", "server.optimizer.tau is 1e.*; it must be a finite number"),
+    ("server=fedavgm server.momentum=5", "server.momentum is 5; it must be .* and below 1"),
+    ("server=fedadam server.tau=1e39", "server.tau is 1e.*; it must be a finite number"),
     ("calibration.head_lr=1e39", "calibration.head_lr is 1e.39; it must be a finite number above 0"),
     ("calibration.cache=5", "calibration.cache is 5; it must be a folder, or null"),
     ("mask_rule=autoflip explore.lr=1e39", "explore.lr is 1e.39; it must be null, or a finite number above 0"),
@@ -451,8 +451,8 @@ def test_bad_arrays(tmp_path, monkeypatch, changes, says):
 
 def test_a_head_that_is_told_to_be_too_small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"10 outputs and the data 15 classes; set model.net.num_classes=15"):
-        run([*BASE, *write_arrays(tmp_path / "data", y=lambda y: y + 5), "model.net.num_classes=10"])
+    with pytest.raises(ValueError, match=r"10 outputs and the data 15 classes; set model.num_classes=15"):
+        run([*BASE, *write_arrays(tmp_path / "data", y=lambda y: y + 5), "model.num_classes=10"])
 
 
 @pytest.mark.parametrize(
@@ -506,10 +506,10 @@ RANGES = [  # schedules, optimizers, masks: each option at and beyond its edge
     ("optimizer.dampening=-1", "optimizer.dampening is -1; it must be a finite number of 0 or more"),
     ("optimizer.weight_decay=inf", "optimizer.weight_decay is inf; it must be a finite number of 0 or more"),
     ("optimizer.clip_norm=inf", "optimizer.clip_norm is inf; it must be null, or a finite number above 0"),
-    ("server=fedavgm server.optimizer.momentum=nan", "server.optimizer.momentum is nan; it must be a finite number"),
+    ("server=fedavgm server.momentum=nan", "server.momentum is nan; it must be a finite number"),
     (
-        "server=fedavgm server.optimizer.momentum=1",
-        "server.optimizer.momentum is 1; it must be a finite number of 0 or more and below 1",
+        "server=fedavgm server.momentum=1",
+        "server.momentum is 1; it must be a finite number of 0 or more and below 1",
     ),
     ("server=fedavgm_ema server.beta=1", "server.beta is 1; it must be a finite number of 0 or more and below 1"),
     ("server=fedadam server.bias_correction=maybe", "server.bias_correction is 'maybe'; it must be true or false"),

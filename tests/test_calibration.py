@@ -55,7 +55,7 @@ def job(rule, **calibration):
 
 
 def test_defaults_are_those_of_the_command_line():
-    stored = OmegaConf.to_container(OmegaConf.load(conf_dir() / "calibration/default.yaml"))
+    stored = OmegaConf.to_container(OmegaConf.load(conf_dir() / "train.yaml").calibration)
     assert asdict(Calibration(cache=stored["cache"])) == stored
 
 

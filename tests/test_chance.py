@@ -6,22 +6,22 @@ from typing import ClassVar
 
 import torch
 
-from fedsparse.federation.client.drift import Plain, Term
+from fedsparse.federation.client.drift import GradientCorrection, NoCorrection
 from fedsparse.job import summary as results
 
 BASE = ["mask_rule=random", "pictures=false", "optimizer.clip_norm=0.6", "federation.local_steps=5"]
 
 
-class Noting(Plain):
+class Noting(NoCorrection):
     """Notes, before each step is clipped, the norm of every client's gradient over what trains."""
 
     norms: ClassVar[list[float]] = []
 
-    def begin(self, theta, clients, subspace):
+    def start(self, theta, clients, subspace):
         return Norms(self.norms, theta, subspace.mask)
 
 
-class Norms(Term):
+class Norms(GradientCorrection):
     def __init__(self, norms, theta, mask):
         self.norms, self.cohort, self.mask = norms, len(theta), mask.expand_as(theta)
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
+from composed import composed
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -21,12 +20,12 @@ from torch.nn import functional as F
 
 from fedsparse.core.space import ParamSpace
 from fedsparse.data.datasets import Dataset, Split, arrays, digits
+from fedsparse.job.keys import target_of
 from fedsparse.models.trainable import trainable_filter
 from fedsparse.models.vision import conv, mlp, vit_digits
 from fedsparse.studies import pretrain
 
 WEIGHTS = Path(str(files("fedsparse.models"))) / "weights" / "vit_digits.safetensors"
-CONF = Path(__file__).parents[1] / "conf"
 
 
 @pytest.fixture(scope="module")
@@ -374,26 +373,25 @@ def test_trainable_refuses_what_the_model_lacks():
 
 @pytest.mark.parametrize("name", ["vit_digits", "mlp", "conv"])
 def test_model_yaml_builds(name):
-    cfg = OmegaConf.create({"model": yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text()), "seed": 2})
+    cfg = composed(f"model={name}", "seed=2")
     found = {"num_classes": 10, "in_chans": 1, "in_features": 64}  # null: as the data has
-    assert [key for key in found if key in cfg.model.net] == [k for k in found if cfg.model.net.get(k, 0) is None]
-    cfg.model.net.update({key: value for key, value in found.items() if key in cfg.model.net})
-    net = instantiate(cfg.model.net)
+    assert [key for key in found if key in cfg.model] == [key for key in found if cfg.model.get(key, 0) is None]
+    cfg.model.update({key: value for key, value in found.items() if key in cfg.model})
+    net = instantiate(target_of("model", cfg.model))
     assert cfg.model.name == name
     trainable_filter(cfg.model.trainable, cfg.model.head, [n for n, _ in net.named_parameters()])
     assert trainable_filter("head", cfg.model.head, [n for n, _ in net.named_parameters()])("head.weight")
-    assert torch.equal(instantiate(cfg.model.net).head.weight, net.head.weight)
+    assert torch.equal(instantiate(target_of("model", cfg.model)).head.weight, net.head.weight)
     assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_data_yaml_builds(tmp_path):
-    cfg = OmegaConf.create({"data": yaml.safe_load((CONF / "data" / "digits.yaml").read_text())})
+    cfg = composed("data=digits")
     assert cfg.data.batch_size == 32
-    assert instantiate(cfg.data.source).name == "digits"
+    assert instantiate(target_of("data", cfg.data)).name == "digits"
     write_arrays(tmp_path)
-    cfg = OmegaConf.create({"data": yaml.safe_load((CONF / "data" / "arrays.yaml").read_text())})
-    cfg.data.root = str(tmp_path)
-    assert len(instantiate(cfg.data.source).train.y) == 12
+    cfg = composed("data=arrays", f"data.root={tmp_path}")
+    assert len(instantiate(target_of("data", cfg.data)).train.y) == 12
 
 
 def test_glyphs_are_letters_and_repeatable():

@@ -11,21 +11,19 @@ import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from composed import composed
 from hydra.utils import instantiate
 from image_files import CHANGED, idx, write_cifar10, write_cifar100, write_folder, write_mnist, write_pickle
-from omegaconf import OmegaConf
 from torchvision import datasets as tvd
 
 from fedsparse.data import pixels
 from fedsparse.data.datasets import hold_out
+from fedsparse.job.keys import target_of
 
-CONF = Path(__file__).parents[1] / "conf" / "data"
 LOADERS = {
     "cifar10": (write_cifar10, tvd.CIFAR10),
     "cifar100": (lambda root: write_cifar100(root, 90, 30, classes=6), tvd.CIFAR100),
@@ -103,7 +101,7 @@ def test_validation_is_a_stratified_tenth_by_its_own_seed(tmp_path, name):
 
 @pytest.mark.parametrize("name", [*LOADERS, "imagefolder"])
 def test_yaml_names_root_split_and_augmentation(tmp_path, name):
-    cfg = OmegaConf.create({"data": yaml.safe_load((CONF / f"{name}.yaml").read_text())})
+    cfg = composed(f"data={name}")
     if name == "imagefolder":
         write_folder(tmp_path, {"cat": 20, "dog": 20})
     else:
@@ -111,7 +109,7 @@ def test_yaml_names_root_split_and_augmentation(tmp_path, name):
         LOADERS[name][0](tmp_path)
     cfg.data.root = str(tmp_path)
     cfg.data.val_fraction = 0.25
-    dataset = instantiate(cfg.data.source)
+    dataset = instantiate(target_of("data", cfg.data))
     assert len(dataset.val.y) / (len(dataset.val.y) + len(dataset.train.y)) == pytest.approx(0.25, abs=0.02)
     assert len(dataset.mean) == len(dataset.std) == dataset.train.x.shape[1]
     assert cfg.data.augment == "none"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
+from composed import composed
+from omegaconf import OmegaConf
 
 from fedsparse import run
-from fedsparse.job.earlier import KEYS, TARGETS, renewed
+from fedsparse.job.earlier import KEYS, SAID, TARGETS, renewed, typed_now
 from fedsparse.job.trust import shipped
+from fedsparse.job.unread import check_keys
 
 NC2 = ["partition=noniid_nc2", "federation.num_clients=8", "mask_rule=random"]
 
@@ -45,9 +51,11 @@ def test_a_run_of_before_exchanges_were_one_class_goes_on(run_in):
     _, folder = run_in("old", *options, "federation.rounds=2")
     stored = folder / ".hydra" / "config.yaml"
     text = stored.read_text(encoding="utf-8")
-    old = text.replace("federation.exchange.Exchange", "federation.exchange.Sparse")
-    old = old.replace("federation.exchange.TopK", "federation.selection.TopK")
-    assert old.count("exchange.Sparse\n") == old.count("selection.TopK\n") == 1
+    flat = "  _target_: fedsparse.federation.exchange.TopK\n"
+    rule = "    rule:\n      _target_: fedsparse.federation.selection.TopK\n      fraction: ${exchange.fraction}\n"
+    build = "  build:\n    _target_: fedsparse.federation.exchange.Sparse\n    _partial_: true\n"
+    old = text.replace(flat, build + rule)
+    assert text.count(flat) == 1
     stored.write_text(old, encoding="utf-8")
     assert run([f"resume={folder}", "federation.rounds=3"])["global_sha256"] == whole["global_sha256"]
 
@@ -55,4 +63,82 @@ def test_a_run_of_before_exchanges_were_one_class_goes_on(run_in):
 def test_the_names_of_now_are_those_of_conf():
     for target, keys in KEYS.items():
         assert set(keys) <= shipped().arguments[target]
-    assert set(TARGETS.values()) <= set(shipped().arguments)
+    assert set(TARGETS.values()) <= {*shipped().arguments, *SAID.values()}
+
+
+def composed_then(**parts):
+    """What the last commit before composed, of every option in ``conf_before.json``."""
+    return json.loads(Path(__file__).with_name("conf_before.json").read_text(encoding="utf-8"))[""] | parts
+
+
+def test_an_argument_that_was_typed_for_a_target_alone_is_the_value_now():
+    then = composed_then()
+    then["optimizer"]["build"] |= {"lr": 0.3, "maximize": True}
+    then["model"]["net"] |= {"seed": 7, "depth": "${model.net.seed}"}
+    now = renewed(then)
+    assert (now["optimizer"]["lr"], now["optimizer"]["maximize"]) == (0.3, True)
+    assert (now["model"]["seed"], now["model"]["depth"]) == (7, "${model.seed}")
+    assert renewed(now) == now
+
+
+def test_what_cannot_be_said_any_more_is_left_where_it_stood():
+    """A net's own argument that is called as a key of the job's, and an exchange of one's own with a rule."""
+    then = composed_then()
+    then["model"]["net"]["head"] = "linear"
+    build = {"_target_": "mine.Exchange", "_partial_": True, "rule": {"_target_": "mine.Rule", "k": 3}}
+    then["exchange"] |= {"build": build}
+    now = renewed(then)
+    assert now["model"]["net"] == {"head": "linear"}
+    assert now["model"]["head"] == "head.*"
+    assert "mine.Rule" in str(now["exchange"]["build"])
+    cfg = composed()
+    OmegaConf.set_struct(cfg, False)
+    for group in ("model", "exchange"):
+        with pytest.raises(ValueError, match=rf"there is no key {group}\.(net|build)\S*; it is {group} now"):
+            check_keys(OmegaConf.merge(cfg, {group: now[group]}), {})
+
+
+def test_filters_of_ones_own_stay_and_a_rule_is_the_target():
+    then = composed_then()
+    then["exchange"]["build"] |= {"rule": {"_target_": "fedsparse.federation.selection.TopK", "fraction": {0: 0.5}}}
+    then["exchange"]["build"]["filters"]["mine"] = {"_target_": "mine.Filter"}
+    then["exchange"]["build"]["filters"]["feedback"]["decay"] = 0.5
+    values = {"payload": "change", "feedback": 0.5, "precision": None, "attackers": None, "attack_scale": 10.0}
+    target = {"_target_": "fedsparse.federation.exchange.TopK", "fraction": {0: 0.5}}
+    assert renewed(then)["exchange"] == values | target | {"filters": {"mine": {"_target_": "mine.Filter"}}}
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        {"server": 3},
+        {"server": {"optimizer": None}},
+        {"model": {"net": {}}},
+        {"data": {"root": 3, "source": {"root": {"a": 1}}}},
+    ],
+    ids=str,
+)
+def test_a_damaged_configuration_is_renewed_to_something_that_can_be_refused(then):
+    assert renewed(then).keys() == then.keys()
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ("model.net.hidden=8", "model.hidden=8"),
+        ("+model.net.source=x", "+model.tokenizer=x"),
+        ("~model.net.seed", "~model.seed"),
+        (
+            "exchange.build.filters.attack.scale=${exchange.build.rule.fraction}",
+            "exchange.attack_scale=${exchange.fraction}",
+        ),
+        (
+            "data.source.checkpoint=${oc.select:model.net.checkpoint,null}",
+            "data.checkpoint=${oc.select:model.checkpoint,null}",
+        ),
+        ("exchange.fraction=0.1", "exchange.fraction=0.1"),
+        ("mask_rule=random", "mask_rule=random"),
+    ],
+)
+def test_what_was_typed_then_is_typed_now(then, now):
+    assert typed_now([then, "trainer=default", "seed=1"]) == [now, "seed=1"]

@@ -36,7 +36,7 @@ def test_figures_of_both_splits_and_of_clients_by_hand():
     """Two batches of the test split, whose last sample is a client's own: it counts for the client only."""
     told = {}
     module = SimpleNamespace(log_dict=lambda figures, **_: told.update(figures))
-    evaluation = Evaluation([np.array([0, 1]), np.array([2]), np.array([]), np.array([0])], own=1)
+    evaluation = Evaluation([np.array([0, 1]), np.array([2]), np.array([]), np.array([0])], client_only=1)
     right, wrong = [0.0, 1.0], [1.0, 0.0]  # every label is 1
 
     def batch(*logits, losses):

@@ -16,7 +16,7 @@ from fedsparse.core.subspace import Subspace
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.exchange.exchange import Exchange, Full
-from fedsparse.federation.exchange.filters import Feedback, Precision, SignFlip
+from fedsparse.federation.exchange.filters import ErrorFeedback, Quantize, SignFlip
 from fedsparse.federation.exchange.scores import SCORES
 from fedsparse.federation.exchange.sparsifiers import Layers, Pattern, RandomK, Threshold, TopK
 from fedsparse.federation.exchange.update import Update
@@ -38,7 +38,7 @@ def filtered(make, *filters):
     return lambda **given: make(**given, filters={str(i): new() for i, new in enumerate(filters)})
 
 
-half, whole8 = partial(Precision, "float16"), partial(Precision, "int8")
+half, whole8 = partial(Quantize, "float16"), partial(Quantize, "int8")
 EXACT = {
     "full": Full,
     "masked": Exchange,
@@ -62,9 +62,9 @@ EXACT = {
 LOSSY = {
     "half": filtered(Exchange, half),
     "int8": filtered(sparse(TopK(fraction=0.2)), whole8),
-    "feedback": filtered(sparse(TopK(fraction=0.1)), Feedback),
-    "feedback of randomk": filtered(sparse(RandomK(0.1)), partial(Feedback, 0.9)),
-    "feedback of int8": filtered(sparse(TopK(fraction=0.1)), Feedback, whole8),
+    "feedback": filtered(sparse(TopK(fraction=0.1)), ErrorFeedback),
+    "feedback of randomk": filtered(sparse(RandomK(0.1)), partial(ErrorFeedback, 0.9)),
+    "feedback of int8": filtered(sparse(TopK(fraction=0.1)), ErrorFeedback, whole8),
     "original": sparse(TopK(fraction=0.2, compat="original"), payload="value", compat="original"),
 }
 EXCHANGES = EXACT | LOSSY
@@ -101,7 +101,7 @@ def updates(clients=7, size=SIZE, dtype=torch.float64):
     weight = tuple(1.0 + k for k in range(clients))
     steps = tuple(2.0 * (k + 1) for k in range(clients))
     empty = torch.zeros(clients, 0, dtype=dtype)
-    return Update(tuple(range(clients)), rows, empty, weight, weight, anchor=start, round=1, steps=steps)
+    return Update(tuple(range(clients)), rows, empty, weight, weight, start=start, round=1, steps=steps)
 
 
 def cohort(update, start, size):
@@ -114,7 +114,7 @@ def cohort(update, start, size):
         update,
         clients=(*update.clients[rows], *[-1] * padding),
         rows=torch.cat([update.rows[rows], zero]),
-        anchor=torch.cat([update.start[rows], zero]),
+        start=torch.cat([update.start_values[rows], zero]),
         buffers=torch.zeros(size, 0, dtype=zero.dtype),
         **filled,
     )
@@ -125,7 +125,7 @@ def closed(exchange, aggregation, update, size):
     space = ParamSpace.of(small_net())
     travels = EXCHANGES[exchange](trained=torch.ones(SIZE, dtype=torch.bool), local=space.local, space=space)
     rule = AGGREGATIONS[aggregation]()
-    tally = rule.zero(1, SIZE, 0, torch.device("cpu"), travels.own)
+    tally = rule.zero(1, SIZE, 0, torch.device("cpu"), travels.per_coordinate)
     for start in range(0, len(update.clients), size):
         part = cohort(update, start, size)
         rule.add(tally, travels.decode(travels.encode(part)), [0] * size)
@@ -139,7 +139,9 @@ def without(update, victim):
     keep = [k for k in range(len(update.clients)) if k != victim]
     tuples = ("clients", "weight", "loss", "steps")
     picked = {name: tuple(getattr(update, name)[k] for k in keep) for name in tuples}
-    rest = replace(update, rows=update.rows[keep], anchor=update.start[keep], buffers=update.buffers[keep], **picked)
+    rest = replace(
+        update, rows=update.rows[keep], start=update.start_values[keep], buffers=update.buffers[keep], **picked
+    )
     muted = {n: tuple(0.0 if k == victim else v for k, v in enumerate(getattr(update, n))) for n in ("weight", "loss")}
     rows = update.rows.clone()
     rows[victim] = 0.0
@@ -221,7 +223,7 @@ def test_a_dropped_clients_local_coordinates_stay_what_they_were(tmp_path):
 @pytest.mark.parametrize("silent", ["silent", "feedback of silence"])
 @aggregations
 def test_if_nobody_sends_the_model_stays_to_the_bit(tmp_path, silent, aggregation):
-    exchange = sparse(SILENT) if silent == "silent" else filtered(sparse(SILENT), Feedback)
+    exchange = sparse(SILENT) if silent == "silent" else filtered(sparse(SILENT), ErrorFeedback)
     server = partial(torch.optim.SGD, lr=1.0, momentum=0.9)
     small = build(exchange, aggregation, cohort=3, server=server)
     before = small.row.clone()
@@ -234,7 +236,7 @@ def test_a_client_that_sends_nothing_counts_among_participants_alone(tmp_path):
 
         shared, client = False, None
 
-        def mark(self, theta, anchor, layout, sender):
+        def mark(self, theta, start, layout, sender):
             return torch.full_like(theta, sender.client != Shy.client, dtype=torch.bool)
 
     got = {}
@@ -279,7 +281,8 @@ def test_a_rule_that_sends_all_is_dense(tmp_path, rule, aggregation, masked):
 
 
 @pytest.mark.parametrize(
-    "same", ["full", "masked values", filtered(sparse(TopK(fraction=1.0)), Feedback), filtered(Exchange, Feedback)]
+    "same",
+    ["full", "masked values", filtered(sparse(TopK(fraction=1.0)), ErrorFeedback), filtered(Exchange, ErrorFeedback)],
 )
 def test_other_ways_to_send_all_are_dense_too(tmp_path, same):
     dense, other = (build(e, "participants", cohort=3).fit(ROUNDS, tmp_path).row for e in ("masked", same))
@@ -316,12 +319,12 @@ def test_what_arrives_is_what_was_sent(exchange, dtype):
     direct = travels.decode(payload)
     read = direct if not payload.written else travels.decode(wire)  # the receiver does not see the rows
     sent = torch.ones_like(update.rows, dtype=torch.bool) if read.sent is None else read.sent
-    wanted = update.rows if travels.payload == "change" else update.start + update.rows - update.start
+    wanted = update.rows if travels.payload == "change" else update.start_values + update.rows - update.start_values
     if exchange == "flipped":
         wanted = torch.cat([-3.0 * update.rows[:2], update.rows[2:]])
     assert torch.equal(read.rows, torch.where(sent, wanted, 0.0))
     assert (read.weight, read.loss, read.clients) == (update.weight, update.loss, update.clients)
-    assert travels.own == (read.sent is not None)
+    assert travels.per_coordinate == (read.sent is not None)
 
 
 @pytest.mark.parametrize("cohort", [1, 3])
@@ -358,9 +361,9 @@ def test_as_the_original_what_all_say_is_zero_is_zero_in_float32():
     rows = torch.zeros(7, 5000)
     rows[:, 3] = 9.0  # the one that all send
     weight = tuple(torch.rand(7, generator=g, dtype=torch.float64).tolist())
-    update = Update(tuple(range(7)), rows, torch.zeros(7, 0), weight, weight, anchor=row.expand(7, -1).clone())
+    update = Update(tuple(range(7)), rows, torch.zeros(7, 0), weight, weight, start=row.expand(7, -1).clone())
     rule = WeightedMean()
-    tally = rule.zero(1, 5000, 0, torch.device("cpu"), travels.own)
+    tally = rule.zero(1, 5000, 0, torch.device("cpu"), travels.per_coordinate)
     rule.add(tally, travels.decode(travels.encode(update)), [0] * 7)
     server = Server(row.clone(), partial(torch.optim.SGD, lr=1.0), Subspace(torch.ones(5000, dtype=torch.bool)))
     server.step(rule.finish(tally))

@@ -13,7 +13,7 @@ from fedsparse.core import parallel
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.exchange import Exchange
-from fedsparse.federation.exchange.filters import Feedback, Precision
+from fedsparse.federation.exchange.filters import ErrorFeedback, Quantize
 from fedsparse.federation.exchange.sparsifiers import RandomK, TopK
 from fedsparse.federation.server.aggregation import FedNova, Robust, WeightedMean
 from fedsparse.federation.server.robust import median
@@ -26,7 +26,7 @@ def sparse(rule, *filters, **options):
 
 CASES = {
     "feedback": {
-        "exchange": sparse(TopK(fraction=0.1), Feedback, partial(Precision, "int8")),
+        "exchange": sparse(TopK(fraction=0.1), ErrorFeedback, partial(Quantize, "int8")),
         "aggregation": partial(WeightedMean, "participants"),
         "server": partial(FedYogi, lr=0.01),
         "untouched": "freeze",

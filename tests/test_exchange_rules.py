@@ -244,7 +244,7 @@ def trained(seed, n=60):
     start = torch.randint(-9, 10, (3, n), generator=g).float() / 10
     values = torch.randn(3, n, generator=g) / 1e3
     values[:, ::4] *= 1e3
-    numbers = {"weight": (1.0,) * 3, "loss": (0.0,) * 3, "anchor": start, "values": values}
+    numbers = {"weight": (1.0,) * 3, "loss": (0.0,) * 3, "start": start, "values": values}
     return start, values, Update((0, 1, 2), values - start, torch.zeros(3, 0), **numbers)
 
 

@@ -69,7 +69,7 @@ def test_the_four_configurations_of_the_m8_document(name, asked):
 def test_ag_news_trains_with_adamw_as_its_source_does():
     cfg, choices = composed("experiment=sparse_exchange_ag_news")
     assert choices["optimizer"] == "adamw"
-    assert (cfg.optimizer.build.decoupled, cfg.optimizer.weight_decay, cfg.optimizer.clip_norm) == (True, 0.001, None)
+    assert (cfg.optimizer.decoupled, cfg.optimizer.weight_decay, cfg.optimizer.clip_norm) == (True, 0.001, None)
 
 
 @pytest.mark.parametrize(("steps", "rounds"), [(4, 200), (8, 100), (16, 50)])

@@ -29,7 +29,7 @@ def test_what_differs_between_its_commands(data, expected):
     federation = cfg.federation
     assert choices["data"] == data
     assert expected == (
-        choices["model"], choices["partition"], cfg.model.net.hidden, federation.num_clients,
+        choices["model"], choices["partition"], cfg.model.hidden, federation.num_clients,
         federation.clients_per_round, federation.eval_every, cfg.explore.clients, cfg.explore.epochs,
         cfg.sparsity.ratio, cfg.seed,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def files(tmp_path):
 
 
 SMALL = [
-    "model.net.hidden=8", "data.batch_size=16", "federation.rounds=2", "federation.clients_per_round=2",
+    "model.hidden=8", "data.batch_size=16", "federation.rounds=2", "federation.clients_per_round=2",
     "federation.local_epochs=1", "federation.eval_every=1", "explore.epochs=2", "explore.patience=1", "logger=csv",
     "pictures=false", "calibration.cache=null",
 ]  # fmt: skip

@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
+from composed import composed
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from fedsparse.core.subspace import Subspace
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.server.server import Server
-from fedsparse.job.shipped import conf_dir
+from fedsparse.job.keys import target_of
 from fedsparse.optim.fedopt import AveragedMomentum, FedAdagrad, FedAdam, FedYogi
 
 KINDS = [FedAdam, FedYogi, FedAdagrad]
@@ -227,8 +227,8 @@ def test_options_outside_their_range_are_refused_in_one_line(wrong):
 
 def server_of(name, row, **options):
     """The server as the configuration makes it."""
-    cfg = OmegaConf.create({"server": OmegaConf.merge(OmegaConf.load(conf_dir() / f"server/{name}.yaml"), options)})
-    make = instantiate(cfg.server.optimizer)
+    cfg = composed(f"server={name}", *(f"server.{key}={value}" for key, value in options.items()))
+    make = instantiate(target_of("server", cfg.server))
     return Server(row, make, Subspace(torch.ones(row.shape[1], dtype=torch.bool)))
 
 

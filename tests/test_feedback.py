@@ -12,12 +12,12 @@ from plain_sparse import best, train
 from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation.client.drift import FedProx, Plain, Scaffold
+from fedsparse.federation.client.drift import FedProx, NoCorrection, Scaffold
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.federation.exchange.filters import (
     RESIDUAL,
-    Feedback,
-    Precision,
+    ErrorFeedback,
+    Quantize,
     SignFlip,
     feedback,
     precision,
@@ -88,7 +88,7 @@ RULES = {
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("rule", list(RULES))
 def test_sent_and_kept_are_carried_and_changed_to_the_bit(rule, decay):
-    exchange = exchange_of(RULES[rule], Feedback(decay))
+    exchange = exchange_of(RULES[rule], ErrorFeedback(decay))
     for wanted, arrived, kept in exchange_rounds(exchange, 4, decay):
         assert torch.equal(arrived + kept, wanted)
         assert not (arrived.bool() & kept.bool()).any()  # each value went one way whole
@@ -99,7 +99,7 @@ def test_sent_and_kept_are_carried_and_changed_to_the_bit(rule, decay):
 @pytest.mark.parametrize("rule", [None, *RULES])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_what_rounding_takes_is_kept_within_a_float32_rounding(rule, dtype):
-    exchange = exchange_of(RULES.get(rule), Feedback(), Precision(dtype))
+    exchange = exchange_of(RULES.get(rule), ErrorFeedback(), Quantize(dtype))
     for wanted, arrived, kept in exchange_rounds(exchange, 4):
         assert torch.equal(kept, wanted - arrived)
         error = (arrived.double() + kept.double() - wanted.double()).abs()
@@ -109,7 +109,7 @@ def test_what_rounding_takes_is_kept_within_a_float32_rounding(rule, dtype):
 
 def test_after_all_rounds_nothing_is_lost():
     """The sum of all changes is the sum of all that arrived and what is left."""
-    exchange, changed, heard = exchange_of(TopK(fraction=0.05), Feedback()), 0.0, 0.0
+    exchange, changed, heard = exchange_of(TopK(fraction=0.05), ErrorFeedback()), 0.0, 0.0
     for r in range(20):
         rows = random_rows(r).double()
         arrived = sent(exchange, update_of(rows, r)).rows
@@ -119,7 +119,7 @@ def test_after_all_rounds_nothing_is_lost():
 
 def test_three_rounds_of_one_coordinate_by_hand():
     """Changes (3, 2, 1) each round; one of three is sent: 3; then of (3, 4, 2) the 4; then of (6, 2, 3) the 6."""
-    exchange = exchange_of(TopK(fraction=1 / 3), Feedback(), size=3)
+    exchange = exchange_of(TopK(fraction=1 / 3), ErrorFeedback(), size=3)
     rows, heard = torch.tensor([[3.0, 2.0, 1.0]]), []
     for r in range(3):
         heard.append(sent(exchange, update_of(rows, r)).rows[0].tolist())
@@ -132,17 +132,17 @@ class InTurn:
 
     shared = False
 
-    def mark(self, theta, anchor, layout, sender):
+    def mark(self, theta, start, layout, sender):
         return torch.full_like(theta, sender.round % 10 == sender.client, dtype=torch.bool)
 
 
 def speed(denominator, rule, size=1, rounds=100, changes=0.1):
     """Mean way of the model in a round, of the later half, if ten clients want to go 0.1."""
-    exchange, mean = exchange_of(rule, Feedback(), size=size), WeightedMean(denominator)
+    exchange, mean = exchange_of(rule, ErrorFeedback(), size=size), WeightedMean(denominator)
     gone = torch.zeros(size, dtype=torch.float64)
     rows = torch.full((10, size), changes, dtype=torch.float64)
     for r in range(rounds):
-        tally = mean.zero(1, size, 0, torch.device("cpu"), exchange.own)
+        tally = mean.zero(1, size, 0, torch.device("cpu"), exchange.per_coordinate)
         mean.add(tally, sent(exchange, update_of(rows, r)), [0] * 10)
         gone += mean.finish(tally).rows[0] if r >= rounds // 2 else 0.0
     return gone / (rounds - rounds // 2)
@@ -168,7 +168,7 @@ def test_three_rounds_of_a_federation_equal_a_plain_loop(tmp_path):
         lr=0.1,
         cohort=3,
         aggregation=partial(WeightedMean, "participants"),
-        exchange=lambda **given: Exchange(**given, rule=TopK(fraction=0.1), filters={"feedback": Feedback(0.9)}),
+        exchange=lambda **given: Exchange(**given, rule=TopK(fraction=0.1), filters={"feedback": ErrorFeedback(0.9)}),
     )
     row, left = small.row.clone(), {}
     for r, clients in enumerate(replay(small.plan, 3)):
@@ -191,7 +191,7 @@ def test_three_rounds_of_a_federation_equal_a_plain_loop(tmp_path):
 
 
 def test_a_dropped_client_keeps_its_residual():
-    exchange = exchange_of(TopK(fraction=0.1), Feedback())
+    exchange = exchange_of(TopK(fraction=0.1), ErrorFeedback())
     sent(exchange, update_of(random_rows(0)))
     before = carried_of(exchange).clone()
     rows = random_rows(1)
@@ -207,7 +207,7 @@ def test_a_dropped_client_keeps_its_residual():
 def test_padding_keeps_nothing_and_local_coordinates_are_not_carried():
     every = torch.ones(4, dtype=torch.bool)
     local = torch.tensor([False, True, False, False])
-    exchange = Exchange(every, local, rule=TopK(fraction=1 / 3), filters={"feedback": Feedback()})
+    exchange = Exchange(every, local, rule=TopK(fraction=1 / 3), filters={"feedback": ErrorFeedback()})
     rows = torch.tensor([[1.0, 9.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     payload = exchange.encode(update_of(rows, weight=(1.0, 0.0), clients=(5, -1)))
     assert exchange.decode(payload).rows.tolist() == [[0, 0, 3, 0], [0, 0, 0, 0]]
@@ -217,7 +217,7 @@ def test_padding_keeps_nothing_and_local_coordinates_are_not_carried():
 
 def test_what_is_held_back_is_kept_where_the_exchange_is_told():
     made = {}
-    exchange = exchange_of(TopK(fraction=0.5), Precision("float16"), Feedback(), size=2)
+    exchange = exchange_of(TopK(fraction=0.5), Quantize("float16"), ErrorFeedback(), size=2)
     exchange.keep_in(lambda name: made.setdefault(name, MemoryStore()))
     assert list(made) == [RESIDUAL]
     assert exchange.stores == made
@@ -227,7 +227,7 @@ def test_what_is_held_back_is_kept_where_the_exchange_is_told():
 
 def test_an_attack_is_carried_as_it_is_sent():
     """The attack comes first in the YAML: what the attacker would have sent, -3 times its change, is carried."""
-    exchange = exchange_of(TopK(fraction=0.5), SignFlip([1], 3.0), Feedback(), size=2)
+    exchange = exchange_of(TopK(fraction=0.5), SignFlip([1], 3.0), ErrorFeedback(), size=2)
     rows = torch.tensor([[2.0, 1.0], [2.0, 1.0]])
     payload = exchange.encode(update_of(rows))
     assert exchange.decode(payload).rows.tolist() == [[2, 0], [-6, 0]]
@@ -246,7 +246,7 @@ def test_filters_that_are_not_asked_for_are_none():
 sgdm = SparseSGDM([torch.zeros(1)], lr=0.1)
 
 
-def together(rule=None, *filters, aggregation=WeightedMean, objective=Plain, **options):
+def together(rule=None, *filters, aggregation=WeightedMean, objective=NoCorrection, **options):
     return lambda: check_together(exchange_of(rule, *filters, size=4, **options), aggregation(), objective(), sgdm)
 
 
@@ -258,11 +258,11 @@ scaffold = partial(Scaffold, 4)
 original = TopK(compat="original")
 participants = partial(WeightedMean, "participants")
 REFUSED = {
-    "feedback over senders": (together(TopK(), Feedback()), "aggregation.denominator=participants"),
-    "feedback of a median": (together(TopK(), Feedback(), aggregation=partial(Robust, median)), "coordinate_mean"),
-    "feedback of fednova": (together(TopK(), Feedback(), aggregation=FedNova), "coordinate_mean"),
+    "feedback over senders": (together(TopK(), ErrorFeedback()), "aggregation.denominator=participants"),
+    "feedback of a median": (together(TopK(), ErrorFeedback(), aggregation=partial(Robust, median)), "coordinate_mean"),
+    "feedback of fednova": (together(TopK(), ErrorFeedback(), aggregation=FedNova), "coordinate_mean"),
     "feedback of values": (
-        together(TopK(), Feedback(), aggregation=participants, payload="value"),
+        together(TopK(), ErrorFeedback(), aggregation=participants, payload="value"),
         "exchange.payload=change",
     ),
     "original over participants": (
@@ -292,11 +292,11 @@ def test_what_does_not_go_together_is_refused_in_one_line(pair):
 
 
 GO = {
-    "feedback": together(TopK(), Feedback(), aggregation=participants),
-    "feedback of rounding": together(None, Feedback(), Precision("int8"), aggregation=participants),
+    "feedback": together(TopK(), ErrorFeedback(), aggregation=participants),
+    "feedback of rounding": together(None, ErrorFeedback(), Quantize("int8"), aggregation=participants),
     "original": together(original, payload="value", compat="original"),
     "scaffold": together(None, objective=scaffold),
-    "scaffold of halves": together(None, Precision("float16"), objective=scaffold),
+    "scaffold of halves": together(None, Quantize("float16"), objective=scaffold),
     "fedprox": together(TopK(), objective=FedProx, aggregation=FedNova),
 }
 
@@ -327,7 +327,7 @@ def test_full_sends_frozen_zeros_in_any_precision():
     trained = torch.tensor([True, False, True, False])
     update = update_of(torch.tensor([[1.0, -2.0]]))
     for dtype, each in (("float16", 2), ("bfloat16", 2), ("int8", 1)):
-        exchange = Full(trained, torch.zeros(4, dtype=torch.bool), filters={"precision": Precision(dtype)})
+        exchange = Full(trained, torch.zeros(4, dtype=torch.bool), filters={"precision": Quantize(dtype)})
         payload = exchange.encode(update)
         assert payload.sizes[0].values == 4 * each + (4 if dtype == "int8" else 0)  # a scale for the block
         torch.testing.assert_close(exchange.decode(payload).rows, update.rows, rtol=1e-2, atol=0)

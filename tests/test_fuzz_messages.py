@@ -18,7 +18,7 @@ from fuzzing import attempts, hammer
 from test_wire_fuzz import DAMAGE, repaired
 
 from fedsparse.federation.exchange.exchange import Exchange, Full
-from fedsparse.federation.exchange.filters import Precision
+from fedsparse.federation.exchange.filters import Quantize
 from fedsparse.federation.exchange.sparsifiers import Layers, RandomK, Threshold, TopK
 from fedsparse.federation.exchange.update import Payload, Update
 from fedsparse.federation.exchange.wire.message import PayloadError
@@ -50,8 +50,8 @@ MUTATIONS = [*DAMAGE, relie, relie, declare]
 
 def exchanges(size):
     """Exchanges that write messages, by what is chosen and how it travels."""
-    half = {"precision": Precision("float16")}
-    steps = {"precision": Precision("int8")}
+    half = {"precision": Quantize("float16")}
+    steps = {"precision": Quantize("int8")}
     trained, local = torch.ones(size, dtype=torch.bool), torch.arange(size) % 5 == 4
     nothing = torch.zeros_like(trained)
     made = [
@@ -76,7 +76,7 @@ def cases():
         for dtype in (torch.float32, torch.float64):
             for extra in (0, 3):
                 rows, start, buffers = (torch.randn(3, n, generator=g).to(dtype) for n in (size, size, extra))
-                update = Update((4, 9, 2), rows, buffers, HELD, (0.5, -1.0, 2.0), anchor=start, round=3)
+                update = Update((4, 9, 2), rows, buffers, HELD, (0.5, -1.0, 2.0), start=start, round=3)
                 for travels in exchanges(size):
                     payload = travels.encode(update)
                     known = replace(update, rows=torch.full_like(rows, math.nan), values=None)  # it sees no rows

@@ -14,7 +14,7 @@ from torch import nn
 from fedsparse.core import parallel
 from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.exchange import Exchange
-from fedsparse.federation.exchange.filters import RESIDUAL, Feedback
+from fedsparse.federation.exchange.filters import RESIDUAL, ErrorFeedback
 from fedsparse.federation.exchange.ledger import Traffic
 from fedsparse.federation.exchange.sparsifiers import TopK
 from fedsparse.federation.server.aggregation import FedNova, Robust, WeightedMean
@@ -37,7 +37,7 @@ class Parity:
 
 
 def topk(trained, local, space, **_):
-    return Exchange(trained, local, rule=TopK(fraction=0.3), filters={"feedback": Feedback(0.9)}, space=space)
+    return Exchange(trained, local, rule=TopK(fraction=0.3), filters={"feedback": ErrorFeedback(0.9)}, space=space)
 
 
 participants = partial(WeightedMean, "participants")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fedsparse import export
 from fedsparse.data.datamodule import SplitLoader
 from fedsparse.data.datasets import Split
-from fedsparse.federation.client.drift import Term
+from fedsparse.federation.client.drift import GradientCorrection
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.masks import Sparsity
 from fedsparse.masks.rules import Fisher
@@ -125,7 +125,7 @@ def test_a_step_that_is_done_again_after_an_overflow(tmp_path, cohort):
         calls, backward = [], clients.rows.backward
         clients.rows.backward = lambda *args: calls.append(1) or backward(*args)  # noqa: B023
         shape = (8,) if cohort == 1 else (2, 8)
-        losses = clients.step(x.view(*shape, 1, 3, 4), y.view(shape), (8,) * cohort, Term())
+        losses = clients.step(x.view(*shape, 1, 3, 4), y.view(shape), (8,) * cohort, GradientCorrection())
         assert len(calls) > 1
         found.append((losses, clients.theta.detach().clone()))
     for a, b in zip(*found, strict=True):

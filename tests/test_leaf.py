@@ -125,7 +125,7 @@ def test_unknown_characters_are_refused_or_replaced(tmp_path):
 
 SMALL = ["logger=csv", "pictures=false", "partition=natural", "federation.num_clients=3", "federation.rounds=2"]
 SMALL += ["federation.clients_per_round=1.0", "calibration.cache=null", "calibration.head_steps=2"]
-LSTM = ["model=next_char_lstm", "model.net.hidden=12", "federation.local_steps=2", "data.batch_size=4"]
+LSTM = ["model=next_char_lstm", "model.hidden=12", "federation.local_steps=2", "data.batch_size=4"]
 
 
 def test_every_client_tests_on_its_own_users_samples(run_in, writers):
@@ -135,7 +135,7 @@ def test_every_client_tests_on_its_own_users_samples(run_in, writers):
     from fedsparse.job.shipped import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = compose("train", ["data=femnist", f"data.root={writers}", "model=mlp", "model.net.hidden=4", *SMALL])
+        cfg = compose("train", ["data=femnist", f"data.root={writers}", "model=mlp", "model.hidden=4", *SMALL])
     federation = assemble_problem(cfg)
     users = federation.dataset.train.users, federation.dataset.test.users
     for name, part, test in zip(["ann", "bob", "eve"], federation.parts, federation.tests, strict=True):
@@ -145,7 +145,7 @@ def test_every_client_tests_on_its_own_users_samples(run_in, writers):
 
 
 def test_a_run_on_femnist(run_in, writers):
-    options = ["data=femnist", f"data.root={writers}", "model=femnist_cnn", "model.net.hidden=2", "data.batch_size=8"]
+    options = ["data=femnist", f"data.root={writers}", "model=femnist_cnn", "model.hidden=2", "data.batch_size=8"]
     options += ["mask_rule=random", "data.local_test=0.2", "data.augment=crop_flip"]
     summary, _ = run_in("femnist", *options, *SMALL, fast=False)
     assert np.isfinite(summary["test/loss"])
@@ -170,13 +170,13 @@ def test_a_run_on_shakespeare(run_in, roles, changes):
             ["data=shakespeare", "model=bert_tiny"],
             "80 characters and the model takes words.*choose model=next_char_lstm",
         ),
-        (["data=shakespeare", *LSTM, "model.net.vocabulary=90"], "is 80 characters and the model takes 90 characters"),
+        (["data=shakespeare", *LSTM, "model.vocabulary=90"], "is 80 characters and the model takes 90 characters"),
         (["data=shakespeare", *LSTM, "data.augment=crop_flip"], "set data.augment=none"),
         (["data=femnist", *LSTM], "images and the model takes text; choose data=shakespeare"),
         (["data=stdlib_docs", *LSTM], "the model has no tokenizer; choose model=bert_tiny"),
         (["data=shakespeare", *LSTM, "federation.num_clients=20"], "partition=natural needs federation.num_clients=3"),
-        (["data=shakespeare", *LSTM, "model.net.dropout=1"], "model.net.dropout is 1"),
-        (["data=shakespeare", *LSTM, "model.net.layers=0"], "model.net.layers is 0"),
+        (["data=shakespeare", *LSTM, "model.dropout=1"], "model.dropout is 1"),
+        (["data=shakespeare", *LSTM, "model.layers=0"], "model.layers is 0"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(run_in, writers, roles, options, message):

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
+from composed import composed
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -32,7 +31,7 @@ class Distance(MaskRule):
 
 def configured(option):
     """The rule of a YAML, as it stands."""
-    return lambda file: instantiate(OmegaConf.load(CONF / "mask_rule" / f"{option}.yaml"))
+    return lambda file: instantiate(composed(f"mask_rule={option}").mask_rule)
 
 
 RULES = {  # name: (how to build it, whether it keeps exactly k)
@@ -293,11 +292,10 @@ def test_a_rule_whose_evidence_is_missing_says_so(name, net, mask_file):
 
 @pytest.mark.parametrize("path", sorted((CONF / "mask_rule").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_rule_of_the_configuration_instantiates(path):
-    config = {"calibration": {"fisher": "batch", "labels": "model"}, "mask_rule": yaml.safe_load(path.read_text())}
-    config["mask_rule"].pop("defaults", None)  # the phases that a rule brings
+    config = composed(f"mask_rule={path.stem}", "calibration.fisher=batch", "calibration.labels=model")
     if path.stem == "from_file":
-        config["mask_rule"]["path"] = "mask.safetensors"
-    rule = instantiate(OmegaConf.create(config).mask_rule)
+        config.mask_rule.path = "mask.safetensors"
+    rule = instantiate(config.mask_rule)
     assert isinstance(rule, MaskRule)
     assert rule.largest == LARGEST.get(path.stem, rule.largest)
     if path.stem.endswith("_sensitive"):
@@ -306,8 +304,7 @@ def test_every_rule_of_the_configuration_instantiates(path):
 
 @pytest.mark.parametrize("path", sorted((CONF / "sparsity").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_sparsity_of_the_configuration_instantiates(path):
-    config = {"model": {"head": "head.*"}, "sparsity": yaml.safe_load(path.read_text())}
-    sparsity = instantiate(OmegaConf.create(config).sparsity)
+    sparsity = instantiate(composed(f"sparsity={path.stem}").sparsity)
     if path.stem == "shira":
         assert sparsity == Sparsity(scope="shira", rank=8, always_train="head.*")
         return

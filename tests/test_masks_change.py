@@ -14,7 +14,7 @@ from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.core.space import ParamSpace
 from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.exchange import Exchange
-from fedsparse.federation.exchange.filters import Feedback
+from fedsparse.federation.exchange.filters import ErrorFeedback
 from fedsparse.federation.exchange.sparsifiers import TopK
 from fedsparse.federation.exchange.wire.message import read
 from fedsparse.federation.exchange.wire.positions import write_positions
@@ -31,7 +31,7 @@ HALF = Gradual(initial=0.3, steps=2, every=2)
 EXPLORE = Phase("explore", updates_model=False, local_epochs=1)
 LEARN = Phase("learn", rounds=ROUNDS)
 FEEDBACK = {
-    "exchange": lambda **given: Exchange(**given, rule=TopK(fraction=0.3), filters={"feedback": Feedback()}),
+    "exchange": lambda **given: Exchange(**given, rule=TopK(fraction=0.3), filters={"feedback": ErrorFeedback()}),
     "aggregation": partial(WeightedMean, "participants"),
     "server": partial(torch.optim.SGD, lr=1.0, momentum=0.9),
 }

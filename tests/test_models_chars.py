@@ -133,9 +133,9 @@ def test_cudnn_is_left_aside_only_where_it_cannot_differentiate():
     ("options", "message"),
     [
         ({"num_classes": 0}, "num_classes is .*; it must be a whole number of 1 or more"),
-        ({"vocabulary": 0}, "model.net.vocabulary is 0"),
-        ({"hidden": -1}, "model.net.hidden is -1"),
-        ({"dropout": 0.5, "layers": 1}, "model.net.dropout is 0.5 with 1 layers"),
+        ({"vocabulary": 0}, "model.vocabulary is 0"),
+        ({"hidden": -1}, "model.hidden is -1"),
+        ({"dropout": 0.5, "layers": 1}, "model.dropout is 0.5 with 1 layers"),
     ],
 )
 def test_refusals(options, message):

@@ -11,19 +11,18 @@ import pytest
 import timm
 import torch
 import torchvision
-import yaml
+from composed import composed
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 
 from fedsparse.core.space import ParamSpace, matches
+from fedsparse.job.keys import target_of
 from fedsparse.models.convnets import fednet, femnist_cnn, resnet18_gn, two_cnn
 from fedsparse.models.pretrained import head_pattern, timm_model
 from fedsparse.models.trainable import trainable_filter
 
-CONF = Path(__file__).parents[1] / "conf" / "model"
 DINO = "vit_small_patch16_224.dino"
 TINY = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
 
@@ -234,7 +233,7 @@ def test_names_that_timm_does_not_know():
 
 def test_other_refusals():
     for options, text in (
-        ({"name": "resnet18", "img_size": 32}, r"model\.net: resnet18 takes no such option .*img_size"),
+        ({"name": "resnet18", "img_size": 32}, r"model\.name=resnet18 takes no such option .*img_size"),
         ({"name": "deit_tiny_distilled_patch16_224"}, "has no head of its own, or several"),
         ({"name": "resnet18", "num_classes": 0}, "num_classes is .*; it must be a whole number of 1 or more"),
         ({"name": "resnet18", "num_classes": None}, "num_classes is .*; it must be a whole number of 1 or more"),
@@ -402,8 +401,8 @@ def test_fednet_is_the_published_size():
 
 def test_refusals_of_the_reference_nets():
     for build, text in (
-        (lambda: resnet18_gn(10, 3, stem="small"), r"model\.net\.stem is 'small'; it must be cifar or imagenet"),
-        (lambda: fednet(10, 3, 4), r"model\.net\.img_size is 4"),
+        (lambda: resnet18_gn(10, 3, stem="small"), r"model\.stem is 'small'; it must be cifar or imagenet"),
+        (lambda: fednet(10, 3, 4), r"model\.img_size is 4"),
         (lambda: two_cnn(0, 3), "num_classes is .*; it must be a whole number of 1 or more"),
     ):
         with pytest.raises(ValueError, match=text) as error:
@@ -416,19 +415,18 @@ def test_refusals_of_the_reference_nets():
 
 @pytest.mark.parametrize("name", ["resnet18_gn", "two_cnn", "femnist_cnn", "fednet", "dino_vits16", "timm"])
 def test_model_yaml_builds(name):
-    OmegaConf.register_new_resolver("timm_head", head_pattern, replace=True)
-    cfg = OmegaConf.create({"model": yaml.safe_load((CONF / f"{name}.yaml").read_text()), "seed": 2})
+    cfg = composed(f"model={name}", "seed=2")
     found = {"num_classes": 4, "in_chans": 1, "img_size": 8}
-    for key in [key for key, value in cfg.model.net.items() if value is None and key != "checkpoint"]:
-        cfg.model.net[key] = found[key]
+    for key in [key for key, value in cfg.model.items() if value is None and key != "checkpoint"]:
+        cfg.model[key] = found[key]
     if name in ("dino_vits16", "timm"):
-        cfg.model.net.pretrained = False
+        cfg.model.pretrained = False
     if name == "timm":
         cfg.model.name = "test_resnet.r160_in1k"
-    net = instantiate(cfg.model.net)
+    net = instantiate(target_of("model", cfg.model))
     names = [n for n, _ in net.named_parameters()]
     head = trainable_filter("head", cfg.model.head, names)
     assert [n.rpartition(".")[2] for n in names if head(n)] == ["weight", "bias"]
-    assert torch.equal(head_weight(instantiate(cfg.model.net)), head_weight(net))
+    assert torch.equal(head_weight(instantiate(target_of("model", cfg.model))), head_weight(net))
     side = {"dino_vits16": 224, "timm": 160}.get(name, 8)
-    assert net(torch.zeros(2, cfg.model.net.in_chans, side, side)).shape == (2, 4)
+    assert net(torch.zeros(2, cfg.model.in_chans, side, side)).shape == (2, 4)

@@ -12,7 +12,7 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.core.space import ParamSpace
 from fedsparse.data.rounds import LocalWork
-from fedsparse.federation.client.drift import VARIATES, FedProx, Plain, Scaffold, step_weight, step_weights
+from fedsparse.federation.client.drift import VARIATES, FedProx, NoCorrection, Scaffold, step_weight, step_weights
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.federation.exchange.sparsifiers import TopK
 from fedsparse.federation.exchange.wire.message import HEADER
@@ -71,7 +71,7 @@ def test_fedprox_in_two_steps_by_hand():
             return [row]
 
     rows, path = Rows(), []
-    term = FedProx(0.5).begin(rows.views[0], (0,), None)
+    term = FedProx(0.5).start(rows.views[0], (0,), None)
     for _ in range(2):
         rows.gradients[0].fill_(1.0)
         term.correct(rows)
@@ -160,7 +160,7 @@ def test_bytes_of_the_variates_by_hand(tmp_path, exchange, masked):
     """Eight bytes more each way for each that trains, in the same message; at first contact the model comes apart."""
     plain, more = (
         build(masked, cohort=3, exchange=exchange, objective=o).fit(ROUNDS, tmp_path).federation.ledger
-        for o in (Plain, partial(Scaffold, CLIENTS))
+        for o in (NoCorrection, partial(Scaffold, CLIENTS))
     )
     trained = int(half_mask().sum()) if masked else SIZE
     wanted = ROUNDS * 5 * 8 * trained

@@ -16,7 +16,7 @@ from torch import nn
 from fedsparse.core.subspace import CHUNK
 from fedsparse.optim.adam import SparseAdam
 from fedsparse.optim.fedopt import FedAdagrad, FedAdam, FedYogi
-from fedsparse.optim.index import Place
+from fedsparse.optim.index import TrainedIndex
 from fedsparse.optim.sgdm import SparseSGDM, sgdm_update
 
 OPTIONS = [
@@ -308,8 +308,8 @@ def test_a_mask_of_one_row_may_be_expanded_to_the_cohort():
     theta.grad = torch.ones(3, 4)
     optimizer.step()
     assert theta.tolist() == [[-1, 0, -1, 0]] * 3
-    place = Place.of(mask.expand_as(theta), theta)
-    assert (place.shape, place.index.tolist()) == ((3, 4), [0, 2])  # the index of one row
+    place = TrainedIndex.of(mask.expand_as(theta), theta)
+    assert (place.shape, place.positions.tolist()) == ((3, 4), [0, 2])  # the index of one row
 
 
 UNIT = torch.tensor([True, False, True, True])
@@ -330,7 +330,7 @@ UNIT = torch.tensor([True, False, True, True])
 def test_any_chunk_of_units_coordinates_or_clients_equals_torch(mask, shape, chunk):
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
     ours, theirs, start = (randoms([mask.shape])[0] for _ in range(3))
-    place, sizes, sgd = Place.of(mask, ours), [], torch.optim.SGD([theirs], foreach=False, **options)
+    place, sizes, sgd = TrainedIndex.of(mask, ours), [], torch.optim.SGD([theirs], foreach=False, **options)
     velocity = ours.new_empty(place.gathered)
     for step in range(4):
         theirs.grad = randoms([mask.shape], seed=step)[0]
@@ -340,7 +340,7 @@ def test_any_chunk_of_units_coordinates_or_clients_equals_torch(mask, shape, chu
             sizes.append(values.numel())
     assert bits(ours) == bits(torch.where(mask, theirs, start))
     assert (place.shape, sum(sizes)) == (shape, 4 * int(mask.sum()))
-    assert max(sizes) <= max(chunk, place.numel // len(place.index))
+    assert max(sizes) <= max(chunk, place.numel // len(place.positions))
 
 
 def test_momentum_and_index_cost_eight_bytes_for_each_coordinate_that_trains():
@@ -350,7 +350,7 @@ def test_momentum_and_index_cost_eight_bytes_for_each_coordinate_that_trains():
     mask[torch.randperm(10_000, generator=generator(4))[:2000]] = True
     optimizer = SparseSGDM([param], lr=0.1, masks=[mask.view(100, 100)])
     walk(optimizer, [param], 2)
-    held = [optimizer.state[param]["momentum_buffer"], *(place.index for place in optimizer._places.values())]
+    held = [optimizer.state[param]["momentum_buffer"], *(place.positions for place in optimizer._indices.values())]
     assert sum(t.untyped_storage().nbytes() for t in held) == 16_000
 
 

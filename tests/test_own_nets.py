@@ -213,7 +213,7 @@ def with_adapters(**sizes):
 
 
 def of(name):
-    return f"model.net._target_=test_own_nets.{name}"
+    return f"model._target_=test_own_nets.{name}"
 
 
 def model(folder):

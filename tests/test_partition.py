@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from composed import composed
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from scipy import stats
 
 from fedsparse.analysis.partition_plot import partition_figure
@@ -353,7 +353,7 @@ def test_bad_input_is_one_clear_line(call, message):
 def test_every_option_instantiates_and_deals(path):
     labels = np.random.default_rng(0).integers(0, 60, 6000)
     extra = {"natural": {"users": np.arange(6000) % 30}}.get(path.stem, {})
-    config = OmegaConf.load(path)
+    config = composed(f"partition={path.stem}").partition
     if path.stem == "ratios":
         config.update({"class_ratios": [[1.0] * 60] * 30, "fractions": 0.5})
     expect = pytest.warns(UserWarning, match="left out") if path.stem == "noniid_nc1" else warnings.catch_warnings()

@@ -270,7 +270,7 @@ def test_patience_by_hand():
     taken = []
     for step, count in enumerate(counts):
         taken.append(stop.allowed(count))
-        stop.hear(losses[step] if step < len(losses) else [0.0, 0.0])
+        stop.update(losses[step] if step < len(losses) else [0.0, 0.0])
     assert [a for a, _ in taken] == [3, 1, 3, 1, 3, 1, 3, 1, 0, 0]
     assert [b for _, b in taken] == [2, 2, 2, 0, 0, 0, 0, 0, 0, 0]
     assert stop.taken == taken
@@ -280,7 +280,7 @@ def test_a_loss_that_is_no_number_is_no_better():
     stop = Patience([[4]] * 5, epochs=5, patience=1)
     for loss in (1.0, math.nan):
         assert stop.allowed([4]) == (4,)
-        stop.hear([loss])
+        stop.update([loss])
     assert stop.allowed([4]) == (0,)
 
 

@@ -15,7 +15,7 @@ from fedsparse.core import parallel
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client.drift import Scaffold
 from fedsparse.federation.exchange.exchange import Exchange
-from fedsparse.federation.exchange.filters import Feedback
+from fedsparse.federation.exchange.filters import ErrorFeedback
 from fedsparse.federation.exchange.sparsifiers import TopK
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.server.aggregation import WeightedMean
@@ -27,7 +27,7 @@ EXPLORE = Phase("explore", rounds=2, updates_model=False, local_epochs=3, patien
 LEARN = Phase("learn", rounds=4)
 GRADUAL = Gradual(steps=3)
 FEEDBACK = {
-    "exchange": lambda **given: Exchange(**given, rule=TopK(fraction=0.3), filters={"feedback": Feedback()}),
+    "exchange": lambda **given: Exchange(**given, rule=TopK(fraction=0.3), filters={"feedback": ErrorFeedback()}),
     "aggregation": partial(WeightedMean, "participants"),
 }
 CASES = {

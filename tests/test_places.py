@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Subspace, narrow
 from fedsparse.models.units import compute_all_units, compute_units_only, linear_layers
-from fedsparse.optim.index import Place, pieces
+from fedsparse.optim.index import TrainedIndex, blocks
 
 SPACE = ParamSpace(["a.weight", "a.bias", "b.weight"], [torch.Size([4, 6]), torch.Size([4]), torch.Size([5, 2, 2])])
 
 
 def kinds(mask, large):
-    return [(p.name, None if p.mask is None else p.mask.dim()) for p in pieces(SPACE, mask, large)]
+    return [(p.name, None if p.mask is None else p.mask.dim()) for p in blocks(SPACE, mask, large)]
 
 
 def test_pieces_by_hand():
@@ -44,9 +44,9 @@ def test_every_trained_coordinate_is_in_exactly_one_piece(units, seed, noise):
     mask = torch.cat([marks[:4].repeat_interleave(6), marks[4:8], marks[8:].repeat_interleave(4)])
     mask ^= torch.rand(SPACE.size, generator=torch.Generator().manual_seed(seed)) < noise
     counted = torch.zeros(SPACE.size)
-    for piece in pieces(SPACE, mask, large=1):
-        view = piece.of(counted)
-        view += 1 if piece.mask is None else piece.mask
+    for block in blocks(SPACE, mask, large=1):
+        view = block.of(counted)
+        view += 1 if block.mask is None else block.mask
     assert torch.equal(counted, mask.float())
 
 
@@ -67,11 +67,11 @@ UNITS = torch.tensor([[False] * 3, [True] * 3, [False] * 3, [True] * 3])
     ids=["units", "coordinates", "one row for all", "one row of one", "one row for two", "a vector"],
 )
 def test_the_coarsest_entries_that_a_mask_does_not_cut_by_hand(mask, shape, dim, index, of_clients):
-    place = Place.of(mask, torch.zeros(mask.shape))
-    assert (place.shape, place.dim, place.index.tolist(), place.index.dtype) == (shape, dim, index, torch.int32)
+    place = TrainedIndex.of(mask, torch.zeros(mask.shape))
+    assert (place.shape, place.dim, place.positions.tolist(), place.positions.dtype) == (shape, dim, index, torch.int32)
     assert place.numel == int(mask.sum())
     values = torch.tensor([0.0, 10.0, 20.0, 30.0])[: len(mask)]
-    assert place.of_clients(values, place.index).tolist() == of_clients
+    assert place.of_clients(values, place.positions).tolist() == of_clients
 
 
 @pytest.mark.parametrize(

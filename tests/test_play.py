@@ -139,7 +139,7 @@ def played_from_bytes(small, rounds=ROUNDS):
                 torch.full_like(update.buffers, torch.nan),
                 (0.0,) * len(cohort.clients),
                 (0.0,) * len(cohort.clients),
-                anchor=start.values,
+                start=start.values,
                 variates=nothing if federation.objective.messages else None,
                 round=number,
                 kept={name: kept for name, kept in update.kept.items() if name != VARIATES},  # the clients' own

@@ -93,10 +93,15 @@ EXPORTED = {
         "fedsparse.federation.exchange.update": "Update Start",
         "fedsparse.federation.phases": "Phase Phases",
     },
+    "fedsparse.federation.client": {
+        "fedsparse.federation.client.drift": "DriftCorrection FedProx NoCorrection Scaffold"
+    },
     "fedsparse.federation.exchange": {
         "fedsparse.federation.exchange.scores": "select",
         "fedsparse.federation.exchange.wire.message": "encode decode PayloadError",
         "fedsparse.federation.exchange.exchange": "Exchange Full",
+        "fedsparse.federation.exchange.filters": "ErrorFeedback Quantize SignFlip",
+        "fedsparse.federation.exchange.sparsifiers": "Layers Pattern RandomK Sparsifier Threshold TopK",
         "fedsparse.federation.exchange.update": "Update",
     },
     "fedsparse.federation.server": {
@@ -131,6 +136,20 @@ def test_what_a_package_exports_is_what_its_home_defines(package, home, name):
     assert len(found.__doc__.split()) > 2
     assert name in import_module(package).__all__
     assert name in dir(import_module(package))
+
+
+RENAMED = {  # name of earlier versions -> name of today
+    "fedsparse.federation.client": {"Objective": "DriftCorrection", "Plain": "NoCorrection"},
+    "fedsparse.federation.exchange": {"Feedback": "ErrorFeedback", "Precision": "Quantize"},
+}
+
+
+@pytest.mark.parametrize("package", RENAMED)
+def test_a_renamed_class_keeps_its_exported_name(package):
+    module = import_module(package)
+    for earlier, name in RENAMED[package].items():
+        assert getattr(module, earlier) is getattr(module, name)
+        assert {earlier, name} <= set(module.__all__)
 
 
 @pytest.mark.parametrize("package", WHOLE)

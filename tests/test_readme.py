@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import composed
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
+
+from fedsparse.job import shipped
+from fedsparse.job.config import check
+from fedsparse.job.limits import ALLOWED
+from fedsparse.job.typed import check_typed
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,6 +93,48 @@ def test_the_options_that_the_readme_names_exist():
     assert len(named) > 10
     for group, option in named:
         assert (ROOT / "conf" / group / f"{option}.yaml").exists(), f"{group}={option}"
+
+
+def printed_commands():
+    """What the README types after ``python -m fedsparse.train``: lists of words, without flags and comments."""
+    text = README.replace("\\\n", " ")
+    lines = re.findall(r"python -m fedsparse\.train ([^`\n]*)", text)
+    typed = [shlex.split(line.replace("<run>", "runs/a"), comments=True) for line in lines]
+    return [[word for word in words if "=" in word and word != "mask_rule=most_salient"] for words in typed]
+
+
+def cells(words):
+    """Every value of a swept word, each beside the first of the others; what a sweeper draws is left out."""
+    parsed = [OverridesParser.create().parse_override(word) for word in words]
+    listed = [
+        [f"{o.key_or_group}={v}" for v in o.value().list] if isinstance(o.value(), ChoiceSweep) else [word]
+        for o, word in zip(parsed, words, strict=True)
+        if isinstance(o.value(), ChoiceSweep) or not o.is_sweep_override()
+    ]
+    for place, values in enumerate(listed):
+        yield from ([v if i == place else own[0] for i, own in enumerate(listed)] for v in values[place > 0 :])
+
+
+@pytest.mark.parametrize("words", [words for words in printed_commands() if words], ids=" ".join)
+def test_every_command_of_the_readme_composes(words):
+    words = [word for word in words if not word.startswith(("resume=", "hydra"))]
+    for cell in cells(words):
+        check_typed(cell)
+        check(composed(*cell))
+
+
+ONES_OWN = ("exchange.filters.mine._target_", "mask_rule._target_", "exchange.x")  # the last is said to be refused
+
+
+@pytest.mark.parametrize("file", ["README.md", "Makefile", "notebooks/01_first_run.ipynb", "notebooks/02_masks.ipynb"])
+def test_every_key_that_is_printed_is_one_of_conf(file):
+    text, groups = (ROOT / file).read_text(encoding="utf-8"), (*shipped.groups(), *shipped.sections())
+    typed = set(re.findall(r"(?<![\w./<$({])\+?(\w+\.[\w.]+)=", text))
+    known = {*shipped.settable(), *(f"trainer.{key}" for key in ALLOWED), *ONES_OWN}
+    assert {key for key in typed if key.split(".")[0] in groups} - known == set()
+    named = set(re.findall(r"`((?:\w+\.)+\w+)`", text)) if file == "README.md" else set()
+    assert {key for key in named if key.split(".")[0] in (*shipped.sections(), "model", "server")} - known == set()
+    assert len(typed) > (20 if file == "README.md" else 0)
 
 
 def test_no_figure_is_a_placeholder():

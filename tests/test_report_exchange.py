@@ -19,7 +19,7 @@ from fedsparse.analysis.exchange_table import section
 from fedsparse.analysis.table import dense_of
 
 ROOT = Path(__file__).parent.parent
-MASKED, FULL = ({"feedback": None, "build": {"_target_": f"exchange.{name}"}} for name in ("Masked", "Full"))
+MASKED, FULL = ({"feedback": None, "_target_": f"exchange.{name}", "_partial_": True} for name in ("Masked", "Full"))
 DENSE = [0.90, 0.92, 0.94]  # by seed
 SPARSE = {0.01: [0.70, 0.74, 0.78], 0.1: [0.88, 0.89, 0.93]}
 
@@ -29,7 +29,7 @@ def sparse(
 ):
     """A run of a sparse exchange, whose configuration and summary say so as train leaves them."""
     settings = {"by": by, "fraction": fraction, "feedback": feedback, "precision": precision}
-    exchange = {"build": {"_target_": "exchange.Sparse", "rule": kind}} | settings | dict(more)
+    exchange = {"_target_": kind} | settings | dict(more)
     aggregation = sums or {"_target_": "WeightedMean", "denominator": "participants" if feedback else "senders"}
     facts = {f"exchange_{key}": value for key, value in settings.items() if key != "by"}
     a_run(folder, figures.pop("rule", "dense"), exchange=exchange, aggregation=aggregation, **figures)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from composed import composed
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -25,7 +26,7 @@ LABELS = np.random.default_rng(3).integers(0, 10, 2000)
 
 
 def option(name, **changes):
-    return instantiate(OmegaConf.merge(OmegaConf.load(conf_dir() / "partition" / f"{name}.yaml"), changes))
+    return instantiate(OmegaConf.merge(composed(f"partition={name}").partition, changes))
 
 
 def test_unbalanced_keeps_a_share_of_each_even_part():

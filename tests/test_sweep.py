@@ -181,7 +181,7 @@ def test_cells_have_names_of_their_own_that_every_file_system_takes(one, other, 
         ({"logger": {"wandb": 1}, "resume": "x", "federation.rounds": 9, "trainer.accelerator": "gpu"}, None),
         ({"trainer.devices": 2}, None),
         ({"trainer.precision": "bf16-mixed"}, "trainer.precision is '32-true' there and 'bf16-mixed' here"),
-        ({"seed": 1}, "seed is 0 there and 1 here"),  # and not model.net.seed, which follows it
+        ({"seed": 1}, "seed is 0 there and 1 here"),  # and not model.seed, which follows it
         ({"federation.cohort": 2}, "federation.cohort is None there and 2 here"),
         ({"callbacks": None}, "callbacks is {} there and None here"),
     ],

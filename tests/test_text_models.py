@@ -227,7 +227,7 @@ def test_scores_are_squared_gradients_of_single_texts(folder):
 def test_what_does_not_go_together_is_one_line(run_in, folder, files, changed, message):
     kept = [o for o in options(folder, files) if o.split("=")[0] not in {c.split("=")[0] for c in changed}]
     if changed == ["model=mlp"]:  # a tokenizer alone does not make it a model of texts
-        kept = [o for o in kept if "checkpoint" not in o] + [f"data.source.checkpoint={folder}"]
+        kept = [o for o in kept if "checkpoint" not in o] + [f"data.checkpoint={folder}"]
     if changed == ["data=digits"]:
         kept = [o for o in kept if "data.root" not in o]
     with pytest.raises(ValueError, match=message) as caught:

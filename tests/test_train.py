@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, log_loss
 
 from fedsparse.data.datasets import digits
+from fedsparse.job.keys import target_of
 from fedsparse.masks import Mask
 from fedsparse.models.vision import vit_digits
 from fedsparse.simulation.csv_logger import read_rows
@@ -150,7 +151,7 @@ def test_a_resolved_config_is_stored(run_in):
     _, folder = run_in("a", "optimizer.lr=0.07")
     cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert cfg.optimizer.lr == 0.07
-    assert instantiate(cfg.optimizer.build).keywords["lr"] == 0.07
+    assert instantiate(target_of("optimizer", cfg.optimizer)).keywords["lr"] == 0.07
 
 
 def test_early_stopping_is_lightnings_own(run_in):

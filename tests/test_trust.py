@@ -79,7 +79,7 @@ def of_the_library(tmp_path, canary):
 PLANTED = [
     shell, unpickled, hub, overwrite, beside_a_shipped_target, by_a_reference, of_the_library,
 ]  # fmt: skip
-NAMED = r"collect_env\.run|torch\.load|hub\.load|fedsparse\.core\.files\.write|hydra\.utils\.instantiate|source\._args_"
+NAMED = r"collect_env\.run|torch\.load|hub\.load|fedsparse\.core\.files\.write|hydra\.utils\.instantiate|data\._args_"
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ COMMANDS = {"resume": resuming, "export": exporting, "report": scaling, "repeat"
 @pytest.mark.parametrize("plant", PLANTED)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_a_sent_folder_names_is_not_run(folder, typed, tmp_path, canary, plant, command):
-    change(folder, name_of_it="torch.utils.collect_env.run", data__source=plant(tmp_path, canary))
+    change(folder, name_of_it="torch.utils.collect_env.run", data=plant(tmp_path, canary))
     code, lines = typed(command, folder)
     assert code != 0
     assert not canary.exists()
@@ -140,7 +140,7 @@ def test_what_a_sent_folder_names_is_not_run(folder, typed, tmp_path, canary, pl
 
 def test_one_refused_folder_leaves_the_others_to_the_report(folder, finished_run, typed, tmp_path, canary):
     shutil.copytree(finished_run, folder.parent / "good")
-    change(folder, data__source=shell(tmp_path, canary))
+    change(folder, data=shell(tmp_path, canary))
     code, lines = typed("report", folder)
     assert code == 1
     assert len(lines) == 2
@@ -184,8 +184,8 @@ def own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "mine" / "run"
     parts = ["client._target_=mypackage.parts.Client", "mask_rule._target_=mypackage.parts.Rule", "model.head=3.*"]
-    net = "model.net={_target_:mypackage.parts.net,in_features:null,num_classes:null}"
-    run([*SHORT, *parts, "~model.net", f"+{net}", f"hydra.run.dir={folder}"])
+    net = ["model._target_=mypackage.parts.net", "~model.hidden", "~model.seed"]
+    run([*SHORT, *parts, *net, f"hydra.run.dir={folder}"])
     yield folder
     for name in [name for name in sys.modules if name.split(".")[0] == "mypackage"]:
         del sys.modules[name]
@@ -276,13 +276,13 @@ def test_arguments_that_conf_does_not_name_are_asked_about(folder, tmp_path):
     "part",
     [
         {"evaluation": {"_target_": "fedsparse.simulation.Personal", "path": "out.csv"}},
-        {"model__net": {"_target_": "fedsparse.models.pretrained.timm_model", "checkpoint_path": "evil.pth"}},
-        {"model__net": {"_target_": "fedsparse.models.pretrained.timm_model", "pretrained_cfg": {"file": "evil.pth"}}},
+        {"model": {"_target_": "fedsparse.models.pretrained.timm_model", "checkpoint_path": "evil.pth"}},
+        {"model": {"_target_": "fedsparse.models.pretrained.timm_model", "pretrained_cfg": {"file": "evil.pth"}}},
         {"logger": {"a": {"_target_": "fedsparse.simulation.wandb_logger", "settings": {"base_url": "x"}}}},
         {"logger": {"a": {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "sub_dir": "../../x"}}},
         {"trainer__plugins": [{"_target_": "lightning.pytorch.plugins.io.TorchCheckpointIO"}]},
         {"callbacks": {"a": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "/x"}}},
-        {"server__optimizer": {"_target_": "torch.optim.SGD", "_args_": [1]}},
+        {"server": {"_target_": "torch.optim.SGD", "_args_": [1]}},
     ],
     ids=lambda part: str(part)[:60],
 )

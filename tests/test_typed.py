@@ -38,6 +38,12 @@ SLIPS = [  # the argument, and what is said of it
     (["seed=0,1"], "seed=0,1 are several values: add -m to run each, or write seed=[0,1] for a list"),
     (["-m", "sparsity=0.8,0.9"], "there is no sparsity=0.8; write sparsity.ratio=0.8 or sparsity=s80"),
     (["seed=[0"], "seed=[0 cannot be read as key=value; quote a value with spaces or brackets: 'key=\"a b\"'"),
+    (
+        ["federation=default"],
+        "there is no federation=default: federation has keys alone, such as federation.num_clients; leave it out",
+    ),
+    (["trainer"], "trainer is no key; it has keys, such as trainer.accelerator"),
+    (["~calibration"], "~calibration: a run needs the keys of calibration"),
     (["~sampling"], "~sampling: a run needs a sampling; it is one of everyone, uniform"),
 ]
 NO_KEY = {
@@ -50,7 +56,7 @@ NO_KEY = {
     "learning_rate": "did you mean optimizer.lr?",
     "optimizer.momentun": "did you mean optimizer.momentum?",
     "federation.round": "did you mean federation.rounds?",
-    "model.hidden": "did you mean model.net.hidden?",
+    "hidden": "did you mean model.hidden?",
 }
 NO_OPTION = {
     ("partition", "noniid_nc3"): "write partition=noniid_nc1 partition.nc=3",
@@ -73,6 +79,26 @@ def test_a_slip_on_the_command_line(arguments, says):
 @pytest.mark.parametrize("key", NO_KEY)
 def test_a_key_that_there_is_not(key):
     assert no_key(key) == f"there is no key {key}; {NO_KEY[key]} {ALL}"
+
+
+MOVED = {
+    "model.net.hidden": "model.hidden",
+    "model.net.source": "model.tokenizer",
+    "data.source.split_seed": "data.split_seed",
+    "optimizer.build._target_": "optimizer._target_",
+    "server.optimizer.momentum": "server.momentum",
+    "exchange.build.rule.fraction": "exchange.fraction",
+    "exchange.build.filters.attack.clients": "exchange.attackers",
+    "exchange.build": "exchange",
+}
+
+
+@pytest.mark.parametrize("key", MOVED)
+def test_a_key_that_has_moved(run_in, key):
+    line = f"there is no key {key}; it is {MOVED[key]} now"
+    assert no_key(key) == line
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        run_in("run", f"{key}=4")
 
 
 def test_a_key_of_another_option_and_one_that_resembles_nothing():
@@ -143,24 +169,26 @@ UNREAD = {
     "+mask_rule.x=1": "mask_rule.x",
     "+schedule.x=1": "schedule.x",
     "+trainer.x=1": "trainer.x",
-    "+model.net.hiden=1": "model.net.hiden",
-    "+data.source.x=1": "data.source.x",
+    "+model.hiden=1": "model.hiden",
+    "+data.x=1": "data.x",
+    "+data.x=1 seed=${data.x}": "data.x",
     "+model.depth_=3": "model.depth_",
     "+client.x=1": "client.x",
-    "+server.optimizer.x=1": "server.optimizer.x",
+    "+server.x=1": "server.x",
     "+sede=3": "sede",
+    "+federation.round=3": "federation.round",
 }
 
 
 @pytest.mark.parametrize("typed", UNREAD)
 def test_a_key_that_nothing_reads_is_refused(run_in, typed):
     with pytest.raises(ValueError, match=f"^there is no key {UNREAD[typed]}[; ]"):
-        run_in("run", "mask_rule=random", typed)
+        run_in("run", "mask_rule=random", *typed.split())
 
 
 def test_a_key_that_something_reads_is_not(run_in):
     """A key of one's own that another takes its value from, and an argument that the shipped YAML leaves out."""
-    own = ["+data.mine=0.2", "optimizer.lr=${data.mine}", "+server.optimizer.maximize=false"]
+    own = ["+mine=0.2", "optimizer.lr=${mine}", "+server.maximize=false"]
     assert run_in("run", "mask_rule=random", *own, "federation.rounds=1")[0]["lr"] == 0.2
 
 

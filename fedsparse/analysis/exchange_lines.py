@@ -14,7 +14,7 @@ from fedsparse.analysis.tables import share
 Place = tuple[str, str, str]  # data, model, partition
 Line = tuple[str, str]  # what is chosen by, and what else tells it from others
 
-_HIDDEN = ("exchange=", "exchange.build=", "aggregation=", "aggregation.")
+_HIDDEN = ("exchange=", "aggregation=", "aggregation.")
 
 
 def places(table: Sequence[Row]) -> dict[Place, list[Row]]:

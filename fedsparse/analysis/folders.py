@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,17 @@ class Problem:
     reason: str
 
 
-def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
+def _as_stored(config: Any) -> Any:
+    return config
+
+
+def read_runs(folders: Iterable[Path], renewed: Callable[[Any], Any] = _as_stored) -> tuple[list[Run], list[Problem]]:
     """Read every run below some folders, each once, in an order that depends on names alone.
 
     Args:
         folders: run folders, or folders that hold some at any depth.
+        renewed: writes a stored configuration in today's keys, as ``job.earlier.renewed`` does, which stands above;
+            by default it is read as it was stored.
 
     Returns:
         The finished runs, and what was left out.
@@ -74,7 +80,7 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
     problems: list[Problem] = []
     for name, folder in sorted(_names(listed).items()):
         try:
-            runs.append(_read(name, folder))
+            runs.append(_read(name, folder, renewed))
             problems += [Problem(name, reason) for reason in _doubts(runs[-1])]
         except Exception as error:  # whatever a damaged folder leads to, the others are read
             problems.append(Problem(name, _line(error)))
@@ -102,9 +108,9 @@ def _free(names: Mapping[str, Path], name: str) -> str:
     return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(names) + 3))) if n not in names)
 
 
-def _read(name: str, folder: Path) -> Run:
+def _read(name: str, folder: Path, renewed: Callable[[Any], Any]) -> Run:
     """Read one folder, or say in a ValueError why it does not count."""
-    config = {short(key): short(value) for key, value in flatten(yaml_of(folder / CONFIG)).items()}
+    config = {short(key): short(value) for key, value in flatten(renewed(yaml_of(folder / CONFIG))).items()}
     if not (folder / SUMMARY).is_file():
         raise ValueError(f"not finished: no summary.json after {_progress(folder, config)}")
     summary = _checked(json_of(folder / SUMMARY))

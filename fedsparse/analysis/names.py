@@ -12,7 +12,8 @@ Settings = Mapping[str, str]
 # what may differ between runs that are averaged, or chosen among
 _SWEPT = ("seed", "optimizer.lr", "sparsity.ratio")
 _IDLE = (
-    "exchange.build",  # says what the other keys of the exchange say
+    "exchange._target_",  # says what the other keys of the exchange say
+    "exchange._partial_",
     "link",  # moves no bit
     "resume",
     "logger",
@@ -24,7 +25,6 @@ _IDLE = (
     "trainer.num_nodes",
     "data.stream",
     "data.workers",
-    "data.source.stream",
     "federation.cohort",
     "model.cohort",
     "federation.compile",
@@ -144,8 +144,8 @@ def _partition(group: Settings, differing: set[tuple[str, str]]) -> str:
 def _shown(key: str, value: str) -> str:
     """Write a key and its value; a class by its own name.
 
-    >>> _shown("optimizer.build._target_", "torch.optim.Adam")
-    'optimizer.build=Adam'
+    >>> _shown("optimizer._target_", "torch.optim.Adam")
+    'optimizer=Adam'
 
     """
     target = key.endswith("._target_")

@@ -27,7 +27,7 @@ from fedsparse.bench.problems import vit_small
 from fedsparse.core import files
 from fedsparse.core.signals import command
 from fedsparse.core.space import ParamSpace
-from fedsparse.federation.client.drift import Term
+from fedsparse.federation.client.drift import GradientCorrection
 from fedsparse.federation.client.training import Clients
 from fedsparse.masks import Sparsity
 from fedsparse.masks.select import select
@@ -131,14 +131,14 @@ def print_growth(name: str, samples: int) -> None:
     clients = client(name)
     forget_peak()  # choosing the mask had its own
     for _ in range(3):
-        clients.step(x, y, [len(y)], Term())
+        clients.step(x, y, [len(y)], GradientCorrection())
     print(resident("VmHWM") - before)
 
 
 def measure(pairs: int, samples: int) -> list[Saving]:
     """Measure all masks."""
     (x, y), clients = batch(samples), {name: client(name) for name in MASKS}
-    steps = interleaved({n: partial(m.step, x, y, [len(y)], Term()) for n, m in clients.items()}, pairs)
+    steps = interleaved({n: partial(m.step, x, y, [len(y)], GradientCorrection()) for n, m in clients.items()}, pairs)
     updates = {n: m.optimizer.update for n, m in clients.items()}
     for formed in clients.values():  # a step clears its gradients; any will do here
         for view in formed.rows.views:

@@ -38,7 +38,7 @@ def seconds(data: Path, folder: Path, processes: int, rounds: int) -> float:
     """Train in so many processes of one thread -> median seconds of a round after the first."""
     options = {
         "data": "arrays", "data.root": data, "data.batch_size": BATCH,
-        "model": "timm", "model.name": "vit_small_patch16_224", "model.net.pretrained": "false",
+        "model": "timm", "model.name": "vit_small_patch16_224", "model.pretrained": "false",
         "mask_rule": "dense", "head.init": "random", "sampling": "everyone", "pictures": "false", "logger": "csv",
         "federation.num_clients": CLIENTS, "federation.clients_per_round": CLIENTS, "federation.local_steps": STEPS,
         "federation.rounds": rounds, "federation.eval_every": 100, "federation.checkpoint_every": 100,

@@ -1,1 +1,1 @@
-"""What everything rests on: rows, seeds, checks, files, processes."""
+"""Foundations: rows of parameters, seeds, checks of options, files, processes."""

@@ -1,4 +1,4 @@
-"""Ranges of the numbers that options take; what lies outside is refused by its config key."""
+"""Checks of option values; an invalid one is a ValueError of one line with its config key."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 DOUBLE = sys.float_info.max
-LARGEST = (2 - 2**-23) * 2.0**127  # of float32: rows and rates are float32, and what is beyond is infinite there
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, the dtype of rows and rates, where a larger number is infinite
 
 
 def finite(value: Any, largest: float = LARGEST) -> bool:
-    """Whether a value is a number of at most this magnitude, by default finite as float32; True and False are none."""
+    """Whether a value is a number of at most this magnitude, by default finite as float32; a bool is no number."""
     return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= largest)  # type: ignore
 
 
@@ -32,22 +32,22 @@ def check_number(
     word: str | None = None,
     double: bool = False,
 ) -> None:
-    """Refuse what is not a finite number within bounds.
+    """Refuse a value that is not a finite number within bounds.
 
     Args:
-        key: as it is typed.
-        value: what was given.
-        least: lower bound, allowed itself.
-        above: lower bound, not allowed itself.
-        most: upper bound, allowed itself.
-        below: upper bound, not allowed itself.
+        key: config key.
+        value: of the option.
+        least: inclusive lower bound.
+        above: exclusive lower bound.
+        most: inclusive upper bound.
+        below: exclusive upper bound.
         whole: whether it must be an integer.
-        null: whether None will do too.
-        word: a word that will do too.
-        double: whether the number stays float64, whose largest is finite too.
+        null: whether None is valid too.
+        word: a string that is valid too.
+        double: whether the number stays float64, and may exceed float32's range.
 
     Raises:
-        ValueError: one line with the key, the value and what it may be.
+        ValueError: one line with the key, the value and the valid values.
 
     >>> check_number("link.latency", -1, least=0)
     Traceback (most recent call last):
@@ -79,27 +79,27 @@ def check_number(
 
 
 def check_positive(key: str, value: Any) -> None:
-    """Refuse what is not a finite number above 0."""
+    """Refuse a value that is not a finite number above 0."""
     check_number(key, value, above=0)
 
 
 def check_not_negative(key: str, value: Any) -> None:
-    """Refuse what is not a finite number of 0 or more."""
+    """Refuse a value that is not a finite number of 0 or more."""
     check_number(key, value, least=0)
 
 
 def check_share(key: str, value: Any) -> None:
-    """Refuse what is not a number of at least 0 and below 1."""
+    """Refuse a value that is not a number of at least 0 and below 1."""
     check_number(key, value, least=0, below=1)
 
 
 def check_whole(key: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number of at least so much."""
+    """Refuse a value that is not an integer of at least ``least``."""
     check_number(key, value, least=least, whole=True)
 
 
 def check_flag(key: str, value: Any) -> None:
-    """Refuse what is neither True nor False.
+    """Refuse a value that is neither True nor False.
 
     Raises:
         ValueError: one line with the key.
@@ -110,10 +110,10 @@ def check_flag(key: str, value: Any) -> None:
 
 
 def check_choice(key: str, value: Any, *choices: str | None) -> None:
-    """Refuse what is none of some words, or null where None is one of them.
+    """Refuse a value that is none of the choices, which are strings and None.
 
     Raises:
-        ValueError: one line with the key and the choices.
+        ValueError: one line with the key, the value and the choices.
 
     >>> check_choice("sparsity.mode", "cut", "freeze", "prune")
     Traceback (most recent call last):
@@ -125,15 +125,15 @@ def check_choice(key: str, value: Any, *choices: str | None) -> None:
 
 
 def check_tensors(name: str, tensors: Iterable[Tensor], real: bool = True) -> None:
-    """Refuse parameters that an optimizer's arithmetic is not for.
+    """Refuse parameters that an optimizer would step wrongly: sparse, integer or, by default, complex ones.
 
     Args:
         name: of the optimizer.
         tensors: its parameters.
-        real: whether complex ones would be stepped wrongly, as by what squares gradients.
+        real: whether they must be real, as for an optimizer that squares gradients.
 
     Raises:
-        ValueError: one line that says what they must be.
+        ValueError: one line with the valid kinds.
 
     """
     for tensor in tensors:
@@ -144,7 +144,7 @@ def check_tensors(name: str, tensors: Iterable[Tensor], real: bool = True) -> No
 
 
 def two_decays(key: str, betas: Any) -> tuple[float, float]:
-    """Take any sequence of two decays as a pair.
+    """Check two decays, of any sequence type, and return them as a pair.
 
     Raises:
         ValueError: they are not two numbers in [0, 1); one line with the key.

@@ -1,6 +1,6 @@
-"""The one way to write a file: whole, in a new file beside its target, never through a link; lines are appended whole.
+"""Atomic writes of files: a new file beside the target is renamed to it, no link is followed, lines are appended whole.
 
-A run folder may come from someone else, and may be killed or run out of disk at any moment.
+A run folder may come from someone else, and a run may be killed or fill the disk at any moment.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from fedsparse.core.folder import CHECKPOINTS, CONFIG
 Content = bytes | str | Callable[[Any], object]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRITTEN_WHOLE = (".", str(Path(CONFIG).parent), CHECKPOINTS)  # folders in a run folder
-LEFT_BEHIND = ("*.part", ".*.tmp")  # by a writer that was killed; the second of earlier versions
+LEFT_BEHIND = ("*.part", ".*.tmp")  # partial files of killed writers; the second of earlier versions
 
 
 class Disk(io.RawIOBase):
-    """A file that is written to the last byte, or says why not; the first error is kept, whoever swallows it.
+    """A file for complete writes, which keeps the first error.
 
-    ``torch.save`` makes a RuntimeError of whatever goes wrong, without the file or the reason.
+    ``torch.save`` turns every error into a RuntimeError without file and reason.
+
+    Attributes:
+        descriptor: of the open file.
+        error: the first OSError of a write; None without.
+
     """
 
     def __init__(self, path: Path, flags: int) -> None:
@@ -37,7 +42,7 @@ class Disk(io.RawIOBase):
         self.error: OSError | None = None
 
     def writable(self) -> bool:
-        """Say that it can be written."""
+        """Return True: the file is writable."""
         return True
 
     def fileno(self) -> int:
@@ -51,8 +56,8 @@ class Disk(io.RawIOBase):
             os.close(self.descriptor)
 
     def write(self, data: Any) -> int:
-        """Write all bytes: the system may take fewer than it is given, as when a disk fills."""
-        if self.closed:  # what is left of a failed writer must not reach another file of the same number
+        """Write all bytes, in several calls if the system takes fewer at once, as when a disk fills."""
+        if self.closed:  # a failed writer's later writes must not reach another file with the same descriptor
             raise ValueError("the file is closed")
         view = memoryview(data).cast("B")
         done = 0
@@ -66,12 +71,12 @@ class Disk(io.RawIOBase):
 
 
 def write(path: Path, content: Content, keep: Path | None = None) -> None:
-    """Write a file beside its target, flush it to the disk and rename it: a kill or a full disk leaves the old one.
+    """Write a file beside its target, flush it to the disk and rename it; after an error or a kill the old one stays.
 
     Args:
         path: the file. A link there is replaced, not followed.
-        content: text (UTF-8), bytes, or what writes to a binary file.
-        keep: where the file of before goes; None: nowhere.
+        content: text (UTF-8), bytes, or a function that writes to a binary file.
+        keep: path to which the old file is renamed; None: it is replaced.
 
     Raises:
         OSError: it cannot be written; names the file, and what to do if the disk is full.
@@ -103,7 +108,7 @@ def _fill(disk: Disk, content: Content) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Append to a file: all of it, or nothing if that cannot be done.
+    """Append to a file: all bytes, or none on an error.
 
     Raises:
         OSError: names the file, and what to do if the disk is full.
@@ -121,27 +126,27 @@ def append(path: Path, data: bytes) -> None:
 
 
 def change(path: Path, size: int) -> Disk:
-    """Open a file to be written in place, and give it this size; what is new of it reads as zeros."""
+    """Open a file to be written in place, and set its size; added bytes read as zeros."""
     with _named(path):
         disk = Disk(path, os.O_RDWR | os.O_CREAT)
         os.ftruncate(disk.descriptor, size)
     return disk
 
 
-def put(disk: Disk, place: int, data: Any) -> None:
-    """Write bytes at a place of a file.
+def put(disk: Disk, offset: int, data: Any) -> None:
+    """Write bytes at an offset of a file.
 
     Raises:
         OSError: names the file, and what to do if the disk is full.
 
     """
     with _named(disk.path):
-        os.lseek(disk.descriptor, place, os.SEEK_SET)
+        os.lseek(disk.descriptor, offset, os.SEEK_SET)
         disk.write(data)
 
 
-def own(path: Path) -> None:
-    """Let a file that will be changed in place be nobody else's: of a hard link a copy takes its place.
+def unshare(path: Path) -> None:
+    """Replace a hard link by a copy, before a file is changed in place, so that no other path changes too.
 
     Raises:
         OSError: it is a symbolic link, or no plain file.
@@ -157,42 +162,42 @@ def own(path: Path) -> None:
 
 
 class LogFile(logging.FileHandler):
-    """A log that goes on in its file, but through no link."""
+    """A log handler that appends to its file, and replaces a link instead of following it."""
 
     def _open(self) -> io.TextIOWrapper:
         path = Path(self.baseFilename)
         if path.is_symlink():
             path.unlink()
-        own(path)
+        unshare(path)
         return super()._open()
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a run folder whose links would have a run write elsewhere, or whose pipes would let it wait for ever.
+    """Refuse a run folder with links, through which a run would write elsewhere, or pipes, on which it would hang.
 
-    Links in place of the files that are written whole do no harm, and are replaced; W&B's own lie in its folder.
+    Links in place of atomically written files are harmless, as they are replaced; W&B keeps links in its own folder.
 
     Raises:
-        ValueError: names the first link, or what is neither file nor folder.
+        ValueError: names the first link, or the first path that is neither file nor folder.
 
     """
-    for place, folders, names in os.walk(folder):
-        inner = Path(place).relative_to(folder).as_posix() not in WRITTEN_WHOLE
-        links = [Path(place) / name for name in [*folders, *(names if inner else [])]]
+    for parent, folders, names in os.walk(folder):
+        inner = Path(parent).relative_to(folder).as_posix() not in WRITTEN_WHOLE
+        links = [Path(parent) / name for name in [*folders, *(names if inner else [])]]
         if found := [link for link in links if link.is_symlink()]:
             raise ValueError(f"{found[0]} is a link, and the run would write through it; put its content there")
-        other = [path for path in map(Path(place).joinpath, names) if path.exists() and not path.is_file()]
+        other = [path for path in map(Path(parent).joinpath, names) if path.exists() and not path.is_file()]
         if other:
             raise ValueError(f"{other[0]} is neither file nor folder; remove it")
         folders[:] = [name for name in folders if name != "wandb"]
 
 
 def clear(folder: Path, age: float = 0.0) -> None:
-    """Remove what killed writers left in a folder.
+    """Remove the partial files of killed writers from a folder.
 
     Args:
-        folder: which nobody else writes to now, or
-        age: seconds since a file was last written; others may be at work on younger ones.
+        folder: to be cleared.
+        age: least seconds since a file was last written; other processes may be writing younger ones.
 
     """
     for path in [path for pattern in LEFT_BEHIND for path in folder.glob(pattern)]:
@@ -202,7 +207,7 @@ def clear(folder: Path, age: float = 0.0) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Let an error name the file that was asked for, and say what to do about a full disk."""
+    """Re-raise an OSError with the target's path, and with advice if the disk is full."""
     try:
         yield
     except OSError as error:
@@ -213,5 +218,5 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _flags(flags: int) -> int:
-    """Add what the system has: no link is followed, and no byte is changed."""
+    """Add the system's flags against following links and against changing line ends."""
     return flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)

@@ -1,4 +1,4 @@
-"""Names that a package exports, whose modules are imported when a name is asked for (PEP 562)."""
+"""Lazy exports of a package: a module is imported when its name is first read (PEP 562)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make the ``__getattr__`` and the ``__dir__`` of a package, of names by the module that each comes from.
+    """Build ``__getattr__`` and ``__dir__`` of a package, from a mapping of exported names to their modules.
 
-    A submodule of the same name would take the place of what is exported as soon as it is imported: no name may be one.
+    No name may be that of a submodule, which would replace the exported object as soon as it is imported.
 
     >>> get, listed = lazily("fedsparse.core", {"prod": "math"})
     >>> get("prod")([2, 3]), "prod" in listed()

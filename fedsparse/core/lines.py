@@ -1,4 +1,4 @@
-"""A CSV file with several lines a round, appended when the round closes; after a resume each round stands once."""
+"""A CSV file with several lines a round, appended when the round closes; after a resume no round is there twice."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fedsparse.core import files
 
 
 class RoundLines:
-    """The file; its first column is the round.
+    """A CSV file whose first column is the round.
 
     Args:
-        columns: names of the columns, as they stand in the first line.
-        path: where; None writes nothing, as in all but the first of several processes.
+        columns: names of the columns, comma-separated, without a line end.
+        path: of the file; None writes nothing, as in all but the first of several processes.
 
     """
 
     def __init__(self, columns: str, path: Path | None = None) -> None:
         self.columns, self.path = columns, path
-        self._whole = False  # whether the file is what was written here, so that lines may be appended
+        self._whole = False  # whether this object wrote the file, so that lines may be appended
 
     def append(self, lines: Iterable[str]) -> None:
         """Append the lines of a closed round, all or none."""
@@ -32,12 +32,12 @@ class RoundLines:
         files.append(self.path, "".join(lines).encode())
 
     def drop_from(self, round: int) -> None:
-        """Forget this round and those after it, and what follows a damaged line."""
+        """Remove the lines of this and later rounds, and all after a damaged line."""
         if self.path is not None and self.path.is_file():
             self._keep(round)
 
     def _keep(self, rounds: float) -> None:
-        """Write the file anew with the lines of the rounds before this one."""
+        """Rewrite the file with the lines of the rounds before this one."""
         assert self.path is not None
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)[1:]

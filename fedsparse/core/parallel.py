@@ -1,7 +1,7 @@
-"""Several processes: each trains other clients of the same round, and all hold the same global row.
+"""Several processes: each trains other clients of the same round, and all hold the same global rows.
 
-The first process leads: it prepares, writes and reports; the others follow. What one of them knows and all need goes
-through ``share`` and ``gather``, which in a single process cost nothing.
+The first process leads: it prepares, writes and reports. ``share`` and ``gather`` exchange values between processes;
+in a single process they return at once.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ T = TypeVar("T")
 
 
 def joined() -> bool:
-    """Whether this process is one of several that have met."""
+    """Whether torch's process group is initialised: this process is one of several."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def processes() -> int:
-    """Count the processes that have met."""
+    """Number of processes, 1 without a process group."""
     return distributed.get_world_size() if joined() else 1
 
 
 def process() -> int:
-    """Place of this process among them; 0 leads."""
+    """Rank of this process; 0 leads."""
     return distributed.get_rank() if joined() else 0
 
 
 def share(value: T | None = None) -> T | None:
-    """Hand a value of the leading process to all; each returns it."""
+    """Broadcast the leading process's value, which every process returns."""
     if not joined():
         return value
     box = [value]
@@ -41,7 +41,7 @@ def share(value: T | None = None) -> T | None:
 
 
 def gather(value: T) -> list[T]:
-    """Collect the values of all processes, in their order."""
+    """Gather the values of all processes, by rank."""
     if not joined():
         return [value]
     values: list[Any] = [None] * processes()
@@ -51,7 +51,7 @@ def gather(value: T) -> list[T]:
 
 @contextmanager
 def variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for a while."""
+    """Set environment variables within a ``with`` block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""What ``trainer.precision`` may be, and the dtype that it means."""
+"""The values of ``trainer.precision``, and their dtypes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PRECISIONS = ("32-true", DOUBLE, "bf16-mixed", HALF)
 
 
 def dtype_of(precision: str) -> torch.dtype | None:
-    """Find the dtype that network, rows and inputs are brought to; None leaves them as they are."""
+    """Look up the dtype to which network, rows and inputs are converted; None for no conversion."""
     return torch.float64 if precision == DOUBLE else None
 
 
 @contextmanager
 def made_in(dtype: torch.dtype | None) -> Iterator[None]:
-    """Let a network that makes tensors in its forward make them in a dtype, as Lightning does while it trains."""
+    """Set torch's default dtype, for networks that create tensors in a forward, as Lightning does in training."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:

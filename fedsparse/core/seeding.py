@@ -1,6 +1,6 @@
-"""Keyed randomness: a generator of its own for (seed, purpose, round, client), never one global stream.
+"""Keyed randomness: one generator for each (seed, purpose, round, client), never one global stream.
 
-So a resumed run draws what the run in one go would have drawn, and neither the cohort size nor the number of
+So a resumed run draws the same numbers as an uninterrupted one, and neither the cohort size nor the number of
 processes changes a draw.
 """
 
@@ -15,7 +15,7 @@ _MASK = (1 << 64) - 1
 
 
 class Purpose(IntEnum):
-    """What a stream of random numbers is for; the numbers are part of what a seed means and never change."""
+    """Purpose of a stream of random numbers; the values are part of the keys and never change."""
 
     SAMPLING = 1
     BATCHES = 2
@@ -32,22 +32,22 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
-    """Make the numpy generator of one purpose; ``ids`` are non-negative integers such as round and client.
+    """Build the numpy generator of a purpose; ``ids`` are non-negative integers such as round and client.
 
     >>> generator(0, Purpose.BATCHES, 3, 7).integers(100) == generator(0, Purpose.BATCHES, 3, 7).integers(100)
     np.True_
     """
-    # the count of ids belongs to the key: numpy pads a key with zeros, so that (3,) and (3, 0) would be one stream
+    # the key has the number of ids, as numpy pads keys with zeros: else (3,) and (3, 0) would be one stream
     return np.random.default_rng((seed, int(purpose), len(ids), *ids))
 
 
 def torch_generator(seed: int, purpose: Purpose, *ids: int) -> torch.Generator:
-    """Make the torch (CPU) generator of one purpose."""
+    """Build the torch generator (CPU) of a purpose."""
     return torch.Generator().manual_seed(int(generator(seed, purpose, *ids).integers(2**62)))
 
 
 def number(seed: int, purpose: Purpose, *ids: int) -> int:
-    """Make one 63-bit number of a purpose in a microsecond, where building a generator would cost twenty.
+    """Compute one 63-bit number of a purpose, in a microsecond; building a generator takes twenty.
 
     Chained splitmix64 (Steele, Lea and Flood 2014).
     """

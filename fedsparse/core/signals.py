@@ -1,4 +1,4 @@
-"""How a command ends: each signal that asks for it is one line and an exit status, and a lost terminal ends nothing."""
+"""Signals that end a command: each gives one line and an exit status; a closed terminal or pipe ends nothing."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# what a cluster sends, to every process of a run or to one, before it takes a machine away
+# sent by a cluster, to every process of a run or to one, before it takes a machine away
 CLUSTER = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
-# what a terminal sends, to all processes of the command: Ctrl-C, and that it is closed
+# sent by a terminal to all processes of the command: by Ctrl-C, and when it is closed
 TERMINAL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
 TERMINATED = 128 + signal.SIGTERM
 DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class Stopped(SystemExit):
-    """A signal asks this process to end.
+    """A signal has ended this process.
 
     Args:
-        number: the signal.
-        said: whether a line has said so.
+        number: of the signal.
+        said: whether the line about it is printed already.
 
     """
 
@@ -36,15 +36,15 @@ class Stopped(SystemExit):
 
 
 def stopped(number: int, frame: Any = None) -> None:
-    """Handle a signal: end what is going on."""
+    """Handle a signal: raise ``Stopped``."""
     raise Stopped(number)
 
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """Let signals raise ``Stopped`` that would end the process without a word.
+    """Raise ``Stopped`` for signals with a default handler, within a ``with`` block in the main thread.
 
-    Those that are ignored stay so (nohup, a shell's background job), and those that someone else handles are theirs.
+    Signals that are ignored (nohup, a shell's background job) or have another handler keep theirs.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -62,7 +62,7 @@ def heeded() -> Iterator[None]:
 
 @contextmanager
 def command() -> Iterator[None]:
-    """Carry out what a person typed: a signal is one line, and output that nobody reads any more is dropped."""
+    """Run a command line: a signal prints one line and sets the exit status; output to a closed pipe is dropped."""
     for name in ("stdout", "stderr"):
         _outlive(name)
     try:
@@ -76,17 +76,17 @@ def command() -> Iterator[None]:
 
 
 def _outlive(name: str) -> None:
-    """Put a stream in place of a standard one that outlives its reader, such as ``| head -1`` or a closed terminal."""
+    """Replace a standard stream by one that survives a closed reader, such as ``| head -1`` or a terminal."""
     old = getattr(sys, name)
     if not isinstance(old, io.TextIOWrapper) or old is not getattr(sys, f"__{name}__"):
-        return  # a test or a notebook reads it
+        return  # replaced already, by a test or a notebook
     old.flush()
     options: dict[str, Any] = {"encoding": old.encoding, "errors": old.errors, "line_buffering": True}
     setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(_Outlet(old.fileno(), "w", closefd=False)), **options))
 
 
 class _Outlet(io.FileIO):
-    """A descriptor that turns to nowhere when nobody reads it any more."""
+    """A file descriptor that is redirected to the null device when its reader is closed."""
 
     def write(self, data: Any) -> int:
         try:

@@ -1,4 +1,4 @@
-"""A client is a row: the trainable state of a model as one flat vector of ``P`` coordinates.
+"""The parameter space: the federated tensors of a model as one row, a flat vector of ``P`` coordinates.
 
 Shapes: ``P`` coordinates of the space, ``K`` clients of a cohort, ``*`` any leading dimensions.
 """
@@ -17,7 +17,7 @@ Patterns = str | Sequence[str]
 
 
 def matches(name: str, patterns: Patterns) -> bool:
-    """Whether a parameter's name matches one of some glob patterns.
+    """Whether a parameter's name matches at least one glob pattern.
 
     >>> matches("blocks.3.mlp.fc1.weight", ["head.*", "blocks.3.*"])
     True
@@ -38,10 +38,10 @@ def never(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Binding:
-    """A network whose parameters, and their gradients, are views into one row.
+    """The parameters of a network that are views into one row, with gradients that are views into another.
 
     Attributes:
-        names: of what trains with a gradient in the row.
+        names: of parameters whose gradient is a view.
         parameters: of these names.
         gradients: the views that were bound as their ``.grad``.
 
@@ -53,10 +53,10 @@ class Binding:
 
 
 class ParamSpace:
-    """Which tensors of a network are federated, and where each lives in a row of ``P`` coordinates.
+    """Names, shapes and offsets of a network's federated tensors in a row of ``P`` coordinates.
 
-    Immutable. Tensors stand in the order of ``net.named_parameters()``; a tied parameter stands once, under its
-    first name. A space never holds a reference to the network: it reads and writes any network of the same shape.
+    Immutable. Tensors are in the order of ``net.named_parameters()``; a tied parameter is there once, under its first
+    name. A space has no reference to the network: it reads and writes any network with these names and shapes.
 
     Args:
         names: names of the tensors, in the order of the row.
@@ -80,7 +80,7 @@ class ParamSpace:
         Args:
             net: the network.
             trainable: which parameter names are federated; the others stay at their pre-trained values.
-            local: glob patterns of parameters that each client keeps for itself.
+            local: glob patterns of parameters that stay with each client.
 
         Raises:
             ValueError: nothing is trainable, or the parameters are of several dtypes.
@@ -102,7 +102,7 @@ class ParamSpace:
         return cls([n for n, _ in chosen], [b.shape for _, b in chosen])
 
     def tensors(self, net: nn.Module) -> list[Tensor]:
-        """List the network's own tensors of this space, in the order of the row."""
+        """List the network's tensors of this space, in the order of the row."""
         found = dict(net.named_parameters()) | dict(net.named_buffers())
         return [found[name] for name in self.names]
 
@@ -137,8 +137,8 @@ class ParamSpace:
             net: the network.
             row: its values.
             grad: their gradients.
-            trained: names of the space that require a gradient; for all others none is computed.
-            apart: names whose gradient is not bound: autograd makes it anew in each backward, which saves adding it up.
+            trained: selects the names that require a gradient; for others none is computed.
+            apart: selects names whose gradient is not bound: each backward allocates it, which saves adding to zeros.
 
         """
         found = dict(net.named_parameters())
@@ -158,7 +158,7 @@ class ParamSpace:
         return hits.repeat_interleave(torch.tensor(self.sizes, dtype=torch.long))
 
     def _views(self, row: Tensor) -> Iterable[Tensor]:
-        """Split by ``split``, never by slicing: the backward of 150 slices is fifty times slower."""
+        """View rows (*, P) as tensors, by ``split``: the backward of 150 slices takes fifty times as long."""
         if row.shape[-1] != self.size:
             raise ValueError(f"a row of this space has {self.size} coordinates, not {row.shape[-1]}")
         parts = row.split(self.sizes, dim=-1) if self.sizes else ()

@@ -1,4 +1,4 @@
-"""A network's state as a safetensors file: tensors that are one in memory are stored once, and read under all names."""
+"""A network's state as a safetensors file: a tensor with several names is stored once, and loaded under all names."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedsparse.core import files
 
 
 def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Leave out of a state what is there under another name already.
+    """Split a state into distinct tensors and the names of duplicates.
 
     Returns:
-        Tensors on the CPU, of which none shares memory with another, and the stored name of each that was left out: as
-        safetensors' own ``save_model`` has it in its metadata, so that ``load_model`` reads the file too.
+        Tensors on the CPU that share no memory, and for each left-out name the stored one: the metadata of safetensors'
+        ``save_model``, so that ``load_model`` reads the file too.
 
     >>> whole = torch.arange(4.0)
     >>> tensors, names = pack({"a": whole, "b": whole, "half": whole[2:]})
@@ -32,11 +32,11 @@ def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[tuple[Any, ...], str] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
-        place = _place(tensor)
-        if tensor.numel() and place in first:
-            names[name] = first[place]
+        key = _storage_key(tensor)
+        if tensor.numel() and key in first:
+            names[name] = first[key]
             continue
-        first[place] = name
+        first[key] = name
         memory = tensor.untyped_storage().data_ptr()
         stored = tensor.detach().cpu().contiguous()
         tensors[name] = stored.clone() if memory in seen else stored
@@ -45,26 +45,26 @@ def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def distinct(state: Mapping[str, Tensor]) -> list[Tensor]:
-    """List the tensors of a state, one that is there under several names once."""
-    return list({_place(tensor): tensor for tensor in state.values()}.values())
+    """List the distinct tensors of a state; one with several names is listed once."""
+    return list({_storage_key(tensor): tensor for tensor in state.values()}.values())
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Say where a tensor lies, and how: two of the same place are one."""
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Build a key of a tensor's memory and layout, which is equal for tensors that are the same."""
     layout = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
     return (tensor.data_ptr() or id(tensor), *layout)
 
 
 def save_weights(net: nn.Module, path: Path) -> None:
-    """Save a network under its own names."""
+    """Save a network's state, by its names, to a file."""
     files.write(path, save(*pack(net.state_dict())))
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a safetensors file, with what it holds under several names.
+    """Load a safetensors file, tensors with several names under all of them.
 
     Raises:
-        SafetensorError: it is damaged, or none.
+        SafetensorError: the file is damaged, or has another format.
 
     """
     with safe_open(os.fspath(path), framework="pt") as file:
@@ -74,10 +74,10 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def check_savable(net: nn.Module) -> None:
-    """Try to save a network, to no file, and to take its state back.
+    """Test, before a run trains, that a network's state can be saved and loaded; no file is written.
 
     Raises:
-        ValueError: that cannot be done; one line says of what, before a run has trained for nothing.
+        ValueError: it cannot; one line with the reason.
 
     """
     state = net.state_dict()
@@ -88,7 +88,7 @@ def check_savable(net: nn.Module) -> None:
         )
     try:
         save({name: torch.empty(0, dtype=tensor.dtype) for name, tensor in pack(state)[0].items()})
-        net.load_state_dict({name: tensor.clone() for name, tensor in state.items()})  # of itself nothing is copied
+        net.load_state_dict({name: tensor.clone() for name, tensor in state.items()})  # clones, or nothing is copied
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"the model cannot be saved and read again ({type(error).__name__}: {said})") from error

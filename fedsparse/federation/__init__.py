@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedsparse.federation.phases import Phase, Phases
     from fedsparse.federation.round import Round, play
     from fedsparse.federation.watcher import Watcher
-else:  # whoever imports a part does not import the whole
+else:  # a name is imported from its module when it is first read
     _HOMES = {
         "Clients": "fedsparse.federation.client.training",
         "Explore": "fedsparse.federation.explore",

@@ -1,4 +1,4 @@
-"""Counts what crosses the network in each round. Shapes: P coordinates, n of them train, G global rows."""
+"""Byte counts of each round's messages. Shapes: P coordinates, n of them train, G global rows."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ NOTHING = Size(0, 0, 0)
 
 
 class ByteCount(Watcher):
-    """What each client of a round sent and received: the model at first contact, later what moved since.
+    """Counts the bytes that each client sends and receives: at first contact the model, later what changed since.
 
     Args:
-        ledger: the sums.
-        traffic: the table of clients.
-        subspace: what trains.
-        local: bool (P,), what stays with the clients.
+        ledger: sums over rounds.
+        traffic: table of clients and rounds.
+        subspace: the coordinates that train.
+        local: bool (P,), coordinates that stay with the clients.
         groups: G.
         model_length: bytes of the first model.
-        prunes: whether what does not train is zero, so that the mask tells its value.
+        prunes: whether frozen coordinates are zero, so that the mask implies their values.
+
+    Attributes:
+        travelling: bool (n,), trained coordinates that travel; None if all do.
+        downlinks: of each group, what its clients hold.
+        start: of each group, the travelling values before the open round.
 
     """
 
@@ -49,15 +54,15 @@ class ByteCount(Watcher):
         self.model_length, self.mask_length, self.prunes = model_length, mask_length(subspace), prunes
         self.downlinks = [Downlink() for _ in range(groups)]
         self.travelling = self._travelling(subspace)
-        self.before: list[Tensor] = []
+        self.start: list[Tensor] = []
 
     def _travelling(self, subspace: Subspace) -> Tensor | None:
-        """Mark which of the n coordinates travel, (n,); None if all do."""
+        """Mark the trained coordinates that travel, bool (n,); None if all do."""
         travels = ~subspace.of(self.local.to(subspace.mask.device))
         return None if bool(travels.all()) else travels
 
     def move(self, carry: Carry) -> None:
-        """Follow a mask that changes, and send it to everybody anew."""
+        """Take over another mask, and send it to every client again."""
         self.travelling = self._travelling(carry.after)
         for downlink in self.downlinks:
             downlink.move(carry.within(~self.local))
@@ -65,35 +70,35 @@ class ByteCount(Watcher):
         self.mask_length = mask_length(carry.after)
 
     def open(self, round: Round) -> None:
-        """Keep what travels of each global row, to compare it afterwards."""
-        self.before = [self._of(row) for row in round.federation.server.values]
+        """Copy the travelling values of each global row, to find what the round changes."""
+        self.start = [self._of(row) for row in round.federation.server.values]
 
     def _of(self, values: Tensor) -> Tensor:
-        """Copy what travels of trained values (n,)."""
+        """Copy the travelling ones of trained values (n,)."""
         return values.clone() if self.travelling is None else values[self.travelling]
 
     def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
-        """Count what clients sent and received, note what the round moved and who holds what, write the table."""
+        """Count the round's bytes, record which coordinates it changed and which model each client holds, add rows."""
         for report in reports:
             for client, group, up in zip(report.clients, report.group, report.up, strict=True):
                 self._count(round, client, group, up)
             self.ledger.stepped(report.local_steps, report.clipped)
         pairs = [pair for report in reports for pair in zip(report.clients, report.group, strict=True)]
         for group, downlink in enumerate(self.downlinks):
-            after, members = self._of(round.federation.server.values[group]), [c for c, own in pairs if own == group]
-            downlink.close(round.number, self.before[group], after, members)
-        self.before = []
+            after, members = self._of(round.federation.server.values[group]), [c for c, g in pairs if g == group]
+            downlink.close(round.number, self.start[group], after, members)
+        self.start = []
         self.traffic.write(round.number + 1, self.ledger.close())
 
     def _count(self, round: Round, client: int, group: int, up: Size) -> None:
-        """Count one client."""
-        federation, ledger, row = round.federation, self.ledger, self.before[group]
+        """Count the bytes of one client, which sent ``up``."""
+        federation, ledger, row = round.federation, self.ledger, self.start[group]
         first, setup, trained = client not in ledger.has_model, ledger.bytes_setup_down, federation.server.subspace
         zeros = self.prunes * (trained.total - trained.size) * row.element_size()
         ledger.first_model([client], self.model_length - zeros)
         ledger.mask([client], self.mask_length)
         setup = ledger.bytes_setup_down - setup
-        more = trained.size * federation.objective.messages * (not round.phase.explores)  # c of SCAFFOLD
+        more = trained.size * federation.objective.messages * (not round.phase.explores)  # SCAFFOLD's c
         if first:
             down = known_size(0, more, row.dtype) if more else NOTHING
         else:
@@ -103,16 +108,16 @@ class ByteCount(Watcher):
         ledger.trained(client, up, down, dense, setup, prepares=round.phase.explores)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums, and what each client holds."""
+        """Sums, and the model that each client holds."""
         return {"ledger": self.ledger.state_dict(), "downlink": [downlink.state_dict() for downlink in self.downlinks]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Load sums and clients' models of a checkpoint."""
         self.ledger.load_state_dict(state["ledger"])
-        for downlink, own in zip(self.downlinks, state["downlink"], strict=True):
-            downlink.load_state_dict(own)
+        for downlink, stored in zip(self.downlinks, state["downlink"], strict=True):
+            downlink.load_state_dict(stored)
 
 
 def mask_length(subspace: Subspace) -> int:
-    """Bytes of the message with a mask, a bit for each coordinate: none if everything trains."""
+    """Bytes of the message with a mask, one bit a coordinate; 0 if everything trains."""
     return 0 if subspace.index is None else bitmap_size(subspace.total).total

@@ -1,4 +1,4 @@
-"""A round in which clients explore: the mask rule scores their squared deviations. Shapes: K clients, n coordinates."""
+"""A round of exploration: the mask rule scores the clients' squared deviations. Shapes: K clients, n coordinates."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 
 class Explore(Round):
-    """Clients start from the same row, and send the squares of what they changed.
+    """A round whose clients start from the same row and send the squares of their changes (AutoFLIP).
 
-    Where the phase updates the model each goes on from where the last one stopped, and sends the model too.
+    If the phase updates the model, each client starts where the previous one stopped, and sends the model too.
+
+    Attributes:
+        deviation: weighted sum of the squared changes (n,).
+        chain: values (1, n) where the last client stopped; None before the first, or if the model is not updated.
+
     """
 
     def __init__(self, federation: Federation, number: int, phase: Phase, lr: float) -> None:
@@ -33,7 +38,7 @@ class Explore(Round):
         self.chain: Tensor | None = None
 
     def send(self, cohort: Cohort) -> Start:
-        """What the server sends K clients, which may start from what the client before has left."""
+        """Give K clients their start: the global values, or those where the previous client stopped."""
         start, local = super().send(cohort), self.federation.clients.local
         if self.chain is None:
             return start
@@ -42,7 +47,7 @@ class Explore(Round):
         return replace(start, values=restored)
 
     def encode(self, update: Update) -> Payload:
-        """Squared deviations where the mask rule scores them, and the model where it is updated: only counted."""
+        """Count the bytes of squared deviations, if the mask rule scores them, and of the model, if it is updated."""
         f = self.federation
         informs = f.choice is not None and f.choice.scores_exploration and self.phase.informs_mask
         n, dtype = f.exchange.size, update.rows.dtype
@@ -50,7 +55,7 @@ class Explore(Round):
         return Payload(update, (size,) * len(update.clients))
 
     def receive(self, cohort: Cohort, payload: Payload) -> None:
-        """Add up the squared deviations, and hand the model on; clients keep nothing."""
+        """Add the squared deviations, and keep the model for the next client; clients store nothing."""
         update, group = payload.update, self.federation.topology.group(cohort.clients)
         self.deviation.add(update.rows.square(), update.weight, update.loss)
         if self.phase.updates_model and counted(update):
@@ -60,7 +65,10 @@ class Explore(Round):
         self.reports.append(Report.of(self.number, update, group, payload.sizes, {}))
 
     def _step(self) -> Change | None:
-        """Hand the mean squared deviation over; the global row stays, or is where the last client stopped."""
+        """Give the mask rule the mean squared deviation, and the server the last client's values; None without updates.
+
+        The server's optimizer takes no step: its row stays, or is replaced.
+        """
         f, found = self.federation, self.deviation.finish()
         if found is None:
             return None

@@ -1,4 +1,4 @@
-"""A federation: exchange, server and stores around some clients, and all that lasts over rounds.
+"""A federation: clients, exchange, server and stores, with all state that outlives a round.
 
 Shapes: G global rows, K clients of a cohort, P coordinates of which n train.
 """
@@ -38,36 +38,37 @@ FEDAVG = partial(torch.optim.SGD, lr=1.0)
 
 
 class Keeper(Protocol):
-    """Keeps a number for each coordinate that trains."""
+    """An object with one number for each coordinate that trains."""
 
     def move(self, carry: Carry) -> None:
-        """Let other coordinates train, between two rounds."""
+        """Carry these numbers over to another mask, between two rounds."""
 
 
 class Federation:
-    """What sends to clients, and takes in what they send; of clients alone, federated averaging.
+    """Clients, exchange, server and their state; with clients as the only argument, federated averaging.
 
     Args:
-        clients: who trains.
-        exchange: what of an update is sent; by default what trains.
-        aggregation: how updates become one change; by default the mean by weight.
+        clients: train the cohorts.
+        exchange: encodes and decodes updates; by default all trained coordinates are sent.
+        aggregation: combines updates into one change; by default the weighted mean.
         topology: which global row each client starts from and adds to; by default one for all.
         make_server: builds the server's optimizer; by default SGD with learning rate 1, which is FedAvg.
-        untouched: what becomes of a coordinate that nobody sent; see ``Server``.
+        untouched: rule for coordinates that no client sent; see ``Server``.
         phases: of the run; by default all rounds are learning rounds.
         schedule: factor of the clients' learning rate, from (round, rounds).
-        choice: chooses the mask while clients train; None: it stays.
-        store: of coordinates that stay with the clients.
+        choice: chooses masks between rounds; None: the mask stays.
+        store: of coordinates that stay with the clients; in memory by default.
         ledger: sums of bytes.
-        traffic: what each client of each round sent and received.
+        traffic: table of the bytes of each client and round.
         model_length: bytes of the first model.
-        watchers: look on, beside those that count bytes and gather updates for the mask rule.
+        watchers: observe rounds, after the byte counter and the mask rule's evidence.
         count_bytes: whether bytes are counted.
 
     Attributes:
-        keepers: what follows a mask that changes.
-        dropped: updates that did not count.
-        closed: rounds that are closed.
+        stores: what clients keep between rounds, by name.
+        keepers: objects with a number for each trained coordinate, which follow a changed mask.
+        dropped: updates that were left out of the average.
+        closed: number of closed rounds.
 
     Raises:
         ValueError: the mask may change while several global rows differ in what stops training.
@@ -110,20 +111,20 @@ class Federation:
         updated = [choice] if choice is not None and choice.scores_updates else []
         self.watchers: list[Watcher] = [*[self.bytes] * count_bytes, *updated, *watchers]
         store = MemoryStore() if store is None else store
-        own = self.exchange.stores | self.objective.stores
-        self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **own}
+        added = self.exchange.stores | self.objective.stores
+        self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **added}
         self.keepers: list[Keeper] = [clients, self.server, self.exchange, self.objective, self.bytes]
-        self.keepers += [Part(store, local), *own.values()]
+        self.keepers += [Part(store, local), *added.values()]
         self.dropped: list[Dropped] = []
         self.closed = 0
 
     def open(self, number: int) -> Round:
-        """Begin a round: its mask, its learning rate, and empty sums."""
-        phase, own = self.phases.at(number)
+        """Open a round, from 0: choose its mask if one is due, and its learning rate; its sums are empty."""
+        phase, number_in_phase = self.phases.at(number)
         if self.choice is not None and self.choice.due(number, self.phases):
             mask = self.choice.choose(self.server.rows[0], self.phases.of_kind(number))
             self.train_only(mask.row(self.clients.space), number)
-        factor = 1.0 if phase.explores else self.schedule(own, phase.rounds)
+        factor = 1.0 if phase.explores else self.schedule(number_in_phase, phase.rounds)
         lr = self.clients.lr * factor if phase.lr is None else phase.lr
         round = (Explore if phase.explores else Round)(self, number, phase, lr)
         for watcher in self.watchers:
@@ -131,7 +132,7 @@ class Federation:
         return round
 
     def train_only(self, mask: Tensor, number: int) -> None:
-        """Let other coordinates train from a round on, bool (P,): all that is kept of each follows."""
+        """Train the coordinates of another mask, bool (P,), from a round on: every keeper carries its numbers over."""
         prunes = self.choice is not None and self.choice.prunes
         after = Subspace(mask.to(self.server.rows.device))
         carry = Carry(self.server.subspace, after, number, prunes)
@@ -139,20 +140,20 @@ class Federation:
             keeper.move(carry)
 
     def restored(self, clients: Sequence[int], values: Tensor, local: Tensor) -> Tensor:
-        """Replace the coordinates of values (K, n) that stay with the clients, bool (n,), by what each has kept."""
+        """Replace the local coordinates, bool (n,), of values (K, n) by those that each client has stored."""
         values = values.clone()
         values[:, local] = read(self.stores[LOCAL], clients, values[:, local])
         return values
 
     def keep(self, report: Report) -> Report:
-        """Write down what clients keep, and return the report without it."""
-        self.objective.hear(report.kept)
+        """Store the rows that clients keep, and return the report without them."""
+        self.objective.update(report.kept)
         for name, (clients, rows) in report.kept.items():
             self.stores[name].write(clients, rows)
         return replace(report, kept={})
 
     def settle(self, round: Round, reports: Sequence[Report], change: Change) -> None:
-        """Put the new model of the first group into the network, say who was left out, and tell who looks on."""
+        """Load the first group's new model into the network, log dropped updates, and close the watchers."""
         self.show(0)
         dropped = [drop for report in reports for drop in report.dropped]
         for line in named(dropped) if dropped and parallel.process() == 0 else ():
@@ -163,13 +164,13 @@ class Federation:
         self.closed = round.number + 1
 
     def show(self, group: int) -> None:
-        """Put the model of a group into the network."""
+        """Load the model of a group, buffers included, into the network."""
         self.clients.show(self.server.rows[group])
         if self.buffers.space.size:
             self.buffers.show(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that lasts over rounds, but for the first global row, which is the network's."""
+        """All state that outlives a round, without the first global row, which is stored as the network's weights."""
         return {
             **self.bytes.state_dict(),
             "dropped": [(drop.round, drop.client) for drop in self.dropped],
@@ -181,10 +182,10 @@ class Federation:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
-            ValueError: its rounds were of other phases.
+            ValueError: its rounds belong to other phases.
 
         """
         self.phases.check(state["phases"])
@@ -199,13 +200,13 @@ class Federation:
             store.load_state_dict(state["stores"][name])
 
     def saved(self) -> None:
-        """Be told that a checkpoint to resume from is whole on the disk."""
+        """Release the stored rows that neither of the last two checkpoints refers to, once a new one is on disk."""
         for store in self.stores.values():
             store.saved()
 
 
 def _check_groups(topology: Topology, choice: MaskSchedule | None, phases: Phases) -> None:
-    """Refuse a mask that changes while clients of several groups hold other values of what stops training.
+    """Refuse a changing mask with several global rows, which differ in coordinates that stop training.
 
     Raises:
         ValueError: one line that says what to set.

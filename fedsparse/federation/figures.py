@@ -1,4 +1,4 @@
-"""Figures of each client, and what they come to over clients: pure functions.
+"""Figures of each client, and their means and spread over clients: pure functions.
 
 Shapes: N samples of a client's test part.
 """
@@ -41,8 +41,8 @@ class Row:
 
     Attributes:
         client: its id.
-        group: whether it takes part in the round: one of ``GROUPS``.
-        model: one of ``MODELS``: the global model at the round's start, the client's own after training, or the new
+        group: one of ``GROUPS``: whether the client takes part in the round.
+        model: one of ``MODELS``: the global model before the round, the client's model after training, or the new
             global model.
         n: samples of its test part.
         figures: by metric.
@@ -56,13 +56,13 @@ class Row:
     figures: Mapping[str, float]
 
     def line(self, round: int, metrics: Sequence[str]) -> str:
-        """The row of a closed round, counted from 1; a metric that the data does not have is left empty."""
+        """Format the CSV line of a closed round, counted from 1; a metric without a value is left empty."""
         values = [f"{self.figures[name]:.7g}" if name in self.figures else "" for name in metrics]
         return ",".join([str(round), str(self.client), self.group, self.model, str(self.n), *values]) + "\n"
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Where it stands in the file: by client, and then as a round goes."""
+    def sort_key(self) -> tuple[int, int]:
+        """Order in the file: by client, then by model in the order of ``MODELS``."""
         return self.client, MODELS.index(self.model)
 
 
@@ -77,7 +77,7 @@ def metrics_of(
         losses: of each sample (N,).
         metrics: some of ``METRICS``.
         average: of F1, precision and recall over classes: ``weighted`` by the class's samples, ``macro`` over the
-            classes that are there or were predicted, or ``micro``. A class that divides by zero counts 0.
+            classes that occur or were predicted, or ``micro``. A class that divides by zero counts 0.
 
     >>> import torch
     >>> y = torch.tensor([0, 0, 1, 1])
@@ -103,7 +103,7 @@ def _metric(name: str, logits: Tensor, y: Tensor, losses: Tensor, average: str) 
 
 
 def over_clients(values: Sequence[float], n: Sequence[int], highest_is_worst: bool = False) -> dict[str, float]:
-    """Mean, mean weighted by samples, standard deviation, and mean of the worst tenth (at least one) of the clients.
+    """Compute mean, mean by samples, standard deviation, and mean over the worst tenth of the clients (at least one).
 
     >>> over_clients([0.5, 1.0], [3, 1])
     {'mean': 0.75, 'weighted': 0.625, 'std': 0.25, 'worst10': 0.5}
@@ -120,10 +120,10 @@ def over_clients(values: Sequence[float], n: Sequence[int], highest_is_worst: bo
 
 
 def columns(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> dict[str, float]:
-    """Name the figures of a round as metrics.csv has them: ``participants/local/top1_mean``, and the gaps.
+    """Compute the figures of a round by their column in metrics.csv, such as ``participants/local/top1_mean``.
 
     Args:
-        rows: of all clients that were evaluated, sorted, so that sums do not depend on who came first.
+        rows: of all evaluated clients, sorted, so that sums do not depend on the order of evaluation.
         metrics: in the order of the columns.
 
     """
@@ -137,7 +137,7 @@ def columns(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> dict[str, 
 
 
 def gaps(found: Mapping[str, float], metrics: Sequence[str] = METRICS) -> Iterator[tuple[str, float]]:
-    r"""Differences between groups and models, of plain and weighted means, where both are there.
+    r"""Compute differences between groups and models, of plain and weighted means, where both exist.
 
     The generalisation gap is out minus in, as AutoFLIP's server computes it: with S the round's participants, m a
     metric on a client's own test part, x' the new global model and y_k a participant's own model after training,
@@ -145,9 +145,9 @@ def gaps(found: Mapping[str, float], metrics: Sequence[str] = METRICS) -> Iterat
     .. math::
         \text{gap} = \operatorname{mean}_{k \notin S} m_k(x') - \operatorname{mean}_{k \in S} m_k(y_k),
 
-    so that a negative gap of an accuracy says that outsiders fare worse. It changes clients and model at once; the
-    other two compare on the same clients: ``local_start``, what local training changed, and ``local_global``, what a
-    participant loses (above 0) or gains (below) by taking the new global model instead of its own.
+    so that a negative gap in accuracy means that non-participants do worse. It changes clients and model at once; the
+    other two compare the same clients: ``local_start`` is the effect of local training, and ``local_global`` what a
+    participant loses (above 0) or gains (below) with the new global model instead of its own.
     """
     for (gap, (one, other)), metric, mean in product(GAPS.items(), metrics, MEANS):
         first, second = (found.get(f"{group}/{model}/{metric}_{mean}") for group, model in (one, other))

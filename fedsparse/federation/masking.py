@@ -46,10 +46,10 @@ class ClientMean:
 
         What was too large for the dtype counts as its largest number, so that one client weighs no more than its share.
         """
-        for row, own, value in zip(rows, weight, loss, strict=True):
-            if own > 0:
-                add_scaled(self.vector[:-2], torch.nan_to_num(row), own)
-                self.weight, self.loss = self.weight + own, self.loss + own * value
+        for row, w, value in zip(rows, weight, loss, strict=True):
+            if w > 0:
+                add_scaled(self.vector[:-2], torch.nan_to_num(row), w)
+                self.weight, self.loss = self.weight + w, self.loss + w * value
 
     def finish(self) -> tuple[Tensor, float] | None:
         """Divide by the weights of all processes: the mean (n,) and the mean loss; None without any weight."""
@@ -128,7 +128,7 @@ class MaskSchedule(Watcher):
     def receive(self, round: Round, received: Update) -> None:
         """Add the updates of a cohort."""
         if self.mean is not None:
-            rows = self.rule.of_update(received.rows, received.start)
+            rows = self.rule.of_update(received.rows, received.start_values)
             self.mean.add(rows, received.weight, received.loss)
 
     def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:

@@ -1,4 +1,4 @@
-"""The phases of a run (``conf/phases``): head and calibration prepare, in the others clients train round by round."""
+"""The phases of a run (``conf/phases``): head and calibration come before round 1; the others consist of rounds."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class Phase:
     """One phase.
 
     Args:
-        name: what it is called in the bar, the logs and the summary.
+        name: in the progress bar, the logs and the summary.
         rounds: how many; of ``head`` federated steps.
         kind: ``head``, ``calibrate``, ``explore`` (every chosen client starts from the same row; the mask rule scores
             how far it moved) or ``learn``; null: the name, or learn.
-        updates_model: whether what clients learn goes into the global model; in ``explore`` each client then goes on
-            from where the last one stopped.
-        informs_mask: whether the phase is evidence of the mask rule; while it is not, the mask stays.
+        updates_model: whether the clients' changes go into the global model; in ``explore`` each client then starts
+            where the previous one stopped.
+        informs_mask: whether the phase is evidence for the mask rule; if not, the mask stays.
         local_steps: of each client and round; null, with ``local_epochs`` null too: as in ``federation``.
-        local_epochs: in place of local steps.
+        local_epochs: of each client and round, in place of local steps.
         patience: epochs without a better loss after which a client stops; null: none stops early.
         clients: of a round, a fraction or a count; null: ``federation.clients_per_round``.
         weight: of a client in the mean that the mask rule scores: ``held``, ``processed`` or ``equal``.
         lr: the clients' learning rate, constant; null: ``optimizer.lr`` with its schedule.
 
     Raises:
-        ValueError: an option that cannot be meant; the line names it.
+        ValueError: an option out of range, or options that exclude each other; one line names them.
 
     """
 
@@ -49,7 +49,7 @@ class Phase:
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        """Settle the kind, and refuse what cannot be meant."""
+        """Set the kind, and check the options."""
         check_choice(f"phases.{self.name}.kind", self.kind, None, *KINDS)
         if self.kind is None:
             object.__setattr__(self, "kind", self.name if self.name in KINDS else "learn")
@@ -75,23 +75,23 @@ class Phase:
         check_number(self._key("lr"), self.lr, above=0, null=True)
 
     def _key(self, what: str) -> str:
-        """Name an option as it is typed."""
+        """Config key of an option."""
         local = "local_" if what in ("steps", "epochs") else ""
         return f"explore.{what}" if self.kind == "explore" else f"phases.{self.name}.{local}{what}"
 
     @property
     def clients_key(self) -> str:
-        """Name the option that says who takes part."""
+        """Config key of the number of clients."""
         return "federation.clients_per_round" if self.clients is None else self._key("clients")
 
     @property
     def lr_key(self) -> str:
-        """Name the option that sets the clients' learning rate."""
+        """Config key of the clients' learning rate."""
         return "optimizer.lr" if self.lr is None else self._key("lr")
 
     @property
     def explores(self) -> bool:
-        """Whether clients explore rather than learn."""
+        """Whether clients explore instead of learn."""
         return self.kind == "explore"
 
 
@@ -99,7 +99,11 @@ class Phases:
     """The phases of a run, in order.
 
     Args:
-        listed: all of them.
+        listed: the phases of preparation and of rounds.
+
+    Attributes:
+        prepare: phases before round 1.
+        rounds: phases that consist of rounds.
 
     Raises:
         ValueError: the order is not head, calibrate, explore, learn; or nothing is learned.
@@ -120,7 +124,7 @@ class Phases:
 
     @classmethod
     def of(cls, config: Mapping[str, Mapping[str, Any] | None]) -> Phases:
-        """Read ``conf/phases``: options of each phase by name; null leaves a phase out."""
+        """Build the phases of ``conf/phases``: options by name of the phase; null leaves one out."""
         return cls([_phase(name, options) for name, options in config.items() if options is not None])
 
     @property
@@ -135,11 +139,11 @@ class Phases:
 
     @property
     def explored(self) -> int:
-        """Rounds of exploration, which come first."""
+        """Number of rounds of exploration, which come first."""
         return 0 if self.explore is None else self.explore.rounds
 
     def prepares(self, kind: str) -> int:
-        """Rounds of a phase of the preparation, ``head`` or ``calibrate``; 0 without it."""
+        """Number of rounds of a phase of the preparation, ``head`` or ``calibrate``; 0 without it."""
         return next((phase.rounds for phase in self.prepare if phase.kind == kind), 0)
 
     def has(self, kind: str) -> bool:
@@ -147,7 +151,7 @@ class Phases:
         return any(phase.kind == kind for phase in [*self.prepare, *self.rounds])
 
     def at(self, round: int) -> tuple[Phase, int]:
-        """Find a round's phase, and its number there; the last phase goes on for ever."""
+        """Find a round's phase, and its number there, from 0; the last phase has no end."""
         for phase in self.rounds[:-1]:
             if round < phase.rounds:
                 return phase, round
@@ -159,15 +163,15 @@ class Phases:
         return self.at(round)[0].explores
 
     def closed(self, rounds: int) -> list[list[Any]]:
-        """Name the phases of the first rounds, and how many of each: plain values for a checkpoint."""
+        """List name and count of the phases of the first rounds: plain values for a checkpoint."""
         names = [self.at(round)[0].name for round in range(rounds)]
         return [[name, names.count(name)] for name in dict.fromkeys(names)]
 
     def check(self, closed: Sequence[Sequence[Any]]) -> None:
-        """Refuse to go on from a checkpoint whose rounds were of other phases.
+        """Refuse a checkpoint whose rounds belong to other phases.
 
         Raises:
-            ValueError: says what is closed.
+            ValueError: names the closed rounds.
 
         """
         rounds = sum(count for _, count in closed)
@@ -179,18 +183,18 @@ class Phases:
             )
 
     def of_kind(self, round: int) -> int:
-        """Count the rounds before this one in which clients do the same: explore, or learn."""
-        phase, own = self.at(round)
-        return own + self.before(phase)
+        """Count the earlier rounds of the same kind: exploration, or learning."""
+        phase, number = self.at(round)
+        return number + self.before(phase)
 
     def before(self, phase: Phase) -> int:
-        """Count the rounds of earlier phases in which clients do as in this one: explore, or learn."""
+        """Count the rounds of earlier phases of the same kind: exploration, or learning."""
         earlier = self.rounds[: self.rounds.index(phase)]
         return sum(other.rounds for other in earlier if other.explores == phase.explores)
 
 
 def _phase(name: str, options: Any) -> Phase:
-    """Make a phase of its options."""
+    """Build a phase of its options."""
     known = [option for option in Phase.__dataclass_fields__ if option != "name"]
     if not isinstance(options, Mapping) or not set(options) <= set(known):
         raise ValueError(f"phases.{name} is {options!r}; it must be null or a node of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""What a cohort's training leaves beside its update, for every process to know."""
+"""Reports of trained cohorts, gathered from all processes when a round closes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedsparse.federation.stores.store import Kept
 
 @dataclass(frozen=True)
 class Dropped:
-    """An update that was left out, and why."""
+    """An update that was left out of the average, and the reason."""
 
     round: int
     client: int
@@ -21,16 +21,16 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Report:
-    """What a cohort's training leaves beside its update.
+    """The record of a cohort's training, without its update.
 
     Attributes:
-        clients: who trained.
-        group: the global row of each.
-        up: bytes that each sent.
+        clients: ids of K clients that trained.
+        group: K indices of global rows.
+        up: K sizes of the sent messages.
         dropped: updates that were left out.
-        kept: what clients keep, by the store's name: their ids, and a row each.
-        local_steps: that they took, all together.
-        clipped: how many of these had their gradient clipped.
+        kept: what clients store, by the store's name: their ids, and a row each.
+        local_steps: sum over the clients.
+        clipped: local steps whose gradient was clipped.
 
     """
 
@@ -44,7 +44,7 @@ class Report:
 
     @classmethod
     def of(cls, number: int, received: Update, group: tuple[int, ...], sizes: tuple[Size, ...], kept: Kept) -> Report:
-        """Report an update as it was received in a round of the run; of padding rows nothing is said."""
+        """Build the report of an update as the server received it; padding rows are left out."""
         members = [k for k, client in enumerate(received.clients) if client >= 0]
         why = {k: received.refused[k] for k in members if k in received.refused}
         return cls(
@@ -59,15 +59,15 @@ class Report:
 
 
 class Diverged(RuntimeError):
-    """There is nothing finite to go on with; says what to try."""
+    """The model is not finite; the message says what to try."""
 
 
 class EveryUpdateDropped(Diverged):
-    """No update of a round counts."""
+    """All updates of a round were left out."""
 
     @classmethod
     def of(cls, round: int, dropped: Sequence[Dropped], key: str) -> EveryUpdateDropped:
-        """Say which round, and what to try; ``key`` is the clients' learning rate in it, as it is typed."""
+        """Build the error of a round; ``key`` is the config key of the clients' learning rate."""
         refused = next((drop for drop in dropped if drop.why != NOT_FINITE), None)
         if refused is not None:
             return cls(f"round {round + 1}: no update counts, so the run stops; client {refused.client}: {refused.why}")
@@ -79,7 +79,7 @@ class EveryUpdateDropped(Diverged):
 
 
 def named(dropped: Sequence[Dropped]) -> list[str]:
-    """Say who was left out, a line for each reason.
+    """List the clients that were left out, one line for each reason.
 
     >>> named([Dropped(0, 4, "it is late"), Dropped(0, 7, "it is late")])
     ['clients 4, 7 are left out: it is late']
@@ -89,7 +89,7 @@ def named(dropped: Sequence[Dropped]) -> list[str]:
 
 
 def left_out(clients: Iterable[int], why: str) -> str:
-    """Say who was left out of what, and why."""
+    """Word one line: these clients are left out, and why."""
     listed = sorted(clients)
     who = f"client {listed[0]} is" if len(listed) == 1 else f"clients {', '.join(map(str, listed))} are"
     return f"{who} left out: {why}"

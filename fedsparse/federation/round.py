@@ -1,4 +1,4 @@
-"""One round: the sentence that joins clients, exchange and server.
+"""One round of federated optimisation, of clients, exchange and server.
 
 Shapes: G global rows, K clients of a cohort, n coordinates that train, Q float-buffer values.
 """
@@ -25,7 +25,7 @@ def play(federation: Federation, clients: Clients, cohorts: Iterable[Cohort], nu
     """One round of federated optimisation (Reddi et al. 2021, algorithm 1); returns the clients' mean loss.
 
     Args:
-        federation: exchange and server, and what lasts over rounds.
+        federation: exchange, server and the state that outlives a round.
         clients: train the cohorts.
         cohorts: of this round.
         number: of the round, from 0.
@@ -41,13 +41,17 @@ def play(federation: Federation, clients: Clients, cohorts: Iterable[Cohort], nu
 
 
 class Round:
-    """A round in which clients learn.
+    """A learning round.
 
     Args:
-        federation: whose.
+        federation: that the round belongs to.
         number: of the round, from 0.
-        phase: that it is of.
+        phase: of the round.
         lr: the clients' learning rate.
+
+    Attributes:
+        reports: of the cohorts of this process, so far.
+        tally: sums of their updates.
 
     """
 
@@ -55,10 +59,12 @@ class Round:
         self.federation, self.number, self.phase, self.lr = federation, number, phase, lr
         self.reports: list[Report] = []
         f, size = federation, 0 if phase.explores else federation.server.subspace.size
-        self.tally = f.aggregation.zero(f.topology.groups, size, f.buffers.size, f.server.rows.device, f.exchange.own)
+        self.tally = f.aggregation.zero(
+            f.topology.groups, size, f.buffers.size, f.server.rows.device, f.exchange.per_coordinate
+        )
 
     def send(self, cohort: Cohort) -> Start:
-        """What the server sends K clients: where they start, and how they train."""
+        """Give K clients their start: values, learning rate, group and early stopping."""
         f, group = self.federation, self.federation.topology.group(cohort.clients)
         values = f.server.broadcast(group)
         if f.clients.local is not None:
@@ -66,11 +72,11 @@ class Round:
         return Start(values, self.lr, group, self.phase.patience, self.phase.local_epochs or 1)
 
     def encode(self, update: Update) -> Payload:
-        """What the clients send."""
+        """Encode a cohort's update as its clients send it."""
         return self.federation.exchange.encode(update)
 
     def receive(self, cohort: Cohort, payload: Payload) -> None:
-        """Decode what a cohort sent, add it up, and note what it leaves."""
+        """Decode a cohort's messages, add them to the sums, and append the cohort's report."""
         f, group = self.federation, self.federation.topology.group(cohort.clients)
         received = f.exchange.decode(payload, cohort.weight)
         f.aggregation.add(self.tally, received, group)
@@ -78,23 +84,23 @@ class Round:
             watcher.receive(self, received)
         kept = payload.update.kept | payload.kept
         if received.variates is not None:
-            kept[VARIATES] = (received.clients, received.variates)  # which the server has heard too
+            kept[VARIATES] = (received.clients, received.variates)  # as received: both sides keep equal variates
         report = Report.of(self.number, received, group, payload.sizes, kept)
         self.reports.append(f.keep(report) if report.kept and not parallel.joined() else report)
 
     def close(self) -> float:
-        """End the round: step the server, put the new model into the network, and tell who looks on.
+        """Close the round: average, step the server, load the new model into the network, and close the watchers.
 
         Returns:
             The clients' mean loss.
 
         Raises:
-            EveryUpdateDropped: no update counts.
+            EveryUpdateDropped: all updates were left out.
             Diverged: the new model is not finite.
 
         """
         f = self.federation
-        everyone = [report for own in parallel.gather(self.reports) for report in own]  # of all processes
+        everyone = [report for part in parallel.gather(self.reports) for report in part]  # of all processes
         reports = [f.keep(report) if report.kept else report for report in everyone]
         f.objective.close()
         change = self._step()
@@ -105,7 +111,7 @@ class Round:
         return change.loss
 
     def _step(self) -> Change | None:
-        """Average, and let the server step: what has changed, or None if nobody sent."""
+        """Average the updates and step the server: the mean change, or None without updates."""
         f = self.federation
         change = f.aggregation.finish(f.aggregation.merge(self.tally))
         if change is not None:

@@ -1,4 +1,4 @@
-"""The clients' learning rate over the rounds: pure functions of the round, so that a resume needs no state."""
+"""Schedules of the clients' learning rate: pure functions of (round, rounds), so that a resume needs no state."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def step(round: int, rounds: int, *, every: int = 30, gamma: float = 0.1) -> flo
 
 
 def check_schedule(schedule: Schedule, rounds: int) -> None:
-    """Try the first and the last of so many rounds.
+    """Check a schedule's factor in the first and in the last of so many rounds.
 
     Raises:
-        ValueError: an option outside its range, or a factor that no learning rate can have; one line.
+        ValueError: an option outside its range, or a factor that is negative or not finite; one line.
 
     """
     for round in (0, rounds - 1):

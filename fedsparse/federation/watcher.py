@@ -1,4 +1,4 @@
-"""Who only looks on: sees each round, and changes nothing of it."""
+"""Watchers observe each round and change nothing in it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 
 
 class Watcher:
-    """Sees a round begin, its updates arrive, and it end; overrides what it needs."""
+    """Hooks of a round, which do nothing here: a subclass overrides those that it needs."""
 
     def open(self, round: Round) -> None:
-        """See a round begin, with the mask that it trains."""
+        """Called when a round opens, after its mask is chosen."""
 
     def receive(self, round: Round, received: Update) -> None:
-        """See what arrived of a cohort of this process."""
+        """Called with each decoded update of a cohort of this process."""
 
     def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
-        """See a round end: the reports of all cohorts, of all processes, and the mean change; none if it explored.
+        """Called when a round closes, after the server's step.
 
-        The server has stepped already.
+        Args:
+            round: the round.
+            reports: of all cohorts of all processes.
+            change: the mean change; of an exploration its rows are empty.
+
         """

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
+from fedsparse.job.earlier import key_of_now
 from fedsparse.job.shipped import defaults, groups, keys, options, settable
 
 ALL_KEYS = "--cfg job lists all keys with their values"
@@ -24,6 +25,8 @@ WORDS = {  # of other tools
 
 def no_key(key: str) -> str:
     """Say that there is no such key, and which one may be meant."""
+    if now := key_of_now(key):
+        return f"there is no key {key}; it is {now} now"
     group, _, rest = key.partition(".")
     having = [f"{group}={option}" for option in options(group) if rest in keys(group, option)] if rest else []
     if having:

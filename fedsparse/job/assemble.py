@@ -27,7 +27,8 @@ from fedsparse.data.datasets import Dataset
 from fedsparse.data.images import Inputs, TokenInputs, inputs_for
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
-from fedsparse.federation.client.drift import Objective
+from fedsparse.federation.client.drift import DriftCorrection
+from fedsparse.federation.exchange.build import exchange_of
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.exchange.ledger import Link
 from fedsparse.federation.exchange.wire.message import known_size
@@ -37,6 +38,7 @@ from fedsparse.federation.schedule import check_schedule
 from fedsparse.federation.server.aggregation import Aggregation
 from fedsparse.federation.server.sampling import participants, uniform
 from fedsparse.job.checks import check_augmentation, check_method, check_phases
+from fedsparse.job.keys import JOBS, target_of
 from fedsparse.job.limits import seconds_of
 from fedsparse.job.model import build_net, check_classes, check_fit, check_kind, check_parametrized, of_data
 from fedsparse.job.shards import deal_shards
@@ -238,7 +240,7 @@ def assemble_problem(cfg: DictConfig) -> Problem:
     """
     streaming(cfg.data)
     dataset, parts, tests = deal_shards(
-        load_dataset(cfg.data.source),
+        load_dataset(target_of("data", cfg.data)),
         instantiate(cfg.partition),
         cfg.federation.num_clients,
         cfg.seed,
@@ -247,8 +249,9 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         local_test=cfg.data.get("local_test"),
     )
     dtype, head = dtype_of(cfg.trainer.precision), cfg.model.head
+    builder = _with_sizes(target_of("model", cfg.model), dataset)
     net, space = build_net(
-        instantiate(cfg.model.net, **_of_data(cfg.model.net, dataset)),
+        instantiate(builder),
         dtype,
         head,
         trainable=cfg.model.trainable,
@@ -264,7 +267,7 @@ def assemble_problem(cfg: DictConfig) -> Problem:
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
     check_fit(net, dataset, inputs, cfg.trainer.precision, cfg.model.name, "size" in cfg.data)
-    arguments = {**OmegaConf.to_container(cfg.model.net, resolve=True), **_of_data(cfg.model.net, dataset)}  # type: ignore[dict-item]
+    arguments: dict[str, Any] = OmegaConf.to_container(builder)  # type: ignore[assignment]
     return Problem(
         dataset, parts, tests, net, space, head, inputs, arguments, cfg.trainer.precision, cfg.data.batch_size, cfg.seed
     )
@@ -325,7 +328,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
 
     """
     check_choice("mask.owner", cfg.mask.owner, "global", "client")
-    own_masks, exchange = cfg.mask.owner == "client", instantiate(cfg.exchange.build, _convert_="object")
+    own_masks, exchange = cfg.mask.owner == "client", _exchange_of(cfg.exchange)
 
     def make_exchange(trained: Tensor, masks: OwnMasks) -> Exchange:
         own = {"masks": masks} if own_masks else {}
@@ -336,7 +339,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         Federation,
         aggregation=aggregation,
         topology=instantiate(cfg.topology),
-        make_server=instantiate(cfg.server.optimizer),
+        make_server=instantiate(target_of("server", cfg.server)),
         untouched=cfg.server.untouched,
         phases=course.phases,
         schedule=instantiate(cfg.schedule),
@@ -356,6 +359,14 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
     )
 
 
+def _exchange_of(options: DictConfig) -> Callable[..., Exchange]:
+    """Build the constructor of the exchange: of its target, with the options that all exchanges have."""
+    part = instantiate(target_of("exchange", options), _convert_="object")
+    given = {key: options[key] for key in JOBS["exchange"] if key in options}
+    filters = {name: instantiate(chosen) for name, chosen in (options.get("filters") or {}).items()}
+    return exchange_of(part, **given | {"filters": filters})
+
+
 def _sparsity(options: DictConfig, net: nn.Module) -> Sparsity:
     """Build how many coordinates train; whole units of attention layers are their heads."""
     built: Sparsity = instantiate(options)
@@ -365,11 +376,12 @@ def _sparsity(options: DictConfig, net: nn.Module) -> Sparsity:
 
 def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int], ClientModule]:
     """Make what builds the clients of a cohort: a network, and K."""
-    client, optimizer, options = instantiate(cfg.client), instantiate(cfg.optimizer.build), cfg.objective
+    client, optimizer = instantiate(cfg.client), instantiate(target_of("optimizer", cfg.optimizer))
+    options = cfg.objective
     asks = "num_clients" in options and options.num_clients is None  # then it gets the number of those who hold data
 
     def make(net: nn.Module, cohort: int) -> ClientModule:
-        objective: Objective = instantiate(options, **({"num_clients": len(problem.eligible)} if asks else {}))
+        objective: DriftCorrection = instantiate(options, **({"num_clients": len(problem.eligible)} if asks else {}))
         everything = torch.ones(problem.space.size, dtype=torch.bool)
         return client(
             net,
@@ -425,15 +437,16 @@ def load_dataset(source: DictConfig) -> Dataset:
     dataset = instantiate(source)
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"data.source._target_={source._target_} returns a {type(dataset).__name__}; it has to return "
+            f"data._target_={source._target_} returns a {type(dataset).__name__}; it has to return "
             "fedsparse.data.datasets.Dataset(train, val, test, classes, name), each part a Split(x, y) of tensors"
         )
     return dataset
 
 
-def _of_data(options: DictConfig, dataset: Dataset) -> dict[str, int]:
-    """Fill in what is null in ``model.net`` from the data."""
-    return {key: value for key, value in of_data(dataset).items() if key in options and options[key] is None}
+def _with_sizes(builder: DictConfig, dataset: Dataset) -> DictConfig:
+    """Fill in what is null among a network's arguments and the data decides."""
+    sizes = {key: value for key, value in of_data(dataset).items() if key in builder and builder[key] is None}
+    return OmegaConf.merge(builder, sizes)  # type: ignore[return-value]
 
 
 def streaming(data: Any) -> dict[str, Any]:

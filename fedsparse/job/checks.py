@@ -14,7 +14,7 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Subspace
 from fedsparse.data.augment import augment
 from fedsparse.data.datasets import Dataset
-from fedsparse.federation.client.drift import Objective
+from fedsparse.federation.client.drift import DriftCorrection
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.federation.exchange.filters import SignFlip
 from fedsparse.federation.exchange.fractions import check_fraction
@@ -97,7 +97,7 @@ def check_augmentation(chosen: Any, dataset: Dataset) -> None:
 
 
 def check_together(
-    exchange: Exchange, aggregation: Aggregation, objective: Objective, optimizer: torch.optim.Optimizer
+    exchange: Exchange, aggregation: Aggregation, objective: DriftCorrection, optimizer: torch.optim.Optimizer
 ) -> None:
     """Refuse parts that would give wrong results together.
 
@@ -112,7 +112,7 @@ def check_together(
         )
     if exchange.compat and (aggregation.denominator != "senders" or isinstance(aggregation, FedNova)):
         raise ValueError("exchange.compat=original averages over senders: set aggregation=coordinate_mean")
-    if objective.messages and exchange.own:
+    if objective.messages and exchange.per_coordinate:
         raise ValueError("objective=scaffold needs exchange=full or exchange=masked, with one mask for all clients")
     if (objective.messages or isinstance(aggregation, FedNova)) and not isinstance(optimizer, SparseSGDM):
         raise ValueError(
@@ -141,7 +141,7 @@ def check_server(optimizer: torch.optim.Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         check_number("server.lr", group["lr"], above=0)
-        check_number("server.optimizer.momentum", group.get("momentum", 0), least=0, below=1)
+        check_number("server.momentum", group.get("momentum", 0), least=0, below=1)
 
 
 def check_sizes(exchange: Exchange, aggregation: Aggregation, holds: Sequence[bool], taking_part: int) -> None:

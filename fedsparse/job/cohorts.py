@@ -33,7 +33,7 @@ def fastest(assembly: Assembly, module: ClientModule) -> int:
         tried.set_mask(torch.as_tensor(module.mask))
         clients = tried.form()
         values = clients.subspace.of(clients.theta.detach()).clone()
-        clients.begin(Start(values, clients.lr, (0,) * cohort), range(cohort))
+        clients.start(Start(values, clients.lr, (0,) * cohort), range(cohort))
         return clients
 
     few = torch.arange(min(problem.batch_size, len(split.y)))

@@ -199,7 +199,7 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
     check_number("optimizer.clip_norm", cfg.optimizer.clip_norm, above=0, null=True)
     check_flag("pictures", cfg.pictures)
     check_number("seed", cfg.seed, whole=True, least=0, most=LARGEST_SEED)
-    _check_server(cfg.server.optimizer)
+    _check_server(cfg.server)
     _check_precision(cfg.trainer.precision)
 
 
@@ -213,9 +213,9 @@ def _check_server(options: DictConfig) -> None:
     """Refuse numbers that torch's own optimizers take as they are."""
     for key, value in options.items():
         if isinstance(value, float | int) and not isinstance(value, bool):
-            check_number(f"server.optimizer.{key!s}", value)
+            check_number(f"server.{key!s}", value)
     if "momentum" in options:
-        check_share("server.optimizer.momentum", options.momentum)
+        check_share("server.momentum", options.momentum)
 
 
 def _check_precision(value: Any) -> None:

@@ -1,12 +1,17 @@
-"""What a configuration that an earlier version stored means today: names that moved, keys that came since.
+"""What a configuration that an earlier version stored means today: keys and names that moved, keys that came since.
 
 It is applied before anything is checked or built, so that an old run folder goes on to the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from fedsparse.job.keys import JOBS, SHARED
+
+Place = tuple[Any, ...]  # the keys that lead to a value
 
 _RULES = ("Layers", "Pattern", "RandomK", "Threshold", "TopK")
 # by the package of now, and what it has taken over from modules of then
@@ -15,7 +20,7 @@ _MOVED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "adam": ("SparseAdam",),
         "fedopt": ("AveragedMomentum", "FedAdagrad", "FedAdam", "FedYogi"),
     },
-    "fedsparse.federation.client": {"federation.objective": ("FedProx", "Plain", "Scaffold")},
+    "fedsparse.federation.client": {"federation.objective": ("FedProx", "Scaffold")},
     "fedsparse.federation.exchange": {
         "federation.filters": ("feedback", "precision", "sign_flip"),
         "federation.link": ("Link",),
@@ -47,13 +52,42 @@ TARGETS: Mapping[str, str] = {
         for name in ("Masked", "Sparse")
     },
     "fedsparse.federation.aggregation.CoordinateMean": "fedsparse.federation.server.WeightedMean",
+    **{
+        f"fedsparse.federation.{at}.Plain": "fedsparse.federation.client.NoCorrection" for at in ("client", "objective")
+    },
 }
 # by target, the keys that came since, with the value that does what was done then
 KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_client": {"even": False}}
+# by target, the name of then of an argument and that of now
+ARGUMENTS: Mapping[str, Mapping[str, str]] = {"fedsparse.models.text.bert": {"source": "tokenizer"}}
 # by target and key, what a value of then is called now
 VALUES: Mapping[str, Mapping[str, Mapping[Any, Any]]] = {
     "lightning.Trainer": {"precision": {32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}}
 }
+# by the key of then, that of now; what stands below it moves with it; the more special key first
+MOVES: Mapping[str, str] = {
+    "optimizer.build": "optimizer",
+    "server.optimizer": "server",
+    "model.net.source": "model.tokenizer",
+    "model.net": "model",
+    "data.source": "data",
+    "exchange.build.filters.attack.clients": "exchange.attackers",
+    "exchange.build.filters.attack.scale": "exchange.attack_scale",
+    "exchange.build.filters.feedback.decay": "exchange.feedback",
+    "exchange.build.filters.precision.dtype": "exchange.precision",
+    "exchange.build.rule": "exchange",
+    "exchange.build": "exchange",
+}
+# groups that had one option
+CHOICES = tuple(f"{group}=default" for group in ("calibration", "explore", "federation", "head", "mask", "trainer"))
+# by key, the value of then that says nothing now: who filters an update is said by the keys of the exchange
+SAID: Mapping[str, str] = {
+    "exchange.build.filters.attack._target_": "fedsparse.federation.exchange.sign_flip",
+    "exchange.build.filters.feedback._target_": "fedsparse.federation.exchange.feedback",
+    "exchange.build.filters.precision._target_": "fedsparse.federation.exchange.precision",
+}
+_PLAIN = "fedsparse.federation.exchange.Exchange"  # what took a rule, which is the target now
+_REFERENCE = re.compile(r"(\$\{\s*(?:oc\.select\s*:\s*)?)([\w-]+(?:\.[\w-]+)+)")
 
 
 def renewed(node: Any) -> Any:
@@ -61,15 +95,118 @@ def renewed(node: Any) -> Any:
 
     >>> renewed({"_target_": "fedsparse.data.partition.classes_per_client", "nc": 2})["even"]
     False
+    >>> renewed({"server": {"lr": 1.0, "optimizer": {"_target_": "torch.optim.SGD", "lr": "${server.lr}"}}})
+    {'server': {'lr': 1.0, '_target_': 'torch.optim.SGD'}}
     """
+    found = _renamed(node)
+    return _moved(found) if isinstance(found, dict) else found
+
+
+def key_of_now(key: str) -> str | None:
+    """Find what a key of then is today; None if it did not move.
+
+    >>> key_of_now("server.optimizer.momentum"), key_of_now("server.lr")
+    ('server.momentum', None)
+    """
+    then = next((then for then in MOVES if f"{key}.".startswith(f"{then}.")), None)
+    return None if then is None else MOVES[then] + key.removeprefix(then)
+
+
+def typed_now(overrides: Sequence[str]) -> list[str]:
+    """Write what was typed for a stored run in today's keys, without choices that are none any more.
+
+    >>> typed_now(["+server.optimizer.nesterov=${server.optimizer.lr}", "head=default"])
+    ['+server.nesterov=${server.lr}']
+    """
+    parts = [override.partition("=") for override in overrides if override not in CHOICES]
+    names = [key.lstrip("+~") for key, _, _ in parts]
+    return [
+        key.removesuffix(name) + (key_of_now(name) or name) + equals + _referring(value)
+        for name, (key, equals, value) in zip(names, parts, strict=True)
+    ]
+
+
+def _referring(value: Any) -> Any:
+    """Let references go to the keys of now."""
+    if isinstance(value, list):
+        return [_referring(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    return _REFERENCE.sub(lambda found: found[1] + (key_of_now(found[2]) or found[2]), value)
+
+
+def _moved(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Put values where their keys are now, but for those that only passed on what stands there.
+
+    Where two are for one place, or one for a key of the job's, it stays: what is left of then is refused by its name.
+    """
+    leaves = _without_said({place: _referring(value) for place, value in _leaves(cfg, ())})
+    moving = {place: there for place in leaves if len(there := _place_of_now(place)) > 1 and there != place}
+    kept = {place: value for place, value in leaves.items() if place not in moving}
+    moved: dict[Place, Any] = {}
+    for place, there in moving.items():
+        passed_on = there in kept and leaves[place] == f"${{{'.'.join(map(str, there))}}}"
+        if not passed_on:
+            moved[place if there in moved or (there in kept and _of_the_job(there)) else there] = leaves[place]
+    return _nested(kept | moved)
+
+
+def _of_the_job(place: Place) -> bool:
+    """Whether a key of a network or a data set would take the place of one that the job reads."""
+    group, key = place[:2]
+    return group in ("model", "data") and key in JOBS[group] and key not in SHARED[group]
+
+
+def _without_said(leaves: Mapping[Place, Any]) -> dict[Place, Any]:
+    """Leave out what says nothing now: targets of filters, and the plain exchange where a rule is the target."""
+    said: dict[Place, Any] = {tuple(key.split(".")): value for key, value in SAID.items()}
+    if any(place[:3] == ("exchange", "build", "rule") for place in leaves):
+        target, waits = (("exchange", "build", key) for key in ("_target_", "_partial_"))
+        said |= {target: _PLAIN, waits: leaves.get(target) == _PLAIN}
+    return {place: value for place, value in leaves.items() if place not in said or value != said[place]}
+
+
+def _place_of_now(place: Place) -> Place:
+    """Find where a value stands now."""
+    for then, now in ((then.split("."), now.split(".")) for then, now in MOVES.items()):
+        if list(place[: len(then)]) == then:
+            return (*now, *place[len(then) :])
+    return place
+
+
+def _leaves(node: Mapping[Any, Any], above: Place) -> Iterator[tuple[Place, Any]]:
+    """Walk through nested mappings: every value with the keys that lead to it; an empty mapping is a value."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+def _nested(leaves: Mapping[Place, Any]) -> dict[str, Any]:
+    """Build nested mappings of values and the keys that lead to them."""
+    found: dict[str, Any] = {}
+    for (*above, last), value in leaves.items():
+        node = found
+        for key in above:
+            if not isinstance(node.get(key), dict):
+                node[key] = {}
+            node = node[key]
+        node[last] = value
+    return found
+
+
+def _renamed(node: Any) -> Any:
+    """Give targets their names of now, and the keys and values that these have."""
     if isinstance(node, list):
-        return [renewed(value) for value in node]
+        return [_renamed(value) for value in node]
     if not isinstance(node, Mapping):
         return node
-    found = {key: renewed(value) for key, value in node.items()}
+    found = {key: _renamed(value) for key, value in node.items()}
     if isinstance(target := found.get("_target_"), str):
         found["_target_"] = TARGETS.get(target, target)
-        found = {**KEYS.get(found["_target_"], {}), **found}
+        names_now = ARGUMENTS.get(found["_target_"], {})
+        found = {**KEYS.get(found["_target_"], {}), **{names_now.get(key, key): found[key] for key in found}}
         for key, names in VALUES.get(found["_target_"], {}).items():
             if isinstance(value := found.get(key), int | str):
                 found[key] = names.get(value, value)

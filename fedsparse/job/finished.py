@@ -56,7 +56,7 @@ def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
     if not all((folder / name).is_file() for name in (SUMMARY, WEIGHTS, CONFIG)):
         raise ValueError(f"{folder} holds no finished run; python -m fedsparse.train resume={folder} finishes one")
     cfg = read_job(folder, trusted=trusted).cfg
-    _without_weights(cfg.model.net)
+    _without_weights(cfg.model)
     problem = assemble_problem(cfg)
     try:
         problem.net.load_state_dict(load_weights(folder / WEIGHTS))
@@ -77,8 +77,8 @@ def inputs(run: Finished, seed: int) -> Tensor:
     return torch.cat([random, run.real])
 
 
-def _without_weights(net: DictConfig) -> None:
+def _without_weights(model: DictConfig) -> None:
     """Build without weights where a builder can: they are in the file. BERT's checkpoint says its size too."""
-    for key, value in {"pretrained": False, **({} if "source" in net else {"checkpoint": None})}.items():
-        if key in net:
-            net[key] = value
+    for key, value in {"pretrained": False, **({} if "tokenizer" in model else {"checkpoint": None})}.items():
+        if key in model:
+            model[key] = value

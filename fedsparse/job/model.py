@@ -65,7 +65,7 @@ def make_net(arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def of_data(dataset: Dataset) -> dict[str, int]:
-    """Give what a model may take from the data, by the names of ``model.net``."""
+    """Give what a model may take from the data, by the names of a builder's arguments."""
     shape = tuple(dataset.train.x.shape[1:])  # (C, H, W), or (L,) of texts
     return {
         "num_classes": dataset.classes,
@@ -141,7 +141,7 @@ def check_classes(net: nn.Module, head: Patterns, dataset: Dataset) -> None:
     if outputs < dataset.classes:
         raise ValueError(
             f"the model's head has {outputs} outputs and the data {dataset.classes} classes; "
-            f"set model.net.num_classes={dataset.classes}"
+            f"set model.num_classes={dataset.classes}"
         )
 
 
@@ -194,7 +194,7 @@ def check_fit(
     if x.is_floating_point() and x.dtype != first.dtype:
         if precision != "64-true":
             raise ValueError(
-                f"the data is {x.dtype} and the model {first.dtype}; data.source has to give {first.dtype}"
+                f"the data is {x.dtype} and the model {first.dtype}; data._target_ has to give {first.dtype}"
             )
         x = x.to(first.dtype)
     try:

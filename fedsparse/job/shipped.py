@@ -35,6 +35,13 @@ def main() -> dict[str, Any]:
 
 
 @cache
+def sections() -> dict[str, dict[str, Any]]:
+    """Parts of ``train.yaml`` that are no choice, each with its dotted keys and their values."""
+    own = {key: node for key, node in main().items() if isinstance(node, dict) and key != "hydra"}
+    return {key: dict(_flat(node, "")) for key, node in own.items()}
+
+
+@cache
 def defaults() -> dict[str, str | None]:
     """Option of each group that is taken where none is typed."""
     return {key: option for entry in main()["defaults"] if isinstance(entry, dict) for key, option in entry.items()}
@@ -42,23 +49,24 @@ def defaults() -> dict[str, str | None]:
 
 @cache
 def keys(group: str, option: str) -> dict[str, Any]:
-    """Dotted keys of an option with their values, those of the parts that it is made of included."""
+    """Dotted keys of an option with their values: its own first, then those of the parts that it is made of."""
     node = dict(_read(conf_dir() / group / f"{option}.yaml"))
     parts = [str(part).removesuffix("@_here_") for part in node.pop("defaults", ()) if str(part).endswith("@_here_")]
-    found = {key: value for part in parts for key, value in keys(group, part).items()}
-    return found | dict(_flat(node, ""))
+    folder = option.rpartition("/")[0]
+    found = dict(_flat(node, ""))
+    for part in reversed(parts):  # the later one counts
+        found |= {key: value for key, value in keys(group, f"{folder}/{part}".lstrip("/")).items() if key not in found}
+    return found
 
 
 @cache
 def settable() -> tuple[str, ...]:
     """Every group, and every key that some option has and a person may set."""
     found = [key for key in main() if key not in ("defaults", "hydra")] + list(groups())
-    for group in groups():
-        if group != "experiment":
-            named = {f"{group}.{key}": value for option in options(group) for key, value in keys(group, option).items()}
-            passed_on = {key for key, value in named.items() if value == f"${{{group}.{key.rpartition('.')[2]}}}"}
-            found += [key for key in named if "._" not in key and key not in passed_on]
-    return tuple(dict.fromkeys(found))
+    found += [f"{section}.{key}" for section, held in sections().items() for key in held]
+    chosen = [group for group in groups() if group != "experiment"]
+    found += [f"{group}.{key}" for group in chosen for option in options(group) for key in keys(group, option)]
+    return tuple(dict.fromkeys(key for key in found if "._" not in key))
 
 
 def _read(path: Path) -> dict[str, Any]:

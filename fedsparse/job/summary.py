@@ -122,9 +122,9 @@ def _chosen(option: str | None) -> str | None:
 
 
 def _exchanged(options: Mapping[str, Any], chosen: str | None) -> dict[str, Any]:
-    """What of the exchange a reader of the summary wants to know."""
+    """What of the exchange a reader of the summary wants to know; a sparsifier is whole, an exchange ``_partial_``."""
     found = {f"exchange_{key}": options.get(key) for key in ("fraction", "feedback", "precision", "payload", "compat")}
-    return found | {"exchange_rule": options.get("by", chosen) if "rule" in options["build"] else None}
+    return found | {"exchange_rule": None if "_partial_" in options else options.get("by", chosen)}
 
 
 def sparsity_of(mask: Mask, always: Tensor, space: ParamSpace) -> float:

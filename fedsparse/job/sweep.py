@@ -34,7 +34,6 @@ MAY_DIFFER = (
     "trainer.num_nodes",
     "data.stream",
     "data.workers",
-    "data.source.stream",
     "calibration.cache",
 )
 
@@ -142,7 +141,7 @@ def held(folder: Path) -> Iterator[None]:
 
     """
     files.refuse_links(folder)
-    files.own(folder / LOCK)
+    files.unshare(folder / LOCK)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

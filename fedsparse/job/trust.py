@@ -22,6 +22,7 @@ from omegaconf.basecontainer import BaseContainer
 from fedsparse.analysis.files import BYTES, plain_yaml, yaml_of, yaml_text
 from fedsparse.core.folder import OVERRIDES
 from fedsparse.job import earlier
+from fedsparse.job.keys import JOBS
 from fedsparse.job.shipped import conf_dir
 from fedsparse.job.targets import imported
 
@@ -204,7 +205,7 @@ def _check_part(key: str, node: Mapping[str, Any], trusted: Sequence[str], typed
     if target not in shipped().arguments:
         package = target.rpartition(".")[0] or target
         raise ValueError(f"{at}_target_: {_shown(target)} {_ask(package)}")
-    known = shipped().arguments[target]
+    known = shipped().arguments[target] | set(JOBS.get(key, ()))
     other = [str(name) for name in node if name not in known and not covers(typed, f"{key}.{name}")]
     if other:
         raise ValueError(f"{at}{_shown(other[0])}, an argument of {target}, {_ask(target)}")

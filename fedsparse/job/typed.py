@@ -75,6 +75,8 @@ def _check_shape(typed: str, following: Sequence[str]) -> None:
             raise ValueError(
                 f"{typed}: a run needs a {typed[1:]}; it is one of {', '.join(shipped.options(typed[1:]))}"
             )
+        if typed[1:] in shipped.sections():
+            raise ValueError(f"{typed}: a run needs the keys of {typed[1:]}")
         return
     if following and (following[0].startswith("=") or (equals and not value and "=" not in following[0])):
         whole = "".join([typed, *following[: 2 if following[0] == "=" else 1]])
@@ -91,6 +93,8 @@ def _without_value(word: str) -> str:
     """Say what may be meant by a word alone."""
     if word in shipped.groups():
         return f"{word} has no value; it is one of {', '.join(shipped.options(word))}: write {word}=<one of them>"
+    if word in shipped.sections():
+        return f"{word} is no key; it has keys, such as {word}.{_first_key(word)}"
     groups = [group for group in shipped.groups() if word in shipped.options(group)]
     meant = " or ".join(f"{group}={word}" for group in groups) or f"{word}=<value>"
     return f"{word} has no {'key' if groups else 'value'}; write {meant}"
@@ -111,6 +115,14 @@ def _check_value(typed: str, override: Override, sweeps: bool) -> None:
 def _check_option(key: str, value: Any) -> None:
     if key in shipped.groups() and (value is None or isinstance(value, bool | int | float)):
         raise ValueError(no_option(key, value))
+    if key in shipped.sections() and not isinstance(value, dict):
+        raise ValueError(
+            f"there is no {key}={value}: {key} has keys alone, such as {key}.{_first_key(key)}; leave it out"
+        )
+
+
+def _first_key(section: str) -> str:
+    return next((key for key in shipped.sections()[section] if not key.startswith("_")), "_target_")
 
 
 def given_twice(overrides: Sequence[str]) -> list[str]:

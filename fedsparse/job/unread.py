@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedsparse.job import shipped
 from fedsparse.job.advice import no_key
+from fedsparse.job.earlier import MOVES
+from fedsparse.job.keys import JOBS, taken
 from fedsparse.job.targets import imported
 
 FREE = ("phases", "callbacks", "logger", "experiment")  # whose keys are names of one's own
@@ -27,14 +28,18 @@ def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
 
     """
     written = OmegaConf.to_yaml(cfg)
-    for key in (*_unknown(cfg, choices), *_not_taken(OmegaConf.to_container(cfg), "")):
-        if f"${{{key}}}" not in written:  # a value elsewhere may be taken from it
-            raise ValueError(no_key(key))
+    unknown = [key for key in _unknown(cfg, choices) if f"${{{key}}}" not in written]  # from which none takes its value
+    moved = [then for then in MOVES if OmegaConf.is_dict(OmegaConf.select(cfg, then))]
+    for key in (*unknown, *moved, *_not_taken(OmegaConf.to_container(cfg), "")):
+        raise ValueError(no_key(key))
 
 
 def _unknown(cfg: DictConfig, choices: Mapping[str, str | None]) -> Iterator[str]:
     """Keys that no option of their group has; nodes that are called are left to ``_not_taken``."""
     yield from (str(key) for key in cfg if key not in shipped.groups() and key not in shipped.main())
+    for section, held in shipped.sections().items():
+        if "_target_" not in held:
+            yield from (f"{section}.{key!s}" for key in cfg.get(section) or {} if key not in held)
     for group in shipped.groups():
         node, chosen = cfg.get(group), choices.get(group, shipped.defaults().get(group))
         if isinstance(node, DictConfig) and "_target_" not in node and group not in FREE:
@@ -47,24 +52,17 @@ def _has(group: str, key: str) -> bool:
 
 
 def _not_taken(node: Any, path: str) -> Iterator[str]:
-    """Keys beside a ``_target_`` that is called without them."""
+    """Keys beside a ``_target_`` that is called without them, and that the job does not read."""
     if isinstance(node, list):
         for place, value in enumerate(node):
             yield from _not_taken(value, f"{path}{place}.")
     if isinstance(node, dict):
-        target = node.get("_target_")
-        taken = _parameters(f"{path}_target_", target) if isinstance(target, str) and "${" not in target else None
+        target, named = node.get("_target_"), None
+        if isinstance(target, str) and "${" not in target:
+            imported(f"{path}_target_", target)
+            named = taken(target)
+        known = None if named is None else {*named, *JOBS.get(path.rstrip("."), ())}
         for key, value in node.items():
-            if taken is not None and not str(key).startswith("_") and key not in taken:
+            if known is not None and not str(key).startswith("_") and key not in known:
                 yield f"{path}{key}"
             yield from _not_taken(value, f"{path}{key}.")
-
-
-def _parameters(key: str, target: str) -> Mapping[str, Any] | None:
-    """Names that a target takes; None if it takes any, or has no signature: whoever calls it then says so."""
-    called = imported(key, target)
-    try:
-        found = inspect.signature(called).parameters
-    except (TypeError, ValueError):
-        return None
-    return None if any(p.kind is p.VAR_KEYWORD for p in found.values()) else found

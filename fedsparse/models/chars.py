@@ -98,11 +98,11 @@ def next_char_lstm(
         ValueError: a size is below 1, or the dropout is not of [0, 1) or has nowhere to act.
 
     """
-    check_whole("model.net.num_classes", num_classes, 1)
+    check_whole("model.num_classes", num_classes, 1)
     for name, size in (("vocabulary", vocabulary), ("embedding", embedding), ("hidden", hidden), ("layers", layers)):
-        check_whole(f"model.net.{name}", size, 1)
+        check_whole(f"model.{name}", size, 1)
     if not 0 <= dropout < 1 or (dropout and layers == 1):
-        raise ValueError(f"model.net.dropout is {dropout} with {layers} layers; give 0 or, between layers, below 1")
+        raise ValueError(f"model.dropout is {dropout} with {layers} layers; give 0 or, between layers, below 1")
     net = seeded(lambda: NextChar(vocabulary, num_classes, embedding, hidden, layers, dropout), seed)
     start_head(net.head, head_std, seed)
     return net

@@ -40,7 +40,7 @@ def resnet18_gn(
         ValueError: the stem is neither, or there is no class.
 
     """
-    check_choice("model.net.stem", stem, *STEMS)
+    check_choice("model.stem", stem, *STEMS)
 
     def build() -> nn.Module:
         options = {"norm_layer": GroupNorm, "zero_init_last": False}
@@ -93,7 +93,7 @@ def fednet(
 
     """
     if img_size < 8:
-        raise ValueError(f"model.net.img_size is {img_size}; fednet halves images three times and needs 8 or more")
+        raise ValueError(f"model.img_size is {img_size}; fednet halves images three times and needs 8 or more")
 
     def build() -> nn.Sequential:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -138,7 +138,7 @@ def _classifier(features: int, num_classes: int, dropout: float, width: int = 51
 
 def _started(build: Callable[[], Net], head: str, num_classes: int, std: float, seed: int) -> Net:
     """Build under a seed of its own, and start the head as every builder does."""
-    check_whole("model.net.num_classes", num_classes, 1)
+    check_whole("model.num_classes", num_classes, 1)
     net = seeded(build, seed)
     start_head(net.get_submodule(head), std, seed)
     return net

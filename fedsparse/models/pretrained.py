@@ -58,7 +58,7 @@ def timm_model(
             the checkpoint is missing, damaged, or of another net.
 
     """
-    check_whole("model.net.num_classes", num_classes, 1)
+    check_whole("model.num_classes", num_classes, 1)
     classifier = _classifier(name)
     asked = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate or None, **options}
     net = seeded(lambda: _create(name, pretrained and checkpoint is None, asked), seed)
@@ -101,11 +101,11 @@ def head_pattern(name: str) -> str:
 def _create(name: str, download: bool, asked: dict[str, Any]) -> nn.Module:
     """Call timm, and say in one line what went wrong."""
     if download and not _places(_config(name)):
-        raise ValueError(f"timm has no weights for {name}; give model.checkpoint=<file> or model.net.pretrained=false")
+        raise ValueError(f"timm has no weights for {name}; give model.checkpoint=<file> or model.pretrained=false")
     try:
         net: nn.Module = timm.create_model(name, pretrained=download, **asked)
     except TypeError as error:
-        raise ValueError(f"model.net: {name} takes no such option ({error})") from error
+        raise ValueError(f"model.name={name} takes no such option ({error})") from error
     except OSError as error:
         raise ValueError(
             f"the weights of {name} could not be downloaded ({type(error).__name__}); fetch "

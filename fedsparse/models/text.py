@@ -48,7 +48,7 @@ class TextClassifier(nn.Module):
 
 
 def bert(
-    source: str,
+    tokenizer: str,
     num_classes: int,
     checkpoint: str | None = None,
     pretrained: bool = True,
@@ -59,8 +59,8 @@ def bert(
     """Build transformers' ``BertForSequenceClassification`` with a new head and, everywhere else, pre-trained weights.
 
     Args:
-        source: ``bert_tiny``, which is packaged, or a name of the Hugging Face hub, downloaded once, such as
-            ``google-bert/bert-base-cased``.
+        tokenizer: name of weights and tokenizer: ``bert_tiny``, which is packaged, or one of the Hugging Face hub,
+            downloaded once, such as ``google-bert/bert-base-cased``.
         num_classes: outputs of the head.
         checkpoint: a folder that transformers' ``save_pretrained`` wrote, used instead; its head, if any, is left out.
         pretrained: start from these weights; else at random, from ``seed``.
@@ -75,9 +75,9 @@ def bert(
         ValueError: transformers is not installed, or the weights cannot be had or are not BERT's.
 
     """
-    check_whole("model.net.num_classes", num_classes, 1)
+    check_whole("model.num_classes", num_classes, 1)
     need_transformers()  # before it is asked to be quiet
-    place = checkpoint or (str(PACKAGED) if source == TINY else source)
+    place = checkpoint or (str(PACKAGED) if tokenizer == TINY else tokenizer)
     with quiet_transformers():
         config = _config(place, checkpoint, num_classes, dropout)
         net = seeded(lambda: _weights(place, checkpoint, config) if pretrained else _random(config), seed)

@@ -56,7 +56,7 @@ def vit_digits(
         ValueError: there is no class, or the checkpoint is missing, damaged, or of another model.
 
     """
-    check_whole("model.net.num_classes", num_classes, 1)
+    check_whole("model.num_classes", num_classes, 1)
     net = seeded(lambda: _vit(num_classes, in_chans), seed)
     for block in net.blocks:
         vars(block.attn)["fused_attn"] = False  # timm's own switch for one layer, declared Final for its scripts

@@ -1,4 +1,4 @@
-"""Optimizers that step the coordinates of a mask; they know tensors, and no federation."""
+"""Optimizers: masked ones for clients, and the server's; independent of the federation."""
 
 from fedsparse.optim.adam import SparseAdam
 from fedsparse.optim.fedopt import AveragedMomentum, FedAdagrad, FedAdam, FedYogi

@@ -1,6 +1,6 @@
-"""SparseAdam: Adam and AdamW that move only the coordinates a mask lets train.
+"""SparseAdam: Adam and AdamW that step only the coordinates where a mask is True.
 
-The arithmetic is ``adam_update``; the class keeps moments and counts of steps, masks are ``MaskedOptimizer``'s.
+The arithmetic is ``adam_update``; the class keeps moments and step counts, and ``MaskedOptimizer`` the masks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsparse.core.checks import check_flag, check_not_negative, check_positive, two_decays
 from fedsparse.core.subspace import CHUNK
-from fedsparse.optim.index import Place
+from fedsparse.optim.index import TrainedIndex
 from fedsparse.optim.masked import MaskedOptimizer
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled")
@@ -68,14 +68,14 @@ def adam_update(
 
 
 def corrections(steps: Sequence[float], betas: tuple[float, float]) -> Correction:
-    """Compute by how much m and the root of v are too small after so many steps, since they started at 0.
+    """Compute the bias corrections of m and of the root of v, which start at 0 (Kingma & Ba 2015, section 3).
 
     Args:
         steps: of each of K rows, 1 or more.
         betas: beta_1 and beta_2.
 
     Returns:
-        c_1 and c_2: numbers if all rows have taken as many steps, else float64 (K,).
+        c_1 and c_2: numbers if all rows have taken the same number of steps, else float64 (K,).
 
     """
     first, second = ([1 - beta**step for step in steps] for beta in betas)
@@ -88,11 +88,11 @@ def corrections(steps: Sequence[float], betas: tuple[float, float]) -> Correctio
 class SparseAdam(MaskedOptimizer):
     """Adam for any module of real parameters; where a mask is False it changes no bit, whatever the gradient.
 
-    Where it trains it equals ``torch.optim.Adam(foreach=False)``, or ``AdamW``, bit for bit. Weight decay and moments
-    are of trained coordinates only: a mask costs four bytes for each of them, and nothing for the others. A coordinate
-    that a new mask freezes stops at once; one that trains again starts from zero moments, with the parameter's count of
-    steps. The state is torch's: ``exp_avg``, ``exp_avg_sq`` and ``step``, which is (K,) once ``rows`` was asked for K
-    clients. Masks are not part of it: give them before a state is loaded.
+    Elsewhere it equals ``torch.optim.Adam(foreach=False)``, or ``AdamW``, bit for bit. Weight decay and moments are of
+    trained coordinates only: a mask costs four bytes for each of them, and nothing for the others. A coordinate that a
+    new mask freezes stops at once; one that trains again starts from zero moments, with the parameter's count of
+    steps. The state is torch's: ``exp_avg``, ``exp_avg_sq`` and ``step``, which is (K,) after a call of ``rows`` for K
+    clients. Masks are not part of it: set them before a state is loaded.
 
     Args:
         params: tensors, named tensors or dicts of groups, as for every ``torch.optim.Optimizer``.
@@ -144,18 +144,18 @@ class SparseAdam(MaskedOptimizer):
         check_flag("optimizer.decoupled", options["decoupled"])
 
     def reset(self) -> None:
-        """Forget moments and steps, so that the next step is a first step; their memory is kept."""
+        """Set moments and step counts to 0, in place, so that the next step is a first step."""
         for state in self.state.values():
             for tensor in state.values():
                 tensor.zero_()
 
-    def _begin(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
-        """Make the moments where there are none, and count the steps of each client by itself."""
-        state = self._started(param)
+    def _init_state(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
+        """Create missing moments, and a step count for each of K clients."""
+        state = self._made(param)
         if state["step"].numel() != clients or state["step"].dim() == 0:
             state["step"] = state["step"].expand(clients).clone()
 
-    def _started(self, param: Tensor) -> dict[str, Any]:
+    def _made(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         for name in self.moments:
             moment = self._moment(param, name)
@@ -164,34 +164,34 @@ class SparseAdam(MaskedOptimizer):
         return state
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Step one parameter where it trains."""
-        state, options = self._started(param), {name: group[name] for name in _OPTIONS}
+        """Step the trained coordinates of one parameter."""
+        state, options = self._made(param), {name: group[name] for name in _OPTIONS}
         state["step"] += 1
         correction = corrections(state["step"].view(-1).tolist(), options["betas"])
-        place, m, v = self._places.get(param), *(state[name] for name in self.moments)
-        if place is None:
-            for theta, g, *parts in _pieces(param, grad, m, v, whole=isinstance(correction[0], Tensor)):
+        index, m, v = self._indices.get(param), *(state[name] for name in self.moments)
+        if index is None:
+            for theta, g, *parts in _cache_chunks(param, grad, m, v, whole=isinstance(correction[0], Tensor)):
                 adam_update(theta, g, *parts, correction=_beside(correction, param), **options)
             return
-        for theta, g, moments, index in place.trained(param, grad, m, v):
-            adam_update(theta, g, *moments, correction=_beside(correction, param, place, index), **options)
+        for theta, g, moments, positions in index.trained(param, grad, m, v):
+            adam_update(theta, g, *moments, correction=_beside(correction, param, index, positions), **options)
 
 
-def _pieces(*tensors: Tensor, whole: bool) -> Iterator[Sequence[Tensor]]:
-    """Split a large parameter and what is beside it into pieces that stay in a CPU's cache."""
+def _cache_chunks(*tensors: Tensor, whole: bool) -> Iterator[Sequence[Tensor]]:
+    """Split a large parameter, its gradient and moments into chunks that fit in a CPU's cache."""
     if whole or tensors[0].device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
         return iter([tensors])
     return zip(*(t.view(-1).split(CHUNK) for t in tensors), strict=True)
 
 
 def _beside(
-    correction: Correction, param: Tensor, place: Place | None = None, index: Tensor | None = None
+    correction: Correction, param: Tensor, index: TrainedIndex | None = None, positions: Tensor | None = None
 ) -> Correction:
-    """Lay the corrections of K clients beside their rows, or beside what trains of them; numbers are as they are."""
+    """Broadcast the corrections of K clients to their rows, or to the trained coordinates; numbers are returned."""
     if not isinstance(correction[0], Tensor):
         return correction
     first, second = (torch.as_tensor(values, device=param.device) for values in correction)
-    if place is None or index is None:
+    if index is None or positions is None:
         column = (-1, *[1] * (param.dim() - 1))
         return first.view(column), second.view(column)
-    return place.of_clients(first, index), place.of_clients(second, index)
+    return index.of_clients(first, positions), index.of_clients(second, positions)

@@ -1,8 +1,8 @@
 """FedAdam, FedYogi, FedAdagrad (Reddi et al. 2021, algorithm 2) and a momentum as ``torch.optim`` optimizers.
 
-The arithmetic is ``fedopt_update`` and a rule for the second moment; the classes keep the moments. Why not a library's:
-torch's Adam always corrects the bias and starts from v = 0, and torch has no Yogi; that of ``pytorch_optimizer`` 4.1
-always corrects v's bias, starts m at v's start, and counts steps without gradients.
+The arithmetic is ``fedopt_update`` and a rule for the second moment; the classes keep the moments. Libraries differ
+from the paper: torch's Adam always corrects the bias and starts from v = 0, and torch has no Yogi; the Yogi of
+``pytorch_optimizer`` 4.1 always corrects v's bias, starts m at v's start, and counts steps without gradients.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Rule = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def adam_moment(v: Tensor, grad: Tensor, beta: float) -> Tensor:
-    r"""Second moment of FedAdam, in place: :math:`v \leftarrow \beta_2 v + (1 - \beta_2) g^2`."""
+    r"""Update FedAdam's second moment in place: :math:`v \leftarrow \beta_2 v + (1 - \beta_2) g^2`."""
     return v.mul_(beta).addcmul_(grad, grad, value=1 - beta)
 
 
 def yogi_moment(v: Tensor, grad: Tensor, beta: float) -> Tensor:
-    r"""Second moment of FedYogi, in place: :math:`v \leftarrow v - (1 - \beta_2) g^2 \,\mathrm{sign}(v - g^2)`."""
+    r"""Update FedYogi's second moment in place: :math:`v \leftarrow v - (1 - \beta_2) g^2 \,\mathrm{sign}(v - g^2)`."""
     square = grad.square()
     return v.addcmul_(square, (v - square).sign_(), value=beta - 1)
 
 
 def adagrad_moment(v: Tensor, grad: Tensor, beta: float) -> Tensor:
-    r"""Second moment of FedAdagrad, in place: :math:`v \leftarrow v + g^2`; it has no use for beta_2."""
+    r"""Update FedAdagrad's second moment in place: :math:`v \leftarrow v + g^2`; beta_2 is not used."""
     return v.addcmul_(grad, grad)
 
 
@@ -41,7 +41,7 @@ def fedopt_update(
     param: Tensor, grad: Tensor, m: Tensor, v: Tensor, rule: Rule, *,
     lr: float, betas: tuple[float, float], tau: float, correction: tuple[float, float] = (1.0, 1.0),
 ) -> None:  # fmt: skip
-    r"""Take one step in place.
+    r"""Take one step of FedOpt in place (Reddi et al. 2021, algorithm 2).
 
     .. math::
         m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \mathrm{rule}(v, g, \beta_2), \quad
@@ -52,11 +52,11 @@ def fedopt_update(
         grad: g, the negative mean change; this and the moments have the shape of ``param``.
         m: first moment.
         v: second moment.
-        rule: how v takes the gradient in.
+        rule: updates v in place: (v, g, beta_2) -> v.
         lr: eta.
         betas: beta_1 and beta_2.
         tau: degree of adaptivity, in the gradient's unit.
-        correction: c_1 and c_2, by which the moments are too small; 1 in the paper's form.
+        correction: c_1 and c_2, the bias corrections; 1 in the paper's form.
 
     >>> x, m, v = torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([0.0])
     >>> fedopt_update(x, torch.tensor([3.0]), m, v, adagrad_moment, lr=0.5, betas=(0.0, 0.0), tau=1.0)
@@ -69,7 +69,7 @@ def fedopt_update(
 
 
 class FedOpt(torch.optim.Optimizer):
-    """What the three share: m and v beside each parameter, of its shape, from the start (``exp_avg``, ``exp_avg_sq``).
+    """Base of the three: m and v of each parameter's shape exist from the start (``exp_avg``, ``exp_avg_sq``).
 
     A parameter without gradient stays as it is, moments and count of steps included.
 
@@ -102,7 +102,7 @@ class FedOpt(torch.optim.Optimizer):
         super().__init__(params, dict(zip(_OPTIONS, options, strict=True)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own, and the moments that they start from.
+        """Add parameters with their options, and create their moments.
 
         Raises:
             ValueError: an option outside its range.
@@ -117,13 +117,13 @@ class FedOpt(torch.optim.Optimizer):
             self.state[param] = {"step": 0, "exp_avg": torch.zeros_like(v), "exp_avg_sq": v}
 
     def _initial(self, group: dict[str, Any]) -> float:
-        """Where v starts."""
+        """Value of v before the first step."""
         if group["initial"] is not None:
             return float(group["initial"])
         return 0.0 if group["bias_correction"] and self.averages else float(group["tau"] ** 2)
 
     def _correction(self, group: dict[str, Any], step: int) -> tuple[float, float]:
-        """By which factors the moments are too small after this many steps."""
+        """Compute the bias corrections after so many steps; 1 without correction."""
         if not group["bias_correction"]:
             return 1.0, 1.0
         first, second = (1 - beta**step for beta in group["betas"])
@@ -165,7 +165,7 @@ class FedOpt(torch.optim.Optimizer):
     @staticmethod
     @abstractmethod
     def rule(v: Tensor, grad: Tensor, beta: float) -> Tensor:
-        """Take a gradient into the second moment."""
+        """Update the second moment in place."""
 
 
 class FedAdam(FedOpt):
@@ -183,25 +183,25 @@ class FedAdam(FedOpt):
 
 
 class FedYogi(FedOpt):
-    """FedYogi: where changes become small, v forgets the large ones more slowly than FedAdam's (Zaheer et al. 2018)."""
+    """FedYogi: when changes become small, v decays more slowly than FedAdam's (Zaheer et al. 2018)."""
 
     rule = staticmethod(yogi_moment)
 
 
 class FedAdagrad(FedOpt):
-    """FedAdagrad: v only grows. The paper takes betas of 0; ``bias_correction`` concerns the first moment alone."""
+    """FedAdagrad: v only grows. The paper uses betas of 0; ``bias_correction`` applies to the first moment only."""
 
     rule = staticmethod(adagrad_moment)
     averages = False
 
 
 class AveragedMomentum(torch.optim.SGD):
-    r"""Server momentum as a running mean from zero, as AutoFLIP's code has it.
+    r"""Server momentum as a running mean that starts at zero, as in AutoFLIP's code.
 
     .. math::
         v \leftarrow \beta v + (1 - \beta) g, \quad x \leftarrow x - \eta v, \quad v_0 = 0
 
-    It is torch's SGD with ``dampening`` = beta but for the first step, which torch does not dampen: here v is there
+    It is torch's SGD with ``dampening`` = beta except for the first step, which torch does not dampen: here v exists
     from the start, so that the first step is (1 - beta) g. The bias towards zero is not corrected.
 
     Args:
@@ -226,7 +226,7 @@ class AveragedMomentum(torch.optim.SGD):
         super().__init__(params, lr=lr, momentum=beta, dampening=beta)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, and the v of zeros that they start from."""
+        """Add parameters, and create their v of zeros."""
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             self.state[param] = {"momentum_buffer": torch.zeros_like(param)}

@@ -1,4 +1,4 @@
-"""Where a mask lets a tensor train, as an index: what trains can be gathered, stepped and written back by itself.
+"""Indices of the coordinates that train, by which they are gathered, stepped and written back.
 
 Shapes: P coordinates of the space, n of them train; N entries of a dimension; K clients of a cohort, * any dimensions.
 """
@@ -20,16 +20,16 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import CHUNK, narrow
 
 Moment = TypeVar("Moment", Tensor, Tensor | None)
-LARGE = 1 << 16  # coordinates of a tensor that is worth a step of its own
+LARGE = 1 << 16  # coordinates from which a tensor is a block of its own
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of a row with one kind of mask.
+class Block:
+    """A contiguous part of a row, which an optimizer steps as one tensor.
 
     Attributes:
-        name: the tensor's, or empty for a piece of the whole row.
-        start: its first coordinate.
+        name: of the tensor; empty if the block is the whole row.
+        start: its first coordinate in the row.
         shape: the tensor's shape, or (P,).
         mask: bool of this shape, or None where all of it trains.
 
@@ -41,80 +41,80 @@ class Piece:
     mask: Tensor | None
 
     def of(self, row: Tensor) -> Tensor:
-        """View the piece of a row (P,)."""
+        """View the block in a row (P,), in its shape."""
         return row.narrow(0, self.start, math.prod(self.shape)).view(self.shape)
 
 
-def pieces(space: ParamSpace, mask: Tensor, large: int = LARGE) -> list[Piece]:
-    """Split a row for an optimizer: each large tensor apart, unless it is frozen; all small ones are one piece.
+def blocks(space: ParamSpace, mask: Tensor, large: int = LARGE) -> list[Block]:
+    """Split a row for an optimizer: a block for each large tensor that is not frozen, and one for all small tensors.
 
-    That piece is the whole row; its mask is False where another piece trains.
+    The latter is the whole row, with a mask that is False in the large tensors.
 
     Args:
         space: the tensors of the row.
         mask: bool (P,), True where a coordinate trains.
-        large: coordinates from which a tensor is stepped apart.
+        large: coordinates from which a tensor is a block of its own.
 
     """
-    named = [Piece(*tensor, None) for tensor in zip(space.names, space.offsets, space.shapes, strict=True)]
-    apart = [piece for piece in named if math.prod(piece.shape) >= large]
-    trained = [_masked(piece, piece.of(mask)) for piece in apart if bool(piece.of(mask).any())]
+    named = [Block(*tensor, None) for tensor in zip(space.names, space.offsets, space.shapes, strict=True)]
+    apart = [block for block in named if math.prod(block.shape) >= large]
+    trained = [_masked(block, block.of(mask)) for block in apart if bool(block.of(mask).any())]
     rest = mask.clone()
-    for piece in apart:
-        piece.of(rest).fill_(False)
-    whole = Piece("", 0, (space.size,), None if bool(rest.all()) else rest)
+    for block in apart:
+        block.of(rest).fill_(False)
+    whole = Block("", 0, (space.size,), None if bool(rest.all()) else rest)
     return [*trained, *[whole] * bool(rest.any())]
 
 
-def _masked(piece: Piece, mask: Tensor) -> Piece:
-    return piece if bool(mask.all()) else replace(piece, mask=mask)
+def _masked(block: Block, mask: Tensor) -> Block:
+    return block if bool(mask.all()) else replace(block, mask=mask)
 
 
 def by_units(mask: Tensor) -> bool:
-    """Whether every index of the first dimension trains whole or not at all."""
+    """Whether a mask trains each index of the first dimension whole or not at all."""
     units = mask.reshape(len(mask), -1)
     return torch.equal(units.any(1), units.all(1))
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a mask lets a parameter train: n of the N entries of one dimension of it, seen in a shape of two at most.
+class TrainedIndex:
+    """The index of the trained entries of a parameter: n of the N entries of one dimension, in at most two dimensions.
 
-    Single coordinates are entries of the flat parameter. Where a mask lets whole output units train (an index of the
-    first dimension), the units are; where it was expanded from one row to K, the coordinates of that row.
+    Entries are output units (indices of the first dimension) if the mask trains these whole, coordinates of one row if
+    it was expanded from one row to K, and coordinates of the flat parameter otherwise.
 
     Attributes:
-        shape: how the parameter's memory is seen: (N,), (N, coordinates of a unit) or (K, N).
-        dim: the dimension that ``index`` is about.
-        index: int32 (n,), ascending; int64 where N needs it.
+        shape: in which the parameter's memory is viewed: (N,), (N, coordinates of a unit) or (K, N).
+        dim: the dimension that ``positions`` count along.
+        positions: int32 (n,), ascending; int64 where N needs it.
 
     """
 
     shape: tuple[int, ...]
     dim: int
-    index: Tensor
+    positions: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor, param: Tensor) -> Place:
-        """Find the coarsest entries that the mask does not cut."""
+    def of(cls, mask: Tensor, param: Tensor) -> TrainedIndex:
+        """Build the index of a mask with the coarsest entries that train whole or not at all."""
         laid = mask if mask.stride() == param.stride() or _expanded(mask) else laid_like(mask, param)
         shape, dim, marks = _marks(laid, param)
         return cls(shape, dim, narrow(marks.nonzero().squeeze(1), shape[dim]).to(param.device))
 
     @cached_property
     def gathered(self) -> tuple[int, ...]:
-        """Shape of what trains: (n,), (n, coordinates of a unit) or (K, n)."""
-        return tuple(len(self.index) if dim == self.dim else size for dim, size in enumerate(self.shape))
+        """Shape of gathered values: (n,), (n, coordinates of a unit) or (K, n)."""
+        return tuple(len(self.positions) if dim == self.dim else size for dim, size in enumerate(self.shape))
 
     @property
     def numel(self) -> int:
-        """Coordinates that train."""
+        """Number of coordinates that train."""
         return math.prod(self.gathered)
 
     @cached_property
     def fingerprint(self) -> int:
-        """Tell one mask of a parameter from another with as many ones."""
-        return zlib.crc32(self.index.cpu().numpy().tobytes(), hash((self.shape, self.dim)) & 0xFFFFFFFF)
+        """CRC32 of the index, which differs between masks with the same number of trained coordinates."""
+        return zlib.crc32(self.positions.cpu().numpy().tobytes(), hash((self.shape, self.dim)) & 0xFFFFFFFF)
 
     def see(self, tensor: Tensor) -> Tensor:
         """View a dense tensor's memory in this shape."""
@@ -122,57 +122,59 @@ class Place:
         return tensor if same else tensor.as_strided(self.shape, _strides(self.shape))
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Copy what trains of a tensor that lies like the parameter: (n,), (n, coordinates of a unit) or (K, n)."""
-        return self.see(tensor).index_select(self.dim, self.index)
+        """Copy the trained values of a tensor with the parameter's strides; the result has the shape ``gathered``."""
+        return self.see(tensor).index_select(self.dim, self.positions)
 
     def scatter(self, values: Tensor, like: Tensor) -> Tensor:
-        """Write gathered values into zeros that lie like a parameter."""
+        """Write gathered values into zeros with the shape and strides of ``like``."""
         out = torch.zeros_like(like)
-        self.see(out).index_copy_(self.dim, self.index.long(), values)
+        self.see(out).index_copy_(self.dim, self.positions.long(), values)
         return out
 
     def trained(
         self, param: Tensor, grad: Tensor, *moments: Moment, chunk: int = CHUNK
     ) -> Iterator[tuple[Tensor, Tensor, Sequence[Moment], Tensor]]:
-        """Give what trains a chunk after the other: values, gradient, moments, index; the values are written back.
+        """Yield chunks of values, gradient, moments and positions; after each the values are written back.
 
-        On a CPU a chunk has at most so many coordinates, or is a single entry.
+        On a CPU a chunk has at most ``chunk`` coordinates, or is a single entry.
         """
-        seen, steep = self.see(param), self.see(grad if grad.stride() == param.stride() else laid_like(grad, param))
-        for index, parts in self._chunks(chunk, *moments):
-            values = seen.index_select(self.dim, index)
-            yield values, steep.index_select(self.dim, index), parts, index
-            seen.index_copy_(self.dim, index, values)
+        seen, gradient = self.see(param), self.see(grad if grad.stride() == param.stride() else laid_like(grad, param))
+        for positions, parts in self._chunks(chunk, *moments):
+            values = seen.index_select(self.dim, positions)
+            yield values, gradient.index_select(self.dim, positions), parts, positions
+            seen.index_copy_(self.dim, positions, values)
 
     def _chunks(self, chunk: int, *moments: Moment) -> Iterator[tuple[Tensor, Sequence[Moment]]]:
-        """Split index and moments for one pass over them; the index comes as int64, which torch writes by."""
-        n, wide = len(self.index), math.prod(self.shape) // max(1, self.shape[self.dim])
-        size = max(1, chunk // wide) if self.index.device.type == "cpu" else n
+        """Yield chunks of positions and moments; positions are int64, as ``index_copy_`` needs them."""
+        n, wide = len(self.positions), math.prod(self.shape) // max(1, self.shape[self.dim])
+        size = max(1, chunk // wide) if self.positions.device.type == "cpu" else n
         if n <= size:
-            yield self.index.long(), moments
+            yield self.positions.long(), moments
             return
         for low in range(0, n, size):
             length = min(size, n - low)
-            index = self.index.narrow(0, low, length).long()
-            yield index, [None if m is None else m.narrow(self.dim, low, length) for m in moments]
+            positions = self.positions.narrow(0, low, length).long()
+            yield positions, [None if m is None else m.narrow(self.dim, low, length) for m in moments]
 
     def by_client(self, values: Tensor, clients: int) -> Sequence[Tensor]:
-        """View gathered values as what is each client's, who are the parameter's first dimension: K tensors."""
+        """Split gathered values by client, of whom each has an equal part of the first dimension: K views."""
         if self.dim == 1:
             return values.unbind(0)
-        first = torch.arange(clients + 1, dtype=self.index.dtype, device=self.index.device) * (self.shape[0] // clients)
-        return [values[low:high] for low, high in pairwise(torch.searchsorted(self.index, first).tolist())]
+        first = torch.arange(clients + 1, dtype=self.positions.dtype, device=self.positions.device) * (
+            self.shape[0] // clients
+        )
+        return [values[low:high] for low, high in pairwise(torch.searchsorted(self.positions, first).tolist())]
 
-    def of_clients(self, values: Tensor, index: Tensor) -> Tensor:
-        """Lay K numbers, one of each client, beside the gathered entries of ``index``: (K, 1), (n,) or (n, 1)."""
+    def of_clients(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Broadcast K numbers, one a client, to the gathered entries at ``positions``: (K, 1), (n,) or (n, 1)."""
         if self.dim == 1:
             return values.unsqueeze(1)
-        found = values[index // (self.shape[0] // len(values))]
+        found = values[positions // (self.shape[0] // len(values))]
         return found if len(self.shape) == 1 else found.unsqueeze(1)
 
 
 def _marks(mask: Tensor, param: Tensor) -> tuple[tuple[int, ...], int, Tensor]:
-    """Say how to see a parameter, which dimension the mask is about, and which of its entries train."""
+    """Choose a view of a parameter: its shape, the dimension that is indexed, and a mask of that dimension."""
     if _expanded(mask):
         return (mask.shape[0], mask[0].numel()), 1, mask[0].reshape(-1)
     if mask.dim() > 1 and param.is_contiguous():
@@ -183,12 +185,12 @@ def _marks(mask: Tensor, param: Tensor) -> tuple[tuple[int, ...], int, Tensor]:
 
 
 def _expanded(mask: Tensor) -> bool:
-    """Whether one row stands for all of them, and is dense."""
+    """Whether a mask was expanded from one contiguous row."""
     return mask.dim() > 1 and len(mask) > 1 and mask.stride(0) == 0 and mask[0].is_contiguous()
 
 
 def laid_like(values: Tensor, param: Tensor) -> Tensor:
-    """Copy values so that they lie in memory as the parameter does."""
+    """Copy values into memory with the parameter's strides."""
     return torch.empty_strided(param.shape, param.stride(), dtype=values.dtype, device=values.device).copy_(values)
 
 

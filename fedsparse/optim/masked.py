@@ -1,4 +1,4 @@
-"""What client optimizers share: masks beside the parameters, and moments of the coordinates that train alone.
+"""Base of the client optimizers: a mask for each parameter, and moments of trained coordinates only.
 
 Shapes: n coordinates of a parameter train; K clients may be its first dimension.
 """
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_tensors
-from fedsparse.optim.index import Place, laid_like
+from fedsparse.optim.index import TrainedIndex, laid_like
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
-    """An optimizer that changes no bit where a mask is False; the masks are not part of its state, but it knows them.
+    """An optimizer that changes no bit where a mask is False; its state has fingerprints of the masks, not the masks.
 
     Args:
         params: tensors, named tensors or dicts of groups, as for every ``torch.optim.Optimizer``.
         defaults: the options.
-        masks: beside the parameters, over all groups in order: bool tensors, True where a coordinate trains, or None.
+        masks: one for each parameter, over all groups in order: bool, True where a coordinate trains; None trains all.
 
     Attributes:
-        moments: what the state holds for each coordinate that trains, by its key.
-        real: whether complex parameters would be stepped wrongly.
+        moments: keys of the state with a value for each coordinate that trains.
+        real: whether parameters must be real.
 
     Raises:
         ValueError: an option outside its range, parameters of another kind, or masks that do not fit them.
@@ -40,7 +40,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self, params: Iterable[Any], defaults: dict[str, Any], masks: Sequence[Tensor | None] | None = None
     ) -> None:
         self.check(defaults)
-        self._places: dict[Tensor, Place] = {}
+        self._indices: dict[Tensor, TrainedIndex] = {}
         super().__init__(params, defaults)
         if masks is not None:
             self.set_masks(masks)
@@ -52,18 +52,18 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget the state, so that the next step is a first step; its memory is kept."""
+        """Reset the state in place, so that the next step is a first step."""
 
     @abstractmethod
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Step one parameter where it trains."""
+        """Step the trained coordinates of one parameter."""
 
     @abstractmethod
-    def _begin(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
-        """Give a parameter the state of so many clients, zeros where none has stepped."""
+    def _init_state(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
+        """Create a parameter's state for K clients, with zeros where it does not exist."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; they train whole until the next ``set_masks``.
+        """Add parameters with their options; they train whole until the next ``set_masks``.
 
         Raises:
             ValueError: an option outside its range, or parameters of another kind.
@@ -75,13 +75,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def set_masks(self, masks: Sequence[Tensor | None]) -> None:
-        """Let only these coordinates train from now on, and forget the moments of the others.
+        """Set the masks, keep the moments of the coordinates that train, and drop all others.
 
         Args:
-            masks: beside the parameters, over all groups in order: bool of the parameter's shape; None trains all.
+            masks: one for each parameter, over all groups in order: bool of the parameter's shape; None trains all.
 
         Raises:
-            ValueError: their number, a shape or a dtype is wrong; the masks then stay as they were.
+            ValueError: their number, a shape or a dtype is wrong; the masks are then unchanged.
 
         """
         params = [p for group in self.param_groups for p in group["params"]]
@@ -90,17 +90,17 @@ class MaskedOptimizer(torch.optim.Optimizer):
         for index, (mask, param) in enumerate(zip(masks, params, strict=True)):
             _check_mask(index, mask, param)
         partial = {p: m for p, m in zip(params, masks, strict=True) if m is not None and not bool(m.all())}
-        before, self._places = self._places, {p: Place.of(m, p) for p, m in partial.items()}
+        before, self._indices = self._indices, {p: TrainedIndex.of(m, p) for p, m in partial.items()}
         for param in params:
-            state, place = self.state.get(param, {}), self._places.get(param)
+            state, trained = self.state.get(param, {}), self._indices.get(param)
             for name in [name for name in self.moments if state.get(name) is not None]:
                 whole = _spread(state[name], before.get(param), param)
-                state[name] = whole if place is None else place.gather(whole)
+                state[name] = whole if trained is None else trained.gather(whole)
 
     @property
     def index_bytes(self) -> int:
-        """Bytes that the masks cost, beside the moments of what trains."""
-        return sum(place.index.nbytes for place in self._places.values())
+        """Bytes of the indices of all masks."""
+        return sum(trained.positions.nbytes for trained in self._indices.values())
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -126,7 +126,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Do what ``step`` does, without torch's hooks and profiler range, which cost more than a small step itself."""
+        """Step without closure, hooks and torch's profiler range, which take longer than a small step."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
@@ -134,11 +134,11 @@ class MaskedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def rows(self, count: int) -> list[list[Tensor]]:
-        """View the state of each of K clients, who are the first dimension of every parameter.
+        """View the state of each of K clients, which are the first dimension of every parameter.
 
         For a step that some clients do not take: copy their views before it and write the copies back after it, with
-        their rows of the parameters. That holds for a first step too: what does not exist yet is made, and what was
-        reset is zero, before it is viewed. The views are good until the next ``set_masks``.
+        their rows of the parameters. Missing state is created, and reset state is zero, before it is viewed, so that
+        this holds for a first step too. The views are valid until the next ``set_masks``.
 
         Args:
             count: K.
@@ -150,82 +150,82 @@ class MaskedOptimizer(torch.optim.Optimizer):
         found: list[list[Tensor]] = [[] for _ in range(count)]
         for group in self.param_groups:
             for param in group["params"]:
-                self._begin(param, group, count)
+                self._init_state(param, group, count)
                 for views in self._views(param, count):
-                    for own, view in zip(found, views, strict=True):
-                        own.append(view)
+                    for client, view in zip(found, views, strict=True):
+                        client.append(view)
         return found
 
     def _views(self, param: Tensor, clients: int) -> Iterator[Sequence[Tensor]]:
-        """Split each tensor of a parameter's state by clients."""
-        state, place = self.state[param], self._places.get(param)
+        """Yield each tensor of a parameter's state, split by clients."""
+        state, trained = self.state[param], self._indices.get(param)
         for name in self.moments:
             if name in state:
-                yield state[name].unbind(0) if place is None else place.by_client(state[name], clients)
+                yield state[name].unbind(0) if trained is None else trained.by_client(state[name], clients)
         if "step" in state:
             yield state["step"].unbind(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give torch's state, and by which masks its moments are laid out: the masks' fingerprints, not the masks."""
+        """The state as torch's optimizers have it, with the fingerprints of the masks of its moments."""
         found = super().state_dict()
-        for group, own in zip(found["param_groups"], self.param_groups, strict=True):
-            group["masks"] = [self._fingerprint(param) for param in own["params"]]
+        for stored, group in zip(found["param_groups"], self.param_groups, strict=True):
+            stored["masks"] = [self._fingerprint(param) for param in group["params"]]
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state.
+        """Load a state.
 
         Raises:
-            ValueError: moments that were stored under another mask than the one that is set.
+            ValueError: its moments belong to another mask than the one that is set.
 
         """
         groups = [dict(group) for group in state_dict["param_groups"]]
         stored = [mask for group in groups for mask in group.pop("masks", [None] * len(group["params"]))]
         params = [param for group in self.param_groups for param in group["params"]]
-        for index, (before, param) in enumerate(zip(stored, params, strict=False)):
-            place = self._places.get(param)
-            kept = index in state_dict["state"]
-            if kept and before is not None and place is not None and before != place.fingerprint:
+        for number, (before, param) in enumerate(zip(stored, params, strict=False)):
+            trained = self._indices.get(param)
+            kept = number in state_dict["state"]
+            if kept and before is not None and trained is not None and before != trained.fingerprint:
                 raise ValueError(
-                    f"the moments of parameter {index} were stored under another mask; give that one before loading"
+                    f"the moments of parameter {number} were stored under another mask; give that one before loading"
                 )
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     def _fingerprint(self, param: Tensor) -> int | None:
-        """Fingerprint of the mask that a parameter's moments are laid out by; None without moments or mask."""
-        place, state = self._places.get(param), self.state.get(param, {})
-        return place.fingerprint if place is not None and any(name in state for name in self.moments) else None
+        """Fingerprint of the mask of a parameter's moments; None without moments or mask."""
+        trained, state = self._indices.get(param), self.state.get(param, {})
+        return trained.fingerprint if trained is not None and any(name in state for name in self.moments) else None
 
     def _moment(self, param: Tensor, name: str) -> Tensor | None:
-        """Find a moment as its parameter trains now; one that was stored without a mask is gathered."""
-        values, place = self.state[param].get(name), self._places.get(param)
-        if values is None or values.shape == (param.shape if place is None else place.gathered):
+        """Look up a moment of the trained coordinates; one that was stored without a mask is gathered."""
+        values, trained = self.state[param].get(name), self._indices.get(param)
+        if values is None or values.shape == (param.shape if trained is None else trained.gathered):
             return values
-        return _spread(values, None, param) if place is None else place.gather(_spread(values, None, param))
+        return _spread(values, None, param) if trained is None else trained.gather(_spread(values, None, param))
 
     def _zeros(self, param: Tensor) -> Tensor:
-        """Make a moment of what trains."""
-        place = self._places.get(param)
-        return torch.zeros_like(param) if place is None else param.new_zeros(place.gathered)
+        """Build a moment of zeros for the trained coordinates."""
+        trained = self._indices.get(param)
+        return torch.zeros_like(param) if trained is None else param.new_zeros(trained.gathered)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep the masks in a ``copy.deepcopy``; ``state_dict`` leaves them out."""
-        return {**super().__getstate__(), "_places": self._places}
+        """Include the masks in a ``copy.deepcopy``; ``state_dict`` does not have them."""
+        return {**super().__getstate__(), "_indices": self._indices}
 
 
-def _spread(moment: Tensor, place: Place | None, param: Tensor) -> Tensor:
-    """Lay a moment out like its parameter, zero where nothing trained.
+def _spread(moment: Tensor, trained: TrainedIndex | None, param: Tensor) -> Tensor:
+    """Spread a moment over the whole parameter, with zeros where it did not train.
 
     Raises:
-        ValueError: momentum of another number of coordinates: it was stored under another mask.
+        ValueError: a moment of another number of coordinates: it was stored under another mask.
 
     """
-    if moment.numel() != (param.numel() if place is None else place.numel):
+    if moment.numel() != (param.numel() if trained is None else trained.numel):
         raise ValueError(
             f"momentum of {moment.numel()} coordinates does not fit a parameter of {param.numel()}: it was stored "
             "under another mask; give that one before loading"
         )
-    return laid_like(moment, param) if place is None else place.scatter(moment, param)
+    return laid_like(moment, param) if trained is None else trained.scatter(moment, param)
 
 
 def _check_mask(index: int, mask: Any, param: Tensor) -> None:

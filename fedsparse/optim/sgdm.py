@@ -1,6 +1,6 @@
-"""SparseSGDM: stochastic gradient descent with momentum that moves only the coordinates a mask lets train.
+"""SparseSGDM: stochastic gradient descent with momentum that steps only the coordinates where a mask is True.
 
-The arithmetic is ``sgdm_update``; the class keeps the momentum; masks are ``MaskedOptimizer``'s.
+The arithmetic is ``sgdm_update``; the class keeps the momentum, and ``MaskedOptimizer`` the masks.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_flag, check_not_negative, check_positive, check_share
-from fedsparse.optim.index import Place
+from fedsparse.optim.index import TrainedIndex
 from fedsparse.optim.masked import MaskedOptimizer
 
-_WORTH = 1 << 14  # coordinates from which one sweep beats the overhead of its kernel
-_REGISTERS = 64  # coordinates; a multiple of what any processor's registers hold
+_WORTH = 1 << 14  # coordinates from which the fused kernel is faster, its overhead included
+_REGISTERS = 64  # coordinates: a multiple of the vector length of all processors
 _OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
 
 
@@ -49,8 +49,8 @@ def sgdm_update(
         momentum: mu.
         dampening: tau.
         weight_decay: lambda.
-        nesterov: whether to look ahead.
-        fresh: whether to overwrite ``buffer`` as a first step does.
+        nesterov: whether the momentum is Nesterov's.
+        fresh: whether to overwrite ``buffer``, as a first step does.
 
     Returns:
         The momentum for the next step; None without momentum.
@@ -78,7 +78,7 @@ def sgdm_update(
 
 
 def _one_sweep(param: Tensor, grad: Tensor, buffer: Tensor | None, momentum: float) -> bool:
-    """Whether torch's fused kernel can take the step, and is worth its overhead."""
+    """Whether torch's fused kernel can take the step, and is faster."""
     if param.numel() < _WORTH or param.device.type != "cpu" or (buffer is None and momentum != 0):
         return False
     tensors = [param, grad, *([] if buffer is None else [buffer])]
@@ -88,10 +88,10 @@ def _one_sweep(param: Tensor, grad: Tensor, buffer: Tensor | None, momentum: flo
 def _update_in_one_sweep(
     param: Tensor, grad: Tensor, buffer: Tensor | None, *, momentum: float, fresh: bool, **options: Any
 ) -> None:
-    """Take a step in one sweep over the memory.
+    """Take a step in one pass over the memory, by torch's fused kernel.
 
-    The kernel makes the bits of the separate operations where it works on whole registers. The rest of a tensor it
-    would round otherwise, so that is left to them.
+    The kernel's results equal those of separate operations bit for bit in whole registers. It rounds the rest of a
+    tensor differently, so that the rest is stepped by separate operations.
     """
     whole = param.numel() - param.numel() % _REGISTERS
     parts = [t.view(-1)[:whole] for t in (param, grad)]
@@ -107,16 +107,16 @@ def _update_in_one_sweep(
 class SparseSGDM(MaskedOptimizer):
     """SGD with momentum for any module; where a mask is False it changes no bit, whatever the gradient.
 
-    Where it trains it equals ``torch.optim.SGD(foreach=False)`` bit for bit. Weight decay and momentum act on trained
+    Elsewhere it equals ``torch.optim.SGD(foreach=False)`` bit for bit. Weight decay and momentum act on trained
     coordinates only, and only they have momentum: a mask costs four bytes for each of them, and nothing for the others.
     A coordinate that a new mask freezes stops at once; one that trains again starts from zero momentum. The optimizer's
-    state is the momentum; masks are not part of it: give them before a state is loaded.
+    state is the momentum; masks are not part of it: set them before a state is loaded.
 
     Args:
         params: tensors, named tensors or dicts of groups, as for every ``torch.optim.Optimizer``.
         lr: step size, positive and finite; a schedule may change it later, also to 0.
         momentum: in [0, 1).
-        dampening: share of the gradient that momentum ignores, 0 or more; not in the first step.
+        dampening: share of the gradient that is not added to the momentum, 0 or more; none in the first step.
         weight_decay: L2 penalty, 0 or more, added to the gradient.
         nesterov: needs momentum and no dampening.
         masks: beside the parameters, over all groups in order: bool tensors, True where a coordinate trains, or None.
@@ -166,31 +166,31 @@ class SparseSGDM(MaskedOptimizer):
             raise ValueError("optimizer.nesterov needs optimizer.momentum above 0 and optimizer.dampening=0")
 
     def reset(self) -> None:
-        """Forget the momentum, so that the next step is a first step; its memory is kept and overwritten then."""
+        """Mark the momentum as reset: the next step is a first step, which overwrites it in place."""
         for state in self.state.values():
             state["fresh"] = True
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """Step one parameter where it trains, with its momentum if it has any."""
-        options, place, moves = (
+        """Step the trained coordinates of one parameter, with its momentum if there is any."""
+        options, index, moves = (
             {name: group[name] for name in _OPTIONS},
-            self._places.get(param),
+            self._indices.get(param),
             bool(group["momentum"]),
         )
         buffer = self._moment(param, "momentum_buffer") if moves else None
         fresh = moves and self.state[param].get("fresh", False)
-        if place is None:
+        if index is None:
             buffer = _update_whole(param, grad, buffer, fresh, options)
         else:
-            buffer = _update_at(place, param, grad, buffer, fresh, options)
+            buffer = _update_at(index, param, grad, buffer, fresh, options)
         if moves:
             self.state[param].update(momentum_buffer=buffer, fresh=False)
 
-    def _begin(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
-        """Make the momentum, or zero it if it was reset; who has any still takes the next step as a first one.
+    def _init_state(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
+        """Create the momentum as zeros, or zero it if it was reset; the next step is then still a first step.
 
-        So a client whose first step comes later than the others' starts from zero momentum. Only with dampening is
-        that another step than a first one.
+        So a client whose first step comes later than the others' starts from zero momentum, which differs from a first
+        step only with dampening.
         """
         if not group["momentum"]:
             return
@@ -205,16 +205,16 @@ def _update_whole(
 ) -> Tensor | None:
     """Step a parameter that trains whole."""
     if buffer is None and options["momentum"] and param.numel() >= _WORTH:
-        buffer, fresh = torch.empty_like(param), True  # to be written in the same sweep
+        buffer, fresh = torch.empty_like(param), True  # written in the same pass
     return sgdm_update(param, grad, buffer, fresh=fresh, **options)
 
 
 def _update_at(
-    place: Place, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
+    index: TrainedIndex, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
 ) -> Tensor | None:
-    """Step what trains of a parameter, a chunk after the other; the momentum of what trains, if any."""
+    """Step the trained coordinates of a parameter in chunks; returns their momentum, if any."""
     if buffer is None and options["momentum"]:
-        buffer, fresh = param.new_empty(place.gathered), True
-    for values, steep, (part,), _ in place.trained(param, grad, buffer):
-        sgdm_update(values, steep, part, fresh=fresh, **options)
+        buffer, fresh = param.new_empty(index.gathered), True
+    for values, gradient, (part,), _ in index.trained(param, grad, buffer):
+        sgdm_update(values, gradient, part, fresh=fresh, **options)
     return buffer

@@ -31,7 +31,7 @@ log = logging.getLogger("fedsparse")
 
 @dataclass(frozen=True)
 class Calibration:
-    """How scores are measured (``conf/calibration``).
+    """How scores are measured (``calibration`` of ``conf/train.yaml``).
 
     Args:
         where: ``clients`` scores on the clients' own shards and sums; ``server`` scores on the validation split.

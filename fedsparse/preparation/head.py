@@ -31,7 +31,7 @@ INITS = ("random", "probe", "closed_form")
 
 @dataclass(frozen=True)
 class Head:
-    """How the head starts (``conf/head``).
+    """How the head starts (``head`` of ``conf/train.yaml``).
 
     Args:
         init: ``random``: as the model was built; ``probe``: ``calibration.head_steps`` federated steps of the head

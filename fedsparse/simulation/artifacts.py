@@ -1,4 +1,4 @@
-"""What loggers get beside the figures: the configuration, and for Weights & Biases mask and best model as artifacts."""
+"""Loggers: failures become warnings, the configuration is logged, and W&B gets mask, model and partition."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fedsparse.core.folder import BEST, CHECKPOINTS, MASK, PARTITION
 
 FILES = {"mask": MASK, "model": f"{CHECKPOINTS}/{BEST}", "partition": PARTITION}
 CALLS = ("log_metrics", "log_hyperparams", "log_graph", "save", "after_save_checkpoint", "finalize")
-GIVEN_UP: weakref.WeakSet[Logger] = weakref.WeakSet()  # loggers that have failed
+GIVEN_UP: weakref.WeakSet[Logger] = weakref.WeakSet()  # loggers that have failed, and are not called again
 log = logging.getLogger("fedsparse")
 
 
 def wandb_logger(offline: bool, **options: Any) -> WandbLogger:
-    """Build Lightning's WandbLogger, quietly: W&B's own lines would tear the progress bar.
+    """Build Lightning's WandbLogger without W&B's output, which would break the progress bar.
 
     Args:
-        offline: keep the run on this machine until ``wandb sync``.
+        offline: whether the run stays on this machine until ``wandb sync``.
         options: of ``WandbLogger``, such as project, group, id and save_dir.
 
     """
@@ -34,13 +34,13 @@ def wandb_logger(offline: bool, **options: Any) -> WandbLogger:
     return WandbLogger(offline=offline, **options)
 
 
-def begun(logger: Logger) -> bool:
-    """Begin what a logger writes to, and let each later failure be a warning, the last that the logger is asked.
+def started(logger: Logger) -> bool:
+    """Start a logger's experiment, and turn its first later failure into a warning, after which it is not called.
 
-    What it wanted to write is no reason to lose the run's own results.
+    So a failing logger does not cost the run's results.
 
     Returns:
-        Whether it could be begun.
+        Whether it could be started.
 
     """
     try:
@@ -54,7 +54,7 @@ def begun(logger: Logger) -> bool:
 
 
 class _Forgiving:
-    """A logger's method that never raises; after a failure of any of them none is called."""
+    """A logger's method that never raises, and does nothing after a failure of the logger."""
 
     def __init__(self, logger: Logger, method: Callable[..., Any]) -> None:
         self.logger, self.method = logger, method
@@ -69,7 +69,7 @@ class _Forgiving:
 
 
 def _give_up(logger: Logger, error: Exception) -> None:
-    """Leave a logger out from now on."""
+    """Warn that a logger failed, and never call it again."""
     GIVEN_UP.add(logger)
     said = " ".join(str(error).split())
     log.warning(
@@ -78,29 +78,32 @@ def _give_up(logger: Logger, error: Exception) -> None:
 
 
 class Artifacts(lightning.Callback):
-    """Hands configuration and files of the run folder to the loggers.
+    """Logs the configuration, the mask's densities and the files of the run folder.
 
     Args:
         folder: the run folder.
         config: the resolved configuration.
-        density: tells the density of each layer of the mask as it is then.
+        density: gives the density of each layer of the present mask.
+
+    Attributes:
+        logged: the densities that were logged last.
 
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], density: Callable[[], Mapping[str, float]]) -> None:
         self.folder, self.config, self.density = folder, dict(config), density
-        self.told: dict[str, float] = {}
+        self.logged: dict[str, float] = {}
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log the configuration and the densities."""
         self._configure(trainer.loggers)
 
     def close(self, loggers: Sequence[Logger]) -> None:
-        """Log the files that are there, say how an offline run is synced, and close the W&B run.
+        """Log the files, print how an offline run is synced, and close the W&B run.
 
-        The run's own results are written before: what happens here can cost none of them.
+        The run's results are written before, so that a failure here loses none of them.
         """
-        if dict(self.density()) != self.told:  # the mask was chosen while clients trained
+        if dict(self.density()) != self.logged:  # the mask was chosen while clients trained
             self._configure(loggers)
         for logger in loggers:
             if isinstance(logger, WandbLogger):
@@ -108,15 +111,15 @@ class Artifacts(lightning.Callback):
                 _end_failed()
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: Any) -> None:
-        """Close a W&B run that failed, so that the next run of a sweep does not go on in it."""
+        """Close a W&B run that failed, so that the next run of a sweep does not continue it."""
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 _end_failed()
 
     def _configure(self, loggers: Sequence[Logger]) -> None:
-        self.told = dict(self.density())
+        self.logged = dict(self.density())
         for logger in loggers:
-            logger.log_hyperparams(self.config | {"density": self.told})
+            logger.log_hyperparams(self.config | {"density": self.logged})
 
     def _log(self, logger: WandbLogger) -> None:
         import wandb
@@ -133,7 +136,7 @@ class Artifacts(lightning.Callback):
 
 
 def _end_failed() -> None:
-    """End the W&B run that is not ended, if there is one."""
+    """Mark an open W&B run as failed and end it."""
     import wandb
 
     if wandb.run is not None:

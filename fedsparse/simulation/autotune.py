@@ -1,4 +1,4 @@
-"""``federation.cohort=auto``: how many clients train stacked, found by trying a few sizes for a second or two.
+"""``federation.cohort=auto``: the number of clients that train stacked, measured with a few sizes for two seconds.
 
 Shapes: K clients of a cohort, B samples of a step, P coordinates.
 """
@@ -13,20 +13,20 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedsparse.federation.client.drift import Term
+from fedsparse.federation.client.drift import GradientCorrection
 from fedsparse.federation.client.training import Clients
 
 SECONDS = 2.0
-GAIN = 0.97  # a larger cohort has to take less than this share of a smaller one's time: clocks are noisy
-ROWS = 3  # values, gradient and change of each client, beside the optimizer's moments
-SHARE = 0.5  # of the free memory that a cohort may take
+GAIN = 0.97  # a larger cohort must take less than this share of a smaller one's time, as timings are noisy
+ROWS = 3  # values, gradient and change of each client, without the optimizer's moments
+SHARE = 0.5  # largest share of the free memory for a cohort
 
 Make = Callable[[int], Clients]
 Batch = tuple[Tensor, Tensor]
 
 
 def choose(seconds: Mapping[int, float]) -> int:
-    """Choose the size with the least seconds a client; a larger one only if it is clearly faster.
+    """Choose the cohort size with the least seconds a client; a larger one only if it is faster than ``GAIN``.
 
     >>> choose({1: 1.0, 2: 0.8, 4: 0.79})
     2
@@ -39,7 +39,7 @@ def choose(seconds: Mapping[int, float]) -> int:
 
 
 def sizes(clients: int) -> Iterator[int]:
-    """Powers of two below the clients of a round, and all of them.
+    """Yield the powers of two below the number of clients of a round, and that number.
 
     >>> list(sizes(10))
     [1, 2, 4, 8, 10]
@@ -52,12 +52,12 @@ def sizes(clients: int) -> Iterator[int]:
 
 
 def measure(make: Make, batch: Batch, clients: int, budget: float = SECONDS) -> dict[int, float]:
-    """Measure a local step with several sizes of cohort: seconds a client, by size.
+    """Measure a local step with several cohort sizes: seconds a client, by size.
 
-    A size is left out if it would not fit in memory, or if trying it would take longer than the time that is left.
+    A size is left out if it would not fit in memory, or would exceed the time budget.
 
     Args:
-        make: forms K clients.
+        make: builds ``Clients`` of a cohort size.
         batch: x (B, ...) and y (B,) of one step.
         clients: of a round, the largest size.
         budget: seconds for all sizes.
@@ -79,7 +79,7 @@ def measure(make: Make, batch: Batch, clients: int, budget: float = SECONDS) -> 
 
 
 def _seconds(clients: Clients, batch: Batch, size: int, budget: float) -> float:
-    """Median seconds of a local step a client; at least two are taken, and the first does not count."""
+    """Measure the median seconds of a local step a client, over at least one step after one for warm-up."""
     step = _step(clients, batch, size)
     step()
     times: list[float] = []
@@ -91,34 +91,34 @@ def _seconds(clients: Clients, batch: Batch, size: int, budget: float) -> float:
 
 
 def _step(clients: Clients, batch: Batch, size: int) -> Callable[[], None]:
-    """One local step of so many clients, to its end on the device."""
+    """Build a function that takes one local step of so many clients, and waits for the device."""
     x, y = batch if size == 1 else tuple(part.expand(size, *part.shape).contiguous() for part in batch)
 
-    term = Term()
+    correction = GradientCorrection()
 
     def step() -> None:
-        clients.step(x, y, (len(batch[1]),) * size, term).tolist()
+        clients.step(x, y, (len(batch[1]),) * size, correction).tolist()
 
     return step
 
 
 def client_bytes(clients: Clients, batch: Batch) -> int:
-    """Bytes that a client needs: its rows, and what a forward keeps for the backward."""
+    """Measure the bytes that a client needs: its rows, and the tensors that a forward saves for the backward."""
     kept: dict[int, int] = {}
     rows = clients.theta.untyped_storage().data_ptr()
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() != rows:
             kept[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         _step(clients, batch, 1)()
     return (ROWS + len(clients.optimizer.moments)) * clients.theta.nbytes + sum(kept.values())
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of a device."""
+    """Free memory of a device in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

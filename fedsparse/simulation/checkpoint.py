@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment, and the choice of the one to resume from."""
+"""Checkpoints: atomic writes, which a kill at any moment cannot damage, and the choice of the one to resume from."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def _nothing() -> None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to the disk and renames; the last checkpoint but one is kept.
+    """Writes a checkpoint beside the target, flushes it to the disk and renames it; the previous one is kept.
 
-    Lightning's own writes through the folder for temporary files, and copies when that is another file system: a kill
-    in the copy leaves a torn file under the checkpoint's name.
+    Lightning writes to the folder for temporary files, and copies if that is another file system: a kill during the
+    copy leaves a partial file under the checkpoint's name.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint; the file under ``path`` is whole at every moment."""
+        """Write a checkpoint; the file under ``path`` is complete at every moment."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         keep = target.with_name(PREVIOUS) if target.name == LAST else None
         files.write(target, lambda file: torch.save(checkpoint, file), keep)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Load without unpickling objects, and to the CPU: a GPU's checkpoint goes on without one too."""
+        """Load a checkpoint to the CPU, so that a GPU's loads without a GPU, and without unpickling objects."""
         return renewed(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def renewed(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Write a checkpoint of an earlier version as today's: there the server's optimizer was one of Lightning's."""
+    """Convert a checkpoint of an earlier version, in which Lightning stored the server's optimizer."""
     rounds = checkpoint.get("callbacks", {}).get("FederatedRounds")
     if rounds is None or "server" in rounds:
         return checkpoint
@@ -56,32 +56,31 @@ def renewed(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 class RoundCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, whose folder may have been moved between a kill and the resume.
+    """Lightning's ModelCheckpoint, whose folder may be moved before a resume.
 
     Args:
-        explores: whether clients explore in a round: what is there before the mask is chosen is no result, and never
-            best.
-        told: is called when a checkpoint is whole on the disk.
+        explores: whether a round is an exploration: the model before the mask is chosen is never the best one.
+        on_saved: called after each checkpoint that is complete on the disk.
         options: of ModelCheckpoint.
 
     """
 
     def __init__(
-        self, explores: Callable[[int], bool] = _never, told: Callable[[], None] = _nothing, **options: Any
+        self, explores: Callable[[int], bool] = _never, on_saved: Callable[[], None] = _nothing, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.explores, self.told = explores, told
+        self.explores, self.on_saved = explores, on_saved
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save; a round that was not evaluated has no score to compare, and Lightning would take an old one."""
+        """Save, except by score after a round without evaluation: Lightning would compare an old score."""
         evaluated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
         if self.monitor is None or (evaluated and not self.explores(trainer.current_epoch)):
             super().on_train_epoch_end(trainer, pl_module)
         if self._last_global_step_saved == trainer.global_step:
-            self.told()
+            self.on_saved()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state with all its paths moved to today's folder."""
+        """Load the state, with all its paths moved to the present folder."""
         here = str(self.dirpath)
         moved = {key: _move(value, here) if "path" in key else value for key, value in state_dict.items()}
         found = {_move(path, here): score for path, score in state_dict["best_k_models"].items()}
@@ -90,7 +89,7 @@ class RoundCheckpoint(ModelCheckpoint):
 
 
 def _move(path: str, folder: str) -> str:
-    """Find a checkpoint in another folder; whatever else is named there would be removed for a better one."""
+    """Move a checkpoint's path to another folder; other paths become empty, as ModelCheckpoint may delete the file."""
     name = os.path.basename(path)
     return os.path.join(folder, name) if name.endswith(".ckpt") else ""
 
@@ -127,13 +126,13 @@ def read_checkpoint(path: Path, space: ParamSpace, prefix: str = "net.") -> dict
 
 
 def choose_checkpoint(folder: Path, space: ParamSpace) -> tuple[Path | None, list[str]]:
-    """Choose the newest whole checkpoint of a run folder, and say what was passed over.
+    """Choose the newest valid checkpoint of a run folder.
 
     Returns:
-        Its path, or None if the run never closed a round; and one line for each file that could not be used.
+        Its path, or None without checkpoints; and one line for each newer file that is damaged or of another model.
 
     Raises:
-        ValueError: there are checkpoints, but none can be used.
+        ValueError: there are checkpoints, but none is valid.
 
     """
     complaints: list[str] = []

@@ -1,4 +1,4 @@
-"""A copy of the network that is evaluated while the network itself trains, so that neither disturbs the other."""
+"""A copy of the network for evaluation between the cohorts of a round, while the network is bound to a client's row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedsparse.simulation.module import ClientModule
 
 
 class CopiedNet:
-    """The copy, in evaluation mode and without gradients.
+    """A copy of the network, in evaluation mode and without gradients.
 
     Args:
         net: the network, before its parameters become views of a row.
@@ -23,9 +23,9 @@ class CopiedNet:
 
     @torch.no_grad()
     def load(self, module: ClientModule, row: Tensor | None = None, buffers: Tensor | None = None) -> None:
-        """Take the network's parameters and buffers as they are now, and in their place those of rows."""
-        for mine, its in zip(_values(self.net), _values(module.net), strict=True):
-            mine.copy_(its)
+        """Copy the network's parameters and buffers, and replace those of a row (P,) and of buffer values if given."""
+        for target, source in zip(_values(self.net), _values(module.net), strict=True):
+            target.copy_(source)
         if row is not None:
             module.space.write(self.net, row)
         if buffers is not None:
@@ -35,11 +35,11 @@ class CopiedNet:
     def outputs(
         self, trainer: lightning.Trainer, module: ClientModule, samples: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run it, in the precision of a validation, over samples of the test split.
+        """Evaluate the copy on samples of the test split, in the precision of a validation.
 
         Args:
-            trainer: its data module holds the split.
-            module: prepares inputs and knows the loss.
+            trainer: its data module has the split.
+            module: transforms the inputs and computes the losses.
             samples: indices of the split, int64 (N,).
 
         Returns:
@@ -59,10 +59,10 @@ class CopiedNet:
 
 
 def _single(values: Tensor) -> Tensor:
-    """Take what a network gave to the CPU, out of half precision."""
+    """Move values to the CPU, in float32 or wider."""
     return values.to("cpu", torch.promote_types(values.dtype, torch.float32))
 
 
 def _values(net: nn.Module) -> list[Tensor]:
-    """List everything that a forward reads."""
+    """List parameters and buffers."""
     return [*net.parameters(), *net.buffers()]

@@ -1,4 +1,4 @@
-"""metrics.csv: one row a round, never torn, and after a resume each round stands once."""
+"""metrics.csv: one row a round, written whole; after a resume no round is there twice."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ KEY = "round"
 
 
 def read_rows(path: str | Path) -> list[dict[str, float]]:
-    """Read a table of rounds; integers stay integers, and an empty cell leaves its column out of the row.
+    """Read a table of rounds; integers stay integers, and an empty cell is left out of its row.
 
-    A damaged file is read as far as it goes: up to the first line that has no end, or does not fit the header.
+    A damaged file is read up to the first line that has no end or does not fit the header.
 
     Args:
         path: the file, as ``RoundCSV`` writes it.
@@ -39,13 +39,13 @@ def read_rows(path: str | Path) -> list[dict[str, float]]:
 
 
 class RoundCSV(Logger):
-    """Lightning logger of one CSV file. Columns stand in the order of their first appearance, after ``round``.
+    """Lightning logger of one CSV file. Columns are in the order of their first appearance, after ``round``.
 
-    A new last row of known columns is appended, whole or not at all; every other change writes the whole file anew.
+    A new last row without new columns is appended, whole or not at all; every other change rewrites the file.
     An existing file is read and continued. In a run of several processes the first one writes.
 
     Args:
-        folder: where the file lies; made when the first row is written.
+        folder: of the file; created when the first row is written.
         filename: its name.
 
     """
@@ -55,17 +55,17 @@ class RoundCSV(Logger):
         self.path = Path(folder) / filename
         known = read_rows(self.path) if self.path.is_file() else []
         self._rows: dict[int, dict[str, float]] = {int(row[KEY]): row for row in known}
-        self._whole = False  # whether the file is what was written here, so that a line may be appended
+        self._whole = False  # whether this object wrote the file, so that a line may be appended
         self._format()
 
     @property
     def name(self) -> str:
-        """Empty: Lightning would take it for the name of a folder."""
+        """Empty, as Lightning uses it as the name of a folder."""
         return ""
 
     @property
     def version(self) -> str:
-        """Empty: a run folder holds one run."""
+        """Empty, as a run folder has one run."""
         return ""
 
     @property
@@ -80,7 +80,7 @@ class RoundCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write a round's row, or add to it what is new.
+        """Write a round's row, or add figures to it.
 
         Args:
             metrics: figures by name; numbers, or tensors of one element.
@@ -100,14 +100,14 @@ class RoundCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the config lies in the run folder."""
+        """Do nothing: the configuration is in the run folder."""
 
     @rank_zero_only
     def drop_from(self, step: int) -> None:
-        """Forget the rows of this round and after it, as a resume that repeats them needs.
+        """Remove the rows of this and later rounds, which a resume repeats.
 
         Args:
-            step: first round to forget.
+            step: first round to remove.
 
         """
         kept = {round_: row for round_, row in self._rows.items() if round_ < step}
@@ -118,10 +118,10 @@ class RoundCSV(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Do nothing: every change is in the file already."""
+        """Do nothing: every change is written at once."""
 
     def _format(self) -> None:
-        """Find the columns, and make the text of every line; a row of known columns makes only its own again."""
+        """Collect the columns, and format every line."""
         self._columns = dict.fromkeys([KEY, *(name for row in self._rows.values() for name in row)])
         self._lines = {step: self._line(row) for step, row in self._rows.items()}
 
@@ -140,7 +140,7 @@ class RoundCSV(Logger):
 
 
 def _parse(text: str) -> Iterator[dict[str, float]]:
-    """Yield rows until a line does not fit."""
+    """Yield rows up to the first line that does not fit the header."""
     reader = csv.reader(io.StringIO(text))
     try:
         header = next(reader, [])
@@ -160,5 +160,5 @@ def _value(text: str) -> float:
 
 
 def _number(value: Any) -> float:
-    """Make a plain number of whatever number it is."""
+    """Convert a number of any type, or a tensor of one element, to int or float."""
     return int(value) if isinstance(value, Integral) else float(value)

@@ -1,4 +1,4 @@
-"""The device that a run trains on: Lightning's choice, where that can carry a run."""
+"""The device of a run: Lightning's choice, except Apple GPUs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 def device_of(accelerator: str) -> torch.device:
-    """Find the device that the Trainer will train on."""
+    """Look up the device on which the Trainer will train."""
     return lightning.Fabric(accelerator=accelerator, devices=1).device
 
 
 def accelerator(chosen: str) -> str:
-    """Name the accelerator to train on, never an Apple GPU: it has no float64, which sums over clients are in.
+    """Choose the accelerator; never an Apple GPU, which has no float64, the dtype of sums over clients.
 
     Raises:
         ValueError: an Apple GPU is asked for.
@@ -24,6 +24,6 @@ def accelerator(chosen: str) -> str:
         text = "an Apple GPU has no float64, which sums over clients are in"
         if chosen != "auto":
             raise ValueError(f"trainer.accelerator={chosen}: {text}; set trainer.accelerator=cpu")
-        warnings.warn(f"{text}: trainer.accelerator=auto trains on the CPU", stacklevel=1)  # said once in a process
+        warnings.warn(f"{text}: trainer.accelerator=auto trains on the CPU", stacklevel=1)  # shown once in a process
         return "cpu"
     return chosen

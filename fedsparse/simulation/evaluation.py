@@ -1,4 +1,4 @@
-"""The global model on validation and test, and on every client's part of the test split."""
+"""Evaluation of the global models on validation and test split, and on every client's part of the test split."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SPLITS = ("val", "test")
 
 
 def client_figures(correct: np.ndarray, tests: Sequence[np.ndarray], groups: Sequence[int] = ()) -> dict[str, float]:
-    """Accuracy per client: its mean, the mean of the worst tenth of the clients, and the standard deviation.
+    """Compute the clients' accuracies: mean, mean of the worst tenth, and standard deviation.
 
     Args:
-        correct: bool (N, G), whether each sample of the test split was classified rightly by each global model.
+        correct: bool (N, G), whether each global model classified each sample of the test split correctly.
         tests: for every client the indices of its test part; a client without one is left out.
         groups: for every client its global model; empty if there is one.
 
@@ -32,8 +32,8 @@ def client_figures(correct: np.ndarray, tests: Sequence[np.ndarray], groups: Seq
     if not holders:
         return {}
     sizes = np.array([len(tests[client]) for client in holders])
-    own = np.repeat([groups[client] if groups else 0 for client in holders], sizes)
-    right = correct[np.concatenate([tests[client] for client in holders]), own]
+    models = np.repeat([groups[client] if groups else 0 for client in holders], sizes)
+    right = correct[np.concatenate([tests[client] for client in holders]), models]
     hits = np.add.reduceat(right.astype(np.float64), sizes.cumsum() - sizes)
     accuracies = np.sort(hits / sizes)
     worst = accuracies[: max(1, len(accuracies) // 10)]
@@ -45,43 +45,46 @@ def client_figures(correct: np.ndarray, tests: Sequence[np.ndarray], groups: Seq
 
 
 def split_figures(name: str, logits: Tensor, y: Tensor, losses: Tensor) -> dict[str, float]:
-    """Loss and accuracy of a split, means over G models: logits (N, G, classes), labels (N,), losses (N, G)."""
+    """Compute loss and accuracy of a split, means over G models: logits (N, G, classes), y (N,), losses (N, G)."""
     labels = y.unsqueeze(1).expand(logits.shape[:2]).flatten()
     accuracy = multiclass_accuracy(logits.flatten(0, 1), labels, num_classes=logits.shape[2], average="micro")
     return {f"{name}/loss": float(losses.double().mean()), f"{name}/acc": float(accuracy)}
 
 
 def of_all(clients: Sequence[int]) -> Sequence[int]:
-    """Give all clients the one global model."""
+    """Map all clients to the one global model, by an empty list."""
     return ()
 
 
 class Evaluation(lightning.Callback):
-    """Collects what ``validation_step`` returns and offers the figures as callback metrics.
+    """Collects the outputs of ``validation_step`` and logs their figures as callback metrics.
 
-    After each validation ``figures`` holds ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``, ``client/acc_mean``,
+    After each validation ``figures`` has ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``, ``client/acc_mean``,
     ``client/acc_worst10`` and ``client/acc_std``.
 
     Args:
         tests: for every client the indices of its test part.
-        own: samples at the end of the test split that are clients' own: test/loss and test/acc leave them out.
-        group: the global model of each of some clients; by default all share one.
+        client_only: samples at the end of the test split of single clients, which test/loss and test/acc leave out.
+        group: maps clients to the index of their global model; by default all share one.
 
     """
 
     def __init__(
-        self, tests: Sequence[np.ndarray] = (), own: int = 0, group: Callable[[Sequence[int]], Sequence[int]] = of_all
+        self,
+        tests: Sequence[np.ndarray] = (),
+        client_only: int = 0,
+        group: Callable[[Sequence[int]], Sequence[int]] = of_all,
     ) -> None:
-        self.tests, self.own, self.group = tests, own, group
+        self.tests, self.client_only, self.group = tests, client_only, group
         self.figures: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Let the last round be evaluated, also when ``eval_every`` does not divide the rounds."""
+        """Evaluate after the last round too, if ``eval_every`` does not divide the rounds."""
         if trainer.current_epoch + 1 == trainer.max_epochs:
             trainer.check_val_every_n_epoch = 1
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Forget the last evaluation."""
+        """Clear the collected outputs."""
         self.seen: list[list[dict[str, Tensor]]] = [[], []]
 
     def on_validation_batch_end(
@@ -91,22 +94,22 @@ class Evaluation(lightning.Callback):
         self.seen[dataloader_idx].append(outputs)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Compute the figures and hand them to checkpoints and early stopping."""
+        """Compute the figures and log them, for checkpoints and early stopping."""
         self.figures = {}
         for name, seen in zip(SPLITS, self._of_all(trainer), strict=True):
             whole = {key: torch.cat([batch[key] for batch in seen]) for key in ("logits", "y", "losses")}
-            common = len(whole["y"]) - (self.own if name == "test" else 0)
+            common = len(whole["y"]) - (self.client_only if name == "test" else 0)
             self.figures |= split_figures(name, **{key: value[:common] for key, value in whole.items()})
         correct = (whole["logits"].argmax(2) == whole["y"].unsqueeze(1)).cpu().numpy()
         self.figures |= client_figures(correct, self.tests, self.group(range(len(self.tests))))
         pl_module.log_dict(self.figures, logger=False, batch_size=1)
 
     def _of_all(self, trainer: lightning.Trainer) -> list[list[dict[str, Tensor]]]:
-        """Batches of both splits in their order; of several processes each has seen every n-th."""
+        """Gather the batches of both splits in order; each of n processes has evaluated every n-th."""
         if not parallel.joined():
             return self.seen
-        own = [[{key: value.cpu() for key, value in batch.items()} for batch in seen] for seen in self.seen]
-        everyone, loaders = parallel.gather(own), trainer.val_dataloaders
+        batches = [[{key: value.cpu() for key, value in batch.items()} for batch in seen] for seen in self.seen]
+        everyone, loaders = parallel.gather(batches), trainer.val_dataloaders
         turns = len(everyone)
         return [
             [everyone[batch % turns][split][batch // turns] for batch in range(loader.total)]

@@ -1,4 +1,4 @@
-"""Every client's own figures, as AutoFLIP reports them: its local model and the global one, on its own test part."""
+"""Figures of each client, as AutoFLIP reports them: of its local model and the global one, on its test part."""
 
 from __future__ import annotations
 
@@ -35,28 +35,32 @@ from fedsparse.simulation.module import ClientModule
 
 
 class Personal(lightning.Callback):
-    """Evaluates models on the clients' own parts of the test split, without touching the training.
+    """Evaluates models on the clients' parts of the test split, without affecting the training.
 
-    A participant's part sees the global model that it received, its own model after training, and the new global
-    model; that of a client that does not take part sees the global models alone. Whoever has no test part is left out,
-    and so is a model that is not finite. It stands after the protocol, and ``before`` it stands what looks at the rows
-    while they are still the clients'. Coordinates and buffers that never leave a client are the client's own where it
-    trains, and the server's elsewhere.
+    On a participant's part three models are evaluated: the global model that it received, its model after training, and
+    the new global model; on a non-participant's part the two global models. Clients without a test part are left out,
+    and so are models that are not finite. This callback comes after ``FederatedRounds``, and ``before`` comes before
+    it, to evaluate the clients' rows before the round closes. Coordinates and buffers that never leave a client are the
+    client's while it trains, and the server's otherwise.
 
-    After a round that is due ``figures`` holds what ``client_figures.columns`` names.
+    After a round with an evaluation ``figures`` has the columns of ``federation.figures.columns``.
 
     Args:
         metrics: some of loss, top1, top5, f1, precision, recall.
         average: of the last three over classes: weighted (the original's) | macro | micro.
         every: rounds between evaluations; the last round is always evaluated.
         who: participants, non_participants or both.
-        fraction: of the non-participants, in (0, 1]; drawn anew each time.
+        fraction: of the non-participants, in (0, 1]; drawn for each evaluation.
         seed: the run's seed.
-        path: the table of clients; None writes none.
-        rounds: whose models these are; while clients explore, nobody is evaluated. None: one model, the network's.
+        path: of the table of clients; None writes none.
+        rounds: the federation's rounds; explorations are not evaluated. None: the network has the one global model.
+
+    Attributes:
+        figures: of the last evaluated round.
+        due: whether the open round is evaluated.
 
     Raises:
-        ValueError: an option is none of its choices; one line says which.
+        ValueError: an invalid option; one line names it.
 
     """
 
@@ -82,11 +86,11 @@ class Personal(lightning.Callback):
         self.due = False
 
     def on_train_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
-        """Take a copy of the network, before its parameters become views of a row."""
+        """Copy the network, before its parameters become views into a row."""
         self.copied = CopiedNet(module.net)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
-        """Open the round: who does not take part is evaluated on the global model."""
+        """Open the round, and evaluate the global model on the non-participants' test parts."""
         self.figures, self.found = {}, list[Row]()
         last = trainer.current_epoch + 1 == trainer.max_epochs
         explores = self.rounds is not None and self.rounds.phase.explores
@@ -98,48 +102,48 @@ class Personal(lightning.Callback):
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, batch_idx: int
     ) -> None:
-        """Evaluate what the cohort has received."""
+        """Evaluate the models that the cohort has received."""
         received, clients = module.received, module.clients
-        assert received is not None  # the rounds stand before this
-        for place, client in batch.members if self.due and PARTICIPANTS in self.who else ():
-            row = clients.theta[0].detach().clone()  # what does not train is the same in all
-            clients.subspace.write(row, received.values[place])
-            self.copied.load(module, row, clients.buffers.of(client, received.group[place]))
+        assert received is not None  # set by ``FederatedRounds``, which is called first
+        for k, client in batch.members if self.due and PARTICIPANTS in self.who else ():
+            row = clients.theta[0].detach().clone()  # frozen coordinates are equal in all rows
+            clients.subspace.write(row, received.values[k])
+            self.copied.load(module, row, clients.buffers.of(client, received.group[k]))
             self._evaluate(trainer, module, client, PARTICIPANTS, START)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
     ) -> None:
-        """Evaluate the new global model after the last cohort, and write the round down."""
+        """Evaluate the new global model after the last cohort, and write the round's figures."""
         if self.due and trainer.is_last_batch:
             self._all(trainer, module, self.groups, GLOBAL)
             self._close(trainer.current_epoch + 1)
 
     def cohort(self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort) -> None:
-        """Evaluate the clients' own models, each on its test part, while the rows are still theirs."""
+        """Evaluate the clients' models after training, each on its test part, before the round closes."""
         for row, client in batch.members if self.due and PARTICIPANTS in self.who else ():
             self.copied.load(module, module.clients.theta[row])
             self._evaluate(trainer, module, client, PARTICIPANTS, LOCAL)
 
     def _all(self, trainer: Any, module: ClientModule, groups: dict[str, list[int]], model: str) -> None:
-        """Evaluate the global model for clients of all groups, shared out among the processes."""
+        """Evaluate the global models on the test parts of all groups' clients, divided among the processes."""
         self.copied.load(module)
         listed = [(client, group) for group, clients in groups.items() for client in clients]
         for client, group in listed[parallel.process() :: parallel.processes()]:
             if self.rounds is not None and module.groups > 1:
-                federation, own = self.rounds.federation, self.rounds.federation.topology.group([client])[0]
-                self.copied.load(module, federation.server.rows[own], federation.buffers.values[own])
+                federation, group_index = self.rounds.federation, self.rounds.federation.topology.group([client])[0]
+                self.copied.load(module, federation.server.rows[group_index], federation.buffers.values[group_index])
             self._evaluate(trainer, module, client, group, model)
 
     def _groups(self, data: Any, round: int) -> dict[str, list[int]]:
-        """Find who is evaluated in this round, by group; as every process finds it."""
+        """Choose the clients to evaluate in this round, by group; the same in every process."""
         taking_part = set(data.plan.sample(round))
         others = [client for client, part in enumerate(data.tests) if len(part) and client not in taking_part]
         found = {PARTICIPANTS: sorted(taking_part), OTHERS: _some(others, self.fraction, self.seed, round)}
         return {group: found[group] for group in self.who}
 
     def _evaluate(self, trainer: Any, module: ClientModule, client: int, group: str, model: str) -> None:
-        """Note the metrics of the copy on a client's test part."""
+        """Evaluate the copy on a client's test part, and keep its metrics if its logits are finite."""
         part = trainer.datamodule.tests[client]
         if not len(part):
             return
@@ -149,17 +153,17 @@ class Personal(lightning.Callback):
             self.found.append(Row(client, group, model, len(part), figures))
 
     def _close(self, round: int) -> None:
-        """Gather what the processes have found, and write it down in an order that does not depend on them."""
-        rows = sorted((row for rows in parallel.gather(self.found) for row in rows), key=lambda row: row.place)
+        """Gather the rows of all processes, sort and write them, and compute the figures."""
+        rows = sorted((row for rows in parallel.gather(self.found) for row in rows), key=lambda row: row.sort_key)
         self.table.append(row.line(round, self.metrics) for row in rows)
         self.figures = columns(rows, self.metrics)
 
 
 class BeforeClosing(lightning.Callback):
-    """Stands before the protocol, which puts the new global row where the last cohort's rows were.
+    """Evaluates the clients' models before ``FederatedRounds`` closes the round and overwrites their rows.
 
     Args:
-        personal: evaluates them.
+        personal: the evaluation.
 
     """
 
@@ -169,25 +173,25 @@ class BeforeClosing(lightning.Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
     ) -> None:
-        """Evaluate the clients' own models."""
+        """Evaluate the cohort's models."""
         self.personal.cohort(trainer, module, batch)
 
 
 def _some(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
-    """Draw a fraction of clients, at least one of those there are, sorted."""
+    """Draw a fraction of the clients, at least one if there are any, sorted."""
     count = min(len(clients), max(1, floor(fraction * len(clients) + 0.5)))
     rng = generator(seed, Purpose.PERSONAL, round)
-    return [clients[place] for place in np.sort(rng.permutation(len(clients))[:count])]
+    return [clients[index] for index in np.sort(rng.permutation(len(clients))[:count])]
 
 
 def _check_some(key: str, given: Any, choices: Collection[str]) -> None:
-    """Refuse anything but some of the choices."""
+    """Refuse a value that is no list of some of the choices."""
     if not isinstance(given, list | tuple) or not given or any(name not in choices for name in given):
         raise ValueError(f"evaluation.{key} is {given!r}; it must be a list of some of {', '.join(choices)}")
 
 
 def _check(average: Any, every: Any, fraction: Any) -> None:
-    """Refuse single values that cannot be meant."""
+    """Refuse single values out of range."""
     check_choice("evaluation.average", average, *AVERAGES)
     check_number("evaluation.every", every, whole=True, least=1)
     check_number("evaluation.fraction", fraction, above=0, most=1)

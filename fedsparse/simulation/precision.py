@@ -1,4 +1,4 @@
-"""Half precision without Lightning's loss scaler, which would be one for all clients; and double precision."""
+"""Precision plugins: half precision without Lightning's loss scaler, which all clients would share; and double."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lightning.pytorch.plugins import precision
 
 
 class HalfPrecision(precision.MixedPrecision):
-    """Autocast to float16; ``ClientModule`` scales each client's loss and divides its gradient again.
+    """Autocast to float16; ``Clients`` scale each client's loss and divide its gradient by the scale.
 
     Args:
-        device: where the clients train; on a CPU it is slow, and there to be tested.
+        device: of the clients; float16 on a CPU is slow, and supported for tests.
 
     """
 
@@ -22,8 +22,8 @@ class HalfPrecision(precision.MixedPrecision):
 
 
 class DoublePrecision(precision.DoublePrecision):
-    """Float64 for what a network makes in its forward; itself and its inputs are float64 already."""
+    """Float64 for tensors that a network creates in its forward; its weights and inputs are float64 already."""
 
     def convert_input(self, data: Any) -> Any:
-        """Hand a cohort on: its samples are gathered later, and its numbers are the host's."""
+        """Return a cohort unchanged: its samples are gathered later, and its numbers stay on the host."""
         return data

@@ -1,4 +1,4 @@
-"""The processes of a run. On one machine the leading one starts and stops the others; torchrun or SLURM may do so."""
+"""The processes of a run: on one machine the leading one starts and stops the others, else torchrun or SLURM does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedsparse.simulation.devices import accelerator
 
 MEETING = "FEDSPARSE_MEETING"  # file where the processes of one machine meet
 LOOPBACK = ("lo", "lo0")  # names of the interface on Linux and on macOS
-GRACE = 20.0  # seconds that a following process has to end by itself
+GRACE = 20.0  # seconds after which a following process is killed
 
 Followers = list["subprocess.Popen[bytes]"]
 
@@ -33,12 +33,12 @@ def size_of(options: Mapping[str, Any]) -> int:
     """Count the processes that ``trainer.devices`` and ``trainer.num_nodes`` ask for.
 
     Raises:
-        ValueError: torchrun or SLURM started another number, or processes on other machines are asked for without them.
+        ValueError: torchrun or SLURM started another number, or several machines are set without them.
 
     """
     asked = _asked(options)
     found = strategy.environment()
-    nodes = options.get("num_nodes", 1)  # a run that was stored before the key was there has one
+    nodes = options.get("num_nodes", 1)  # a stored run of an earlier version lacks the key
     if found is None and nodes > 1:
         raise ValueError(f"trainer.num_nodes={nodes} needs torchrun or srun, which start the processes")
     if found is not None and found.world_size() != asked:
@@ -50,10 +50,10 @@ def size_of(options: Mapping[str, Any]) -> int:
 
 
 def _asked(given: Mapping[str, Any]) -> int:
-    """Let Lightning say how many processes its options mean.
+    """Count the processes that Lightning's options mean, by a Trainer.
 
     Raises:
-        ValueError: it cannot make sense of them.
+        ValueError: Lightning refuses them.
 
     """
     options = {key: given.get(key, 1) for key in ("accelerator", "devices", "num_nodes")}
@@ -67,13 +67,13 @@ def _asked(given: Mapping[str, Any]) -> int:
 
 @contextmanager
 def team(size: int) -> Iterator[None]:
-    """Have so many processes meet for the time of a run.
+    """Start the following processes, join them, and end them after the ``with`` block.
 
     Args:
-        size: processes; the others are started here, unless torchrun or SLURM did.
+        size: number of processes. With 1, or if the process group exists already, nothing is done.
 
     Raises:
-        ValueError: one of the others failed.
+        ValueError: a following process failed.
 
     """
     if size == 1 or parallel.joined():
@@ -97,10 +97,14 @@ def team(size: int) -> Iterator[None]:
 
 
 def meet(meeting: Path, followers: Sequence[subprocess.Popen[bytes]] = ()) -> None:
-    """Wait until all processes are there, and join them.
+    """Wait until all processes have started, and join the process group.
+
+    Args:
+        meeting: file by which they meet.
+        followers: processes that this one has started.
 
     Raises:
-        RuntimeError: one of them ended before.
+        RuntimeError: a follower ended before.
 
     """
     found = strategy.environment()
@@ -115,7 +119,7 @@ def meet(meeting: Path, followers: Sequence[subprocess.Popen[bytes]] = ()) -> No
 
 
 def join() -> bool:
-    """Join the others if this process was started as one of several; whether it was."""
+    """Join the process group if this process was started as one of several: whether it was."""
     found = strategy.environment()
     if found is not None and not parallel.joined():
         meeting = os.environ.get(MEETING)
@@ -124,7 +128,7 @@ def join() -> bool:
 
 
 def serve(follow: Callable[[], None]) -> None:
-    """Follow the leading process. If the connection to it is lost, it has failed and says so: end without a word."""
+    """Run a following process. If the leading one has failed, which prints the error itself, exit with status 1."""
     try:
         follow()
     except RuntimeError as error:
@@ -136,36 +140,38 @@ def serve(follow: Callable[[], None]) -> None:
 
 
 def leave() -> None:
-    """Part from the others."""
+    """Leave the process group, if there is one."""
     if parallel.joined():
         distributed.destroy_process_group()
 
 
 def _variables(rank: int, size: int) -> dict[str, str]:
-    """What torchrun would set."""
+    """Environment variables of a process, as torchrun sets them."""
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "GROUP_RANK": "0"}
 
 
 def _on_this_machine() -> dict[str, str]:
-    """Let gloo and NCCL listen on the loopback interface alone: what processes exchange are pickles.
+    """Environment variables that bind gloo and NCCL to the loopback interface, as the processes exchange pickles.
 
-    Left to themselves both listen on the network, gloo where the host's name resolves to it.
+    By default both listen on the network, gloo if the host's name resolves to it.
     """
     found = [name for _, name in socket.if_nameindex() if name in LOOPBACK] if hasattr(socket, "if_nameindex") else []
     return {key: found[0] for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if found}
 
 
 def _threads(size: int) -> int:
-    """Threads of each of several processes on this machine."""
+    """Number of threads of each of several processes on this machine."""
     given = os.environ.get("OMP_NUM_THREADS")
     return int(given) if given else max(1, (os.cpu_count() or 1) // size)
 
 
 def _start(rank: int, size: int, meeting: Path) -> subprocess.Popen[bytes]:
-    """Start a process that follows; in a session of its own, so that Ctrl-C reaches the leading one alone."""
-    own = _variables(rank, size) | _on_this_machine() | {MEETING: str(meeting), "OMP_NUM_THREADS": str(_threads(size))}
+    """Start a following process, in a new session, so that Ctrl-C reaches the leading one only."""
+    variables = (
+        _variables(rank, size) | _on_this_machine() | {MEETING: str(meeting), "OMP_NUM_THREADS": str(_threads(size))}
+    )
     command = [sys.executable, "-m", "fedsparse.train"]
-    return subprocess.Popen(command, env=os.environ | own, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(command, env=os.environ | variables, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _wait(followers: Followers) -> None:
@@ -174,8 +180,8 @@ def _wait(followers: Followers) -> None:
 
 
 def _explained(error: RuntimeError, followers: Followers) -> Exception:
-    """Say that another process failed, if that is what a lost connection means."""
-    time.sleep(0.2)  # a process that has just failed may still be ending
+    """Turn a lost connection into an error that names the process that failed, if one did."""
+    time.sleep(0.2)  # a process that has just failed may not have ended yet
     failed = [rank for rank, follower in enumerate(followers, 1) if follower.poll() not in (None, 0)]
     if not failed:
         return error
@@ -183,7 +189,7 @@ def _explained(error: RuntimeError, followers: Followers) -> Exception:
 
 
 def _stop(followers: Followers) -> None:
-    """End what still runs: a following process has nothing of its own to save."""
+    """Kill the followers, which have no results to save, and leave the process group."""
     for follower in followers:
         follower.kill()
         follower.wait()

@@ -1,4 +1,4 @@
-"""What a person watches: one bar over the whole run on a terminal, one line a round elsewhere."""
+"""Progress: one bar over the whole run on a terminal, one line a round elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("fedsparse")
 
 
 def human_bytes(count: float) -> str:
-    """Write a number of bytes for people, in powers of 1,000.
+    """Format a number of bytes with a unit, in powers of 1,000.
 
     >>> human_bytes(16_400), human_bytes(8_200_000), human_bytes(999_900_000_000)
     ('16.4 kB', '8.2 MB', '999.9 GB')
@@ -37,11 +37,11 @@ class RoundProgress(lightning.Callback):
     """Progress bar with round, client, loss, accuracy, bytes and time left.
 
     Args:
-        rounds: loss and bytes are read from it.
-        evaluation: accuracy is read from it.
+        rounds: gives loss and bytes.
+        evaluation: gives the accuracy.
         clients: counts the clients of a round.
-        console: where to write; standard error by default.
-        shared: whether other runs write there at the same time; then rounds go to run.log alone.
+        console: for the output; standard error by default.
+        shared: whether other runs write there at the same time; rounds are then written to run.log only.
 
     """
 
@@ -74,27 +74,27 @@ class RoundProgress(lightning.Callback):
         )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Show the bar, from the round that training starts or goes on at."""
+        """Show the bar, from the round at which training starts or resumes."""
         total, self.before = self._clients(int(trainer.max_epochs or 0)), self._clients(trainer.current_epoch)
         self.task = self.progress.add_task("round", total=total, completed=self.before, status="")
         self.progress.start()
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note the time and start counting clients."""
+        """Start the round's clock and count of clients."""
         self.seen, self.began = 0, time.perf_counter()
         self.total = self.clients(trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Cohort, batch_idx: int
     ) -> None:
-        """Move the bar by the cohort's clients."""
+        """Advance the bar by the cohort's clients."""
         self.seen += len(batch.members)
         if self.bar and self.task is not None:
             where = f"{self._where()}, client {self.seen:>2}/{self.total}"
             self.progress.update(self.task, completed=self.before + self.seen, description=where, status=self._status())
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write a line to run.log, and to where there is no terminal."""
+        """Write a line to run.log, and to the console if it is no terminal."""
         self.before += self.total
         self.accuracy = self.evaluation.figures.get("val/acc", self.accuracy)
         seconds = time.perf_counter() - self.began
@@ -110,7 +110,7 @@ class RoundProgress(lightning.Callback):
         self.progress.stop()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the terminal back."""
+        """Remove the bar, so that the terminal is usable."""
         if self.task is not None:
             self.progress.stop()
 
@@ -119,13 +119,13 @@ class RoundProgress(lightning.Callback):
         return sum(self.clients(round) for round in range(rounds))
 
     def _where(self) -> str:
-        """Name the round that is open or has just closed; a learning round is called a round."""
-        phase, own = self.rounds.phase, self.rounds.own
-        return f"{'round' if phase.name == 'learn' else phase.name} {own + 1}/{phase.rounds}"
+        """Name the open or last round; of the phase ``learn`` it is called a round."""
+        phase, number = self.rounds.phase, self.rounds.number_in_phase
+        return f"{'round' if phase.name == 'learn' else phase.name} {number + 1}/{phase.rounds}"
 
     def _status(self) -> str:
-        """Loss of the last closed round, last validation accuracy, bytes sent so far."""
+        """Format the loss of the last closed round, the last validation accuracy, and the bytes sent so far."""
         loss, accuracy = self.rounds.loss, self.accuracy
-        shown = [f"loss {loss:.3f}" if loss == loss else "loss  -   "]
-        shown.append(f"val acc {accuracy:6.2%}" if accuracy == accuracy else "val acc   -   ")
-        return "  ".join([*shown, f"sent up {human_bytes(self.rounds.federation.ledger.bytes_up)}"])
+        parts = [f"loss {loss:.3f}" if loss == loss else "loss  -   "]
+        parts.append(f"val acc {accuracy:6.2%}" if accuracy == accuracy else "val acc   -   ")
+        return "  ".join([*parts, f"sent up {human_bytes(self.rounds.federation.ledger.bytes_up)}"])

@@ -1,4 +1,4 @@
-"""How several processes of one run meet, and what Lightning does with them."""
+"""The process group of a run, and Lightning's strategy for it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
-PATIENCE = timedelta(days=7)  # a process that ends is noticed at once; one that trains for long is waited for
+PATIENCE = timedelta(days=7)  # longest wait for a process that trains; one that ends is noticed at once
 
 
 class CohortStrategy(DDPStrategy):
-    """Lightning's DDP without its wrapper: clients differ, so that their gradients must not be averaged."""
+    """Lightning's DDP without its wrapper, which would average the gradients of different clients."""
 
     def configure_ddp(self) -> None:
-        """Leave the module as it is; the tally of a round is reduced by the aggregation."""
+        """Do nothing: the aggregation reduces the tally of a round."""
 
 
 def environment() -> ClusterEnvironment | None:
-    """Find what started this process as one of several: torchrun, SLURM, or a leading process; None if nothing did."""
+    """Detect the launcher of several processes: torchrun, with its variables, or SLURM; else None."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
         return TorchElasticEnvironment()
     if SLURMEnvironment.detect() and SLURMEnvironment().world_size() > 1:
@@ -33,11 +33,11 @@ def environment() -> ClusterEnvironment | None:
 
 
 def join(found: ClusterEnvironment, store: Any = None) -> None:
-    """Meet the other processes: gloo for the host's data, NCCL for what lies on GPUs.
+    """Initialise the process group: gloo for tensors on the host, NCCL for those on GPUs.
 
     Args:
-        found: which process this is.
-        store: where they meet; by default at the address that the environment names.
+        found: gives rank, number of processes and address.
+        store: by which they meet; by default at the environment's address.
 
     """
     rank, size = found.global_rank(), found.world_size()

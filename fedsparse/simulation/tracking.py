@@ -1,4 +1,4 @@
-"""One row a round to every logger, and a clean stop when a signal asks for it."""
+"""Logging of one row a round, and a clean stop at a signal or a time limit."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.personal import Personal
 
-SIGNALS = CLUSTER  # what is handed on to the handler that stood before
+SIGNALS = CLUSTER  # passed on to the handlers that were set before the training
 
 
 class RoundLog(lightning.Callback):
-    """Writes the figures of a closed round once, with x = rounds closed so far.
+    """Logs the figures of each closed round once; the step is the number of closed rounds.
 
     Args:
-        rounds: whose figures.
-        evaluation: the last evaluation.
-        personal: what it found of every client; None if nobody asked.
+        rounds: give loss, learning rate and bytes.
+        evaluation: gives the figures of the last evaluation.
+        personal: gives the figures of each client; None without.
+
+    Attributes:
+        row: figures of the last round.
+        seconds: of all rounds so far.
+        open: whether a round is open.
 
     """
 
@@ -39,12 +44,12 @@ class RoundLog(lightning.Callback):
         self.open = False
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note when the round began."""
+        """Clear the last evaluation, and start the round's clock."""
         self.evaluation.figures = {}
         self.open, self.began = True, time.perf_counter()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the row; Lightning may call this again on resume, without a round: then nothing is written."""
+        """Log the row; nothing if no round is open, as when Lightning calls this again on a resume."""
         if not self.open:
             return
         self.open = False
@@ -56,7 +61,7 @@ class RoundLog(lightning.Callback):
             logger.save()
 
     def figures(self) -> dict[str, float]:
-        """Figures of the round: loss, learning rate, bytes so far, dropped updates so far, evaluation."""
+        """Collect the figures of the round: loss, learning rate, evaluation; bytes and dropped updates so far."""
         rounds, federation = self.rounds, self.rounds.federation
         training = {"train/loss": rounds.loss, "lr": rounds.lr}
         if len(federation.phases.rounds) > 1:
@@ -73,21 +78,21 @@ class RoundLog(lightning.Callback):
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the seconds of a checkpoint."""
+        """Load the seconds of a checkpoint."""
         self.seconds = state["seconds"]
 
 
 class GracefulStop(lightning.Callback):
-    """On SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or Ctrl-C the round closes, is saved, and training stops.
+    """Stops training after SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or Ctrl-C, once the round is closed and saved.
 
-    A cluster sends the first three before it takes a machine away: SLURM what ``--signal`` names, submitit SIGUSR2. A
-    second Ctrl-C ends at once. What is ignored, as under nohup, stays so.
+    A cluster sends the first three before it takes a machine away: SLURM the one of ``--signal``, submitit SIGUSR2. A
+    second Ctrl-C stops at once. Ignored signals, as under nohup, stay ignored.
 
     Args:
         limit: seconds after which training stops in the same way; None: no limit.
 
     Attributes:
-        received: the signals, for the caller to hand on.
+        received: the signals, which the caller passes on with ``hand_on``.
         overtime: whether the limit is reached.
 
     """
@@ -98,7 +103,7 @@ class GracefulStop(lightning.Callback):
         self.overtime = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take the signals over; Lightning, which would stop in the middle of a round, puts older handlers back."""
+        """Set the signal handlers, which Lightning resets afterwards; its own would stop within a round."""
         self.began = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for number in [*CLUSTER, *TERMINAL]:
@@ -109,12 +114,12 @@ class GracefulStop(lightning.Callback):
         if number == signal.SIGINT:
             if number in self.received:
                 raise Stopped(number)
-            with suppress(OSError):  # not print, which may have been interrupted
+            with suppress(OSError):  # not print, which this handler may have interrupted
                 os.write(2, b"fedsparse: SIGINT: the round closes and is saved; once more ends at once\n")
         self.received.append(signal.Signals(number))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Stop after this round, all processes of a run if one of them is asked to."""
+        """Stop after this round, in all processes of a run if one of them got a signal or reached the limit."""
         found = parallel.gather((self.received, time.monotonic() - self.began >= self.limit))
         self.received = [number for numbers, _ in found for number in numbers]
         self.overtime = any(over for _, over in found)
@@ -123,7 +128,7 @@ class GracefulStop(lightning.Callback):
 
 
 def hand_on(received: Sequence[signal.Signals]) -> None:
-    """Call the handlers that stand for some signals; submitit's queues the job again and exits."""
+    """Call the present handlers of received signals, such as submitit's, which requeues the job and exits."""
     for number in [number for number in received if number in SIGNALS]:
         handler = signal.getsignal(number)
         if callable(handler) and handler is not stopped:

@@ -1,4 +1,4 @@
-"""The one Trainer that carries a run out, with what watches it."""
+"""The Trainer of a run, with its callbacks, checkpoints and loggers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedsparse.core.precisions import DOUBLE, HALF
 from fedsparse.federation.phases import Phases
 from fedsparse.masks import Mask
 from fedsparse.simulation import strategy
-from fedsparse.simulation.artifacts import Artifacts, begun
+from fedsparse.simulation.artifacts import Artifacts, started
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.simulation.csv_logger import RoundCSV
@@ -31,18 +31,18 @@ from fedsparse.simulation.tracking import GracefulStop, RoundLog
 
 @dataclass(frozen=True)
 class Session:
-    """How a run is carried out and watched on this machine.
+    """Options of training, checkpoints and logging on this machine.
 
     Attributes:
         trainer: builds Lightning's Trainer.
-        accelerator: that it trains on.
+        accelerator: name of the Trainer's accelerator.
         precision: ``trainer.precision``.
         max_time: seconds after which the round is closed and saved; None: no limit.
         eval_every: rounds between evaluations.
         checkpoint_every: rounds between checkpoints.
-        loggers: by name, each builds one of a folder.
-        callbacks: of one's own.
-        personal: builds what evaluates every client while they learn; None: nothing does.
+        loggers: by name, builders of a logger in a folder.
+        callbacks: the user's.
+        personal: builds the evaluation of each client; None: there is none.
         config: the configuration as plain values, for loggers.
 
     """
@@ -61,7 +61,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """The callbacks of a run; those that are asked something afterwards by name."""
+    """The callbacks of a run; those that are read after the training have a name."""
 
     rounds: FederatedRounds
     log: RoundLog
@@ -71,7 +71,7 @@ class Callbacks:
     personal: Personal | None = None
 
     def listed(self) -> list[lightning.Callback]:
-        """In the order that Lightning is to call them: the protocol first, checkpoints last."""
+        """List the callbacks in the order of their calls: ``FederatedRounds`` first, checkpoints last."""
         before, after = ([], []) if self.personal is None else ([self.personal.before], [self.personal])
         watching = [self.log.evaluation, self.log, self.stop, self.artifacts]
         return [*before, self.rounds, *after, *watching, *self.others]
@@ -90,12 +90,12 @@ def build_callbacks(
     """Build all callbacks.
 
     Args:
-        session: how the run is carried out.
-        rounds: plays them.
-        evaluation: of the global model.
-        clients: counts those of a round.
+        session: options of the run.
+        rounds: runs the rounds.
+        evaluation: of the global models.
+        clients: counts the clients of a round.
         phases: of the run.
-        mask: gives what trains now.
+        mask: gives the present mask.
         folder: the run folder.
         shared: whether other runs write to the same terminal at the same time.
 
@@ -111,7 +111,7 @@ def build_callbacks(
 
 
 def build_checkpoints(folder: Path, rounds: FederatedRounds, phases: Phases, every: int) -> list[lightning.Callback]:
-    """Best by validation, and last; both written when a round closes, and the rounds are told of the last."""
+    """Build the callbacks of the best checkpoint by validation and the last one; the latter calls ``rounds.saved``."""
     shared: dict[str, Any] = {
         "dirpath": folder,
         "save_top_k": 1,
@@ -121,15 +121,15 @@ def build_checkpoints(folder: Path, rounds: FederatedRounds, phases: Phases, eve
     best = RoundCheckpoint(
         phases.explores, **shared, monitor="val/acc", mode="max", filename=BEST.removesuffix(".ckpt")
     )
-    last = RoundCheckpoint(told=rounds.saved, **shared, filename=Path(LAST).stem, every_n_epochs=every)
+    last = RoundCheckpoint(on_saved=rounds.saved, **shared, filename=Path(LAST).stem, every_n_epochs=every)
     return [best, last]
 
 
 def build_loggers(chosen: Mapping[str, Callable[..., Any]], folder: Path, group: str | None, round: int) -> list[Any]:
-    """Build metrics.csv and the chosen loggers, without those that cannot be begun.
+    """Build the logger of metrics.csv and the chosen ones, without those that cannot be started.
 
     Args:
-        chosen: by name, each builds one of a folder.
+        chosen: by name, builders of a logger in a folder.
         folder: the run folder.
         group: name shared by the runs of a sweep.
         round: rounds closed so far; rows after it are dropped from metrics.csv.
@@ -139,16 +139,16 @@ def build_loggers(chosen: Mapping[str, Callable[..., Any]], folder: Path, group:
     table.drop_from(round + 1)
     options = {"wandb": {"group": group, "id": _run_id(folder), "resume": "allow"}} if "wandb" in chosen else {}
     built = [build(save_dir=str(folder), **options.get(name, {})) for name, build in chosen.items()]
-    return [table, *(logger for logger in built if begun(logger))]
+    return [table, *(logger for logger in built if started(logger))]
 
 
 def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:
-    """Build the one Trainer that runs the whole federation, for so many rounds."""
-    own = _own_precision(session)
+    """Build the Trainer of the whole run, of so many rounds."""
+    plugin = _precision_plugin(session)
     several = {"strategy": strategy.CohortStrategy()} if parallel.joined() else {}
     found = [environment] if (environment := strategy.environment()) else []
     return session.trainer(
-        **({} if own is None else {"precision": None}),
+        **({} if plugin is None else {"precision": None}),
         **several,
         accelerator=session.accelerator,
         max_epochs=rounds,
@@ -156,7 +156,7 @@ def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], ro
         check_val_every_n_epoch=session.eval_every,
         callbacks=callbacks.listed(),
         logger=loggers,
-        plugins=[AtomicCheckpointIO(), *found, *([] if own is None else [own])],
+        plugins=[AtomicCheckpointIO(), *found, *([] if plugin is None else [plugin])],
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
@@ -166,15 +166,15 @@ def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], ro
     )
 
 
-def _own_precision(session: Session) -> Precision | None:
-    """Build the plugin of a precision that Lightning's own would not do; None for the others."""
+def _precision_plugin(session: Session) -> Precision | None:
+    """Build the plugin of half or double precision, for which Lightning's does not fit; None for the others."""
     if session.precision == HALF:
         return HalfPrecision(device_of(session.accelerator))
     return DoublePrecision() if session.precision == DOUBLE else None
 
 
 def _run_id(folder: Path) -> str:
-    """Name of the run for Weights & Biases: made once, kept in the folder, so that a resume goes on in the same run."""
+    """Read the run's id for Weights & Biases, drawn once and stored in the folder, for a resume to continue the run."""
     path = folder / RUN_ID
     if not path.exists():
         files.write(path, secrets.token_hex(4))

@@ -16,6 +16,7 @@ from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.statistics import Interval, paired
 from fedsparse.core.signals import command
 from fedsparse.data.files import printable
+from fedsparse.job.earlier import renewed
 
 Cell = tuple[str, bool]  # rule, whether there are attackers
 PLAIN = "WeightedMean"  # averages whatever comes: it claims no robustness
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold some at any depth")
     try:
-        runs, problems = read_runs(parser.parse_args(arguments).folders)
+        runs, problems = read_runs(parser.parse_args(arguments).folders, renewed)
         text = table(cells(runs))
     except ValueError as error:
         sys.exit(printable(f"fedsparse: {error}"))

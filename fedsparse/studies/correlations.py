@@ -26,6 +26,7 @@ from fedsparse.analysis.folders import Run, read_runs
 from fedsparse.analysis.statistics import Interval
 from fedsparse.core.folder import DEVIATION
 from fedsparse.core.signals import command
+from fedsparse.job.earlier import renewed
 from fedsparse.masks.scores import fisher_per_sample
 from fedsparse.preparation.preparation import Preparation
 from fedsparse.studies.scale import at_start
@@ -122,7 +123,7 @@ def grouped(runs: Iterable[Run]) -> dict[Group, list[Figures]]:
     found: dict[Group, list[Figures]] = {}
     for run in runs:
         if (run.folder / DEVIATION).is_file():
-            optimizer = run.config["optimizer.build._target_"].rsplit(".", 1)[-1].removeprefix("Sparse")
+            optimizer = run.config["optimizer._target_"].rsplit(".", 1)[-1].removeprefix("Sparse")
             key = (run.config["model"], run.summary["partition"], optimizer)
             found.setdefault(key, []).append(measure(run))
     if not found:
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold some at any depth")
     try:
-        shown = table(grouped(read_runs(parser.parse_args(arguments).folders)[0]))
+        shown = table(grouped(read_runs(parser.parse_args(arguments).folders, renewed)[0]))
     except ValueError as error:
         sys.exit(f"fedsparse: {error}")
     Console(width=None if sys.stdout.isatty() else WIDTH).print(shown)

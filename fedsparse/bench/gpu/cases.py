@@ -21,7 +21,7 @@ from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.images import Inputs, unchanged
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.exchange.exchange import Exchange
-from fedsparse.federation.exchange.filters import Feedback
+from fedsparse.federation.exchange.filters import ErrorFeedback
 from fedsparse.federation.exchange.sparsifiers import TopK
 from fedsparse.models.text import TextClassifier
 from fedsparse.models.vision import conv, mlp, vit_digits
@@ -39,7 +39,7 @@ def masked(trained: Tensor, space: ParamSpace) -> Exchange:
 
 def topk(trained: Tensor, space: ParamSpace) -> Exchange:
     """Send the largest tenth, and carry the rest over."""
-    return Exchange(trained, space.local, rule=TopK(fraction=0.1), filters={"feedback": Feedback()})
+    return Exchange(trained, space.local, rule=TopK(fraction=0.1), filters={"feedback": ErrorFeedback()})
 
 
 @dataclass(frozen=True)

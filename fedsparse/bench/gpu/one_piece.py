@@ -14,7 +14,7 @@ from torch import Tensor
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.client.bound import Bound, BoundRow
 from fedsparse.federation.client.training import Batch, Clients, no_samples
-from fedsparse.optim.index import Piece
+from fedsparse.optim.index import Block
 from fedsparse.simulation.module import ClientModule
 
 
@@ -48,7 +48,7 @@ class OnePieceClients(Clients):
     """Clients that train one after the other, each in a row of one piece."""
 
     def _single(self, mask: Tensor) -> tuple[OnePieceRow, list[Tensor | None]]:
-        whole = Piece("", 0, (self.space.size,), None if bool(mask.all()) else mask)
+        whole = Block("", 0, (self.space.size,), None if bool(mask.all()) else mask)
         row = OnePieceRow(self.net, self.space, self.theta, mask, [whole], self.losses, self.forward)
         return row, [whole.mask]
 

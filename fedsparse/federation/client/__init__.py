@@ -1,6 +1,8 @@
-"""A client: the local training of K clients as rows, without Lightning, data module or server."""
+"""The clients: local training of K clients as rows, without Lightning, data module or server."""
 
 from fedsparse.federation.client.buffers import Buffers
-from fedsparse.federation.client.drift import FedProx, Objective, Plain, Scaffold
+from fedsparse.federation.client.drift import DriftCorrection, FedProx, NoCorrection, Scaffold
 
-__all__ = ["Buffers", "FedProx", "Objective", "Plain", "Scaffold"]
+Objective, Plain = DriftCorrection, NoCorrection  # names of earlier versions, in stored configurations
+
+__all__ = ["Buffers", "DriftCorrection", "FedProx", "NoCorrection", "Objective", "Plain", "Scaffold"]

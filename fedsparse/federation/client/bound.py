@@ -1,4 +1,4 @@
-"""One client's row, which the network's parameters are views of, so that it trains without a copy.
+"""The row of one client, into which the network's parameters are views, so that it trains without a copy.
 
 Shapes: P coordinates, B samples of a step.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedsparse.core.space import Binding, ParamSpace
 from fedsparse.models.units import compute_all_units, compute_units_only, trained_units
-from fedsparse.optim.index import Piece
+from fedsparse.optim.index import Block
 
 Forward = Callable[[Tensor], Tensor]
 Losses = Callable[[Forward, Tensor, Tensor], Tensor]
@@ -21,13 +21,13 @@ Losses = Callable[[Forward, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Bound:
-    """A network bound to a row, and whose gradients lie where.
+    """A network bound to a row, and the places of its gradients.
 
     Attributes:
-        binding: its parameters, and their gradients that are views of the row's.
-        taken: parameters whose gradient each backward makes anew, and the pieces that it is handed to.
-        swept: gradients that are set to zero whole after a step.
-        by_unit: gradients of which only some units are.
+        binding: its parameters, and their gradients that are views into the row's.
+        taken: parameters whose gradient each backward allocates, and the view of the block that receives it.
+        swept: gradients that are zeroed whole after a step.
+        by_unit: gradients of which some units are zeroed, with the units' indices.
 
     """
 
@@ -38,22 +38,22 @@ class Bound:
 
 
 class BoundRow:
-    """The row of a cohort of one. What does not train takes no gradient: frozen tensors, frozen units of linear layers.
+    """The row of a cohort of one. Frozen tensors, and frozen units of linear layers, get no gradient.
 
-    Large tensors take a new gradient in each backward, which saves adding it to zeros; small ones share the row's.
+    Large tensors get a new gradient in each backward, which saves adding it to zeros; small ones share the row's.
 
     Args:
         net: the network.
         space: its federated tensors.
         theta: the row (1, P), with its gradient.
-        mask: bool (P,), what some client trains.
-        split: the pieces of the row that the optimizer steps.
+        mask: bool (P,), True where some client trains.
+        blocks: of the row, which the optimizer steps.
         losses: of every sample of a batch: (forward, x, y) -> (B,).
-        forward: calls the network; the network itself, or compiled.
+        forward: the network, or its compiled form.
 
     Attributes:
-        views: these pieces, as views of the row.
-        gradients: of these, after a backward.
+        views: these blocks, as views of the row.
+        gradients: of these views, after a backward.
 
     """
 
@@ -63,7 +63,7 @@ class BoundRow:
         space: ParamSpace,
         theta: Tensor,
         mask: Tensor,
-        split: Sequence[Piece],
+        blocks: Sequence[Block],
         losses: Losses,
         forward: Forward,
     ) -> None:
@@ -71,29 +71,29 @@ class BoundRow:
         self.net, self.space, self.row, self.grad = net, space, theta[0], theta.grad[0]
         self.losses, self.forward = losses, forward
         self.gradients: list[Tensor] = []
-        self.pieces = [replace(piece, mask=None) for piece in split]
-        self.views = [piece.of(self.row) for piece in split]
+        self.blocks = [replace(block, mask=None) for block in blocks]
+        self.views = [block.of(self.row) for block in blocks]
         self.trained = {name for name, marks in space.unflatten(mask).items() if bool(marks.any())}
-        masks = {piece.name: piece.mask for piece in split if piece.name and piece.mask is not None}
+        masks = {block.name: block.mask for block in blocks if block.name and block.mask is not None}
         self.units = trained_units(net, masks) if forward is net else {}  # compiled code adds to no .grad
-        self.apart = {piece.name for piece in split if piece.name} - self.units.keys()
-        for view, piece in zip(self.views, split, strict=True):
-            view.grad = None if piece.name in self.apart else piece.of(self.grad)
+        self.apart = {block.name for block in blocks if block.name} - self.units.keys()
+        for view, block in zip(self.views, blocks, strict=True):
+            view.grad = None if block.name in self.apart else block.of(self.grad)
         self.bound = self._bound()
 
     def bind(self) -> None:
-        """Bind the network again, after something has cleared its gradients."""
+        """Bind the network again, after its gradients were cleared."""
         self.bound = self._bound()
 
     def _bound(self) -> Bound:
-        """Make the network's parameters and gradients views of the row's, and let its layers skip what is frozen."""
+        """Make the network's parameters and gradients views into the row's, and its layers skip frozen units."""
         trained, apart = self.trained.__contains__, self.apart.__contains__
         binding = self.space.bind(self.net, self.row, self.grad, trained, apart)
         compute_units_only(self.net, self.units)
         gradients = dict(zip(binding.names, binding.gradients, strict=True))
         by_unit = [(gradients.pop(name), index) for name, index in self.units.items()]
         swept = list(gradients.values()) if len(gradients) < len(self.space.names) else [self.grad]
-        named = zip(self.pieces, self.views, strict=True)
+        named = zip(self.blocks, self.views, strict=True)
         taken = [(self.net.get_parameter(p.name), view) for p, view in named if p.name in self.apart]
         return Bound(binding, taken, swept, by_unit)
 
@@ -103,7 +103,7 @@ class BoundRow:
         Args:
             x: inputs (B, ...).
             y: labels (B,).
-            count: real samples, of the one client.
+            count: number of real samples of the one client.
             scale: factor of the loss (1,), or None.
 
         Returns:
@@ -116,26 +116,26 @@ class BoundRow:
         losses = self.losses(self.forward, x, y)
         weight = losses.new_full((real,), 1 / real)  # as mean().backward(), two kernels shorter
         losses.backward(weight if scale is None else weight * scale)
-        for parameter, view in self.bound.taken:  # the gradients that this backward made anew
+        for parameter, view in self.bound.taken:  # gradients that this backward has allocated
             view.grad = torch.zeros_like(view) if parameter.grad is None else parameter.grad
         self.gradients = [view.grad for view in self.views if view.grad is not None]
         return losses.detach().mean()
 
     def parts(self, row: Tensor) -> list[Tensor]:
-        """View a row (P,) or (1, P) piece by piece, as ``views`` and ``gradients`` are."""
-        return [piece.of(row.view(-1)) for piece in self.pieces]
+        """View a row (P,) or (1, P) block by block, as ``views`` and ``gradients`` are."""
+        return [block.of(row.view(-1)) for block in self.blocks]
 
     def intact(self) -> bool:
-        """Whether every gradient is still the view that was bound.
+        """Whether every gradient is the view that was bound.
 
         Lightning sets every ``.grad`` to None before each validation, and ``.to()`` may replace the data: either would
-        train a copy that nobody reads. This costs a few microseconds and is asked once a cohort.
+        train a copy, not the row. The check takes a few microseconds, once a cohort.
         """
         bound = self.bound.binding
         return all(p.grad is g for p, g in zip(bound.parameters, bound.gradients, strict=True))
 
     def clear(self) -> None:
-        """Forget the gradients: none where the next backward makes them anew, else zero what this one wrote."""
+        """Clear the gradients: None where the next backward allocates them, zero where this one wrote."""
         self.gradients = []
         for parameter, view in self.bound.taken:
             parameter.grad = view.grad = None
@@ -145,5 +145,5 @@ class BoundRow:
             gradient.index_fill_(0, index, 0.0)
 
     def release(self) -> None:
-        """Give the network's layers their own backward again."""
+        """Restore the backward of the network's layers."""
         compute_all_units(self.net)

@@ -1,6 +1,6 @@
-"""What becomes of a network's float buffers (BatchNorm's running statistics): averaged, kept by the client, or frozen.
+"""Policies for a network's float buffers (BatchNorm's running statistics): averaged, kept by the client, or frozen.
 
-Ignoring them lets one client's statistics leak into the next. Q is the number of their values.
+Without one, a client's statistics leak into the next client. Shapes: K clients, G groups, Q values that travel.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ POLICIES = ("average", "local", "frozen")
 
 
 class Buffers:
-    """Float buffers of the network of a cohort of one.
+    """Float buffers of the network, for a cohort of one.
 
     Args:
         net: the network; its buffers are the global ones.
         policy: ``average`` sends their change with the update and averages it with the same weights; ``local`` keeps
-            them with each client; ``frozen`` leaves them as they were pre-trained.
+            them with each client; ``frozen`` keeps the pre-trained values.
         store: where ``local`` keeps them; in memory by default.
 
     Attributes:
-        values: (G, all) global values of all float buffers.
-        size: Q, values that travel.
+        values: (G, *) global values of all float buffers.
+        size: Q; 0 unless the policy is ``average``.
 
     Raises:
         ValueError: an unknown policy.
@@ -45,36 +45,36 @@ class Buffers:
         self.integers = integers(net)
 
     def spread(self, groups: int) -> None:
-        """Keep global values for so many global models, which all begin alike."""
+        """Repeat the global values for so many global models, which start equal."""
         self.values = self.values[:1].repeat(groups, 1)
 
     def of(self, client: int, group: int) -> Tensor:
-        """Values of all float buffers that a client starts with: the global ones of its group, or its own."""
+        """Values of all float buffers that a client starts from: its group's global ones, or its stored ones."""
         return self.store.get(client, self.values[group]) if self.policy == "local" else self.values[group]
 
     def start(self, clients: Sequence[int], groups: Sequence[int]) -> None:
-        """Give a client the values that it starts with."""
+        """Load the values that the one client starts from into the network."""
         self.space.write(self.net, self.of(clients[0], groups[0]))
         if self.policy == "frozen":
             freeze(self.net)
 
     def change(self, groups: Sequence[int]) -> Tensor:
-        """Change (K, Q) of the buffers that travel, of K clients of these groups."""
-        return (self.space.read(self.net) - self.values[groups[0]]).expand(len(groups), -1)  # stacked ones change none
+        """Compute the change (K, Q) of the buffers that travel, of K clients of these groups."""
+        return (self.space.read(self.net) - self.values[groups[0]]).expand(len(groups), -1)  # K > 1: no change
 
     def kept(self, clients: Sequence[int]) -> Kept:
-        """What the client that has just trained keeps of them."""
+        """Read the values that the client that has just trained stores; empty unless the policy is ``local``."""
         if self.policy != "local":
             return {}
         return {BUFFERS: (tuple(clients), self.space.read(self.net).unsqueeze(0).cpu())}
 
     def hand_on(self, group: int) -> None:
-        """Let the next client, and the global model, have the buffers of the one that has just trained."""
+        """Make the buffers of the client that has just trained the global ones, from which the next client starts."""
         if self.size:
             self.values[group] = self.space.read(self.net)
 
     def step(self, change: Tensor, sent: Sequence[bool]) -> None:
-        """Add the mean change (G, Q) of the groups that somebody sent to.
+        """Add the mean change (G, Q) to the groups that received an update.
 
         Raises:
             ValueError: an integer buffer other than a batch counter changed: it cannot be averaged.
@@ -87,7 +87,7 @@ class Buffers:
                 self.values[group] += change[group].to(self.values.dtype)
 
     def show(self, group: int = 0) -> None:
-        """Put the global values of a group into the network."""
+        """Load the global values of a group into the network."""
         self.space.write(self.net, self.values[group])
 
 
@@ -98,7 +98,7 @@ def integers(net: nn.Module) -> dict[str, Tensor]:
 
 
 def check_integers(net: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Compare the integer buffers with those of before.
+    """Compare the integer buffers with earlier copies.
 
     Raises:
         ValueError: one has changed: it cannot be averaged.
@@ -110,7 +110,7 @@ def check_integers(net: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 def freeze(net: nn.Module) -> None:
-    """Let BatchNorm compute with its statistics as they are."""
+    """Set BatchNorm layers to evaluation mode, which uses the running statistics and does not update them."""
     for module in net.modules():
         if isinstance(module, _BatchNorm):
             module.eval()

@@ -1,4 +1,4 @@
-"""What keeps clients from drifting apart: terms that are added to the gradients of their loss.
+"""Drift corrections (FedProx, SCAFFOLD): terms added to the clients' gradients, so that clients do not drift apart.
 
 Shapes: K clients of the cohort, P coordinates of which n train, N clients in all.
 """
@@ -25,7 +25,7 @@ VARIATES = "variates"
 def step_weight(steps: int, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
     r"""Sum a client's step weights, :math:`\lVert a \rVert_1` of FedNova (Wang et al. 2020).
 
-    How far SGD with momentum goes in so many steps on gradients of 1 at a learning rate of 1.
+    It is the distance that SGD with momentum moves in so many steps, on gradients of 1 at a learning rate of 1.
 
     >>> step_weight(3), step_weight(2, momentum=0.5)
     (3.0, 2.5)
@@ -38,28 +38,35 @@ def step_weight(steps: int, momentum: float = 0.0, dampening: float = 0.0, neste
 
 
 def step_weights(count: Sequence[Sequence[int]], optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
-    """Sum the step weights of K clients: ``count`` [S][K] real samples of each step."""
+    """Sum the step weights of K clients, of an optimizer's momentum: ``count`` [S][K] real samples of each step."""
     options = {key: optimizer.defaults.get(key, 0) for key in ("momentum", "dampening", "nesterov")}
     return tuple(step_weight(sum(1 for n in steps if n), **options) for steps in zip(*count, strict=True))
 
 
-class Term:
-    """What is added to the gradients of K clients in one round: nothing, if no other says more."""
+class GradientCorrection:
+    """The correction of K clients' gradients in one round; this one adds nothing."""
 
     def correct(self, rows: Rows) -> None:
-        """Add to the gradients of a local step."""
+        """Add the correction to the gradients of a local step, in place."""
 
     def finish(self, change: Tensor, lr: float, steps: Sequence[float]) -> Kept:
-        """Say what the clients keep of a round in which they changed so much, (K, n)."""
+        """Compute what the clients store after the round.
+
+        Args:
+            change: (K, n), of each client.
+            lr: the clients' learning rate.
+            steps: K sums of step weights.
+
+        """
         return {}
 
 
-class Objective:
-    """What clients minimise beside their loss; one that adds nothing, for others to build on.
+class DriftCorrection:
+    """The drift correction of a run (``conf/objective``); this base class corrects nothing.
 
     Attributes:
         messages: rows of values that travel each way beside the update, in the same message and never rounded.
-        stores: what the clients keep for it, by name.
+        stores: of the clients' rows that the correction needs, by name.
 
     """
 
@@ -69,41 +76,41 @@ class Objective:
         self.stores: dict[str, ClientStore] = {}
 
     def keep_in(self, make: Callable[[str], ClientStore]) -> None:
-        """Let the clients keep what it needs in other stores, made by name."""
+        """Replace the stores by those that ``make`` builds by name."""
         self.stores = {name: make(name) for name in self.stores}
 
-    def begin(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> Term:
-        """Make the term of K clients that start from rows (K, P)."""
-        return Term()
+    def start(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> GradientCorrection:
+        """Build the correction of K clients that start from rows (K, P)."""
+        return GradientCorrection()
 
-    def hear(self, kept: Kept) -> None:
-        """Learn what clients will keep, before the stores are told."""
+    def update(self, kept: Kept) -> None:
+        """Take in the rows that clients will store, before they are written."""
 
     def close(self) -> None:
-        """End a round, when all clients have been heard."""
+        """Close a round, after ``update`` for all clients."""
 
     def move(self, carry: Carry) -> None:
-        """Let other coordinates train from now on."""
+        """Carry the server's state over to another mask."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What lasts over rounds on the server."""
+        """State on the server that outlives a round."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it from a checkpoint."""
+        """Load this state from a checkpoint."""
 
 
-class Plain(Objective):
-    """The loss alone."""
+class NoCorrection(DriftCorrection):
+    """No correction: clients minimise their loss."""
 
 
-class FedProx(Objective):
-    r"""A pull back to the global model, :math:`\mu / 2 \lVert \theta - \theta_0 \rVert^2` (Li et al. 2020, equation 2).
+class FedProx(DriftCorrection):
+    r"""Proximal term :math:`\mu / 2 \lVert \theta - \theta_0 \rVert^2` of the loss (Li et al. 2020, equation 2).
 
-    What does not train does not move, and so is not pulled.
+    It is 0 for frozen coordinates, which do not move.
 
     Args:
-        mu: its strength, 0 or more.
+        mu: weight of the term, 0 or more.
 
     Raises:
         ValueError: mu is negative or not finite.
@@ -115,33 +122,37 @@ class FedProx(Objective):
         check_number("objective.mu", mu, least=0)
         self.mu = mu
 
-    def begin(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> Term:
-        """Keep the start."""
-        return Pull(theta.detach().clone(), self.mu)
+    def start(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> GradientCorrection:
+        """Copy the start of K clients."""
+        return ProximalCorrection(theta.detach().clone(), self.mu)
 
 
 @dataclass(frozen=True)
-class Pull(Term):
-    """FedProx's term: ``mu`` times the way from the start, ``anchor`` (K, P)."""
+class ProximalCorrection(GradientCorrection):
+    """Correction of FedProx: ``mu`` times the way from the start (K, P)."""
 
-    anchor: Tensor
+    start: Tensor
     mu: float
 
     def correct(self, rows: Rows) -> None:
-        """Add it."""
-        for gradient, value, anchor in zip(rows.gradients, rows.views, rows.parts(self.anchor), strict=True):
-            gradient.add_(value.detach() - anchor, alpha=self.mu)
+        """Add the gradient of the proximal term, in place."""
+        for gradient, value, start in zip(rows.gradients, rows.views, rows.parts(self.start), strict=True):
+            gradient.add_(value.detach() - start, alpha=self.mu)
 
 
-class Scaffold(Objective):
-    r"""Gradients corrected by :math:`c - c_i`, against the drift of clients (Karimireddy et al. 2020, option II).
+class Scaffold(DriftCorrection):
+    r"""Control variates: gradients are corrected by :math:`c - c_i` (Karimireddy et al. 2020, option II).
 
-    A client's variate becomes :math:`c_i - c + (x - y_i) / (\eta \lVert a_i \rVert_1)`; all begin at 0, so that c is
+    A client's variate becomes :math:`c_i - c + (x - y_i) / (\eta \lVert a_i \rVert_1)`; all start at 0, so that c is
     their mean over all N clients. With gradient clipping the corrected gradient is clipped. Variates travel both ways.
 
     Args:
         num_clients: N.
-        store: where the clients keep theirs.
+        store: of the clients' variates; in memory by default.
+
+    Attributes:
+        mean: c, float64 (n,); None before the first round.
+        shift: of c in the open round; None without updates.
 
     Raises:
         ValueError: N is no whole number of 1 or more.
@@ -156,61 +167,61 @@ class Scaffold(Objective):
         self.num_clients = num_clients
         self.stores = {VARIATES: MemoryStore() if store is None else store}
         self.mean: Tensor | None = None
-        self.moved: Tensor | None = None  # what c will change by when the round closes: all clients of one start alike
+        self.shift: Tensor | None = None  # of c, added when the round closes, so that all its clients use one c
 
-    def begin(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> Term:
-        """Look the variates up; the correction of what does not train is 0."""
+    def start(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> GradientCorrection:
+        """Read the variates of K clients; the correction of frozen coordinates is 0."""
         like = subspace.of(theta.detach())
         if self.mean is None:
             self.mean = torch.zeros(like.shape[1], dtype=torch.float64, device=like.device)
         self.mean = self.mean.to(like.device)
-        own, mean = read(self.stores[VARIATES], clients, torch.zeros_like(like)), self.mean.to(like.dtype)
-        correction = torch.zeros_like(theta)
-        subspace.write(correction, mean - own)
-        return Control(tuple(clients), own, mean, correction)
+        variates, mean = read(self.stores[VARIATES], clients, torch.zeros_like(like)), self.mean.to(like.dtype)
+        difference = torch.zeros_like(theta)
+        subspace.write(difference, mean - variates)
+        return VariateCorrection(tuple(clients), variates, mean, difference)
 
-    def hear(self, kept: Kept) -> None:
-        """Sum what changes in the clients' variates."""
+    def update(self, kept: Kept) -> None:
+        """Add the changes of the clients' variates, over N, to the shift of c."""
         if VARIATES in kept:
             clients, rows = kept[VARIATES]
             before = read(self.stores[VARIATES], clients, torch.zeros_like(rows))
-            moved = (rows.double() - before.double()).sum(0) / self.num_clients
-            self.moved = moved if self.moved is None else self.moved + moved
+            shift = (rows.double() - before.double()).sum(0) / self.num_clients
+            self.shift = shift if self.shift is None else self.shift + shift
 
     def close(self) -> None:
-        """Let c follow the clients' variates."""
-        if self.mean is not None and self.moved is not None:
-            self.mean += self.moved.to(self.mean.device)
-        self.moved = None
+        """Add the shift to c."""
+        if self.mean is not None and self.shift is not None:
+            self.mean += self.shift.to(self.mean.device)
+        self.shift = None
 
     def move(self, carry: Carry) -> None:
-        """Carry the server's variate over; the clients' lie in their store."""
+        """Carry c over to another mask; the clients' variates are carried by their store."""
         self.mean = None if self.mean is None else carry(self.mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """The server's variate."""
+        """The server's variate c, on the CPU."""
         return {"mean": None if self.mean is None else self.mean.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it."""
+        """Load c."""
         self.mean = state["mean"]
 
 
 @dataclass(frozen=True)
-class Control(Term):
-    """SCAFFOLD's term of K clients: their variates ``own`` (K, n), c (n,), and c - c_i laid out as (K, P)."""
+class VariateCorrection(GradientCorrection):
+    """Correction of SCAFFOLD: the variates c_i (K, n), their mean c (n,), and the difference c - c_i as (K, P)."""
 
     clients: tuple[int, ...]
-    own: Tensor
+    variates: Tensor
     mean: Tensor
-    correction: Tensor
+    difference: Tensor
 
     def correct(self, rows: Rows) -> None:
-        """Add c - c_i."""
-        for gradient, part in zip(rows.gradients, rows.parts(self.correction), strict=True):
+        """Add c - c_i, in place."""
+        for gradient, part in zip(rows.gradients, rows.parts(self.difference), strict=True):
             gradient.add_(part)
 
     def finish(self, change: Tensor, lr: float, steps: Sequence[float]) -> Kept:
-        """Renew the clients' variates."""
+        """Compute the clients' new variates."""
         far = change.new_tensor([lr * max(a, 1.0) for a in steps]).unsqueeze(1)
-        return {VARIATES: (self.clients, self.own - self.mean - change / far)}
+        return {VARIATES: (self.clients, self.variates - self.mean - change / far)}

@@ -1,4 +1,4 @@
-"""K rows that train together: each tensor's K values are one leaf, a view of the rows.
+"""K rows that train together: each tensor of the network is one leaf with K values, a view into the rows.
 
 Shapes: K clients of the cohort, B samples of a step, P coordinates.
 """
@@ -19,23 +19,25 @@ from fedsparse.models.units import trained_units
 
 
 class StackedRows:
-    """The rows of a cohort of more than one. A tensor without a trained coordinate takes no gradient.
+    """The rows of a cohort of more than one. A tensor without a trained coordinate gets no gradient.
 
-    Layers with a stacked form (``models.stacked``) run all clients at once; a network that has others, or a loss of
-    one's own, which may look at a client's whole batch, runs under ``vmap``.
+    Layers with a stacked form (``models.stacked``) run all clients at once. A network with other layers, or a user's
+    loss, which may depend on a client's whole batch, runs under ``vmap``.
 
     Args:
         net: the network.
         space: its federated tensors.
         theta: the rows (K, P), with their gradients.
-        mask: bool (P,), what some client trains.
+        mask: bool (P,), True where some client trains.
         losses: of every sample of one client's batch: (forward, x, y) -> (B,).
-        forward: calls the network; the network itself, or compiled.
+        forward: the network, or its compiled form.
         per_sample: whether each loss depends on its own sample alone, so that the clients' batches may be joined.
 
     Attributes:
-        views: what the optimizer steps.
+        views: the tensors that the optimizer steps: the rows.
         gradients: of these, after a backward.
+        stacked: the stacked form; None under ``vmap``, and before the first batch.
+        chosen: whether the form is chosen.
 
     """
 
@@ -63,14 +65,14 @@ class StackedRows:
         self.vmapped = vmap(self._client_losses, in_dims=(0, 0, 0), randomness="different")
 
     def bind(self) -> None:
-        """Nothing to do: the network keeps its own weights."""
+        """Do nothing: the network keeps its own weights."""
 
     def intact(self) -> bool:
-        """Whether gradients still reach the rows; nothing that Lightning clears is shared with the network."""
+        """Whether gradients reach the rows: always, as no gradient is shared with the network."""
         return True
 
     def release(self) -> None:
-        """Nothing to do: the network is changed during a forward only."""
+        """Do nothing: the network is changed during a forward only."""
 
     def parts(self, row: Tensor) -> list[Tensor]:
         """View rows (K, P) or (P,) as ``views`` and ``gradients`` are: whole."""
@@ -97,7 +99,7 @@ class StackedRows:
         return (losses.detach() * weight).sum(1)
 
     def _sample_losses(self, x: Tensor, y: Tensor) -> Tensor:
-        """Losses of all samples (K, B)."""
+        """Compute the losses (K, B) of all samples."""
         if not self.chosen:
             self._choose(x[0])
         if self.stacked is not None:
@@ -106,20 +108,20 @@ class StackedRows:
             return self.vmapped(self.leaves, x, y)
 
     def _choose(self, x: Tensor) -> None:
-        """Choose the stacked form if it is known to give the same outputs, tried on a few samples."""
+        """Choose the stacked form if it gives the same outputs on two samples."""
         self.chosen = True
         if self.per_sample and stacks(self.net, self.space.names, x[:2]):
             self.stacked = Stacked(self.net, self.leaves, self.forward, self.units)
 
     def _client_losses(self, tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """Losses (B,) of one client."""
+        """Compute the losses (B,) of one client."""
         return self.losses(lambda z: functional_call(self.net, tensors, (z,)), x, y)
 
     def clear(self) -> None:
-        """Nothing to do: the next backward writes over the gradients."""
+        """Do nothing: the next backward overwrites the gradients."""
 
 
 def _weights(count: Sequence[int], samples: int) -> Tensor:
-    """Weight of each of B samples in its client's mean, (K, B): 1 / count for the real ones, else 0."""
+    """Compute the weights (K, B) of the samples in each client's mean: 1 / count for real samples, else 0."""
     real = torch.tensor(count, dtype=torch.float64).unsqueeze(1)
     return (torch.arange(samples) < real) / real.clamp(min=1)

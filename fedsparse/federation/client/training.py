@@ -1,4 +1,4 @@
-"""K clients as rows of one tensor, and the whole of their local training: no Trainer, no data module, no server.
+"""Local training of K clients, the rows of one tensor; without Trainer, data module and server.
 
 Shapes: K clients of the cohort, P coordinates of which n train, S local steps, B samples of a step.
 """
@@ -20,12 +20,19 @@ from fedsparse.data.images import unchanged
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.client.bound import BoundRow, Forward, Losses
 from fedsparse.federation.client.buffers import Buffers
-from fedsparse.federation.client.drift import VARIATES, Objective, Plain, Rows, Term, step_weights
+from fedsparse.federation.client.drift import (
+    VARIATES,
+    DriftCorrection,
+    GradientCorrection,
+    NoCorrection,
+    Rows,
+    step_weights,
+)
 from fedsparse.federation.client.early_stopping import Counts, Patience
 from fedsparse.federation.client.stacked import StackedRows
 from fedsparse.federation.exchange.update import Start, Update, finite
 from fedsparse.masks.bitmaps import unpack
-from fedsparse.optim.index import LARGE, Piece, pieces
+from fedsparse.optim.index import LARGE, Block, blocks
 from fedsparse.optim.masked import MaskedOptimizer
 
 LOCAL = "clients"  # the store of local coordinates
@@ -36,7 +43,7 @@ MakeClientOptimizer = Callable[[list[Tensor]], MaskedOptimizer]
 
 
 class Clients:
-    """The clients of a cohort, one after the other or K together.
+    """Trains the clients of a cohort of K.
 
     With K = 1 the network's parameters are views into the row, so that any module trains without a copy (``BoundRow``).
     With K > 1 the rows train together (``StackedRows``).
@@ -45,26 +52,27 @@ class Clients:
         net: the network, on the device where it trains.
         space: which of its tensors are federated.
         mask: bool (P,), True where a coordinate trains.
-        make_optimizer: builds the optimizer of a list of tensors, whose masks are set afterwards.
+        make_optimizer: builds the optimizer of a list of tensors; its masks are set afterwards.
         losses: of every sample of one client's batch: (forward, x, y) -> (B,).
-        fetch: the samples of a cohort's steps: x (K, S, B, ...) and y (K, S, B).
+        fetch: gathers the samples of a cohort's steps: x (K, S, B, ...) and y (K, S, B).
         cohort: K.
         clip_norm: largest L2 norm of a client's gradient over its trained coordinates, or None.
-        inputs: turns images of any leading dimensions into what the network takes.
-        compile: let torch compile the network for the local steps.
-        objective: adds to the gradients.
-        buffers: what becomes of float buffers.
-        bitmaps: uint8 (N, ceil(P / 8)), the own mask of each of N clients; empty if all train ``mask``.
-        per_sample: whether each loss depends on its own sample alone, so that stacked clients' batches may be joined.
-        loss_scale: factor of the loss in half precision, so that gradients do not vanish.
+        inputs: transforms images of any leading dimensions into the network's inputs.
+        compile: whether torch compiles the network for the local steps.
+        objective: the drift correction; none by default.
+        buffers: policy and values of the float buffers; averaged by default.
+        bitmaps: uint8 (N, ceil(P / 8)), the masks of N clients; empty if all train ``mask``.
+        per_sample: whether each loss depends on one sample only, so that stacked clients' batches may be joined.
+        loss_scale: factor of the loss in half precision, so that gradients do not underflow.
         seed: the run's seed, for dropout.
-        large: coordinates from which a tensor of one client is stepped by itself.
+        large: coordinates from which a tensor is a block of its own (K = 1).
 
     Attributes:
         theta: the rows (K, P).
-        subspace: what trains of them.
-        local: bool (n,), what of that stays with each client; None: nothing does.
-        lr: the learning rate that the optimizer was made with.
+        subspace: the coordinates that train.
+        local: bool (n,), trained coordinates that stay with each client; None if there are none.
+        frozen: bool (P,) or (K, P), coordinates that clipping leaves out; None without clipping or if all train.
+        lr: learning rate that the optimizer was built with.
 
     Raises:
         ValueError: K > 1 with BatchNorm, whose running statistics cannot be stacked.
@@ -84,7 +92,7 @@ class Clients:
         clip_norm: float | None = None,
         inputs: Callable[[Tensor], Tensor] = unchanged,
         compile: bool = False,
-        objective: Objective | None = None,
+        objective: DriftCorrection | None = None,
         buffers: Buffers | None = None,
         bitmaps: Tensor | None = None,
         per_sample: bool = False,
@@ -96,7 +104,7 @@ class Clients:
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
         self.make_optimizer, self.losses, self.fetch, self.inputs = make_optimizer, losses, fetch, inputs
         self.forward: Forward = torch.compile(net, dynamic=False) if compile else net  # evaluation calls the net itself
-        self.objective = Plain() if objective is None else objective
+        self.objective = NoCorrection() if objective is None else objective
         self.buffers = Buffers(net) if buffers is None else buffers
         self.bitmaps = torch.zeros(0, 0, dtype=torch.uint8) if bitmaps is None else bitmaps
         self.per_sample, self.loss_scale, self.seed, self.large = per_sample, loss_scale, seed, large
@@ -108,33 +116,33 @@ class Clients:
         self.lr: float = self.optimizer.defaults["lr"]
 
     def _formed(self, mask: Tensor) -> tuple[Rows, MaskedOptimizer]:
-        """Bind the network to the rows, and make the optimizer of what trains of them."""
+        """Bind the network to the rows, and build the optimizer of their trained coordinates."""
         rows, masks = self._single(mask) if self.cohort == 1 else self._several(mask)
         optimizer = self.make_optimizer(rows.views)
         optimizer.set_masks(masks)
         return rows, optimizer
 
     def _local(self) -> Tensor | None:
-        """Mark what of the coordinates that train stays with each client, (n,); None if nothing does."""
+        """Mark the trained coordinates that stay with each client, bool (n,); None if there are none."""
         local = self.subspace.of(self.space.local.to(self.theta.device))
         return local if bool(local.any()) else None
 
     def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
-        """One row, in the pieces that the optimizer steps, with the mask of each."""
-        whole = Piece("", 0, (self.space.size,), mask)
-        split = [whole] if len(self.bitmaps) else pieces(self.space, mask, self.large)
+        """Build one row in blocks, each with its mask, as the optimizer steps them."""
+        whole = Block("", 0, (self.space.size,), mask)
+        split = [whole] if len(self.bitmaps) else blocks(self.space, mask, self.large)
         rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self.forward)
-        return rows, [piece.mask for piece in split]
+        return rows, [block.mask for block in split]
 
     def _several(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
-        """K rows, stepped as one tensor with the mask of all."""
+        """Build K rows, which the optimizer steps as one tensor with one mask."""
         rows = StackedRows(self.net, self.space, self.theta, mask, self.losses, self.forward, self.per_sample)
         return rows, [None if self.subspace.index is None else mask.expand_as(self.theta)]
 
     def move(self, carry: Carry) -> None:
-        """Let other coordinates train, between two rounds; what stops is zero from now on if the carry says so."""
+        """Train the coordinates of another mask, between two rounds; those that stop become zero if ``carry.zeros``."""
         self.rows.release()
-        row = self.space.read(self.net)  # the global one, which none of several clients' rows is
+        row = self.space.read(self.net)  # the global row: with K > 1 ``theta`` holds the clients'
         if carry.zeros:
             self.space.write(self.net, row.masked_fill_(~carry.after.mask, 0.0))
         self.subspace, self.theta = carry.after, stacked(row, self.cohort)
@@ -142,20 +150,23 @@ class Clients:
         self.local, self.frozen = self._local(), self._frozen(carry.after.mask)
 
     def train(self, start: Start, cohort: Cohort) -> Update:
-        """ClientUpdate(k, x): local steps of masked SGDM from the rows that K clients were sent; what each changed."""
-        term = self.begin(start, cohort.clients)
+        """Run the local steps of K clients from the values that the server sent: their update.
+
+        ClientUpdate(k, x) of McMahan et al. 2017, algorithm 1, with a masked optimizer.
+        """
+        correction = self.start(start, cohort.clients)
         taken: Counts = cohort.count
         if cohort.clients[0] >= 0:
             seed_dropout(self.theta.device, number(self.seed, Purpose.DROPOUT, cohort.round, cohort.clients[0]))
         x, y = self.fetch(cohort)
         batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
         if start.patience is None:
-            losses = [self.step(*batch, count, term) for batch, count in zip(batches, taken, strict=True)]
+            losses = [self.step(*batch, count, correction) for batch, count in zip(batches, taken, strict=True)]
         else:
-            losses, taken = self._patiently(batches, Patience(taken, start.epochs, start.patience), term)
+            losses, taken = self._patiently(batches, Patience(taken, start.epochs, start.patience), correction)
         values = self.subspace.of(self.theta.detach())
         if self.change.shape != values.shape or self.change.device != values.device:
-            self.change = torch.empty_like(values)  # which the next cohort writes again
+            self.change = torch.empty_like(values)  # reused: the next cohort overwrites it
         update = finite(
             Update(
                 cohort.clients,
@@ -163,7 +174,7 @@ class Clients:
                 self.buffers.change(start.group) if self.buffers.size else values.new_zeros(len(values), 0),
                 processed(taken) if cohort.processed and start.patience else cohort.weight,
                 mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), taken),
-                anchor=start.values,
+                start=start.values,
                 values=values,
                 round=cohort.round,
                 steps=step_weights(taken, self.optimizer),
@@ -171,7 +182,7 @@ class Clients:
                 clipped=int((torch.cat(self.factors) < 1).sum()) if self.factors else 0,
             )
         )
-        kept = term.finish(update.rows, start.lr, update.steps)
+        kept = correction.finish(update.rows, start.lr, update.steps)
         if self.buffers.space.size:
             kept |= self.buffers.kept(cohort.clients)
         if self.local is not None:
@@ -179,10 +190,10 @@ class Clients:
         variates = kept[VARIATES][1] if VARIATES in kept else None
         return replace(update, kept=kept, variates=variates) if kept else update
 
-    def begin(self, start: Start, clients: Sequence[int]) -> Term:
-        """Let K clients start from what they were sent, with fresh optimizers, and masks of their own."""
+    def start(self, start: Start, clients: Sequence[int]) -> GradientCorrection:
+        """Set K clients to their start, with reset optimizer state, and with their masks if these differ."""
         self.subspace.write(self.theta, start.values)
-        term = self.objective.begin(self.theta, clients, self.subspace)
+        correction = self.objective.start(self.theta, clients, self.subspace)
         if len(self.bitmaps):
             masks = unpack(self.bitmaps[torch.tensor([max(client, 0) for client in clients])], self.space.size)
             self.frozen = self._frozen(masks)
@@ -190,29 +201,33 @@ class Clients:
         for group in self.optimizer.param_groups:
             group["lr"] = start.lr
         self.optimizer.reset()
-        if not self.rows.intact():  # something has cleared the network's gradients
+        if not self.rows.intact():  # the network's gradients were cleared, as by a validation
             self.rows.bind()
         if self.buffers.space.size:
             self.buffers.start(clients, start.group)
         self.factors.clear()
-        return term
+        return correction
 
-    def _patiently(self, batches: Iterable[Batch], stop: Patience, term: Term) -> tuple[list[Tensor], Counts]:
-        """Train until a client's loss has not improved for so many epochs: losses, and the samples of steps taken."""
+    def _patiently(
+        self, batches: Iterable[Batch], stop: Patience, correction: GradientCorrection
+    ) -> tuple[list[Tensor], Counts]:
+        """Train until each client has stopped early or taken all steps: losses, and the samples [S][K] of the steps."""
         losses = list[Tensor]()
         for batch, count in zip(batches, stop.counts, strict=True):
-            losses.append(self.step(*batch, stop.allowed(count), term).view(-1))  # one client's loss has no dimension
-            stop.hear(losses[-1].tolist())
+            losses.append(
+                self.step(*batch, stop.allowed(count), correction).view(-1)
+            )  # one client's loss has no dimension
+            stop.update(losses[-1].tolist())
         return losses, stop.taken
 
-    def step(self, x: Tensor, y: Tensor, count: Sequence[int], term: Term) -> Tensor:
-        """One step of all K clients, x (K, B, ...) and y (K, B), or of one client without K: the losses (K,) or ()."""
+    def step(self, x: Tensor, y: Tensor, count: Sequence[int], correction: GradientCorrection) -> Tensor:
+        """Take one local step of K clients: x (K, B, ...), y (K, B) -> losses (K,); K = 1 has no such dimension."""
         if not any(count):
             return self.theta.new_zeros(self.cohort)
         x = self.inputs(x)
         scaled = self.loss_scale != 1.0
         losses = self._scaled_backward(x, y, count) if scaled else self.rows.backward(x, y, count, None)
-        term.correct(self.rows)
+        correction.correct(self.rows)
         if self.clip_norm is not None:
             self._clip(self.clip_norm)
         self.optimizer.update() if all(count) else self._step_where(count)
@@ -221,14 +236,14 @@ class Clients:
         return losses
 
     def _scaled_backward(self, x: Tensor, y: Tensor, count: Sequence[int]) -> Tensor:
-        """Gradients in half precision: each client's loss is scaled up, and its scale halved while they overflow.
+        """Compute gradients in half precision: each client's loss is scaled, and its scale halved on overflow.
 
-        The step is done again, not skipped, and every step starts from the same scale: so the scale is no state that a
-        resume or another cohort size would have to know. Who overflows at the smallest scale too has diverged.
+        The step is repeated, not skipped, and every step starts from the same scale: so the scale is no state that
+        outlives a step. A client that overflows at the smallest scale has diverged.
         """
         scale = self.theta.new_full((self.cohort,), self.loss_scale)
         while True:
-            losses = self.rows.backward(x.clone(), y.clone(), count, scale)  # which a network may write to
+            losses = self.rows.backward(x.clone(), y.clone(), count, scale)  # copies: a network may change its input
             gradients = self._gradients()
             done = torch.stack([g.isfinite().all(1) for g in gradients]).all(0) | (scale <= SMALLEST_SCALE)
             if bool(done.all()):
@@ -239,13 +254,13 @@ class Clients:
             self.rows.clear()
 
     def _gradients(self) -> list[Tensor]:
-        """Gradients of the last backward, each with a row for a client."""
+        """View the gradients of the last backward as (K, *), a row for each client."""
         return [g.view(self.cohort, -1) for g in self.rows.gradients]
 
     def _clip(self, most: float) -> None:
         """Clip each client's gradient over its trained coordinates, as ``torch.nn.utils.clip_grad_norm_`` does.
 
-        Whether it was is a number that the host reads once a cohort: a step itself waits for none.
+        The factors stay on the device, and the host reads them once a cohort, so that a step does not wait for it.
         """
         if self.frozen is not None:
             for g, frozen in zip(self.rows.gradients, self.rows.parts(self.frozen), strict=True):
@@ -258,11 +273,11 @@ class Clients:
         self.factors.append(factor)
 
     def _frozen(self, mask: Tensor) -> Tensor | None:
-        """Mark what clipping leaves out, if there is any clipping."""
+        """Mark the coordinates that clipping leaves out; None if there are none."""
         return None if self.clip_norm is None or bool(mask.all()) else ~mask
 
     def _step_where(self, count: Sequence[int]) -> None:
-        """Step the clients that have samples; the others keep row and state, by selection: NaN * 0 is NaN."""
+        """Step the clients with samples; row and state of the others are copied back, as NaN * 0 is NaN."""
         dead, states = [k for k, n in enumerate(count) if n == 0], self.optimizer.rows(self.cohort)
         before, kept = self.theta.detach()[dead], [(view, view.clone()) for k in dead for view in states[k]]
         self.optimizer.update()
@@ -272,16 +287,16 @@ class Clients:
                 view.copy_(old)
 
     def show(self, row: Tensor) -> None:
-        """Put a row (P,) into the network, for evaluation and checkpoints."""
+        """Load a row (P,) into the network, for evaluation and checkpoints."""
         self.space.write(self.net, row)
 
     def release(self) -> None:
-        """Give the network's layers their own backward again, when training ends."""
+        """Restore the backward of the network's layers, when training ends."""
         self.rows.release()
 
 
 def no_samples(cohort: Cohort) -> Batch:
-    """Fetch nothing: for clients whose steps are taken one by one.
+    """Refuse to fetch: the default where ``step`` is called with batches, and ``train`` never is.
 
     Raises:
         ValueError: always.
@@ -291,12 +306,12 @@ def no_samples(cohort: Cohort) -> Batch:
 
 
 def processed(taken: Counts) -> tuple[float, ...]:
-    """Weights of K clients by the samples that they have processed: ``taken`` [S][K]."""
+    """Compute the weights of K clients by processed samples: ``taken`` [S][K]."""
     return tuple(float(sum(counts)) for counts in zip(*taken, strict=True))
 
 
 def check_stackable(net: nn.Module, cohort: int) -> None:
-    """Refuse several clients that would share running statistics.
+    """Refuse to stack clients that would share running statistics.
 
     Raises:
         ValueError: K > 1 with BatchNorm.
@@ -312,21 +327,21 @@ def can_stack(net: nn.Module) -> bool:
 
 
 def stacked(row: Tensor, clients: int) -> Tensor:
-    """Make the rows (K, P) of so many clients, which begin alike, with their gradients."""
+    """Build the rows (K, P) of K clients, all equal to one row, with gradients of zeros."""
     theta = row.repeat(clients, 1)
     theta.grad = zeros(theta)
     return theta
 
 
 def zeros(like: Tensor) -> Tensor:
-    """Make zeros; on a CPU numpy's, whose memory is taken when it is first written: frozen tensors' never is."""
+    """Build zeros; on a CPU by numpy, which takes memory only at the first write: frozen tensors never need any."""
     if like.device.type != "cpu":
         return torch.zeros_like(like)
     return torch.from_numpy(np.zeros(like.shape, like.numpy().dtype))
 
 
 def mean_losses(losses: Sequence[Sequence[float]], count: Sequence[Sequence[int]]) -> tuple[float, ...]:
-    """Mean loss of each client over its samples: losses [S][K] of the steps, real samples [S][K] -> K numbers.
+    """Compute each client's mean loss over its samples: losses [S][K], real samples [S][K] -> K numbers.
 
     >>> mean_losses([[1.0, 2.0], [4.0, 0.0]], [[2, 2], [1, 0]])
     (2.0, 2.0)
@@ -336,7 +351,7 @@ def mean_losses(losses: Sequence[Sequence[float]], count: Sequence[Sequence[int]
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
-    """Seed the one device that trains; ``torch.manual_seed`` seeds all there might be, at half a millisecond."""
+    """Seed the device that trains; ``torch.manual_seed`` would seed all devices, and takes half a millisecond."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

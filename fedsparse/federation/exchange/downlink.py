@@ -1,4 +1,4 @@
-"""What the server sends a client: what moved since it last took part, or the whole row, whichever is smaller.
+"""Downlink sizes: a client receives the coordinates that changed since it last took part, or the row, if smaller.
 
 Shapes: P coordinates, n of them travel.
 """
@@ -20,14 +20,15 @@ _NEVER = -1
 
 
 class Downlink:
-    """Knows when each coordinate last moved, and what each client holds.
+    """Records the round in which each coordinate last changed, and the model that each client holds.
 
     Attributes:
-        moved: the round in which a coordinate last moved, int32 (n,); or one number where all moved in the same.
+        moved: int32 (n,), the round in which a coordinate last changed; or one number if all changed in the same.
         holds: by client, the round whose starting values it holds.
-        stopped: the round in which each coordinate that travels no longer last moved, int32 (P,), -1 for all others;
-            None while the mask has not changed.
-        zeros: whether these are zero, so that the mask tells their values.
+        stopped: int32 (P,), the round in which a coordinate that no longer travels last changed, -1 for all others;
+            None until the mask changes.
+        zeros: whether these are zero, so that the mask implies their values.
+        sizes: of messages in the open round, by the round of the model that a client holds.
 
     """
 
@@ -36,14 +37,14 @@ class Downlink:
         self.stopped: Tensor | None = None
         self.zeros = False
         self.holds: dict[int, int] = {}
-        self.known: dict[int, Size] = {}
+        self.sizes: dict[int, Size] = {}
 
     def size(self, client: int, row: Tensor, buffers: int) -> Size:
-        """Bytes of the message to a client that holds an older model: row (n,), so many buffer values."""
+        """Bytes of the message that brings a client's model up to date: row (n,), and so many buffer values."""
         since = self.holds.get(client, _NEVER)
-        if since not in self.known:
-            self.known[since] = self._size(since, row, buffers)
-        return self.known[since]
+        if since not in self.sizes:
+            self.sizes[since] = self._size(since, row, buffers)
+        return self.sizes[since]
 
     def _size(self, since: int, row: Tensor, buffers: int) -> Size:
         size = self._trained(since, row, buffers)
@@ -52,7 +53,7 @@ class Downlink:
         return size + replace(self._some(late, 0, row), header=0)
 
     def _trained(self, since: int, row: Tensor, buffers: int) -> Size:
-        """Bytes of what trains now."""
+        """Bytes of a message with the coordinates that train now."""
         whole = known_size(len(row), buffers, row.dtype)
         if since == _NEVER or (isinstance(self.moved, int) and self.moved >= since):
             return whole
@@ -64,11 +65,19 @@ class Downlink:
         values = (int(marks.count_nonzero()) + buffers) * row.dtype.itemsize
         return Size(HEADER.size, len(write_positions(marks.cpu().numpy())[1]), values)
 
-    def close(self, round: int, before: Tensor, after: Tensor, clients: Iterable[int] = ()) -> None:
-        """Note which coordinates a round moved, from their values (n,) before and after, and who holds those before."""
-        self.known = {}
+    def close(self, round: int, start: Tensor, after: Tensor, clients: Iterable[int] = ()) -> None:
+        """Record which coordinates a round changed, and its clients.
+
+        Args:
+            round: the round, from 0.
+            start: values (n,) that the clients started from, and hold.
+            after: values (n,) after the server's step.
+            clients: that took part.
+
+        """
+        self.sizes = {}
         self.holds.update(dict.fromkeys(clients, round))
-        moved = before != after
+        moved = start != after
         if bool(moved.all()):
             self.moved = round
         elif bool(moved.any()):
@@ -76,11 +85,11 @@ class Downlink:
             self.moved = torch.where(moved, round, last.to(moved.device)).int()
 
     def move(self, carry: Carry) -> None:
-        """Let other coordinates train, or become zero, before a round.
+        """Carry the record over to another mask, before a round.
 
-        What has moved for the last time, or has become zero, still has to reach who holds an older model.
+        The last change of a coordinate that stops, or becomes zero, has yet to be sent to clients with older models.
         """
-        self.known, self.zeros = {}, carry.zeros
+        self.sizes, self.zeros = {}, carry.zeros
         if isinstance(self.moved, int):
             self.moved = torch.full((carry.before.size,), self.moved, dtype=torch.int32)
         last = carry.before.spread(self.moved, _NEVER).cpu().clone()
@@ -92,10 +101,10 @@ class Downlink:
         self.stopped = last.masked_fill(goes_on, _NEVER)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and two tensors."""
+        """The record: plain values and two tensors."""
         return {"moved": self.moved, "holds": dict(self.holds), "stopped": self.stopped, "zeros": self.zeros}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them from a checkpoint."""
+        """Load the record from a checkpoint."""
         self.moved, self.holds = state["moved"], dict(state["holds"])
         self.stopped, self.zeros = state.get("stopped"), state.get("zeros", False)

@@ -1,4 +1,4 @@
-"""What changes an update on its way: error feedback, fewer bits, an attack. They compose in the order of the YAML.
+"""Filters of updates: error feedback, quantization, an attack. They compose in the order of the YAML.
 
 Shapes: K clients of the cohort, n coordinates that train.
 """
@@ -20,14 +20,14 @@ RESIDUAL = "residuals"
 PRECISIONS = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-class Feedback(Filter):
-    """Error feedback: what a message leaves out, or rounds away, is added to the client's next change.
+class ErrorFeedback(Filter):
+    """Error feedback: the residual, which a message leaves out or rounds away, is added to the client's next change.
 
-    Sent plus kept equals carried plus change (Stich et al. 2018, algorithm 1; Karimireddy et al. 2019).
+    Sent plus new residual equals old residual plus change (Stich et al. 2018, algorithm 1; Karimireddy et al. 2019).
 
     Args:
-        decay: factor of what is carried over, above 0 and at most 1.
-        store: where the clients keep it; in memory by default.
+        decay: factor of the old residual, above 0 and at most 1.
+        store: of the residuals; in memory by default.
 
     Raises:
         ValueError: a decay out of range.
@@ -43,26 +43,26 @@ class Feedback(Filter):
         self.stores[RESIDUAL] = MemoryStore() if store is None else store
 
     def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
-        """Add what is carried over, send, and keep what did not arrive."""
+        """Add the residual, send, and keep the difference to the decoded update as the new residual."""
         carried = read(self.stores[RESIDUAL], update.clients, torch.zeros_like(update.rows))
         wanted = update.rows + self.decay * carried
         payload = send(replace(update, rows=wanted))
         arrived = exchange.decode(payload)
         left = torch.where(exchange.sendable.travels, wanted - arrived.rows, 0.0)
-        rows = counted(arrived)  # a dropped update leaves what was carried as it is
+        rows = counted(arrived)  # the residual of a dropped update stays as it was
         kept = (tuple(arrived.clients[k] for k in rows), left[rows].cpu())
         return replace(payload, kept=payload.kept | {RESIDUAL: kept})
 
 
-class Precision(Filter):
-    """Values travel with fewer bits.
+class Quantize(Filter):
+    """Quantization: values are sent in fewer bits.
 
     Args:
-        dtype: ``float16``, ``bfloat16``, or ``int8`` for 8-bit steps of the largest of each 256 values; None: as they
-            are.
+        dtype: ``float16``, ``bfloat16``, or ``int8`` for 8-bit steps of the largest of each 256 values; None: the
+            rows' dtype.
 
     Raises:
-        ValueError: another one.
+        ValueError: an unknown dtype.
 
     """
 
@@ -72,16 +72,19 @@ class Precision(Filter):
         self.dtype = PRECISIONS[dtype]
 
     def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
-        """Send in this precision."""
+        """Set the dtype of the message, and send."""
         return send(replace(update, dtype=self.dtype))
 
 
 class SignFlip(Filter):
-    """Some clients attack: they send their update reversed and scaled.
+    """Sign-flipping attack: some clients send their update times ``-scale``.
 
     Args:
-        clients: who does; the first so many if it is a number.
-        scale: by how much.
+        clients: ids of the attackers, or their number: then the first ones.
+        scale: factor of the reversed update.
+
+    Attributes:
+        last: highest id of an attacker, -1 without any.
 
     Raises:
         ValueError: neither a number of clients nor ids, or a scale that is no finite number.
@@ -102,21 +105,21 @@ class SignFlip(Filter):
         self.scale = scale
 
     def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
-        """Reverse the attackers' rows."""
+        """Multiply the attackers' rows by ``-scale``, and send."""
         factors = [-self.scale if client in self.clients else 1.0 for client in update.clients]
         return send(replace(update, rows=update.rows * update.rows.new_tensor(factors).unsqueeze(1)))
 
 
-def feedback(decay: float | None, **options: Any) -> Feedback | None:
-    """Make the filter that ``exchange.feedback`` asks for; none if it is null."""
-    return None if decay is None else Feedback(decay, **options)
+def feedback(decay: float | None, **options: Any) -> ErrorFeedback | None:
+    """Build the filter of ``exchange.feedback``; none if it is null."""
+    return None if decay is None else ErrorFeedback(decay, **options)
 
 
-def precision(dtype: str | None) -> Precision | None:
-    """Make the filter that ``exchange.precision`` asks for; none if it is null."""
-    return None if dtype is None else Precision(dtype)
+def precision(dtype: str | None) -> Quantize | None:
+    """Build the filter of ``exchange.precision``; none if it is null."""
+    return None if dtype is None else Quantize(dtype)
 
 
 def sign_flip(clients: int | Sequence[int] | None, scale: float) -> SignFlip | None:
-    """Make the attack that ``exchange.attackers`` asks for; none if it is null."""
+    """Build the attack of ``exchange.attackers``; none if it is null."""
     return None if clients is None else SignFlip(clients, scale)

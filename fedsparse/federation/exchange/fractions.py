@@ -1,4 +1,4 @@
-"""How much a client sends: ``exchange.fraction``, a number, one for each client, or one from a round on."""
+"""The fraction that a client sends (``exchange.fraction``): one number, one for each client, or one from a round on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Fraction = float | Sequence[float] | Mapping[int, float]
 
 
 def fraction_of(fraction: Fraction, round: int, client: int) -> float:
-    """Read ``exchange.fraction``: a number, a list with one for each client, or a mapping from a round on.
+    """Look up a client's fraction in a round: a number, a list with one for each client, or a mapping from a round on.
 
     >>> fraction_of({0: 0.5, 3: 0.1}, 4, 0), fraction_of([0.2, 0.4], 0, 1), fraction_of(0.3, 0, 0)
     (0.1, 0.4, 0.3)
@@ -21,10 +21,10 @@ def fraction_of(fraction: Fraction, round: int, client: int) -> float:
 
 
 def check_fraction(fraction: Fraction, clients: int | None = None) -> None:
-    """Refuse what is no fraction, before anything is trained.
+    """Refuse an invalid ``exchange.fraction``, before anything is trained.
 
     Raises:
-        ValueError: one line that says what ``exchange.fraction`` may be.
+        ValueError: one line with the valid forms, or the numbers of clients that differ.
 
     """
     listed = list(fraction.values()) if isinstance(fraction, Mapping) else fraction

@@ -1,4 +1,4 @@
-"""What crossed the network: lengths of payloads in bytes, by client and round, and the time that they take."""
+"""The ledger of traffic: lengths of messages in bytes, by client and round, and their time on a link."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _UNSTORED = ("link", "entries")
 
 @dataclass(frozen=True)
 class Link:
-    """A client's connection to the server (``conf/link``); all clients of a round send at once, each on its own.
+    """A client's connection to the server (``conf/link``); clients of a round send in parallel, each on one.
 
     Args:
         up: Mbit/s from the client.
         down: Mbit/s to the client.
-        latency: seconds that a message is under way, each time one is sent.
+        latency: seconds added to each message.
 
     Raises:
         ValueError: a rate that is not above 0, or a negative latency.
@@ -36,13 +36,13 @@ class Link:
     latency: float
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Check the options."""
         check_number("link.up", self.up, least=1e-9)
         check_number("link.down", self.down, least=1e-9)
         check_number("link.latency", self.latency, least=0)
 
     def seconds(self, up: int, down: int) -> float:
-        """Time of one message down and one up, of so many bytes.
+        """Compute the time of one message down and one up, of so many bytes.
 
         >>> Link(up=8.0, down=16.0, latency=0.5).seconds(up=1_000_000, down=1_000_000)
         2.5
@@ -52,14 +52,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Entry:
-    """One client in one round.
+    """The traffic of one client in one round.
 
     Attributes:
         client: its id.
-        up: bytes that it sent.
-        down: bytes that it received, without a first model.
-        first: bytes of the first model and the mask, if they came now; else 0.
-        dense: bytes that it would have sent with every coordinate.
+        up: bytes sent.
+        down: bytes received, without a first model.
+        first: bytes of the first model and the mask, if received in this round; else 0.
+        dense: bytes of the uplink with every coordinate.
         seconds: time on the link.
 
     """
@@ -72,16 +72,16 @@ class Entry:
     seconds: float
 
     def line(self, round: int) -> str:
-        """The row of a closed round, counted from 1."""
+        """Format the CSV line of a closed round, counted from 1."""
         sizes = [n for size in (self.up, self.down) for n in (size.header, size.positions, size.values)]
         return ",".join(map(str, [round, self.client, *sizes, self.first, self.dense, f"{self.seconds:.6g}"])) + "\n"
 
 
 class Traffic(RoundLines):
-    """traffic.csv: what each client of each round sent and received, in bytes by what they were for.
+    """traffic.csv: bytes that each client of each round sent and received, by header, positions and values.
 
     Args:
-        path: where; None writes nothing, as in all but the first of several processes.
+        path: of the file; None writes nothing, as in all but the first of several processes.
 
     """
 
@@ -89,28 +89,28 @@ class Traffic(RoundLines):
         super().__init__(COLUMNS, path)
 
     def write(self, round: int, entries: Sequence[Entry]) -> None:
-        """Append a closed round."""
+        """Append the lines of a closed round."""
         self.append(entry.line(round) for entry in entries)
 
 
 @dataclass
 class Ledger:
-    """Bytes of a run.
+    """Sums of bytes, steps and time of a run.
 
     Attributes:
-        bytes_up: what clients sent in training rounds.
-        bytes_down: what they received in training rounds.
-        bytes_dense: the uplink if every payload carried every coordinate.
-        bytes_setup_up: what clients sent for head and calibration.
-        bytes_setup_down: first model, mask, and what clients received for head and calibration.
+        bytes_up: sent by clients in training rounds.
+        bytes_down: received by clients in training rounds.
+        bytes_dense: the uplink if every message carried every coordinate.
+        bytes_setup_up: sent by clients for head, calibration and exploration.
+        bytes_setup_down: first model, mask, and messages to clients for head, calibration and exploration.
         has_model: clients that hold the first model.
         has_mask: clients that hold the mask.
-        link_seconds: time that training rounds would take on the link, each as long as its slowest client.
-        client_steps: local steps of all clients; gradients taken for head and calibration are steps too.
-        round_steps: those of the rounds alone.
-        clipped_steps: how many of these had their gradient clipped.
+        link_seconds: time of the rounds on the link, each as long as its slowest client.
+        client_steps: local steps of all clients; gradients for head and calibration count as steps.
+        round_steps: local steps of the rounds only.
+        clipped_steps: round steps whose gradient was clipped.
         link: the link; None for no time.
-        entries: the clients of the round that is open.
+        entries: of the open round.
 
     """
 
@@ -130,7 +130,7 @@ class Ledger:
 
     @property
     def bytes_total(self) -> int:
-        """All that crossed the network."""
+        """Bytes of all messages."""
         return self.bytes_up + self.bytes_down + self.bytes_setup_up + self.bytes_setup_down
 
     def first_model(self, clients: Iterable[int], length: int) -> None:
@@ -146,20 +146,27 @@ class Ledger:
         self.has_mask |= new
 
     def setup(self, clients: int, up: int, down: int) -> None:
-        """Count messages of so many clients for head or calibration."""
+        """Count the messages of so many clients in the preparation, of ``up`` and ``down`` bytes each."""
         self.bytes_setup_up += clients * up
         self.bytes_setup_down += clients * down
 
     def stepped(self, steps: int, clipped: int) -> None:
-        """Count local steps of a round, and how many of them were clipped."""
+        """Count local steps of a round, and the clipped ones among them."""
         self.client_steps += steps
         self.round_steps += steps
         self.clipped_steps += clipped
 
     def trained(self, client: int, up: Size, down: Size, dense: int, first: int = 0, prepares: bool = False) -> None:
-        """Count what a client of a round sent and received, and would have sent with every coordinate.
+        """Count the messages of one client in a round.
 
-        What ``prepares`` (an exploration) is counted with head and calibration.
+        Args:
+            client: its id.
+            up: bytes sent.
+            down: bytes received, without a first model.
+            dense: bytes of the uplink with every coordinate.
+            first: bytes of the first model and the mask.
+            prepares: whether the round is an exploration, which counts as preparation.
+
         """
         if prepares:
             self.setup(1, up.total, down.total)
@@ -171,23 +178,23 @@ class Ledger:
         self.entries.append(Entry(client, up, down, first, dense, seconds))
 
     def close(self) -> list[Entry]:
-        """Close a round: its entries, by client."""
+        """Close a round: its entries, sorted by client."""
         entries, self.entries = sorted(self.entries, key=lambda entry: entry.client), []
         self.link_seconds += max((entry.seconds for entry in entries), default=0.0)
         return entries
 
     def figures(self) -> dict[str, int]:
-        """All byte figures by name."""
+        """Byte figures by name."""
         names = ("bytes_up", "bytes_down", "bytes_dense", "bytes_setup_up", "bytes_setup_down", "bytes_total")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint, which is written between rounds."""
+        """Sums as plain values; there are no entries, as checkpoints are written between rounds."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSTORED}
         return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the values of a checkpoint; an earlier version stored fewer."""
+        """Load the sums of a checkpoint; earlier versions stored fewer."""
         self.bytes_up, self.bytes_down, self.bytes_dense = (state[f"bytes_{what}"] for what in ("up", "down", "dense"))
         self.bytes_setup_up, self.bytes_setup_down = state["bytes_setup_up"], state["bytes_setup_down"]
         self.has_model, self.has_mask = set(state["has_model"]), set(state["has_mask"])

@@ -1,6 +1,6 @@
-"""Scores of what a client may send, and the coordinates that they rank first: pure functions.
+"""Scores of the coordinates that a client may send, and the choice of the highest: pure functions.
 
-Shapes: n coordinates that a client may send, in the order that both sides know.
+Shapes: n coordinates that a client may send, in the same order on both sides.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from fedsparse.core.checks import check_choice, check_number
 from fedsparse.masks.topk import count, mark
 
 Score = Callable[[Tensor, Tensor], Tensor]
-TOLERANCE = 1e-9  # 0.1 * 30 is 3.0000000000000004, and yet three of thirty are meant
+TOLERANCE = 1e-9  # 0.1 * 30 is 3.0000000000000004, and its ceiling must be 3
 
-# the higher, the sooner it is sent; from a client's values now and those it started from (Zhou et al. 2019, section 3)
+# higher scores are sent first; of a client's values after and before training (Zhou et al. 2019, section 3)
 SCORES: dict[str, Score] = {
-    "largest_final": lambda theta, anchor: theta.abs(),
-    "smallest_final": lambda theta, anchor: -theta.abs(),
-    "largest_change": lambda theta, anchor: (theta - anchor).abs(),
-    "smallest_change": lambda theta, anchor: -(theta - anchor).abs(),
-    "largest_increase": lambda theta, anchor: theta.abs() - anchor.abs(),
-    "smallest_increase": lambda theta, anchor: anchor.abs() - theta.abs(),
+    "largest_final": lambda theta, start: theta.abs(),
+    "smallest_final": lambda theta, start: -theta.abs(),
+    "largest_change": lambda theta, start: (theta - start).abs(),
+    "smallest_change": lambda theta, start: -(theta - start).abs(),
+    "largest_increase": lambda theta, start: theta.abs() - start.abs(),
+    "smallest_increase": lambda theta, start: start.abs() - theta.abs(),
 }
 
 
 def score(rule: str) -> Score:
-    """Find the score of a rule by its name.
+    """Look up a score by its name.
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name.
 
     """
     check_choice("exchange.by", rule, *SCORES)
     return SCORES[rule]
 
 
-def select(rule: str, theta: Tensor, anchor: Tensor, fraction: float) -> Tensor:
-    """Mark the coordinates of each row that a rule ranks first: exactly floor(fraction * n + 0.5), at least one.
+def select(rule: str, theta: Tensor, start: Tensor, fraction: float) -> Tensor:
+    """Mark the coordinates of each row with the highest scores: exactly floor(fraction * n + 0.5), at least one.
 
     Ties go to the lowest index.
 
     Args:
         rule: one of ``SCORES``, such as ``largest_change``.
         theta: (*, n), values after local training.
-        anchor: (*, n), values that the clients started from.
+        start: (*, n), values that the clients started from.
         fraction: share to mark, above 0 and at most 1.
 
     Returns:
@@ -60,7 +60,7 @@ def select(rule: str, theta: Tensor, anchor: Tensor, fraction: float) -> Tensor:
     tensor([False,  True, False])
 
     """
-    scores = score(rule)(theta, anchor)
+    scores = score(rule)(theta, start)
     k = kept(fraction, scores.shape[-1])
     rows = scores.reshape(-1, scores.shape[-1])
     return torch.stack([mark([row], k, largest=True)[0][0] for row in rows]).view(scores.shape)
@@ -78,7 +78,7 @@ def kept(fraction: float, n: int) -> int:
 
 
 def at_least(scores: Tensor, fraction: float) -> Tensor:
-    """Mark the ceil(fraction * n) best of n scores and whatever ties with the last of them: bool (n,).
+    """Mark the ceil(fraction * n) highest of n scores and all ties with the lowest of these: bool (n,).
 
     >>> at_least(torch.tensor([1.0, 2.0, 2.0, 3.0]), 0.5)
     tensor([False,  True,  True,  True])

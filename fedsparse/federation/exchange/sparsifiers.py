@@ -1,9 +1,9 @@
-"""The rules of ``conf/exchange``: which coordinates a client sends, chosen anew for each round and client.
+"""Sparsifiers (``conf/exchange``): they choose the coordinates that a client sends, for each round and client.
 
-A rule of your own is a class like these, a YAML beside the others, and a row in the contract test,
+To add one, write a class like these, a YAML beside the others, and a row in the contract test,
 ``tests/test_exchange_contract.py``.
 
-Shapes: n coordinates that a client may send, in the order that both sides know, T tensors that they belong to.
+Shapes: n coordinates that a client may send, in the same order on both sides; T tensors that they belong to.
 """
 
 from __future__ import annotations
@@ -38,44 +38,44 @@ class Layout:
     owner: Tensor
 
     def at(self, index: Tensor | None) -> Layout:
-        """Keep some of the coordinates."""
+        """Restrict the layout to some positions; None keeps all."""
         return self if index is None else Layout(self.names, self.owner[index])
 
     def sizes(self) -> Tensor:
-        """Coordinates of each tensor: int64 (T,)."""
+        """Count the coordinates of each tensor: int64 (T,)."""
         return torch.bincount(self.owner, minlength=len(self.names))
 
 
 @dataclass(frozen=True)
 class Sender:
-    """Who sends, and when."""
+    """The client that sends, and the round, both from 0."""
 
     client: int
     round: int
 
 
-class Rule(Protocol):
-    """Chooses what one client sends.
+class Sparsifier(Protocol):
+    """Chooses the coordinates that one client sends.
 
     Attributes:
-        shared: whether the receiver can tell without being told, so that positions need not travel.
+        shared: whether the receiver computes the same choice, without values, so that no positions travel.
 
     """
 
     shared: bool
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
-        """Mark what is sent, bool (n,), of values now and at the start, both (n,)."""
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Mark the coordinates to send, bool (n,), from values after training and before it, both (n,)."""
 
 
 class TopK:
-    """The coordinates that a score ranks first, exactly as many as the fraction says.
+    """Sends a fraction of the coordinates, those with the highest scores; exactly floor(fraction * n + 0.5).
 
     Args:
         by: one of ``SCORES``.
-        fraction: how many, over the whole row or of each tensor; see ``fraction_of``.
+        fraction: of the row, or of each tensor; see ``fraction_of``.
         scope: ``global`` or ``tensor``.
-        compat: ``original`` marks as FL4Health's sparse exchanger does: ceil(fraction * n), and all ties with the last;
+        compat: ``original`` marks as FL4Health's sparse exchanger: ceil(fraction * n), and all ties with the lowest;
             never a value of 0.
 
     Raises:
@@ -94,25 +94,25 @@ class TopK:
         check_choice("exchange.compat", compat, None, "original")
         self.by, self.fraction, self.scope, self.compat = by, fraction, scope, compat
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
-        """Rank all coordinates, or those of each tensor."""
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Mark the highest scores of the row, or of each tensor."""
         share = fraction_of(self.fraction, sender.round, sender.client)
         if not len(theta):
             return torch.zeros_like(theta, dtype=torch.bool)
         if self.compat:
-            return at_least(score(self.by)(theta, anchor), share) & (theta != 0)
+            return at_least(score(self.by)(theta, start), share) & (theta != 0)
         if self.scope == "global":
-            return select(self.by, theta, anchor, share)
-        parts = [part.split(layout.sizes().tolist()) for part in (theta, anchor)]
+            return select(self.by, theta, start, share)
+        parts = [part.split(layout.sizes().tolist()) for part in (theta, start)]
         pairs = zip(*parts, strict=True)
         return torch.cat([select(self.by, now, start, share) for now, start in pairs if len(now)])
 
 
 class RandomK:
-    """Random coordinates, drawn anew for each round and client from a seed that both sides know: no positions travel.
+    """Sends random coordinates, drawn for each round and client from a seed that both sides have: no positions travel.
 
     Args:
-        fraction: how many; see ``fraction_of``.
+        fraction: of the coordinates; see ``fraction_of``.
         seed: the run's.
 
     """
@@ -123,8 +123,8 @@ class RandomK:
         check_fraction(fraction)
         self.fraction, self.seed = fraction, seed
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
-        """Mark as many as the fraction says."""
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Mark a random fraction of the coordinates."""
         k = kept(fraction_of(self.fraction, sender.round, sender.client), len(theta)) if len(theta) else 0
         stream = torch_generator(self.seed, Purpose.EXCHANGE, sender.round, sender.client)
         marks = torch.zeros(len(theta), dtype=torch.bool)
@@ -133,10 +133,10 @@ class RandomK:
 
 
 class Threshold:
-    """Coordinates whose score is at least a threshold; a client may send nothing.
+    """Sends coordinates whose score is at least a threshold; a client may send nothing.
 
     Args:
-        threshold: of the magnitude that ``by`` names: for ``smallest_*`` rules at most so much is sent.
+        threshold: of the magnitude that ``by`` names; ``smallest_*`` scores send magnitudes up to it.
         by: one of ``SCORES``.
 
     """
@@ -147,18 +147,18 @@ class Threshold:
         check_number("exchange.threshold", threshold)
         self.score, self.least = score(by), -threshold if by.startswith("smallest") else threshold
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Compare every score with the threshold."""
-        return self.score(theta, anchor) >= self.least
+        return self.score(theta, start) >= self.least
 
 
 class Layers:
-    """Whole tensors by their drift, the L2 norm of their change.
+    """Sends whole tensors by their drift, the L2 norm of their change.
 
     Args:
-        threshold: drift above which a tensor is sent; None to send a share of the tensors.
+        threshold: drift above which a tensor is sent; None for a share of the tensors.
         percentage: ceil(percentage * T) tensors are sent, in (0, 1].
-        more: whether those that drifted more are sent; else less, or at most the threshold.
+        more: whether tensors with more drift are sent; else those with less, or at most the threshold.
         normalise: whether drift is divided by the tensor's number of coordinates.
 
     Raises:
@@ -183,10 +183,10 @@ class Layers:
         check_flag("exchange.normalise", normalise)
         self.threshold, self.percentage, self.more, self.normalise = threshold, percentage, more, normalise
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
-        """Mark all coordinates of the tensors that are sent."""
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Mark all coordinates of the chosen tensors."""
         sizes = layout.sizes()
-        drift = drifts(theta - anchor, layout, self.normalise)
+        drift = drifts(theta - start, layout, self.normalise)
         if self.threshold is not None:
             chosen = (drift > self.threshold) == self.more
         else:
@@ -200,7 +200,7 @@ class Layers:
 
 
 def drifts(change: Tensor, layout: Layout, normalise: bool) -> Tensor:
-    """L2 norm of each tensor's change, (n,) -> (T,), divided by its size if so wished."""
+    """Compute the L2 norm of each tensor's change, (n,) -> (T,); if ``normalise``, divided by the tensor's size."""
     squares = change.new_zeros(len(layout.names), dtype=torch.float64)
     squares.index_add_(0, layout.owner, change.double() ** 2)
     norms = squares.sqrt()
@@ -208,13 +208,13 @@ def drifts(change: Tensor, layout: Layout, normalise: bool) -> Tensor:
 
 
 class Pattern:
-    """Whole tensors by name; both sides know which.
+    """Sends whole tensors by name; no positions travel.
 
     Args:
         names: glob patterns of the tensors that are sent.
 
     Raises:
-        ValueError: something else.
+        ValueError: names that are no glob patterns.
 
     """
 
@@ -226,17 +226,17 @@ class Pattern:
             raise ValueError(f"exchange.names is {names!r}; it must be glob patterns of tensor names, such as [head.*]")
 
     def check(self, names: Sequence[str]) -> None:
-        """Refuse patterns that match no tensor of these.
+        """Refuse patterns that match none of these tensors.
 
         Raises:
-            ValueError: lists the first few.
+            ValueError: lists the first six.
 
         """
         if not any(matches(name, self.names) for name in names):
             listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
             raise ValueError(f"exchange.names={self.names} matches no tensor that trains and travels: {listed}")
 
-    def mark(self, theta: Tensor, anchor: Tensor, layout: Layout, sender: Sender) -> Tensor:
-        """Mark all coordinates of the tensors whose name matches; a client's own mask may leave it none of them."""
+    def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
+        """Mark all coordinates of the matching tensors; with a mask of each client there may be none."""
         hits = torch.tensor([matches(name, self.names) for name in layout.names], device=theta.device)
         return hits[layout.owner]

@@ -1,9 +1,9 @@
-"""What the server sends the clients of a cohort, what they changed, what of that is on its way back, and what counts.
+"""Start, update and payload of a cohort, and the admission of updates to the average.
 
-An update that is not finite, or claims more than the server knows of its client, is refused.
+An update that is not finite, or claims a larger weight than the server derives, is refused.
 
-Shapes: K clients of the cohort, P coordinates of which n train, Q buffer values. Rows hold trained coordinates only:
-nothing else can change. Nothing here knows of the simulator.
+Shapes: K clients of the cohort, P coordinates of which n train, Q buffer values. Rows have trained coordinates only:
+no others can change. This module is independent of the simulator.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ NOT_FINITE = "NaN or infinity in loss or update"
 
 @dataclass(frozen=True)
 class Start:
-    """What the server sends K clients.
+    """The server's message to K clients.
 
     Attributes:
-        values: (K, n) where each starts.
+        values: (K, n) trained values that each starts from.
         lr: their learning rate in this round.
         group: the global row that each starts from.
         patience: epochs without a better loss after which a client stops; None: none stops early.
@@ -43,25 +43,25 @@ class Start:
 
 @dataclass(frozen=True)
 class Update:
-    """What K clients changed in a round.
+    """The update of K clients in a round.
 
     Attributes:
         clients: K ids; below 0 is a padding row.
-        rows: (K, n) change of each coordinate that trains; the next cohort's may lie in the same memory.
+        rows: (K, n) change of each trained coordinate; the next cohort may overwrite this memory.
         buffers: (K, Q) change of the float buffers.
         weight: K weights in the average.
         loss: K mean training losses.
-        sent: bool (K, n), which coordinates each client sent, where that differs between them; None: all alike.
-        anchor: (K, n) values that the clients started from, which both sides know; None where nothing asks for them.
-        values: (K, n) values that training ended with: start plus change is rounded once more. None where nobody said.
-        round: the round.
-        steps: K sums of step weights (``drift.step_weight``); empty where nobody said.
-        variates: (K, n) what an objective sends of each coordinate that trains, never rounded; None: nothing.
-        dtype: of the values on the wire; None for the rows' own.
-        refused: rows that do not count, which have weight 0, and why.
-        kept: what the clients keep for themselves if their update counts: their ids, and a row each, by the store.
-        local_steps: that they took, all together.
-        clipped: how many of these had their gradient clipped.
+        sent: bool (K, n), coordinates that each client sent; None if all sent the same.
+        start: (K, n) values that the clients started from, which both sides know; None where nothing reads them.
+        values: (K, n) values after training, as start plus change is rounded once more; None if unknown.
+        round: the round, from 0.
+        steps: K sums of step weights (``drift.step_weight``); empty if unknown.
+        variates: (K, n) control variates, never rounded; None without.
+        dtype: of the values on the wire; None for the rows' dtype.
+        refused: by row, which then has weight 0, the reason of the refusal.
+        kept: rows that the clients store if their update is admitted, by the store's name: ids, and a row each.
+        local_steps: sum over the clients.
+        clipped: local steps whose gradient was clipped.
 
     """
 
@@ -71,7 +71,7 @@ class Update:
     weight: tuple[float, ...]
     loss: tuple[float, ...]
     sent: Tensor | None = None
-    anchor: Tensor | None = None
+    start: Tensor | None = None
     values: Tensor | None = None
     round: int = 0
     steps: tuple[float, ...] = ()
@@ -84,27 +84,27 @@ class Update:
 
     @property
     def extra(self) -> int:
-        """Values that each client sends beside its row, exactly: buffers and variates."""
+        """Number of values that each client sends beside its row, unrounded: buffers and variates."""
         return self.buffers.shape[1] + (0 if self.variates is None else self.variates.shape[1])
 
     @property
-    def start(self) -> Tensor:
-        """Values that the clients started from; zeros where nobody said."""
-        return torch.zeros_like(self.rows) if self.anchor is None else self.anchor
+    def start_values(self) -> Tensor:
+        """Values (K, n) that the clients started from; zeros without ``start``."""
+        return torch.zeros_like(self.rows) if self.start is None else self.start
 
 
 @dataclass(frozen=True)
 class Payload:
-    """What K clients send.
+    """The messages of K clients.
 
-    Where both sides know the positions and no value is rounded, the values stay where they are, and the lengths are
-    those that the messages would have: a simulation need not copy every update to the host to count it.
+    If both sides have the positions and no value is rounded, no message is written, and the sizes are those that
+    messages would have: so a simulation does not copy every update to the host to count it.
 
     Attributes:
-        update: the update without its rows, if there are messages; else with what is sent in them.
+        update: the update; its rows are those that are sent if there are no messages.
         sizes: bytes of each client's message.
-        written: the messages, or empty where they need not be written.
-        kept: what the clients keep of what they did not send, as ``Update.kept``.
+        written: the messages; empty if none are needed.
+        kept: rows that filters store, as ``Update.kept``.
 
     """
 
@@ -115,19 +115,19 @@ class Payload:
 
 
 def counted(update: Update) -> list[int]:
-    """Rows whose update counts: neither padding nor refused."""
+    """List the rows of admitted updates: neither padding nor refused."""
     return [k for k, weight in enumerate(update.weight) if weight > 0]
 
 
 def finite(update: Update) -> Update:
-    """Refuse updates of which rows, buffers or loss are not finite."""
+    """Refuse updates whose row, buffers or loss are not finite."""
     pairs = enumerate(zip(finite_rows(update.rows, update.buffers), update.loss, strict=True))
     why = {k: NOT_FINITE for k, (good, loss) in pairs if not (good and math.isfinite(loss))}
     return refuse(update, why) if why else update
 
 
 def finite_rows(first: Tensor, *others: Tensor) -> list[bool]:
-    """Say of K rows, in parts (K, *), which are finite; the host waits for the device once, unless a sum is not."""
+    """Test which of K rows, in parts (K, *), are finite; the host waits for the device once if all sums are finite."""
     sums = first.sum(1)
     for part in others:
         sums = sums + part.sum(1) if part.shape[1] else sums
@@ -136,7 +136,7 @@ def finite_rows(first: Tensor, *others: Tensor) -> list[bool]:
 
 
 def of_those(kept: Kept, update: Update) -> Kept:
-    """Of what clients would keep, on the host: the finite rows of those whose update counts."""
+    """Select the rows to store: the finite ones of clients with an admitted update, on the CPU."""
     those = {update.clients[k] for k in counted(update)}
     found = {}
     for name, (clients, rows) in kept.items():
@@ -147,15 +147,15 @@ def of_those(kept: Kept, update: Update) -> Kept:
 
 
 def admit(received: Update, weight: Sequence[float], between: bool) -> Update:
-    """Refuse what cannot be true of a client, or cannot be averaged.
+    """Refuse updates with an impossible weight, and those that are not finite.
 
-    A weight must be above 0, and at most the known one: the samples that the server knows the client to hold, those
-    that it asked it to process, or 1 (``federation.weight``). A loss may be negative: it may be of a user's own.
+    A weight must be above 0 and at most the server's bound: the client's number of samples, the samples that it was to
+    process, or 1 (``federation.weight``). A loss may be negative, as a user's loss can be.
 
     Args:
-        received: what clients sent.
-        weight: what the server knows of their weights without being told.
-        between: whether anything has changed the values since the clients looked whether they are finite.
+        received: the decoded update.
+        weight: K upper bounds of the weights.
+        between: whether values may have changed since the clients tested them for NaN and infinity.
 
     """
     pairs = enumerate(zip(received.weight, weight, strict=True))
@@ -164,19 +164,19 @@ def admit(received: Update, weight: Sequence[float], between: bool) -> Update:
     return finite(admitted) if between else admitted
 
 
-def _claims(weight: float, known: float) -> str:
-    return f"a weight of {weight:g}, where at most {known:g} can be"
+def _claims(weight: float, limit: float) -> str:
+    return f"a weight of {weight:g}, where at most {limit:g} can be"
 
 
 def refuse(update: Update, why: Mapping[int, str]) -> Update:
-    """Leave rows out: by selection, so that NaN never reaches a sum; what they were refused for first stays noted."""
+    """Refuse rows: they become zero by selection, so that NaN never reaches a sum, and keep their first reason."""
     good = [k not in why for k in range(len(update.clients))]
     keep = torch.tensor(good, device=update.rows.device).unsqueeze(1)
     return replace(
         update,
         rows=torch.where(keep, update.rows, 0.0),
         buffers=torch.where(keep, update.buffers, 0.0),
-        values=None if update.values is None else torch.where(keep, update.values, update.start),
+        values=None if update.values is None else torch.where(keep, update.values, update.start_values),
         weight=tuple(w if g else 0.0 for w, g in zip(update.weight, good, strict=True)),
         loss=tuple(v if g else 0.0 for v, g in zip(update.loss, good, strict=True)),
         refused={**why, **update.refused},

@@ -1,4 +1,4 @@
-"""The server: global rows, who takes part, and how updates become one change."""
+"""The server: global rows, sampling of clients, and aggregation of updates."""
 
 from fedsparse.federation.server.aggregation import Aggregation, Change, FedNova, Robust, WeightedMean
 from fedsparse.federation.server.robust import (

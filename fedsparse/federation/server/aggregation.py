@@ -1,7 +1,7 @@
-"""How updates become one change per group. G groups, n coordinates that train, Q buffer values.
+"""Aggregation of updates to one change per group. G groups, n coordinates that train, Q buffer values.
 
-Means are additive, so that clients can stream through, in cohorts of any size and over several processes. Robust ones
-need all rows of a round at once: their memory grows with the clients, and processes gather them when a round closes.
+Means are additive, so that clients can be added in cohorts of any size and in several processes. Robust averages need
+all rows of a round at once: their memory grows with the clients, and processes gather the rows when a round closes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ AverageRows = Callable[[Tensor, Tensor, Tensor], Averaged]
 
 @dataclass(frozen=True)
 class Change:
-    """What a round changes.
+    """The mean change of a round.
 
     Attributes:
-        rows: (G, n) mean change, zero for a group that nobody sent to.
+        rows: (G, n) mean change, zero for a group without updates.
         buffers: (G, Q) mean change of the float buffers.
-        touched: bool (G, n), which coordinates somebody sent, or None for all.
+        touched: bool (G, n), coordinates that some client sent; None for all.
         loss: mean training loss over the clients.
-        sent: of each group, whether anybody sent to it.
+        sent: of each group, whether it received an update.
 
     """
 
@@ -45,34 +45,36 @@ class Change:
 
 
 class Tally:
-    """Sums of a round. What the host knows is summed there, and joins the rows in one float64 vector to be merged.
+    """Sums of a round: rows in float64 on the device, scalars on the host; one vector joins them for an all-reduce.
 
     Args:
         groups: G.
         size: n.
         buffers: Q.
         device: where the sums are kept.
-        own: whether clients send different coordinates, so that the weights of each are summed too.
+        per_coordinate: whether clients send different coordinates, so that weights are summed for each coordinate too.
 
     """
 
-    def __init__(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> None:
-        sizes = [groups * size, groups * buffers, groups * size * own, 2 * groups + 1]
+    def __init__(
+        self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False
+    ) -> None:
+        sizes = [groups * size, groups * buffers, groups * size * per_coordinate, 2 * groups + 1]
         self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         rows, extra, senders, self.numbers = self.vector.split(sizes)
         self.rows, self.buffers = rows.view(groups, size), extra.view(groups, buffers)
-        self.senders = senders.view(groups, size) if own else None
+        self.senders = senders.view(groups, size) if per_coordinate else None
         self.weight, self.steps, self.loss = [0.0] * groups, [0.0] * groups, 0.0
 
     def count(self, group: int, update: Update, k: int) -> None:
-        """Add what every aggregation averages by weight: a client's loss and steps."""
+        """Add a client's weight, and its loss and steps times the weight."""
         weight = update.weight[k]
         self.weight[group] += weight
         self.loss += weight * update.loss[k]
         self.steps[group] += weight * update.steps[k] if update.steps else 0.0
 
     def all_reduce(self) -> None:
-        """Sum over processes, all in one call."""
+        """Sum over processes in one all-reduce."""
         groups = len(self.weight)
         self.numbers.copy_(torch.tensor([*self.weight, *self.steps, self.loss], dtype=torch.float64))
         torch.distributed.all_reduce(self.vector)
@@ -80,52 +82,52 @@ class Tally:
         self.weight, self.steps = both[:groups], both[groups:]
 
     def change(self, rows: Tensor, touched: Tensor | None) -> Change:
-        """Close the round with these mean changes of the rows (G, n); buffers and loss are averaged by weight."""
+        """Build the change from mean changes of the rows (G, n); buffers and loss are averaged by weight."""
         weight = self.rows.new_tensor(self.weight).unsqueeze(1)
         buffers = self.buffers / torch.where(weight > 0, weight, 1.0)
-        sent = tuple(own > 0 for own in self.weight)
+        sent = tuple(total > 0 for total in self.weight)
         return Change(rows, buffers, touched, self.loss / sum(self.weight), sent)
 
 
 def add_scaled(total: Tensor, row: Tensor, weight: float, chunk: int = CHUNK) -> None:
-    """Add a float32 row times a weight to a float64 sum; in chunks on a CPU, where torch first copies it to float64."""
+    """Add a row times a weight to a float64 sum; in chunks on a CPU, where torch copies the row to float64."""
     size = chunk if total.device.type == "cpu" else max(1, len(total))
     for part, values in zip(total.split(size), row.split(size), strict=True):
         part.add_(values, alpha=weight)
 
 
 class Aggregation(Protocol):
-    """Collects the updates of a round.
+    """Averages the updates of a round.
 
     Attributes:
-        denominator: over whom each coordinate is averaged, where that is a choice; else empty.
+        denominator: ``senders`` or ``participants``, over which each coordinate is averaged; empty if neither applies.
 
     """
 
     denominator: str
 
-    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:
-        """Start a round; ``own`` if clients send different coordinates."""
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False) -> Tally:
+        """Start a round; ``per_coordinate`` if clients send different coordinates."""
 
     def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
-        """Take in K updates; a client of weight 0 adds nothing."""
+        """Add K updates; a client of weight 0 adds nothing."""
 
     def merge(self, tally: Tally) -> Tally:
-        """Join the tallies of all processes."""
+        """Combine the tallies of all processes."""
 
     def finish(self, tally: Tally) -> Change | None:
-        """Close a round; None if nobody sent."""
+        """Compute the mean change; None without updates."""
 
 
 class WeightedMean:
     r"""Average of the updates by weight, :math:`\sum_k w_k \Delta_k / \sum_k w_k` (FedAvg, McMahan et al. 2017).
 
     Args:
-        denominator: where clients send different coordinates, each is averaged over its ``senders`` (what nobody sent
-            stays), or over all ``participants`` of the round (not sent means no change).
+        denominator: if clients send different coordinates, each is averaged over its ``senders``, or over all
+            ``participants`` of the round, where an unsent coordinate is a change of 0.
 
     Raises:
-        ValueError: another denominator.
+        ValueError: an unknown denominator.
 
     """
 
@@ -135,9 +137,9 @@ class WeightedMean:
         check_choice("aggregation.denominator", denominator, *DENOMINATORS)
         self.denominator = denominator
 
-    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> Tally:
-        """Start a round with empty sums."""
-        return Tally(groups, size, buffers, device, own)
+    def zero(self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False) -> Tally:
+        """Start a round with sums of 0."""
+        return Tally(groups, size, buffers, device, per_coordinate)
 
     def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
         """Add w * rows in client order, so that the cohort size does not change the order of summation."""
@@ -151,7 +153,7 @@ class WeightedMean:
                     tally.senders[g].add_(update.sent[k], alpha=weight)
 
     def merge(self, tally: Tally) -> Tally:
-        """Sum over processes; nothing to do in one."""
+        """Sum over processes, if there are several."""
         if parallel.joined():
             tally.all_reduce()
         return tally
@@ -162,7 +164,7 @@ class WeightedMean:
             return None
         weight = tally.rows.new_tensor(tally.weight).unsqueeze(1)
         divisor = torch.where(weight > 0, weight, 1.0)
-        if tally.senders is None:  # in place: the tally has served
+        if tally.senders is None:  # in place: the tally is not used again
             touched = None if all(tally.weight) else (weight > 0).expand_as(tally.rows)
             return tally.change(tally.rows.div_(divisor), touched)
         touched = tally.senders > 0
@@ -174,14 +176,14 @@ class WeightedMean:
 class FedNova(WeightedMean):
     r"""Average of the updates per step, times the mean number of steps (Wang et al. 2020, equation 6).
 
-    A client's steps count :math:`\lVert a_k \rVert_1`, the sum of its step weights, momentum included: how far it would
-    go on gradients of 1 at a learning rate of 1. So clients that take more steps do not pull the model their way.
+    A client's number of steps is :math:`\lVert a_k \rVert_1`, the sum of its step weights, momentum included. So
+    clients with more steps do not bias the model towards their objective.
     """
 
     per_step = True
 
     def finish(self, tally: Tally) -> Change | None:
-        """Average, and scale by the mean of the step weights."""
+        """Average, and scale by the mean of the sums of step weights."""
         change = super().finish(tally)
         if change is not None:
             pairs = zip(tally.steps, tally.weight, strict=True)
@@ -192,14 +194,14 @@ class FedNova(WeightedMean):
 
 @dataclass(frozen=True)
 class Kept:
-    """What a robust average holds of a client until a round closes.
+    """An update that a robust average holds until the round closes.
 
     Attributes:
         client: its id.
-        group: of the global row.
+        group: index of the global row.
         weight: in the average.
-        row: (n + Q,), what it changed in coordinates and buffers; NaN of a client that was left out.
-        sent: bool (n + Q,).
+        row: (n + Q,), change of coordinates and buffers; NaN if the update was refused.
+        sent: bool (n + Q,), entries that were sent.
 
     """
 
@@ -211,7 +213,7 @@ class Kept:
 
 
 class RowTally(Tally):
-    """Sums of what every aggregation averages, and all rows of a round."""
+    """Sums of weights, losses and steps, and all rows of a round."""
 
     def __init__(self, groups: int, buffers: int, size: int, device: torch.device) -> None:
         super().__init__(groups, 0, 0, device)
@@ -227,8 +229,8 @@ class RowTally(Tally):
 class Robust:
     """A robust average of the rows of each group, and of their buffers, by one of the functions of ``robust``.
 
-    Those that pick whole rows compare coordinates alone, and take the buffers of the rows that they pick. An update
-    that was left out is handed on as a row of NaN: of the attackers that a function reckons with, one has been found.
+    Functions that pick whole rows compare coordinates only, and take the buffers of the picked rows. A refused update
+    is passed on as a row of NaN: it counts as one of the attackers that the function assumes.
 
     Args:
         average: values (K, n), sent bool (K, n), weight (K,) -> mean (n,), touched bool (n,).
@@ -241,12 +243,14 @@ class Robust:
         self.average = average
         self.picks = (average.func if isinstance(average, partial) else average) in (krum, multi_krum)
 
-    def zero(self, groups: int, size: int, buffers: int, device: torch.device, own: bool = False) -> RowTally:
+    def zero(
+        self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False
+    ) -> RowTally:
         """Start a round without rows."""
         return RowTally(groups, buffers, size, device)
 
     def add(self, tally: RowTally, update: Update, group: Sequence[int]) -> None:
-        """Keep the rows of those who count, and note who was left out."""
+        """Keep the rows of admitted updates, and a row of NaN for each refused one."""
         for k, (client, weight, g) in enumerate(zip(update.clients, update.weight, group, strict=True)):
             if weight > 0 or (client >= 0 and k in update.refused):
                 row = torch.cat([update.rows[k], update.buffers[k]]).cpu()
@@ -288,6 +292,6 @@ class Robust:
         if self.picks:
             return self.average(values, sent, weight, by=tally.size)  # type: ignore[call-arg]
         parts = zip(values.split(sizes, 1), sent.split(sizes, 1), strict=True)
-        means = [self.average(value, told, weight) for value, told in parts]
+        means = [self.average(value, marks, weight) for value, marks in parts]
         rows, touched = (torch.cat(part) for part in zip(*means, strict=True))
         return rows, touched

@@ -1,8 +1,8 @@
 """Averages of K rows, plain and robust: pure functions, in float64.
 
-Shapes: values (K, P), sent bool (K, P), weight (K,) -> mean (P,), touched bool (P,). A row of weight 0 never matters,
-whatever it holds; nor does a lost one, which has a weight and holds NaN or infinity, but that it is an attacker who has
-been found. A coordinate that nobody sent is 0 and untouched.
+Shapes: values (K, P), sent bool (K, P), weight (K,) -> mean (P,), touched bool (P,). A row of weight 0 has no effect,
+whatever its values. A lost row, of positive weight but with NaN or infinity, is left out too, and counts as a detected
+attacker. A coordinate that no client sent is 0 and untouched.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from fedsparse.federation.exchange.update import finite_rows
 
 DENOMINATORS = ("senders", "participants")
 _TOLERANCE = 1e-9
-_FARTHEST = 1e100  # in units of what most clients send: farther is no farther, and its square is no overflow
-_CLOSE = 1e3  # median distances within which rows make up the point that a geometric median is looked for from
-_STILL = 1e-12  # median distances: a shorter step is the last
+_FARTHEST = 1e100  # in units of a typical row: values are clamped to it, so that squares do not overflow
+_CLOSE = 1e3  # in median distances: the geometric median starts from the mean of the rows within it
+_CONVERGED = 1e-12  # in median distances: a shorter step ends the iteration
 _PIECE = 1 << 16  # coordinates that are sorted at a time
 Averaged = tuple[Tensor, Tensor]
 
 
 def weighted_mean(values: Tensor, sent: Tensor, weight: Tensor) -> Averaged:
-    r"""Average over all, :math:`\sum_k w_k v_k / \sum_k w_k` (FedAvg, McMahan et al. 2017); not sent means 0."""
+    r"""Average over all rows, :math:`\sum_k w_k v_k / \sum_k w_k` (McMahan et al. 2017); unsent values are 0."""
     return coordinate_mean(values, sent, weight, "participants")
 
 
 def coordinate_mean(values: Tensor, sent: Tensor, weight: Tensor, denominator: str = "senders") -> Averaged:
-    """Average each coordinate over those who sent it, or over all participants.
+    """Average each coordinate over its senders, or over all participants.
 
     Args:
         values: (K, P).
         sent: bool (K, P).
         weight: (K,).
-        denominator: ``senders`` or ``participants``; the latter takes what was not sent as 0.
+        denominator: ``senders`` or ``participants``; the latter takes unsent values as 0.
 
     Raises:
-        ValueError: another denominator.
+        ValueError: an unknown denominator.
 
     """
     check_choice("aggregation.denominator", denominator, *DENOMINATORS)
@@ -78,25 +78,25 @@ def median(values: Tensor, sent: Tensor, weight: Tensor) -> Averaged:
 def _middle(values: Tensor, sent: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Average the sent values of each coordinate, in ascending order, from ``low`` to before ``high`` (P,)."""
     ordered = torch.where(sent, values, math.inf).sort(0).values
-    place = torch.arange(len(values), device=values.device)[:, None]
-    taken = (place >= low) & (place < high)
+    rank = torch.arange(len(values), device=values.device)[:, None]
+    taken = (rank >= low) & (rank < high)
     return torch.where(taken, ordered, 0.0).sum(0) / (high - low).clamp(min=1)
 
 
 def krum(values: Tensor, sent: Tensor, weight: Tensor, attackers: int = 1, by: int | None = None) -> Averaged:
-    """Take the row that lies nearest to its n - attackers - 2 nearest others (Blanchard et al. 2017).
+    """Pick the row nearest to its n - attackers - 2 nearest others, of n (Krum, Blanchard et al. 2017).
 
-    Ties go to the lowest index. Of ``attackers`` the lost rows have been found.
+    Ties go to the lowest index. Lost rows are subtracted from ``attackers``.
 
     Args:
         values: (K, P).
         sent: bool (K, P).
         weight: (K,).
-        attackers: how many rows may be anything.
-        by: rows are compared by their first so many coordinates; by all by default.
+        attackers: number of rows that may be arbitrary.
+        by: number of leading coordinates by which rows are compared; all by default.
 
     Raises:
-        ValueError: fewer than attackers + 3 rows, the lost ones counted.
+        ValueError: fewer than attackers + 3 rows, lost ones included.
 
     """
     values, sent, weight, lost = _counted(values, sent, weight)
@@ -114,18 +114,18 @@ def multi_krum(
     keep: int | None = None,
     by: int | None = None,
 ) -> Averaged:
-    """Average, by weight and over the senders, the rows that Krum ranks first.
+    """Average, by weight and over the senders, the rows that Krum ranks first (Blanchard et al. 2017).
 
     Args:
         values: (K, P).
         sent: bool (K, P).
         weight: (K,).
-        attackers: how many rows may be anything.
-        keep: how many are averaged; all but ``attackers`` by default.
+        attackers: number of rows that may be arbitrary.
+        keep: number of rows that are averaged; all but ``attackers`` by default.
         by: as for ``krum``.
 
     Raises:
-        ValueError: fewer than attackers + 3 rows, the lost ones counted.
+        ValueError: fewer than attackers + 3 rows, lost ones included.
 
     """
     values, sent, weight, lost = _counted(values, sent, weight)
@@ -144,22 +144,22 @@ def _krum_order(values: Tensor, attackers: int, lost: int) -> Tensor:
     scaled, _ = _scaled(values)
     squares = torch.stack([(scaled - row).square().sum(1) for row in scaled])
     squares.fill_diagonal_(math.inf)
-    near = max(1, n - unknown - 2)  # more may be lost than were thought to attack: one neighbour is the least
+    near = max(1, n - unknown - 2)  # at least one neighbour, also if more rows are lost than attackers assumed
     return squares.sort(1).values[:, :near].sum(1).argsort(stable=True)
 
 
 def geometric_median(
     values: Tensor, sent: Tensor, weight: Tensor, steps: int = 1000, smoothing: float = 1e-10
 ) -> Averaged:
-    """Take the point whose weighted distances to the rows sum to the least (RFA, Pillutla et al. 2022, algorithm 2).
+    """Find the point with the least sum of weighted distances to the rows (RFA, Pillutla et al. 2022, algorithm 2).
 
-    How far attackers are away moves neither where it is looked for from, nor how closely.
+    Start and tolerance are set by the median distance, so that the distance of attackers affects neither.
 
     Args:
         values: (K, P).
-        sent: bool (K, P); what was not sent is 0.
+        sent: bool (K, P); unsent values are 0.
         weight: (K,).
-        steps: at most so many of Weiszfeld's steps; fewer once a step moves nothing.
+        steps: largest number of Weiszfeld steps.
         smoothing: least distance, as a share of the rows' median distance from the coordinates' medians.
 
     Raises:
@@ -176,27 +176,27 @@ def geometric_median(
     centre = torch.cat([_weighted_median(part, weight) for part in values.split(_PIECE, 1)])
     away = (values - centre).norm(dim=1)
     scale = float(_weighted_median(away[:, None], weight))
-    if scale == 0:  # where half of the weight agrees, it is there
+    if scale == 0:  # rows with half of the weight are equal: they are the median
         return centre * unit, touched
     close = weight * (away <= _CLOSE * scale)
     point = (close[:, None] * values).sum(0) / close.sum()
     for _ in range(steps):
         share = weight / (values - point).norm(dim=1).clamp(min=smoothing * scale)
         before, point = point, (share[:, None] * values).sum(0) / share.sum()
-        if float((point - before).norm()) <= _STILL * scale:
+        if float((point - before).norm()) <= _CONVERGED * scale:
             break
     return point * unit, touched
 
 
 def _weighted_median(values: Tensor, weight: Tensor) -> Tensor:
-    """Take of each column (K, P) the least value up to which there is half of the weight (K,)."""
+    """Compute the weighted median of each column (K, P): the least value with half of the weight (K,) up to it."""
     ordered, order = values.sort(0)
     reached = weight[order].cumsum(0) >= weight.sum() / 2
     return ordered.gather(0, reached.int().argmax(0, keepdim=True)).squeeze(0)
 
 
 def _scaled(values: Tensor) -> tuple[Tensor, float]:
-    """Divide rows by a unit near what most of them hold: a power of two, so that nothing is rounded."""
+    """Divide rows by a typical magnitude, a power of two, so that nothing is rounded: the rows and the unit."""
     if not values.numel():
         return values, 1.0
     middle = float(values.abs().amax(1).median())
@@ -205,7 +205,7 @@ def _scaled(values: Tensor) -> tuple[Tensor, float]:
 
 
 def _counted(values: Tensor, sent: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Keep the rows that count, in float64, with 0 where nothing was sent; and count the lost ones."""
+    """Select the finite rows of positive weight, in float64, with 0 at unsent values; and count the lost rows."""
     rows = weight > 0
     sent = sent[rows].bool()
     values = torch.where(sent, values[rows].double(), 0.0)

@@ -1,4 +1,4 @@
-"""Which clients take part in a round: pure functions of (seed, round)."""
+"""Sampling of the clients of a round: pure functions of (seed, round)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def participants(per_round: float | int, num_clients: int, key: str = "federatio
     Args:
         per_round: a count of clients if an integer, a fraction of them in (0, 1] if a float.
         num_clients: clients of the federation.
-        key: what the option is called, where it is another.
+        key: config key of the option.
 
     Raises:
-        ValueError: the count is below 1 or above the clients there are, or the fraction outside (0, 1].
+        ValueError: the count is outside [1, num_clients], or the fraction outside (0, 1].
 
     >>> participants(0.5, 20), participants(3, 20), participants(1.0, 20)
     (10, 3, 20)
@@ -41,7 +41,7 @@ def uniform(
         eligible: ids of the clients that hold data.
         count: clients to draw; all are taken if fewer are eligible.
         seed: the run's seed.
-        purpose: the stream to draw from.
+        purpose: stream of random numbers.
 
     """
     chosen = generator(seed, purpose, round).choice(len(eligible), size=min(count, len(eligible)), replace=False)
@@ -51,5 +51,5 @@ def uniform(
 def everyone(
     round: int, *, eligible: Sequence[int], count: int, seed: int, purpose: Purpose = Purpose.SAMPLING
 ) -> list[int]:
-    """Take every client with data in every round, whatever ``count`` says (cross-silo)."""
+    """Choose every client with data in every round (cross-silo); ``count`` is ignored."""
     return list(eligible)

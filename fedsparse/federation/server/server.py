@@ -1,4 +1,4 @@
-"""The server: global rows and the ``torch.optim`` optimizer that is fed the mean change as a pseudo-gradient."""
+"""The server: global rows, and the ``torch.optim`` optimizer that steps along the mean change as a pseudo-gradient."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ UNTOUCHED = ("step", "hold", "freeze")
 class Server:
     """Global rows (G, P) under one optimizer (FedOpt, Reddi et al. 2021, algorithm 2).
 
-    SGD with learning rate 1 is FedAvg. Each group's row is a parameter of its own: what a group does in a round, and
-    its moments, are those of a federation of its own.
+    SGD with learning rate 1 is FedAvg. Each group's row is a separate parameter, so that its steps and moments equal
+    those of a separate federation.
 
     Args:
         rows: (G, P) global rows; kept, not copied.
         make_optimizer: builds the optimizer of a list of G parameters (1, n).
         subspace: which n of the P coordinates train; the optimizer has only these.
-        untouched: what becomes of a coordinate that nobody sent: ``step``, the moments move it; ``hold``, they decay
+        untouched: rule for coordinates that no client sent: ``step``, moments move the value; ``hold``, moments decay
             and the value stays; ``freeze``, both stay.
 
     Attributes:
-        values: (G, n) what trains of the rows; the rows themselves if everything does.
+        values: (G, n) trained values of the rows; the rows themselves if everything trains.
+        parameters: G views (1, n) of the values.
 
     Raises:
-        ValueError: another choice.
+        ValueError: an unknown rule.
 
     """
 
@@ -47,14 +48,14 @@ class Server:
         self.optimizer = make_optimizer(self.parameters)
 
     def broadcast(self, group: Sequence[int]) -> Tensor:
-        """Trained values (K, n) that K clients of these groups start from."""
+        """Gather the trained values (K, n) that K clients of these groups start from."""
         if len(self.values) == 1:
             return self.values.expand(len(group), -1)
         return self.values[torch.tensor(group, device=self.values.device)]
 
     @torch.no_grad()
     def move(self, carry: Carry) -> None:
-        """Let other coordinates train: moments go along, and begin at 0 where a coordinate starts."""
+        """Take over another mask: moments are carried over, and are 0 where a coordinate starts to train."""
         if carry.zeros:
             self.rows.masked_fill_(~carry.after.mask, 0.0)
         before = self.parameters
@@ -75,10 +76,10 @@ class Server:
 
     @torch.no_grad()
     def step(self, change: Change) -> None:
-        """Take one step along the mean change of every group that somebody sent to."""
+        """Take one step of the optimizer along the mean change of every group that received an update."""
         touched = None if self.untouched == "step" else change.touched
         stepped = [group for group, sent in enumerate(change.sent) if sent]
-        held = [] if touched is None else [(group, t, t.clone()) for group in stepped for t in self._held(group)]
+        kept = [] if touched is None else [(group, t, t.clone()) for group in stepped for t in self._kept(group)]
         first = [group for group in stepped if touched is not None and not self._moments(group)]
         for group in stepped:
             change_of = change.rows[group : group + 1]
@@ -86,38 +87,36 @@ class Server:
         self.optimizer.step()
         for group in stepped:
             self.parameters[group].grad = None
-        for group, tensor, old in held:
+        for group, tensor, old in kept:
             tensor.copy_(torch.where(touched[group], tensor, old))  # type: ignore[index]
         for group in first if self.untouched == "freeze" else ():
             self._forget(group, touched[group])  # type: ignore[index]
         if self.values is not self.rows:
             self.subspace.write(self.rows, self.values)
 
-    def _held(self, group: int) -> list[Tensor]:
-        """What stays at a coordinate that nobody sent: its value, and with ``freeze`` its moments."""
+    def _kept(self, group: int) -> list[Tensor]:
+        """Tensors that stay at untouched coordinates: the values, and with ``freeze`` the moments."""
         return [self.parameters[group], *(self._moments(group) if self.untouched == "freeze" else [])]
 
     def _moments(self, group: int) -> list[Tensor]:
-        """The optimizer's tensors that have an entry for each coordinate."""
+        """List the optimizer's tensors with an entry for each coordinate."""
         parameter = self.parameters[group]
         state = self.optimizer.state.get(parameter, {})
         return [t for t in state.values() if isinstance(t, Tensor) and t.shape == parameter.shape]
 
     def _forget(self, group: int, touched: Tensor) -> None:
-        """Undo what a first step gave the moments of coordinates that nobody sent: they begin at 0."""
+        """Set the moments of untouched coordinates to 0, where they start, after a first step has created them."""
         for moment in self._moments(group):
             moment.mul_(touched)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, and the rows but for the first, which is the network's."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "rows": self.rows[1:].cpu().clone(),
-        }  # of a view the whole would be stored
+        """The optimizer's state, and all rows but the first, which is stored as the network's weights."""
+        rows = self.rows[1:].cpu().clone()  # a clone, as a checkpoint would store the whole storage of a view
+        return {"optimizer": self.optimizer.state_dict(), "rows": rows}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, whose first row the rows begin with."""
+        """Load optimizer and rows of a checkpoint; the first row is loaded already, with the network."""
         self.optimizer.load_state_dict(state["optimizer"])
         if len(self.rows) > 1:
             self.rows[1:] = state["rows"].to(self.rows.device)

@@ -1,4 +1,4 @@
-"""Which global row each client starts from and adds to."""
+"""Topologies: the global row that each client starts from and is averaged into."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Protocol
 
 
 class Topology(Protocol):
-    """Groups of clients, each with a global row of its own."""
+    """Groups of clients, each with one global row."""
 
     @property
     def groups(self) -> int:
         """Number of global rows G."""
 
     def group(self, clients: Sequence[int]) -> tuple[int, ...]:
-        """For each of K clients the global row (0 to G - 1) it starts from and adds to."""
+        """Map K clients to the index (0 to G - 1) of their global row."""
 
 
 class Flat:
-    """One global model for all clients."""
+    """One global row for all clients."""
 
     groups = 1
 
     def group(self, clients: Sequence[int]) -> tuple[int, ...]:
-        """Everybody belongs to row 0."""
+        """Map all clients to row 0."""
         return (0,) * len(clients)

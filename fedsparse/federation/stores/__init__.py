@@ -1,4 +1,4 @@
-"""What clients keep between rounds."""
+"""Stores of the rows that clients keep between rounds."""
 
 from fedsparse.federation.stores.store import ClientStore, FileStore, MemoryStore, make_store
 

@@ -1,4 +1,4 @@
-"""What a client keeps between rounds: a row, allocated at its first write, in memory or in a memory-mapped file.
+"""Stores of one row a client between rounds, allocated at its first write, in memory or in a memory-mapped file.
 
 Shapes: K clients of the cohort, n values of a row.
 """
@@ -30,22 +30,22 @@ class ClientStore(Protocol):
     """Rows by client id."""
 
     def get(self, client: int, default: Tensor) -> Tensor:
-        """Kept row (n,) of a client, or the default where it has none."""
+        """Read the row (n,) of a client, or the default if it has none."""
 
     def write(self, clients: Sequence[int], rows: Tensor) -> None:
-        """Keep rows (K, n) of K clients; a padding row (id below 0) is not kept."""
+        """Store rows (K, n) of K clients; a padding row (id below 0) is left out."""
 
     def move(self, carry: Carry) -> None:
-        """Let every kept row (n,) follow a mask that changes."""
+        """Carry every row (n,) over to another mask."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to find the rows as they are now."""
+        """State from which a checkpoint restores the rows as they are now."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the rows of a checkpoint."""
+        """Restore the rows of a checkpoint."""
 
     def saved(self) -> None:
-        """Be told that a checkpoint to resume from, with the last state, is whole on the disk."""
+        """Release what no checkpoint needs, after one with the last ``state_dict`` is complete on the disk."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Part:
 
     Attributes:
         store: of the rows.
-        marks: bool (P,), of which coordinates they are.
+        marks: bool (P,), the coordinates of the rows.
 
     """
 
@@ -62,32 +62,32 @@ class Part:
     marks: Tensor
 
     def move(self, carry: Carry) -> None:
-        """Let the rows follow a mask that changes."""
+        """Carry the rows over to another mask."""
         self.store.move(carry.within(self.marks))
 
 
 def read(store: ClientStore, clients: Sequence[int], default: Tensor) -> Tensor:
-    """Read rows (K, n) of K clients; ``default`` (K, n) where a client has none yet."""
+    """Read rows (K, n) of K clients; of ``default`` (K, n) where a client has none."""
     kept = [store.get(client, default[k]).to(default.device) for k, client in enumerate(clients)]
     return torch.stack(kept) if kept else default
 
 
 class MemoryStore:
-    """Rows in memory, and in every checkpoint."""
+    """Rows in memory; every checkpoint contains them."""
 
     def __init__(self) -> None:
         self.rows: dict[int, Tensor] = {}
 
     def get(self, client: int, default: Tensor) -> Tensor:
-        """Kept row of a client."""
+        """Read the row of a client."""
         return self.rows.get(client, default)
 
     def write(self, clients: Sequence[int], rows: Tensor) -> None:
-        """Keep copies."""
+        """Store copies on the CPU."""
         self.rows |= {client: rows[k].detach().cpu().clone() for k, client in enumerate(clients) if client >= 0}
 
     def move(self, carry: Carry) -> None:
-        """Carry every row over."""
+        """Carry every row over to another mask."""
         self.rows = {client: carry(row) for client, row in self.rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,21 +95,27 @@ class MemoryStore:
         return {"rows": dict(self.rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the rows of a checkpoint."""
+        """Load the rows of a checkpoint."""
         self.rows = {int(client): row for client, row in state["rows"].items()}
 
     def saved(self) -> None:
-        """Nothing to do: the checkpoint holds the rows."""
+        """Do nothing: the checkpoint contains the rows."""
 
 
 class FileStore:
-    """Rows in a file beside the checkpoints, for states that do not fit in memory; a checkpoint says where they lie.
+    """Rows in a file beside the checkpoints, for states that do not fit in memory; a checkpoint stores their slots.
 
-    A slot that one of the last two checkpoints refers to is not written again: the client's next row goes to another.
-    So after a kill both still find their rows, and the file holds at most three for each client.
+    A slot that one of the last two checkpoints refers to is not overwritten: the client's next row goes to another.
+    So both can be resumed from after a kill, and the file has at most three rows for each client.
 
     Args:
-        path: the file; it is made at the first write.
+        path: the file, created at the first write.
+
+    Attributes:
+        slots: slot of each client's row.
+        shape: rows and columns of the file.
+        pinned: slots of the last two checkpoints.
+        free: slots without a needed row.
 
     """
 
@@ -119,22 +125,22 @@ class FileStore:
         self.shape: tuple[int, int] = (0, 0)
         self.dtype = "float32"
         self.pinned: deque[list[int]] = deque([[], []], maxlen=2)
-        self.held: set[int] = set()  # the pinned slots: what a write must not touch
+        self.locked: set[int] = set()  # all pinned slots, which must not be overwritten
         self.free: list[int] = []
         self.file: Any = None  # both are opened with the first row
         self.rows: Any = None
 
     def get(self, client: int, default: Tensor) -> Tensor:
-        """Copy of the kept row of a client."""
+        """Read a copy of the row of a client."""
         slot = self.slots.get(client)
         return default if slot is None else torch.from_numpy(self.rows[slot].copy())
 
     def write(self, clients: Sequence[int], rows: Tensor) -> None:
-        """Keep rows: in the client's own slot, or in another if a checkpoint refers to that."""
+        """Store rows: in the client's slot, or in a free one if a checkpoint refers to that slot."""
         for client, row in zip(clients, rows.detach().cpu(), strict=True):
             if client >= 0:
                 slot = self.slots.get(client)
-                self.slots[client] = self._new(row) if slot is None or slot in self.held else slot
+                self.slots[client] = self._new(row) if slot is None or slot in self.locked else slot
                 self._put(self.slots[client], row.numpy())
 
     def _new(self, row: Tensor) -> int:
@@ -147,7 +153,7 @@ class FileStore:
         return self.free.pop()
 
     def _put(self, slot: int, row: np.ndarray) -> None:
-        """Write a row through the file: written through the map, a full disk would end the process by a signal."""
+        """Write a row with a system call: a write through the map would end the process by a signal on a full disk."""
         data = np.ascontiguousarray(row, dtype=self.dtype)
         files.put(self.file, slot * data.nbytes, data.data)
 
@@ -156,13 +162,13 @@ class FileStore:
         return self.shape[1] * np.dtype(self.dtype).itemsize
 
     def _open(self) -> None:
-        """Open the file, at its length of now, and map it; what was never written takes no room on the disk."""
-        files.own(self.path)
+        """Open and map the file at its present length; rows that were never written take no space on the disk."""
+        files.unshare(self.path)
         self.file = files.change(self.path, self.shape[0] * self._length())
         self.rows = np.memmap(self.path, dtype=self.dtype, mode="r", shape=self.shape)
 
     def move(self, carry: Carry) -> None:
-        """Do nothing if no row is kept yet; the file's rows have one length.
+        """Do nothing without rows; rows of a file have one length and cannot follow a mask.
 
         Raises:
             ValueError: there are rows.
@@ -172,20 +178,20 @@ class FileStore:
             raise ValueError("a mask that changes while clients keep something needs federation.store=memory")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where each client's row lies, and what the checkpoint before may refer to."""
+        """Flush the file; the slot of each client's row, and the slots that the previous checkpoint refers to."""
         if self.slots:
             os.fsync(self.file.fileno())
         return {"slots": dict(self.slots), "shape": self.shape, "dtype": self.dtype, "before": list(self.pinned[-1])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Find the rows of a checkpoint again.
+        """Restore the slots of a checkpoint.
 
         Raises:
-            ValueError: the file is not there, or cut off.
+            ValueError: the file is missing or too short, or its dtype is none of ``DTYPES``.
 
         """
         self.slots, self.shape, self.dtype = dict(state["slots"]), tuple(state["shape"]), state["dtype"]
-        if self.dtype not in DTYPES:  # of objects the file would hold addresses
+        if self.dtype not in DTYPES:  # a file of dtype object would be read as memory addresses
             raise ValueError(f"what the clients keep in {self.path} is of type {self.dtype!r}, not of {DTYPES}")
         self.pinned.extend([state["before"], list(self.slots.values())])
         if self.slots and not self.path.is_file():
@@ -197,21 +203,21 @@ class FileStore:
         self._release()
 
     def saved(self) -> None:
-        """Pin the slots of the new checkpoint, and free those that only older ones refer to."""
+        """Pin the slots of the new checkpoint, and free those that neither it nor the one before refers to."""
         self.pinned.append(list(self.slots.values()))
         self._release()
 
     def _release(self) -> None:
-        self.held = {slot for slots in self.pinned for slot in slots}
-        used = self.held | set(self.slots.values())
+        self.locked = {slot for slots in self.pinned for slot in slots}
+        used = self.locked | set(self.slots.values())
         self.free = [slot for slot in range(self.shape[0] - 1, -1, -1) if slot not in used]
 
 
 def make_store(kind: str, path: Path) -> ClientStore:
-    """Make the store that ``federation.store`` names.
+    """Build the store that ``federation.store`` names.
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name.
 
     """
     check_choice("federation.store", kind, *KINDS)

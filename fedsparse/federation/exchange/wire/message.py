@@ -1,7 +1,7 @@
-"""How a message looks on the wire: a header, positions, values, buffers; versioned, checked, without pickle.
+"""The wire format of a message: header, positions, values, buffers; versioned, checked, without pickle.
 
-``encode`` and ``decode`` know nothing of the simulator. Shapes: P coordinates of a row, n of them within the mask that
-both sides know, k of these sent, Q values of float buffers. Numbers are little-endian.
+``encode`` and ``decode`` are independent of the simulator. Shapes: P coordinates of a row, n of them within the mask
+that both sides have, k of these sent, Q values of float buffers. Numbers are little-endian.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from fedsparse.federation.exchange.wire.values import CODES, DTYPES, raw, read_v
 # magic, version, dtype of the values, dtype of the row, coding of the positions, n, k, Q, CRC32, weight, loss, steps
 HEADER = struct.Struct("<4sBBBBIIIIddd")
 MAGIC, VERSION = b"FSPX", 3
-_CRC_AT = 20  # where the CRC stands; it is of everything else
+_CRC_AT = 20  # offset of the CRC, which covers all other bytes
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 16  # coordinates that are decoded at a time
 
 
 class PayloadError(ValueError):
-    """A message is damaged, or not what was expected; says which field.
+    """A message is damaged or unexpected.
 
     Attributes:
-        field: the header's field, or ``header``, ``length``, ``crc`` or ``positions``.
+        field: the faulty field of the header, or ``header``, ``length``, ``crc`` or ``positions``.
 
     """
 
@@ -46,7 +46,7 @@ class PayloadError(ValueError):
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of a message by what they are for."""
+    """Bytes of a message by part."""
 
     header: int
     positions: int
@@ -54,7 +54,7 @@ class Size:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all parts."""
         return self.header + self.positions + self.values
 
     def __add__(self, other: Size) -> Size:
@@ -68,12 +68,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Message:
-    """What a message says.
+    """The content of a message.
 
     Attributes:
         values: (P,), 0 where not sent.
         sent: bool (P,).
-        buffers: (Q,) float buffers, and whatever else travels exactly.
+        buffers: (Q,) float buffers, and all other values that are never rounded.
         weight: weight in the average.
         loss: mean training loss.
         steps: sum of step weights (``drift.step_weight``).
@@ -103,17 +103,17 @@ class _Head:
 
 
 def known_size(count: int, extra: int, dtype: torch.dtype) -> Size:
-    """Bytes of a message whose positions both sides know: so many values and buffer values, none of them lossy."""
+    """Bytes of a message without positions, which both sides have: so many values and buffer values of one dtype."""
     return Size(HEADER.size, 0, (count + extra) * dtype.itemsize)
 
 
 def length(*tensors: Tensor) -> int:
-    """Length of the message that carries these tensors, of one dtype, as one row."""
+    """Bytes of the message with these tensors, of one dtype, as one row."""
     return len(encode(torch.cat([tensor.reshape(-1) for tensor in tensors])))
 
 
 def bitmap_size(size: int) -> Size:
-    """Bytes of a message that says of so many coordinates which train, a bit each."""
+    """Bytes of a message with the mask of so many coordinates, one bit each."""
     return Size(HEADER.size, -(-size // 8), 0)
 
 
@@ -128,20 +128,20 @@ def encode(
     loss: float = 0.0,
     steps: float = 0.0,
 ) -> bytes:
-    """Write what is sent of a row as a message; ``decode`` returns it exactly if ``dtype`` is the row's own.
+    """Encode the sent coordinates of a row as a message; ``decode`` returns them exactly if ``dtype`` is the row's.
 
     Args:
         row: (P,), floating point.
-        sent: bool (P,), which coordinates are sent; None for all that the mask lets. Zeros are sent like other values.
-        mask: bool (P,), coordinates that both sides know can be sent; their positions cost nothing. None for all.
-        dtype: of the values on the wire: the row's own by default, float16, bfloat16, or int8 for 8-bit steps.
-        buffers: (Q,) float buffers, in the row's own dtype.
+        sent: bool (P,), coordinates to send; None for all within the mask. Zeros are sent like other values.
+        mask: bool (P,), coordinates that may be sent, which both sides have; None for all.
+        dtype: of the values on the wire: the row's by default, float16, bfloat16, or int8 for 8-bit steps.
+        buffers: (Q,) float buffers, sent in the row's dtype.
         weight: weight in the average, finite and not negative.
         loss: mean training loss.
         steps: sum of step weights, finite and not negative.
 
     Raises:
-        ValueError: what is to be sent lies outside the mask, or shapes, dtypes, weight or steps do not fit.
+        ValueError: coordinates to send lie outside the mask, or shapes, dtypes, weight or steps do not fit.
 
     """
     dtype = dtype or row.dtype
@@ -160,17 +160,17 @@ def encode(
 def decode(
     payload: bytes, size: int, *, mask: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Read the row of a message: values (P,), 0 where not sent, and sent, bool (P,).
+    """Decode the row of a message: values (P,), 0 where not sent, and sent, bool (P,).
 
     Args:
         payload: the message.
         size: P.
-        mask: bool (P,), coordinates that both sides know can be sent, as the sender gave it.
-        dtype: of the row that is expected, so that no larger one is allocated; None for any.
+        mask: bool (P,), coordinates that may be sent, equal to the sender's.
+        dtype: expected dtype of the row, so that no larger one is allocated; None for any.
 
     Raises:
-        PayloadError: the message is damaged or another one than expected. Beside the row and ``sent``, at most about
-            two bytes a coordinate are allocated, and those before them.
+        PayloadError: the message is damaged or unexpected. Beside the row and ``sent``, at most about two bytes a
+            coordinate are allocated, and those before them.
         ValueError: the mask is not of the row's shape.
 
     """
@@ -179,7 +179,7 @@ def decode(
 
 
 def read(payload: bytes, size: int, *, mask: Tensor | None = None, dtype: torch.dtype | None = None) -> Message:
-    """Read all that a message says; arguments and errors as those of ``decode``."""
+    """Decode the whole content of a message; arguments and errors as those of ``decode``."""
     if mask is not None and (mask.shape != (size,) or mask.dtype != torch.bool):
         raise ValueError(f"mask must be a bool tensor of shape ({size},), not {mask.dtype} of {tuple(mask.shape)}")
     known = None if mask is None else mask.cpu().numpy()
@@ -196,14 +196,14 @@ def read(payload: bytes, size: int, *, mask: Tensor | None = None, dtype: torch.
 
 
 def split_size(payload: bytes) -> Size:
-    """Say what the bytes of a message that one has written oneself are for."""
+    """Split the bytes of a valid message, such as one just encoded, by part."""
     _, _, code, row, _, _, count, extra, *_ = HEADER.unpack_from(payload)
     values = values_size(DTYPES[code], count) + extra * DTYPES[row].itemsize
     return Size(HEADER.size, len(payload) - HEADER.size - values, values)
 
 
 def _marks(row: Tensor, sent: Tensor | None, mask: Tensor | None) -> npt.NDArray[np.bool_]:
-    """Which of the n coordinates within the mask are sent."""
+    """Mark the sent coordinates among the n within the mask: bool (n,)."""
     for name, given in (("sent", sent), ("mask", mask)):
         if given is not None and (given.shape != row.shape or given.dtype != torch.bool):
             raise ValueError(f"{name} must be a bool tensor of the row's shape {tuple(row.shape)}")
@@ -216,7 +216,7 @@ def _marks(row: Tensor, sent: Tensor | None, mask: Tensor | None) -> npt.NDArray
 
 
 def _chosen(row: Tensor, chosen: Tensor | None) -> Tensor:
-    """Those values of a row bit by bit; torch's own way needs eight bytes of index for each."""
+    """Select values of a row, without changing a bit; torch's indexing would allocate eight bytes a value."""
     if chosen is None or not len(row):
         return row
     bits = row.contiguous().view(_BITS[row.dtype.itemsize]).numpy()[chosen.cpu().numpy()]
@@ -243,7 +243,7 @@ def _crc(header: bytes | memoryview, *body: bytes | memoryview) -> int:
 
 
 def _checked(payload: bytes, n: int, dtype: torch.dtype | None) -> _Head:
-    """Check the header field by field, then the length, then the CRC: nothing is allocated before."""
+    """Check the header field by field, then the length, then the CRC, before anything is allocated."""
     if len(payload) < HEADER.size:
         raise PayloadError("header", f"{len(payload)} bytes are fewer than the {HEADER.size} of a header")
     magic, version, code, row, coding, total, count, extra, crc, weight, loss, steps = HEADER.unpack_from(payload)
@@ -279,7 +279,7 @@ def _expect(holds: bool, field: str, what: str) -> None:
 
 
 def _row(head: _Head, sent: npt.NDArray[np.bool_], data: npt.NDArray[np.uint8]) -> Tensor:
-    """Lay values where they belong, in pieces, so that little is allocated beside the row."""
+    """Write the sent values into a row of zeros, piece by piece, so that little is allocated beside the row."""
     row, done = torch.zeros(len(sent), dtype=head.row), 0
     for at in range(0, len(sent), _PIECE):
         marks = sent[at : at + _PIECE]
@@ -298,7 +298,7 @@ def _positions(head: _Head, data: npt.NDArray[np.uint8], n: int) -> npt.NDArray[
 
 
 def _spread(marks: npt.NDArray[np.bool_], known: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Lay marks within a mask out over the whole row."""
+    """Spread marks (n,) within a mask over the whole row: bool (P,)."""
     sent = np.zeros(len(known), dtype=bool)
     sent[known] = marks
     return sent

@@ -1,6 +1,6 @@
-"""Where sent values belong, as bytes: the cheapest of nothing, a bitmap, flat 32-bit indices and varint gaps.
+"""Positions of sent values as bytes: the cheapest of none, a bitmap, flat 32-bit indices and varint gaps.
 
-Shapes: n coordinates that both sides count alike, k of them sent.
+Shapes: n coordinates, in the same order on both sides, k of them sent.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def write_positions(sent: Bools) -> tuple[Coding, bytes]:
 
 
 def size_range(coding: Coding, n: int, count: int) -> tuple[int, int]:
-    """Fewest and most bytes that ``count`` positions of ``n`` may take in a coding.
+    """Compute the fewest and most bytes that ``count`` positions of ``n`` may take in a coding.
 
-    More fewest than most: the coding is never the cheapest of so many, and nobody writes it.
+    If the fewest exceed the most, the coding is never the cheapest for this count, and is never written.
     """
     bitmap, flat = -(-n // 8), 4 * count
     ranges = {
@@ -60,7 +60,7 @@ def size_range(coding: Coding, n: int, count: int) -> tuple[int, int]:
 
 
 def read_positions(coding: Coding, data: Bytes, n: int, count: int) -> Bools:
-    """Read positions: bool (n,), ``count`` of them True.
+    """Decode positions: bool (n,), ``count`` of them True.
 
     Raises:
         ValueError: they are not ``count`` increasing positions below ``n``.
@@ -90,12 +90,12 @@ def _read_bitmap(data: Bytes, n: int, count: int) -> Bools:
 
 
 def _gaps(index: Ints) -> Ints:
-    """Coordinates that are skipped before each position."""
+    """Count the coordinates that are skipped before each position."""
     return np.diff(index, prepend=-1) - 1
 
 
 def _widths(gaps: Ints) -> npt.NDArray[np.uint8]:
-    """Bytes that each gap takes."""
+    """Count the bytes of each gap."""
     widths = np.ones(len(gaps), dtype=np.uint8)
     if len(gaps) and int(gaps.max()) >= 1 << 7:
         for bits in (7, 14, 21, 28):
@@ -115,7 +115,7 @@ def _write_gaps(gaps: Ints) -> bytes:
 
 
 def _read_gaps(data: Bytes, count: int) -> Ints:
-    """Sum the gaps up byte by byte, and take the sum where a gap ends: two integers a byte at the most are held."""
+    """Sum the gaps byte by byte, and read the sum where a gap ends; at most two integers a byte are allocated."""
     more = data >= 128
     ends = ~more
     if np.count_nonzero(ends) != count or (count and not ends[-1]):
@@ -129,8 +129,8 @@ def _read_gaps(data: Bytes, count: int) -> Ints:
 
 
 def _shift(parts: Ints, more: Bools, data: Bytes) -> None:
-    """Move the seven bits of a gap's second byte and later ones up to where they count, in place."""
-    later = np.flatnonzero(more) + 1  # bytes that another one comes before
+    """Shift the seven bits of each gap's second and later bytes to their significance, in place."""
+    later = np.flatnonzero(more) + 1  # bytes after the first of a gap
     if bool((data[later] == 0).any()):
         raise ValueError("positions: a gap takes more bytes than it needs")
     for byte in range(1, 6):

@@ -1,4 +1,4 @@
-"""Values as bytes: as they are, in half precision, or as 8-bit steps of each block's largest magnitude."""
+"""Values as bytes: in their own dtype, in half precision, or as 8-bit steps of each block's largest magnitude."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _LARGEST = np.nextafter(np.finfo(np.float32).max, np.float32(0))  # 127 steps of
 
 
 def values_size(dtype: torch.dtype, count: int) -> int:
-    """Bytes of so many values on the wire."""
+    """Compute the bytes of so many values on the wire."""
     return count * dtype.itemsize + (4 * -(-count // BLOCK) if dtype == torch.int8 else 0)
 
 
 def write_values(values: Tensor, dtype: torch.dtype) -> bytes:
-    """Write values (k,) as another dtype; what is beyond the range of a half becomes its largest number.
+    """Encode values (k,) in a dtype; numbers beyond the range of a half become its largest number.
 
     Raises:
-        ValueError: 8-bit values of NaN or infinities, which have no step.
+        ValueError: NaN or infinity as 8-bit values.
 
     """
     values = values.detach().cpu()
@@ -39,7 +39,7 @@ def write_values(values: Tensor, dtype: torch.dtype) -> bytes:
 def read_values(
     data: npt.NDArray[np.uint8], dtype: torch.dtype, count: int, out: torch.dtype, piece: slice = slice(None)
 ) -> Tensor:
-    """Read a piece of ``count`` values into the dtype ``out``."""
+    """Decode a piece of ``count`` values to the dtype ``out``."""
     start, stop, _ = piece.indices(count)
     if start == stop:
         return torch.zeros(0, dtype=out)
@@ -54,7 +54,7 @@ def raw(values: Tensor) -> bytes:
 
 
 def _write_steps(values: npt.NDArray[np.float32]) -> bytes:
-    """Scales of the blocks, then the steps, rounded to the nearest."""
+    """Encode the blocks' float32 scales, then the steps, rounded to the nearest."""
     if not np.isfinite(values).all():
         raise ValueError("8-bit values cannot hold NaN, infinities or numbers beyond float32; send these as they are")
     blocks = np.zeros((-(-len(values) // BLOCK), BLOCK), dtype=np.float32)
@@ -65,10 +65,10 @@ def _write_steps(values: npt.NDArray[np.float32]) -> bytes:
 
 
 def _read_steps(data: npt.NDArray[np.uint8], count: int, start: int, stop: int) -> Tensor:
-    """Steps times the scales of their blocks, float32 (stop - start,)."""
+    """Multiply steps by the scales of their blocks: float32 (stop - start,)."""
     scales_end = 4 * -(-count // BLOCK)
     first = start // BLOCK
     scales = data[4 * first : 4 * -(-stop // BLOCK)].view("<f4").repeat(BLOCK)[start - first * BLOCK :]
     steps = data[scales_end + start : scales_end + stop].view(np.int8)
-    with np.errstate(invalid="ignore", over="ignore"):  # of a scale that nobody would send
+    with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be NaN, infinite or too large
         return torch.from_numpy(steps * scales[: len(steps)])

@@ -1,0 +1,172 @@
+"""The global row after every so many rounds, written into the run folder: what a landscape is drawn through.
+
+Shapes: R rows of P coordinates.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fedsparse.core import files
+from fedsparse.core.checks import check_choice, check_whole
+from fedsparse.federation.reports import Report
+from fedsparse.federation.server.aggregation import Change
+from fedsparse.federation.watcher import Watcher
+
+if TYPE_CHECKING:
+    from fedsparse.federation.round import Round
+
+DTYPES = {"float32": (torch.float32, "F32"), "float16": (torch.float16, "F16")}
+
+
+class Trajectory(Watcher):
+    """Writes the first global row and that after every ``every`` rounds to a safetensors file (``conf/trajectory``).
+
+    The file has room for all rounds when it is made, and a row is written in place: so a round costs one row, whatever
+    the number of rounds. ``rounds`` says which rows are there, -1 where none is yet; it is written after the row.
+
+    Args:
+        path: the file; None writes nothing, as in all but the first of several processes.
+        total: rounds of the run.
+        every: rounds between two rows.
+        dtype: ``float32``, or ``float16`` at half the size, from which no client can be trained again exactly.
+
+    Raises:
+        ValueError: an option out of range, or several global models.
+
+    """
+
+    def __init__(self, path: Path | None, total: int, every: int = 1, dtype: str = "float32") -> None:
+        check_whole("trajectory.every", every, 1)
+        check_choice("trajectory.dtype", dtype, *DTYPES)
+        self.path, self.total, self.every = path, total, every
+        self.dtype, self.word = DTYPES[dtype]
+
+    def open(self, round: Round) -> None:
+        """Write the row that the first round starts from.
+
+        Raises:
+            ValueError: several global models.
+
+        """
+        if round.number == 0:
+            if len(round.federation.server.rows) > 1:
+                raise ValueError("trajectory=global needs one global model; set topology=flat, or trajectory=none")
+            self._write(0, round.federation.server.rows[0])
+
+    def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
+        """Write the row of a closed round that is due."""
+        if (round.number + 1) % self.every == 0:
+            self._write(round.number + 1, round.federation.server.rows[0])
+
+    def _write(self, closed: int, row: Tensor) -> None:
+        """Write the row (P,) after so many closed rounds to its place, and then that it is there."""
+        if self.path is None:
+            return
+        values, place = row.detach().to("cpu", self.dtype).numpy(), closed // self.every
+        layout = Layout(1 + self.total // self.every, values.size, self.word, values.itemsize)
+        if not self.path.exists() or not layout.fits(self.path):
+            _make(self.path, layout)
+        with self.path.open("r+b") as file:
+            file.seek(layout.rows_at + place * values.nbytes)
+            file.write(values.tobytes())
+            file.flush()
+            file.seek(layout.rounds_at + 8 * place)
+            file.write(struct.pack("<q", closed))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where what lies in the file: a header, R int64 numbers of rounds, R rows of P values.
+
+    Attributes:
+        count: R.
+        size: P.
+        word: of the values' dtype, as safetensors calls it.
+        width: bytes of a value.
+
+    """
+
+    count: int
+    size: int
+    word: str
+    width: int
+
+    @property
+    def header(self) -> bytes:
+        """Length and JSON of a safetensors file."""
+        first, last = 8 * self.count, 8 * self.count + self.count * self.size * self.width
+        named = {
+            "rounds": {"dtype": "I64", "shape": [self.count], "data_offsets": [0, first]},
+            "rows": {"dtype": self.word, "shape": [self.count, self.size], "data_offsets": [first, last]},
+        }
+        text = json.dumps(named, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    @property
+    def rounds_at(self) -> int:
+        """Offset of the numbers of rounds."""
+        return len(self.header)
+
+    @property
+    def rows_at(self) -> int:
+        """Offset of the rows."""
+        return self.rounds_at + 8 * self.count
+
+    def fits(self, path: Path) -> bool:
+        """Whether a file is laid out so."""
+        with path.open("rb") as file:
+            return file.read(len(self.header)) == self.header
+
+
+def _make(path: Path, layout: Layout) -> None:
+    """Make a file without rows, or with those of a file of a run that had another number of rounds.
+
+    Where nothing is written the system keeps no bytes of it.
+    """
+    known = {} if not path.exists() else dict.fromkeys(read_rounds(path))
+    old = path.with_suffix(".old")
+    if known:
+        path.replace(old)
+    files.write(path, layout.header + np.full(layout.count, -1, dtype=np.int64).tobytes())
+    with path.open("r+b") as file:
+        file.truncate(layout.rows_at + layout.count * layout.size * layout.width)
+        for place, closed in enumerate(list(known)[: layout.count]):
+            file.seek(layout.rows_at + place * layout.size * layout.width)
+            file.write(read_row(old, closed).numpy().tobytes())
+            file.seek(layout.rounds_at + 8 * place)
+            file.write(struct.pack("<q", closed))
+    old.unlink(missing_ok=True)
+
+
+def read_rounds(path: Path) -> list[int]:
+    """List the numbers of closed rounds whose row is in the file, ascending; 0 is the start of the first round."""
+    with safe_open(path, "pt") as file:
+        return sorted(closed for closed in file.get_tensor("rounds").tolist() if closed >= 0)
+
+
+def read_row(path: Path, closed: int) -> Tensor:
+    """Read the global row (P,) after so many closed rounds.
+
+    Raises:
+        ValueError: it was not kept.
+
+    """
+    with safe_open(path, "pt") as file:
+        rounds = file.get_tensor("rounds").tolist()
+        if closed not in rounds:
+            kept = ", ".join(str(number) for number in rounds if number >= 0)
+            raise ValueError(f"{path} holds no row after {closed} rounds; it holds those after {kept}")
+        row: Tensor = file.get_slice("rows")[rounds.index(closed)]
+    return row
