@@ -12,10 +12,10 @@ from plain import replay
 from plain_sparse import gradient
 from small import Small, small_data, small_net, uneven_parts
 
+from fedsparse.core.subspace import CHUNK
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.exchange.exchange import Exchange
 from fedsparse.masks.bitmaps import pack
-from fedsparse.optim import adam, index
 from fedsparse.optim.adam import SparseAdam, adam_update, corrections
 from fedsparse.optim.sgdm import SparseSGDM
 
@@ -54,14 +54,23 @@ def bits(tensor):
 @options_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("trained", [1.0, 0.4])
-@pytest.mark.parametrize("chunk", [100, index.CHUNK])
-def test_where_it_trains_it_equals_torch_over_100_steps(options, dtype, trained, chunk, monkeypatch):
-    monkeypatch.setattr(index, "CHUNK", chunk)
-    monkeypatch.setattr(adam, "CHUNK", chunk)
-    ours, theirs, start = (randoms(SHAPES, dtype) for _ in range(3))
-    masks = [torch.rand(shape, generator=generator(9)) < trained for shape in SHAPES]
-    walk(sparse := SparseAdam(ours, lr=0.05, masks=masks, **options), ours, 100)
-    walk(theirs_of(theirs, **options), theirs, 100)
+def test_where_it_trains_it_equals_torch_over_100_steps(options, dtype, trained):
+    equals_torch(SHAPES, 100, options, dtype, trained)
+
+
+@options_
+@pytest.mark.parametrize("trained", [1.0, 0.4])
+def test_a_large_parameter_in_chunks_equals_torch(options, trained):
+    assert CHUNK < 0.4 * 400_001
+    equals_torch([(400_001,), (4, 100_000)], 3, options, torch.float32, trained)
+
+
+def equals_torch(shapes, steps, options, dtype, trained):
+    """Step parameters and torch's beside them: bit for bit where they train, and moments nowhere else."""
+    ours, theirs, start = (randoms(shapes, dtype) for _ in range(3))
+    masks = [torch.rand(shape, generator=generator(9)) < trained for shape in shapes]
+    walk(sparse := SparseAdam(ours, lr=0.05, masks=masks, **options), ours, steps)
+    walk(theirs_of(theirs, **options), theirs, steps)
     for own, other, first, mask in zip(ours, theirs, start, masks, strict=True):
         assert bits(own) == bits(torch.where(mask, other, first))
     held = [state[name].numel() for state in sparse.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -176,7 +185,12 @@ def _step_loaded(state):
 ROW = torch.rand(40, generator=generator(3)) < 0.4
 OWN = torch.stack([torch.rand(40, generator=generator(10 + k)) < 0.2 * (k + 1) for k in range(4)])
 UNITS = torch.tensor([True, False, True, True])[:, None].expand(4, 40).clone()
-MASKS = {"dense": None, "one mask": ROW.expand(4, 40), "own masks": OWN, "whole clients": UNITS}
+MASKS = {
+    "dense": lambda times: None,
+    "one mask": lambda times: ROW.repeat(times).expand(4, -1),
+    "own masks": lambda times: OWN.repeat(1, times),
+    "whole clients": lambda times: UNITS.repeat(1, times),
+}
 # live clients of each step: one begins late, one ends early, one is never there
 LIVE = [{0, 1}, {0, 1, 2}, {0, 2}, {1}, {0, 1, 2}, {2}, {0, 1, 2}]
 MAKES = {
@@ -200,22 +214,24 @@ def step_live(optimizer, theta, live):
 
 @pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("chunk", [7, index.CHUNK])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_clients_of_ragged_steps_equal_torch_each_by_itself(make, mask, chunk, dtype, monkeypatch):
-    """Bit for bit; in the second round all start anew from where they are, and what is not theirs is NaN."""
-    monkeypatch.setattr(index, "CHUNK", chunk)
+@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 1), (torch.float64, 1), (torch.float32, 2500)])
+def test_clients_of_ragged_steps_equal_torch_each_by_itself(make, mask, dtype, times):
+    """Bit for bit; in the second round all start anew from where they are, and what is not theirs is NaN.
+
+    With 2500 times as many coordinates each mask lets several chunks train.
+    """
+    mask, shape = MASKS[mask](times), (4, 40 * times)
     ours, theirs = MAKES[make]
-    theta = randoms([(4, 40)], dtype)[0]
-    masks = torch.ones(4, 40, dtype=torch.bool) if MASKS[mask] is None else MASKS[mask]
+    theta = randoms([shape], dtype)[0]
+    masks = torch.ones(shape, dtype=torch.bool) if mask is None else mask
     alone = [row.clone() for row in theta]
     optimizer = ours([theta])
-    optimizer.set_masks([MASKS[mask]])
+    optimizer.set_masks([mask])
     for r in range(2):
         optimizer.reset()
         each = [theirs([row], lr=0.1, weight_decay=0.1) for row in alone]
         for step, live in enumerate(LIVE):
-            grads = randoms([(4, 40)], dtype, 100 * r + step)[0]
+            grads = randoms([shape], dtype, 100 * r + step)[0]
             theta.grad = torch.where(masks, grads, math.nan)
             theta.grad[[k for k in range(4) if k not in live]] = math.nan
             step_live(optimizer, theta, live)

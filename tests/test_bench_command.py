@@ -29,11 +29,13 @@ sys.exit("Traceback of many lines" + chr(10) + "ValueError: it cannot do this mo
 """
 
 
+# of two rounds
+SHORT = {"mlp": replace(bench.PROBLEMS["mlp"], pairs=1, warmup=0, settings=(bench.BARE,), cohorts=(1,))}
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """A benchmark of two rounds that starts no process of its own."""
-    problem = replace(bench.PROBLEMS["mlp"], pairs=1, warmup=0, settings=(bench.BARE,), cohorts=(1,))
-    monkeypatch.setitem(bench.PROBLEMS, "mlp", problem)
+    """Start no process -> whose memory was asked for."""
     asked = []
     monkeypatch.setattr(processes, "alone", lambda *what: asked.append(what) or 1000 * len(asked))
     return asked
@@ -48,10 +50,10 @@ def install(folder, name, script):
     return log
 
 
-def call(*arguments):
+def call(*arguments, problems=bench.PROBLEMS):
     """Run the command line -> what it complained about, or None."""
     try:
-        main([str(a) for a in arguments])
+        main([str(a) for a in arguments], problems)
     except SystemExit as error:
         return error.code
     return None
@@ -61,7 +63,7 @@ def test_peers_that_are_installed_are_measured_and_a_failure_is_a_row(tmp_path, 
     log = install(tmp_path, "pfl", PEER)
     install(tmp_path, "fedlab", BROKEN)
     file = tmp_path / "figures.json"
-    said = call("--models", "mlp", "--environments", tmp_path, "--json", file)
+    said = call("--models", "mlp", "--environments", tmp_path, "--json", file, problems=SHORT)
     assert said == "fedsparse: 1 of 3 rows failed, see above"
     held = json.loads(file.read_text())
     own, pfl, fedlab = held["rows"]
@@ -83,7 +85,7 @@ def test_peers_that_are_installed_are_measured_and_a_failure_is_a_row(tmp_path, 
 
 
 def test_without_peers_a_line_says_how_to_get_them(tmp_path, small, capsys):
-    assert call("--models", "mlp", "--environments", tmp_path, "--no-memory", "--cohort", 5) is None
+    assert call("--models", "mlp", "--environments", tmp_path, "--no-memory", "--cohort", 5, problems=SHORT) is None
     assert small == []
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == HINT
@@ -100,7 +102,7 @@ def test_figures_are_kept_row_by_row(tmp_path, small, monkeypatch):
     monkeypatch.setattr(processes, "figures", stop)
     monkeypatch.setattr(federated, "measure", lambda problem, *_: bench.Row(problem.name, "fedsparse", ratio=1.0))
     with pytest.raises(KeyboardInterrupt):
-        main(["--models", "mlp", "--environments", str(tmp_path), "--json", str(tmp_path / "figures.json")])
+        main(["--models", "mlp", "--environments", str(tmp_path), "--json", str(tmp_path / "figures.json")], SHORT)
     assert [row["runner"] for row in json.loads((tmp_path / "figures.json").read_text())["rows"]] == ["fedsparse"]
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fedsparse.bench.gpu import __main__ as gpu
-from fedsparse.bench.gpu import cases, command_line, runs
+from fedsparse.bench.gpu import cases, command_line, prototypes, runs, sections
 from fedsparse.bench.gpu.federations import alone, beside
 from fedsparse.bench.gpu.one_piece import OnePieceModule
 from fedsparse.bench.gpu.profile import described
@@ -41,9 +41,19 @@ def call(*arguments):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Carry nothing out -> the sessions and sections that were asked for."""
-    found = []
-    monkeypatch.setattr(gpu, "_carry_out", lambda session, only: found.append((session, list(only))))
+    """Measure nothing -> the sessions that were made, with the sections that were carried out in each."""
+    found = {}
+
+    def noting(name):
+        return lambda session: found.setdefault(session, []).append(name)
+
+    monkeypatch.setattr(command_line, "command_line", noting("cli"))
+    monkeypatch.setattr(sections, "vit", noting("vit"))
+    monkeypatch.setattr(sections, "small", noting("small"))
+    monkeypatch.setattr(sections, "bert", noting("bert"))
+    monkeypatch.setattr(sections, "profile", noting("profile"))
+    monkeypatch.setattr(sections, "determinism", noting("determinism"))
+    monkeypatch.setattr(prototypes, "prototype", noting("prototype"))
     return found
 
 
@@ -75,22 +85,24 @@ def test_bad_input_is_one_line(tmp_path, arguments, said):
 
 @pytest.mark.usefixtures("no_card")
 def test_options_that_are_not_given(tmp_path, asked, capsys):
-    assert [call(), call("--tiny", "--only", "vit", "cli"), call("--budget", "300", "--out", tmp_path / "a")] == [
-        None
-    ] * 3
-    whole, tiny, short = asked
-    assert [session.budget for session, _ in asked] == [gpu.BUDGET, math.inf, 300.0]
-    assert [(session.device, session.tiny) for session, _ in asked] == [(CPU, False), (CPU, True), (CPU, False)]
-    assert whole[1] == short[1] == list(gpu.SECTIONS)
-    assert tiny[1] == ["vit", "cli"]
+    short = ["--budget", "300", "--out", tmp_path / "a", "--only", "vit"]
+    assert [call(), call("--tiny", "--only", "vit", "cli"), call(*short)] == [None] * 3
+    assert [session.budget for session in asked] == [gpu.BUDGET, math.inf, 300.0]
+    assert [(session.device, session.tiny) for session in asked] == [(CPU, False), (CPU, True), (CPU, False)]
+    assert list(asked.values()) == [list(gpu.SECTIONS), ["cli", "vit"], ["vit"]]  # in their own order
     out = capsys.readouterr().out.splitlines()
-    assert [json.loads(line)["check"] for line in out] == ["here", "end"] * 3
-    assert (tmp_path / "a" / "results.jsonl").read_text().splitlines() == out[-2:]
+    said = ["here", *gpu.SECTIONS, "end", "here", "cli", "vit", "end", "here", "vit", "end"]
+    assert [json.loads(line)["check"] for line in out] == said
+    assert (tmp_path / "a" / "results.jsonl").read_text().splitlines() == out[-3:]
 
 
-def test_what_failed_is_the_exit_status(monkeypatch):
-    monkeypatch.setattr(gpu, "_carry_out", lambda session, only: session.say("cli x", failed="ValueError: no"))
-    assert call("--tiny") == "fedsparse: 1 checks failed, see above"
+@pytest.mark.usefixtures("asked")
+def test_what_failed_is_the_exit_status(monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "command_line", lambda session: wrong())
+    assert call("--tiny", "--only", "cli", "vit") == "fedsparse: 1 checks failed, see above"
+    said = lines(capsys)
+    assert said["cli"]["failed"] == "ValueError: no such net"
+    assert said["end"]["failed_checks"] == 1
 
 
 def wrong():
@@ -230,15 +242,12 @@ if folder:
 """
 
 
-@pytest.fixture
-def stand_in(monkeypatch):
-    monkeypatch.setattr(runs, "TRAIN", (sys.executable, "-c", RUN))
+STAND_IN = (sys.executable, "-c", RUN)
 
 
-@pytest.mark.usefixtures("stand_in")
 def test_a_run_is_killed_after_a_round_and_resumed(tmp_path, capsys):
     jobs = [runs.Job("killed", "cpu", killed=True), runs.Job("bad", "cpu", ("fails",))]
-    with runs.Runs(tmp_path, 1, 1, lambda: math.inf) as made:
+    with runs.Runs(tmp_path, 1, 1, lambda: math.inf, STAND_IN) as made:
         made.make(jobs)
     assert (made.codes, made.kills) == ({"killed": 0, "bad": 1}, {"killed": 2})
     assert made.said("killed")[-1] == f"called with resume={tmp_path / 'killed'}"
@@ -249,10 +258,9 @@ def test_a_run_is_killed_after_a_round_and_resumed(tmp_path, capsys):
     assert (said["cli bad"]["failed"], said["cli bad"]["said"][-1]) == ("exit status 1", "no such option")
 
 
-@pytest.mark.usefixtures("stand_in")
 def test_runs_end_with_the_budget(tmp_path, capsys):
     left = iter([100.0, 100.0, 10.0])
-    with runs.Runs(tmp_path, 1, 1, lambda: next(left)) as made:
+    with runs.Runs(tmp_path, 1, 1, lambda: next(left), STAND_IN) as made:
         made.make([runs.Job("long", "cpu"), runs.Job("next", "cpu")])
         process = made.running["long"]
     assert process.poll() == -signal.SIGKILL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,12 @@ def test_processes_below_count_children_of_children_too():
     assert SIZE < found < SIZE + 4 * MARGIN
 
 
-def test_without_proc_nothing_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "PROC", tmp_path)
+@pytest.mark.parametrize("refused", ["write_text", "read_text"])
+def test_without_proc_nothing_is_reported(monkeypatch, refused):
+    """Where there is none, or what is in it cannot be read or written."""
+
+    def absent(path, *args, **options):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(Path, refused, absent)
     assert memory.grown(lambda: 5) == (5, None)

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from fedsparse.federation.client.training import Clients
+from fedsparse.federation.client.drift import GradientCorrection, NoCorrection
 from fedsparse.job import summary as results
 
 BASE = ["mask_rule=random", "pictures=false", "optimizer.clip_norm=0.6", "federation.local_steps=5"]
 
 
-def counting(monkeypatch):
-    """Note, before each step is clipped, the norm of every client's gradient over what trains -> list of norms."""
-    norms, clip = [], Clients._clip
+class Noting(NoCorrection):
+    """Notes, before each step is clipped, the norm of every client's gradient over what trains."""
 
-    def noted(self, most):
-        rows = torch.cat([g.detach().reshape(self.cohort, -1) for g in self.rows.gradients], 1)
-        mask = self.subspace.mask.expand_as(self.theta)
-        kept = torch.cat([part.reshape(self.cohort, -1) for part in self.rows.parts(mask)], 1)
-        norms.extend(float(row[marks].double().norm()) for row, marks in zip(rows, kept, strict=True))
-        clip(self, most)
+    norms: ClassVar[list[float]] = []
 
-    monkeypatch.setattr(Clients, "_clip", noted)
-    return norms
+    def start(self, theta, clients, subspace):
+        return Norms(self.norms, theta, subspace.mask)
 
 
-def test_clipped_steps_are_counted_whatever_the_cohort(run_in, monkeypatch):
-    norms, found = counting(monkeypatch), []
+class Norms(GradientCorrection):
+    def __init__(self, norms, theta, mask):
+        self.norms, self.cohort, self.mask = norms, len(theta), mask.expand_as(theta)
+
+    def correct(self, rows):
+        gradients = torch.cat([g.detach().reshape(self.cohort, -1) for g in rows.gradients], 1)
+        trained = torch.cat([part.reshape(self.cohort, -1) for part in rows.parts(self.mask)], 1)
+        self.norms.extend(float(g[marks].double().norm()) for g, marks in zip(gradients, trained, strict=True))
+
+
+def test_clipped_steps_are_counted_whatever_the_cohort(run_in):
+    found, noting = [], f"objective._target_={__name__}.Noting"
     for cohort in (1, 4):
-        norms.clear()
-        summary, _ = run_in(f"k{cohort}", *BASE, f"federation.cohort={cohort}", "federation.clients_per_round=8")
-        assert summary["clipped_fraction"] == sum(norm > 0.6 for norm in norms) / (3 * 8 * 5)
+        Noting.norms.clear()
+        options = [f"federation.cohort={cohort}", "federation.clients_per_round=8"]
+        summary, _ = run_in(f"k{cohort}", *BASE, noting, *options)
+        assert len(Noting.norms) == 3 * 8 * 5
+        assert summary["clipped_fraction"] == sum(norm > 0.6 for norm in Noting.norms) / (3 * 8 * 5)
         found.append(summary["clipped_fraction"])
     assert 0 < found[0] < 1
     assert found[0] == found[1]

@@ -18,7 +18,7 @@ import wandb
 from lightning.pytorch.loggers import Logger
 
 from fedsparse import calibrate, run
-from fedsparse.core import signals
+from fedsparse.core import files, signals
 from fedsparse.job import prepare
 from fedsparse.job.limits import ALLOWED, INSTEAD, check_trainer, seconds_of
 from fedsparse.simulation import tracking
@@ -387,17 +387,19 @@ def test_a_cache_that_keeps_nothing_is_a_warning(monkeypatch, where):
     if where == "a file":
         Path("kept").write_text("")
     else:
-        full = OSError(28, "No space left on device")
-        monkeypatch.setattr("fedsparse.preparation.cache._store", lambda *_: _raise(full))
+        write = files.write
+
+        def full(path, *rest):
+            if path.parent.name == "kept":
+                raise OSError(28, "No space left on device")
+            write(path, *rest)
+
+        monkeypatch.setattr(files, "write", full)
     warned = _warnings(monkeypatch)
     summary = run(["model=mlp", *OPTIONS[1:], "calibration.cache=kept", "federation.rounds=1", "hydra.run.dir=a"])
     assert summary["rounds"] == 1
     assert warned
     assert all("calibration.cache=kept keeps nothing" in line for line in warned)
-
-
-def _raise(error):
-    raise error
 
 
 def test_the_model_is_there_before_figures_of_it_can_fail(monkeypatch):

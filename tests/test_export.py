@@ -57,7 +57,6 @@ def folder(trained, tmp_path):
 def command(monkeypatch, capsys):
     """Type arguments -> exit code, output, errors."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(export, "SECONDS", 0.01)
     monkeypatch.setitem(os.environ, "HYDRA_FULL_ERROR", "0")
 
     def typed(*arguments):
@@ -102,8 +101,7 @@ def test_files_agree_with_the_pruned_model(folder, command):
     assert not [p for p in folder.iterdir() if p.name.startswith(".export")]
 
 
-def test_figures_by_hand(folder, monkeypatch):
-    monkeypatch.setattr(export, "SECONDS", 0.01)
+def test_figures_by_hand(folder):
     figures = export.export(folder)
     assert figures == json.loads((folder / "export" / "figures.json").read_text())
     before, after = figures["before"], figures["after"]
@@ -141,8 +139,7 @@ def test_scattered_zeros_are_written_all_the_same(tmp_path, command):
 
 
 @pytest.mark.slow
-def test_a_transformer_loses_heads_and_hidden_units(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "SECONDS", 0.01)
+def test_a_transformer_loses_heads_and_hidden_units(tmp_path):
     folder = finished(tmp_path / "run", "model=vit_digits", "sparsity.unit=output")
     values = list(range(128 + 32, 128 + 48))  # head 2
     tensors = prune(folder, blocks__1__attn__qkv=values, blocks__2__mlp__fc1=list(range(100)))
@@ -159,9 +156,8 @@ def test_a_transformer_loses_heads_and_hidden_units(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_text_model(tmp_path, monkeypatch):
+def test_a_text_model(tmp_path):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(export, "SECONDS", 0.01)
     text = ["data=stdlib_docs", "model=bert_tiny", "data.max_length=12", "data.batch_size=4"]
     folder = finished(tmp_path / "run", *text, "sparsity.unit=output", "federation.clients_per_round=1")
     layer = "net__bert__encoder__layer__0"
@@ -255,8 +251,7 @@ def test_a_model_that_differs_is_not_written(folder, command, monkeypatch):
     assert [p.name for p in (folder / "export").iterdir()] == ["old"]
 
 
-def test_what_cannot_be_loaded(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(export, "SECONDS", 0.01)
+def test_what_cannot_be_loaded(folder, tmp_path):
     with pytest.raises(ValueError, match="holds no exported model"):
         export.load(tmp_path)
     export.export(folder, ["safetensors"])

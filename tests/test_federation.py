@@ -15,7 +15,6 @@ from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.masks import top_fraction
-from fedsparse.optim import index
 from fedsparse.simulation.module import ClientModule
 
 ROUNDS = 3
@@ -41,6 +40,7 @@ def unit_mask(net):
     return mask
 
 
+APART = partial(ClientModule, large=1)  # these layers are small, and yet stepped as large ones are
 MASKS = {False: lambda net: None, True: half_mask, "units": unit_mask}
 
 
@@ -54,9 +54,8 @@ def build(work="steps", masked=False, **options):
 @pytest.mark.parametrize("masked", list(MASKS))
 @pytest.mark.parametrize("work", list(WORK))
 @pytest.mark.parametrize("exchange", [Full, Exchange])
-def test_three_rounds_equal_a_plain_loop(tmp_path, work, masked, cohort, exchange, monkeypatch):
-    monkeypatch.setattr(index, "_LARGE", 1)  # these layers are small, and yet stepped as large ones are
-    options = {"weight_decay": 0.01, "clip": 0.5}
+def test_three_rounds_equal_a_plain_loop(tmp_path, work, masked, cohort, exchange):
+    options = {"weight_decay": 0.01, "clip": 0.5, "client": APART}
     small = build(work, masked, cohort=cohort, exchange=exchange, **options)
     masks = small.space.unflatten(small.mask) if masked else None
     start = copy.deepcopy(small.net)
@@ -155,8 +154,7 @@ def test_frozen_coordinates_keep_their_bits(tmp_path, cohort, server, exchange):
 
 def test_only_what_trains_is_differentiated_stepped_averaged_and_kept(tmp_path, monkeypatch):
     """Counts: n values in updates and moments, no gradient of a frozen tensor, weight gradients of five units of 16."""
-    monkeypatch.setattr(index, "_LARGE", 1)
-    small = build(masked="units", server=partial(torch.optim.Adam, lr=0.05))
+    small = build(masked="units", client=APART, server=partial(torch.optim.Adam, lr=0.05))
     products, multiply = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a.shape) or multiply(a, b))
     zero, tallies = small.given["aggregation"].zero, []

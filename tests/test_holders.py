@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -24,17 +25,19 @@ def six_of_twenty(tmp_path, monkeypatch):
 SCAFFOLD = ["objective=scaffold", "federation.clients_per_round=4", "mask_rule=random"]
 
 
-def test_scaffolds_c_is_the_mean_over_the_clients_that_hold_data(run_in, six_of_twenty, monkeypatch):
-    made = []
-    init = drift.Scaffold.__init__
+class Noted(drift.Scaffold):
+    """Scaffold, of which a test sees what a run has made."""
 
-    def note(self, *args, **options):
-        init(self, *args, **options)
-        made.append(self)
+    made: ClassVar[list[drift.Scaffold]] = []
 
-    monkeypatch.setattr(drift.Scaffold, "__init__", note)
-    one, _ = run_in("one", *SCAFFOLD)
-    last = made[-1]
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.made.append(self)
+
+
+def test_scaffolds_c_is_the_mean_over_the_clients_that_hold_data(run_in, six_of_twenty):
+    one, _ = run_in("one", *SCAFFOLD, f"objective._target_={__name__}.Noted")
+    last = Noted.made[-1]
     kept = torch.stack([last.stores[drift.VARIATES].rows[client] for client in HOLD])  # all have taken part by now
     torch.testing.assert_close(last.mean, kept.double().sum(0) / 6, rtol=0, atol=1e-6)
     six, _ = run_in("six", *SCAFFOLD, "objective.num_clients=6")

@@ -12,8 +12,7 @@ import torch
 from fedsparse.data.partition import client_tests, iid
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.exchange.update import Update
-from fedsparse.federation.server import aggregation
-from fedsparse.federation.server.aggregation import FedNova, WeightedMean
+from fedsparse.federation.server.aggregation import FedNova, WeightedMean, add_scaled
 from fedsparse.federation.server.sampling import uniform
 
 
@@ -50,12 +49,11 @@ def test_the_memory_of_aggregation_does_not_depend_on_the_clients_of_a_round(rul
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_a_sum_in_chunks_is_the_sum(chunk, monkeypatch):
+def test_a_sum_in_chunks_is_the_sum(chunk):
     """Each float32 value is taken to float64 before it is weighed."""
-    monkeypatch.setattr(aggregation, "CHUNK", chunk)
     row = torch.randn(50, generator=torch.Generator().manual_seed(0))
     total = torch.full((50,), 3.0, dtype=torch.float64)
-    aggregation.add_scaled(total, row, 0.1)
+    add_scaled(total, row, 0.1, chunk)
     assert total.tolist() == pytest.approx([3.0 + 0.1 * float(value) for value in row], abs=1e-15)
 
 

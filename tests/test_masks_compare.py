@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsparse.masks import Mask, compare, overlaps
+from fedsparse.masks import Mask, overlaps
 
 SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "scalar": (), "none": (0,)}
 
@@ -21,13 +21,12 @@ def as_set(mask):
 
 
 @pytest.mark.parametrize("chunk", [4, 1 << 18])
-def test_overlaps_equal_those_of_sets(chunk, monkeypatch):
-    monkeypatch.setattr(compare, "_CHUNK", chunk)
+def test_overlaps_equal_those_of_sets(chunk):
     masks = [random_mask(i, density) for i, density in enumerate((0.3, 0.5, 0.5, 1.0, 0.0, 0.0))]
     masks.append(Mask(dict(reversed(masks[0].tensors.items()))))
     sets = [as_set(mask) for mask in masks]
     expected = [[len(s & t) / len(s | t) if s | t else 1.0 for t in sets] for s in sets]
-    found = overlaps(masks)
+    found = overlaps(masks, chunk)
     assert found.dtype == torch.float64
     assert found.tolist() == expected
     assert [[m.overlap(other) for other in masks] for m in masks] == expected

@@ -44,14 +44,25 @@ def test_top_fraction_equals_a_plain_sort_with_many_ties(scores, fraction, large
     st.lists(st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.5, 2.0, math.inf]), min_size=40, max_size=300)
     | st.lists(st.floats(-9, 9, width=32), min_size=40, max_size=300),
     st.floats(0, 1),
-    st.booleans(),
+    st.floats(0, 1),
+    st.sampled_from([(3, 0.01), (10, 0.1)]),
 )
-def test_the_search_from_a_sample_equals_a_plain_sort(scores, fraction, largest):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk, "_SAMPLE", 10)
-        patch.setattr(topk, "_MARGIN", 0.1)
-        found = top_fraction(torch.tensor(scores), fraction, largest=largest)
-    assert found.tolist() == plain_top(scores, fraction, largest)
+def test_the_search_from_a_sample_equals_a_plain_sort(scores, place, cut, options):
+    """Over two tensors; a sample of three is often wrong, and then all scores are searched."""
+    k, first = 1 + round(place * (len(scores) - 1)), round(cut * len(scores))
+    parts = [torch.tensor(scores[:first]), torch.tensor(scores[first:])]
+    assert float(topk.smallest(parts, k, *options)) == sorted(scores)[k - 1]
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("levels", [5, 2**24])
+def test_many_scores_are_searched_from_a_sample(levels, largest):
+    scores = np.random.default_rng([levels]).integers(0, levels, 1_200_000).astype(np.float32)
+    assert len(scores) > 4 * topk.SAMPLE
+    order = np.argsort(-scores if largest else scores, kind="stable")
+    for fraction in (0.001, 0.37, 0.9):
+        found = top_fraction(torch.from_numpy(scores), fraction, largest=largest)
+        assert np.array_equal(found.nonzero().squeeze(1).numpy(), np.sort(order[: topk.count(fraction, len(scores))]))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 9])

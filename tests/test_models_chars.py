@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from fedsparse.data.datasets import Dataset, Split
 from fedsparse.masks import top_fraction
 from fedsparse.masks.gradients import add_squares
 from fedsparse.models.chars import next_char_lstm
-from fedsparse.optim import index
+from fedsparse.optim.index import LARGE
+from fedsparse.simulation.module import ClientModule
 
 
 def letters(*shape, vocabulary=5):
@@ -80,15 +82,15 @@ def test_scores_are_squared_gradients_of_single_texts():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("large", [1, index._LARGE])
-def test_a_federation_of_it_equals_a_plain_loop(tmp_path, monkeypatch, masked, large):
-    monkeypatch.setattr(index, "_LARGE", large)
+@pytest.mark.parametrize("large", [1, LARGE])
+def test_a_federation_of_it_equals_a_plain_loop(tmp_path, masked, large):
     net, x = tiny().double(), letters(60, 9)
     splits = [Split(x[a:b], x[a:b, -1].long()) for a, b in ((0, 40), (40, 50), (50, 60))]
     space = ParamSpace.of(net)
     mask = top_fraction(torch.rand(space.size, generator=torch.Generator().manual_seed(3)), 0.4) if masked else None
-    start = copy.deepcopy(net)
-    small = Small(net, Dataset(*splits, 5, "letters", vocabulary=5), uneven_parts(40, 4), mask=mask, count=3, clip=0.5)
+    start, client = copy.deepcopy(net), partial(ClientModule, large=large)
+    dataset = Dataset(*splits, 5, "letters", vocabulary=5)
+    small = Small(net, dataset, uneven_parts(40, 4), mask=mask, count=3, clip=0.5, client=client)
     masks = space.unflatten(mask) if masked else None
     rounds = replay(small.plan, 2)
     plain, _ = plain_fedavg(start, splits[0].x, splits[0].y, rounds, lr=0.2, momentum=0.9, clip=0.5, masks=masks)

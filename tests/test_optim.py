@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from torch import nn
 
-from fedsparse.optim import index, sgdm
+from fedsparse.core.subspace import CHUNK
 from fedsparse.optim.adam import SparseAdam
 from fedsparse.optim.fedopt import FedAdagrad, FedAdam, FedYogi
 from fedsparse.optim.index import TrainedIndex
-from fedsparse.optim.sgdm import SparseSGDM
+from fedsparse.optim.sgdm import SparseSGDM, sgdm_update
 
 OPTIONS = [
     {"momentum": momentum, "dampening": dampening, "weight_decay": decay, "nesterov": nesterov}
@@ -85,22 +85,25 @@ def test_without_a_mask_equals_torch_bit_for_bit(options, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("trained", [1.0, 0.5])
 def test_a_large_parameter_in_one_sweep_equals_torch_bit_for_bit(options, dtype, trained, monkeypatch):
-    """Also where the kernel's last coordinates do not fill a register, and after the momentum was reset."""
-    monkeypatch.setattr(sgdm, "_WORTH", 1)
+    """Also where the kernel's last coordinates do not fill a register, and after the momentum was reset.
+
+    Half of the largest are more than a chunk.
+    """
     swept, real = [], torch._fused_sgd_
     monkeypatch.setattr(torch, "_fused_sgd_", lambda p, *a, **k: (swept.append(p[0].numel()), real(p, *a, **k))[1])
-    shapes = [(16, 8), (1031,), (63,)]
+    shapes = [(160, 128), (300_031,), (63,)]
     ours, theirs, start = (randoms(shapes, dtype) for _ in range(3))
     masks = [torch.rand(shape, generator=generator(9)) < trained for shape in shapes]
     sparse = SparseSGDM(ours, lr=0.05, masks=masks, **options)
     for _ in range(2):
         sparse.reset()
-        walk(sparse, ours, 5)
-        walk(torch.optim.SGD(theirs, lr=0.05, foreach=False, **options), theirs, 5)
+        walk(sparse, ours, 3)
+        walk(torch.optim.SGD(theirs, lr=0.05, foreach=False, **options), theirs, 3)
     for own, other, first, mask in zip(ours, theirs, start, masks, strict=True):
         assert bits(own[mask]) == bits(other[mask])
         assert bits(own[~mask]) == bits(first[~mask])
-    assert {1024, 128} <= set(swept) or trained < 1
+    assert ({20_480, 299_968} if trained == 1 else {CHUNK}) <= set(swept)
+    assert min(swept) >= 64
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
@@ -324,16 +327,20 @@ UNIT = torch.tensor([True, False, True, True])
     ],
     ids=["units", "channels", "coordinates", "vector", "cohort"],
 )
-def test_any_chunk_of_units_coordinates_or_clients_equals_torch(mask, shape, chunk, monkeypatch):
-    monkeypatch.setattr(index, "CHUNK", chunk)
-    options = {"momentum": 0.9, "weight_decay": 0.1}
-    ours, start = randoms([mask.shape])[0], randoms([mask.shape])[0]
-    theirs = start.clone()
-    assert TrainedIndex.of(mask, ours).shape == shape
-    walk(optimizer := SparseSGDM([ours], lr=0.1, masks=[mask], **options), [ours], 4)
-    walk(torch.optim.SGD([theirs], lr=0.1, foreach=False, **options), [theirs], 4)
+def test_any_chunk_of_units_coordinates_or_clients_equals_torch(mask, shape, chunk):
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    ours, theirs, start = (randoms([mask.shape])[0] for _ in range(3))
+    place, sizes, sgd = TrainedIndex.of(mask, ours), [], torch.optim.SGD([theirs], foreach=False, **options)
+    velocity = ours.new_empty(place.gathered)
+    for step in range(4):
+        theirs.grad = randoms([mask.shape], seed=step)[0]
+        sgd.step()
+        for values, grad, (part,), _ in place.trained(ours, theirs.grad, velocity, chunk=chunk):
+            sgdm_update(values, grad, part, fresh=step == 0, **options)
+            sizes.append(values.numel())
     assert bits(ours) == bits(torch.where(mask, theirs, start))
-    assert optimizer.state[ours]["momentum_buffer"].numel() == int(mask.sum())
+    assert (place.shape, sum(sizes)) == (shape, 4 * int(mask.sum()))
+    assert max(sizes) <= max(chunk, place.numel // len(place.positions))
 
 
 def test_momentum_and_index_cost_eight_bytes_for_each_coordinate_that_trains():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedsparse.analysis.partition_plot import partition_figure
-from fedsparse.data import dealing, partition, splits
+from fedsparse.data import partition, splits
 from fedsparse.data.dealing import capped_split, deal_classes, dirichlet_logs, fill_small, largest_remainder, softmax
 
 CONF = Path(__file__).parents[1] / "conf" / "partition"
@@ -275,12 +275,13 @@ def test_client_tests_share_samples_only_when_the_pool_is_used_up():
         assert max(shared) - min(shared) <= 1
 
 
-def test_chunks_of_clients_change_no_test_part_and_keep_the_mixes(monkeypatch):
+def test_chunks_of_clients_change_no_test_part_and_keep_the_mixes():
     parts = partition.dirichlet_client(DIGITS, 60, 0.5, 0)
     whole = partition.client_tests(parts, DIGITS, DIGITS[:300], 0)
-    monkeypatch.setattr(dealing, "_CELLS", 35)  # three clients at a time
-    assert all(map(np.array_equal, whole, partition.client_tests(parts, DIGITS, DIGITS[:300], 0)))
-    chunked = partition.dirichlet_client(DIGITS, 60, 0.5, 0)
+    three = 35  # clients x classes: three clients at a time
+    assert all(map(np.array_equal, whole, partition.client_tests(parts, DIGITS, DIGITS[:300], 0, three)))
+    chunked = partition.dirichlet_client(DIGITS, 60, 0.5, 0, three)
+    assert not all(map(np.array_equal, parts, chunked))  # each chunk draws anew
     assert complete(chunked, 1257)
     tops = [[max(count.values()) for count in table(DIGITS, some)] for some in (parts, chunked)]
     assert stats.ks_2samp(*tops).pvalue > 0.01

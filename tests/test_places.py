@@ -14,35 +14,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Subspace, narrow
 from fedsparse.models.units import compute_all_units, compute_units_only, linear_layers
-from fedsparse.optim import index
 from fedsparse.optim.index import TrainedIndex, blocks
 
 SPACE = ParamSpace(["a.weight", "a.bias", "b.weight"], [torch.Size([4, 6]), torch.Size([4]), torch.Size([5, 2, 2])])
 
 
-@pytest.fixture(autouse=True)
-def _every_tensor_counts_as_large(monkeypatch):
-    monkeypatch.setattr(index, "_LARGE", 1)
+def kinds(mask, large):
+    return [(p.name, None if p.mask is None else p.mask.dim()) for p in blocks(SPACE, mask, large)]
 
 
-def kinds(mask):
-    return [(p.name, None if p.mask is None else p.mask.dim()) for p in blocks(SPACE, mask)]
-
-
-def test_pieces_by_hand(monkeypatch):
-    monkeypatch.setattr(index, "_LARGE", 20)  # the bias is small
+def test_pieces_by_hand():
     mask = torch.zeros(SPACE.size, dtype=torch.bool)
     a, bias, b = SPACE.unflatten(mask).values()
-    assert kinds(mask) == []
+    assert kinds(mask, 20) == []  # the bias is small
     a[1:3], b[:] = True, True
-    assert kinds(mask) == [("a.weight", 2), ("b.weight", None)]
+    assert kinds(mask, 20) == [("a.weight", 2), ("b.weight", None)]
     bias[0] = True
-    assert kinds(mask) == [("a.weight", 2), ("b.weight", None), ("", 1)]
+    assert kinds(mask, 20) == [("a.weight", 2), ("b.weight", None), ("", 1)]
     a[:], bias[:] = False, True
-    assert kinds(mask) == [("b.weight", None), ("", 1)]
-    monkeypatch.setattr(index, "_LARGE", 100)
-    assert kinds(mask) == [("", 1)]
-    assert kinds(torch.ones_like(mask)) == [("", None)]
+    assert kinds(mask, 20) == [("b.weight", None), ("", 1)]
+    assert kinds(mask, 25) == [("", 1)]
+    assert kinds(torch.ones_like(mask), 25) == [("", None)]
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -52,7 +44,7 @@ def test_every_trained_coordinate_is_in_exactly_one_piece(units, seed, noise):
     mask = torch.cat([marks[:4].repeat_interleave(6), marks[4:8], marks[8:].repeat_interleave(4)])
     mask ^= torch.rand(SPACE.size, generator=torch.Generator().manual_seed(seed)) < noise
     counted = torch.zeros(SPACE.size)
-    for block in blocks(SPACE, mask):
+    for block in blocks(SPACE, mask, large=1):
         view = block.of(counted)
         view += 1 if block.mask is None else block.mask
     assert torch.equal(counted, mask.float())

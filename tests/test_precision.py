@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from plain import plain_fedavg, replay
 from small import Small, small_data, small_net, uneven_parts
 
-from fedsparse.optim import index
+from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.precision import HalfPrecision
 
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed"]
-
-
-@pytest.fixture(autouse=True)
-def _large_tensors(monkeypatch):
-    """These are small, and yet take gradients of their own in each step, as large ones do."""
-    monkeypatch.setattr(index, "_LARGE", 1)
 
 
 def options(precision):
@@ -30,9 +26,11 @@ def a_mask(size):
 
 
 def a_small(cohort=1, **extra):
+    """Its tensors are small, and yet take gradients of their own in each step, as large ones do."""
+    client = partial(ClientModule, large=1)
     net = small_net(torch.float32)
     mask = a_mask(sum(p.numel() for p in net.parameters()))
-    return Small(net, small_data(dtype=torch.float32), uneven_parts(), mask=mask, cohort=cohort, **extra)
+    return Small(net, small_data(dtype=torch.float32), uneven_parts(), mask=mask, cohort=cohort, client=client, **extra)
 
 
 @pytest.mark.parametrize("cohort", [1, 3])

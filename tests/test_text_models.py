@@ -258,7 +258,6 @@ def test_pretraining_writes_what_transformers_loads_whole(tmp_path, monkeypatch,
     texts = [f"The {a} of the {b}." for words in WORDS.values() for a in words.split() for b in words.split()]
     monkeypatch.setattr(pretrain_text, "held_out", lambda: texts[:7])
     monkeypatch.setattr(pretrain_text, "package_sentences", lambda: texts[5:])
-    monkeypatch.setattr(pretrain_text, "SHAPE", pretrain_text.SHAPE | {"hidden_size": 16, "intermediate_size": 16})
     pretrain_text.main(["--out", str(tmp_path), "--epochs", "2", "--words", "80"])
     assert "from 36 sentences" in capsys.readouterr().out
     file, net = load_file(tmp_path / "model.safetensors"), bert("bert_tiny", 4, str(tmp_path))

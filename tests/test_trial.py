@@ -103,7 +103,6 @@ def test_a_tied_model_is_exported(tmp_path, monkeypatch):
     pytest.importorskip("torch_pruning")
     monkeypatch.chdir(tmp_path)
     use(monkeypatch, Tied)
-    monkeypatch.setattr("fedsparse.export.SECONDS", 0.01)
     run([*OPTIONS, "federation.rounds=1", "hydra.run.dir=a"])
     export.export(tmp_path / "a", ["safetensors"])
     small, net = export.load(tmp_path / "a/export"), read_run(tmp_path / "a").net

@@ -86,7 +86,6 @@ NAMED = r"collect_env\.run|torch\.load|hub\.load|fedsparse\.core\.files\.write|h
 def typed(monkeypatch, capsys):
     """Type a command -> its exit code and its lines of errors."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(export, "SECONDS", 0.01)
 
     def go(command, folder, *names):
         monkeypatch.setitem(os.environ, "HYDRA_FULL_ERROR", "0")  # which a command sets

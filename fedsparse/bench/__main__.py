@@ -59,26 +59,26 @@ class Figures:
             files.write(self.path, json.dumps(held, indent=2) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, problems: Mapping[str, Problem] = PROBLEMS) -> None:
     """Measure, print, and write JSON if asked to; or print the tables of a JSON file."""
-    options = _parse(arguments)
+    options = _parse(arguments, problems)
     try:
         if options.table:
             print("\n\n".join(table.markdown() for table in tables.tables(tables.read(options.table))))
         else:
-            _run(options)
+            _run(options, _asked(options, problems))
     except (ValueError, OSError) as error:
         sys.exit(f"fedsparse: {error}")
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace, problems: Sequence[Problem]) -> None:
     from fedsparse.bench.collect import Collector  # here, so that --table does not load Lightning
 
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     figures = Figures(facts(options.threads), options.json)
     peers = _peers(options)
-    for row in Collector(options.threads, options.memory, peers, bool(options.models)).rows(_problems(options)):
+    for row in Collector(options.threads, options.memory, peers, bool(options.models)).rows(problems):
         figures.add(row)
     print(f"{CLIENTS} clients x {STEPS} local steps a round")
     for table in tables.tables(figures.rows):
@@ -89,9 +89,9 @@ def _run(options: argparse.Namespace) -> None:
         sys.exit(f"fedsparse: {failed} of {len(figures.rows)} rows failed, see above")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, problems: Mapping[str, Problem]) -> argparse.Namespace:
     parser = Parser(prog="python -m fedsparse.bench", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(PROBLEMS), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=list(problems), help="default: all")
     parser.add_argument("--cohort", nargs="+", type=positive, help="bounds of the clients that train together")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="default: those installed")
     parser.add_argument("--environments", type=Path, default=processes.ENVIRONMENTS, help="folder of the peers'")
@@ -110,11 +110,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _problems(options: argparse.Namespace) -> list[Problem]:
+def _asked(options: argparse.Namespace, problems: Mapping[str, Problem]) -> list[Problem]:
     """Models that are asked for, with the pairs and cohorts that are."""
     asked = {"pairs": options.pairs, "cohorts": options.cohort and tuple(options.cohort)}
     changes = {name: value for name, value in asked.items() if value}
-    return [replace(PROBLEMS[name], **changes) for name in options.models or PROBLEMS]
+    return [replace(problems[name], **changes) for name in options.models or problems]
 
 
 def _peers(options: argparse.Namespace) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from fedsparse.data import checks
 from fedsparse.data.checks import Floats, Ints
 
 NOBODY = -1  # the owner of a sample that no client holds
-_CELLS = 1_000_000  # clients x classes that are worked on at a time, so that memory does not grow with the federation
+CELLS = 1_000_000  # clients x classes that are worked on at a time, so that memory does not grow with the federation
 _TINY = 1e-300  # the smallest Dirichlet parameter whose logarithms stay finite
 
 
@@ -29,9 +29,9 @@ def stream(seed: int, key: int, *ids: int) -> np.random.Generator:
     return np.random.default_rng([checks.checked_integer("seed", seed, 0), key, *ids])
 
 
-def chunks(clients: int, classes: int) -> Iterator[slice]:
+def chunks(clients: int, classes: int, cells: int = CELLS) -> Iterator[slice]:
     """Cut the clients into runs whose clients x classes tables stay small."""
-    step = max(1, _CELLS // classes)
+    step = max(1, cells // classes)
     return (slice(start, min(start + step, clients)) for start in range(0, clients, step))
 
 

@@ -127,7 +127,9 @@ def dirichlet(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, m
     return dealing.parts_of(dealing.fill_small(owner, clients, least, rng), clients)
 
 
-def dirichlet_client(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int) -> list[Ints]:
+def dirichlet_client(
+    labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, cells: int = dealing.CELLS
+) -> list[Ints]:
     """Let every client draw its own class mix q ~ Dir(beta * p), with p the class mix of the data; equal sizes.
 
     Hsu et al. 2019. Clients are served in turn, without replacement; where a class runs out, the mix is renormalised
@@ -138,6 +140,7 @@ def dirichlet_client(labels: npt.ArrayLike, num_clients: int, beta: float, seed:
         num_clients: number of clients K.
         beta: concentration, above 0; small is one class a client, large is the mix of the data.
         seed: seed of the partition.
+        cells: clients x classes that are drawn at a time; another number is another draw.
 
     Returns:
         K arrays of sorted sample indices.
@@ -152,7 +155,7 @@ def dirichlet_client(labels: npt.ArrayLike, num_clients: int, beta: float, seed:
     alpha = checks.checked_positive("partition.beta", beta) * left / array.size
     wanted = array.size // clients + (np.arange(clients) < array.size % clients)
     order, entries = dealing.grouped(array, rng), []
-    for rows in dealing.chunks(clients, left.size):
+    for rows in dealing.chunks(clients, left.size, cells):
         logs = dealing.dirichlet_logs(alpha, (rows.stop - rows.start, left.size), rng)
         counts = dealing.draw_mixes(logs, wanted[rows], left, rng)
         row, column = np.nonzero(counts)
@@ -325,7 +328,11 @@ def _own_mix(seed: int, client: int, alpha: Floats, present: npt.NDArray[np.bool
 
 
 def client_tests(
-    train_parts: Sequence[Ints], train_labels: npt.ArrayLike, test_labels: npt.ArrayLike, seed: int
+    train_parts: Sequence[Ints],
+    train_labels: npt.ArrayLike,
+    test_labels: npt.ArrayLike,
+    seed: int,
+    cells: int = dealing.CELLS,
 ) -> list[Ints]:
     """Give every client a test part with the class mix of its training part.
 
@@ -340,6 +347,7 @@ def client_tests(
         train_labels: class of each training sample (n,).
         test_labels: class of each test sample (n_test,).
         seed: seed of the partition.
+        cells: clients x classes that are worked on at a time.
 
     Returns:
         K arrays of sorted indices into the test set.
@@ -349,7 +357,7 @@ def client_tests(
     rng, classes = dealing.stream(seed, _TESTS), 1 + int(max(train.max(), test.max()))
     room, pool = np.bincount(test, minlength=classes), dealing.grouped(test, rng)
     used, parts = np.zeros(classes, dtype=np.int64), list[Ints]()
-    for rows in dealing.chunks(len(train_parts), classes):
+    for rows in dealing.chunks(len(train_parts), classes, cells):
         mix = dealing.class_counts(train_parts[rows], train, classes)
         size = mix.sum(axis=1)
         wanted = np.maximum(np.rint(size * test.size / train.size), size > 0).astype(np.int64)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-_SAMPLE = 1 << 18  # scores drawn to guess where the k-th stands; up to four times as many are searched without a guess
-_MARGIN = 0.01  # share of the scores by which a guess may be wrong; if it is more, all scores are searched
+SAMPLE = 1 << 18  # scores drawn to guess where the k-th stands; up to four times as many are searched without a guess
+MARGIN = 0.01  # share of the scores by which a guess may be wrong; if it is more, all scores are searched
 
 
 def count(fraction: float, n: int) -> int:
@@ -98,10 +98,18 @@ def mark(parts: Sequence[Tensor], k: int, *, largest: bool) -> tuple[list[Tensor
     return marks, cut
 
 
-def smallest(parts: Sequence[Tensor], k: int) -> Tensor:
-    """Find the k-th smallest score of several flat tensors: a scalar, exact whatever the sample says."""
-    if (n := sum(part.numel() for part in parts)) > 4 * _SAMPLE:
-        low, high = _bracket(parts, k / n, n)
+def smallest(parts: Sequence[Tensor], k: int, sample: int = SAMPLE, margin: float = MARGIN) -> Tensor:
+    """Find the k-th smallest score of several flat tensors: a scalar, exact whatever the sample says.
+
+    Args:
+        parts: flat scores, counted together; NaN-free.
+        k: from 1 to how many there are.
+        sample: scores drawn to guess where the k-th stands.
+        margin: share of the scores by which the guess may be wrong.
+
+    """
+    if (n := sum(part.numel() for part in parts)) > 4 * sample:
+        low, high = _bracket(parts, k / n, n, sample, margin)
         for edge in (low, high):
             if _number(parts, torch.lt, edge) < k <= _number(parts, torch.le, edge):
                 return edge
@@ -118,15 +126,15 @@ def _kth(scores: Tensor, k: int) -> Tensor:
     return scores[k - 1].clone()
 
 
-def _bracket(parts: Sequence[Tensor], place: float, n: int) -> tuple[Tensor, Tensor]:
+def _bracket(parts: Sequence[Tensor], place: float, n: int, sample: int, margin: float) -> tuple[Tensor, Tensor]:
     """Guess two scores around the one at a place (0 to 1) of the order, from a sample drawn with a fixed seed."""
     draws = torch.Generator().manual_seed(0)
-    sizes = [(part, len(part) * _SAMPLE // n) for part in parts if len(part)]
+    sizes = [(part, len(part) * sample // n) for part in parts if len(part)]
     drawn = [part[torch.randint(len(part), (size,), generator=draws).to(part.device)] for part, size in sizes]
-    sample = torch.cat(drawn).sort().values
-    last = len(sample) - 1
-    low, high = (min(max(round((place + by) * last), 0), last) for by in (-_MARGIN, _MARGIN))
-    return sample[low], sample[high]
+    ordered = torch.cat(drawn).sort().values
+    last = len(ordered) - 1
+    low, high = (min(max(round((place + by) * last), 0), last) for by in (-margin, margin))
+    return ordered[low], ordered[high]
 
 
 def _number(parts: Sequence[Tensor], compare: Callable[[Tensor, Tensor], Tensor], edge: Tensor) -> int:

@@ -20,7 +20,7 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import CHUNK, narrow
 
 Moment = TypeVar("Moment", Tensor, Tensor | None)
-_LARGE = 1 << 16  # coordinates from which a tensor is a block of its own
+LARGE = 1 << 16  # coordinates from which a tensor is a block of its own
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,25 @@ class Block:
         return row.narrow(0, self.start, math.prod(self.shape)).view(self.shape)
 
 
-def blocks(space: ParamSpace, mask: Tensor) -> list[Block]:
+def blocks(space: ParamSpace, mask: Tensor, large: int = LARGE) -> list[Block]:
     """Split a row for an optimizer: a block for each large tensor that is not frozen, and one for all small tensors.
 
     The latter is the whole row, with a mask that is False in the large tensors.
+
+    Args:
+        space: the tensors of the row.
+        mask: bool (P,), True where a coordinate trains.
+        large: coordinates from which a tensor is a block of its own.
+
     """
     named = [Block(*tensor, None) for tensor in zip(space.names, space.offsets, space.shapes, strict=True)]
-    large = [block for block in named if math.prod(block.shape) >= _LARGE]
-    apart = [_masked(block, block.of(mask)) for block in large if bool(block.of(mask).any())]
+    apart = [block for block in named if math.prod(block.shape) >= large]
+    trained = [_masked(block, block.of(mask)) for block in apart if bool(block.of(mask).any())]
     rest = mask.clone()
-    for block in large:
+    for block in apart:
         block.of(rest).fill_(False)
     whole = Block("", 0, (space.size,), None if bool(rest.all()) else rest)
-    return [*apart, *[whole] * bool(rest.any())]
+    return [*trained, *[whole] * bool(rest.any())]
 
 
 def _masked(block: Block, mask: Tensor) -> Block:
@@ -126,19 +132,22 @@ class TrainedIndex:
         return out
 
     def trained(
-        self, param: Tensor, grad: Tensor, *moments: Moment
+        self, param: Tensor, grad: Tensor, *moments: Moment, chunk: int = CHUNK
     ) -> Iterator[tuple[Tensor, Tensor, Sequence[Moment], Tensor]]:
-        """Yield chunks of values, gradient, moments and positions; after each the values are written back."""
+        """Yield chunks of values, gradient, moments and positions; after each the values are written back.
+
+        On a CPU a chunk has at most ``chunk`` coordinates, or is a single entry.
+        """
         seen, gradient = self.see(param), self.see(grad if grad.stride() == param.stride() else laid_like(grad, param))
-        for positions, parts in self._chunks(*moments):
+        for positions, parts in self._chunks(chunk, *moments):
             values = seen.index_select(self.dim, positions)
             yield values, gradient.index_select(self.dim, positions), parts, positions
             seen.index_copy_(self.dim, positions, values)
 
-    def _chunks(self, *moments: Moment) -> Iterator[tuple[Tensor, Sequence[Moment]]]:
+    def _chunks(self, chunk: int, *moments: Moment) -> Iterator[tuple[Tensor, Sequence[Moment]]]:
         """Yield chunks of positions and moments; positions are int64, as ``index_copy_`` needs them."""
         n, wide = len(self.positions), math.prod(self.shape) // max(1, self.shape[self.dim])
-        size = max(1, CHUNK // wide) if self.positions.device.type == "cpu" else n
+        size = max(1, chunk // wide) if self.positions.device.type == "cpu" else n
         if n <= size:
             yield self.positions.long(), moments
             return

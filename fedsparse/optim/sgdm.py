@@ -79,7 +79,7 @@ def sgdm_update(
 
 def _one_sweep(param: Tensor, grad: Tensor, buffer: Tensor | None, momentum: float) -> bool:
     """Whether torch's fused kernel can take the step, and is faster."""
-    if param.numel() < max(_WORTH, _REGISTERS) or param.device.type != "cpu" or (buffer is None and momentum != 0):
+    if param.numel() < _WORTH or param.device.type != "cpu" or (buffer is None and momentum != 0):
         return False
     tensors = [param, grad, *([] if buffer is None else [buffer])]
     return all(t.is_contiguous() and t.dtype == param.dtype in (torch.float32, torch.float64) for t in tensors)

@@ -33,6 +33,7 @@ from fedsparse.federation.client.training import (
 from fedsparse.federation.exchange.update import Start
 from fedsparse.federation.stores.store import ClientStore
 from fedsparse.masks.bitmaps import unpack
+from fedsparse.optim.index import LARGE
 
 
 def _given(logits: Tensor, x: Tensor) -> Tensor:
@@ -59,6 +60,7 @@ class ClientModule(lightning.LightningModule):
         objective: the drift correction; none by default.
         buffers: policy of float buffers; see ``Buffers``.
         seed: the run's seed, for dropout.
+        large: coordinates from which a tensor is a block of its own (K = 1).
 
     Attributes:
         clients: exists once Lightning has moved the network to its device.
@@ -83,6 +85,7 @@ class ClientModule(lightning.LightningModule):
         objective: DriftCorrection | None = None,
         buffers: str = "average",
         seed: int = 0,
+        large: int = LARGE,
     ) -> None:
         super().__init__()
         check_stackable(net, cohort)
@@ -90,7 +93,7 @@ class ClientModule(lightning.LightningModule):
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
         self.make_optimizer, self.inputs, self.compile_net = make_optimizer, inputs, compile
         self.objective = NoCorrection() if objective is None else objective
-        self.buffer_policy, self.groups, self.seed = buffers, 1, seed
+        self.buffer_policy, self.groups, self.seed, self.large = buffers, 1, seed, large
         self.buffer_store: ClientStore | None = None
         self.received: Start | None = None
         self.show: Callable[[int], None] = only_one
@@ -155,6 +158,7 @@ class ClientModule(lightning.LightningModule):
             per_sample=type(self).losses is ClientModule.losses,
             loss_scale=loss_scale,
             seed=self.seed,
+            large=self.large,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

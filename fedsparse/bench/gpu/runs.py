@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,11 +40,11 @@ class Job:
     overrides: tuple[str, ...] = ()
     killed: bool = False
 
-    def command(self, folder: Path) -> list[str]:
-        """Write the command line that starts it."""
+    def arguments(self, folder: Path) -> list[str]:
+        """Write the arguments of the command that starts it."""
         accelerator = "gpu" if self.device == "cuda" else "cpu"
         fixed = ["logger=csv", "pictures=false", "calibration.cache=null", f"hydra.run.dir={folder / self.name}"]
-        return [*TRAIN, f"trainer.accelerator={accelerator}", *fixed, *self.overrides]
+        return [f"trainer.accelerator={accelerator}", *fixed, *self.overrides]
 
 
 class Runs:
@@ -55,6 +55,7 @@ class Runs:
         threads: of each run.
         most: that run at a time.
         left: seconds of the budget that are left.
+        train: the command that makes a run.
 
     Attributes:
         codes: exit status of each run that ended; a killed one's is that of its second half.
@@ -62,8 +63,10 @@ class Runs:
 
     """
 
-    def __init__(self, folder: Path, threads: int, most: int, left: Callable[[], float]) -> None:
-        self.folder, self.most, self.left = folder, most, left
+    def __init__(
+        self, folder: Path, threads: int, most: int, left: Callable[[], float], train: Sequence[str] = TRAIN
+    ) -> None:
+        self.folder, self.most, self.left, self.train = folder, most, left, train
         self.environment = environment(folder, threads)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.codes: dict[str, int] = {}
@@ -87,7 +90,7 @@ class Runs:
         while (waiting or self.running) and self.left() > LEAST:
             while waiting and len(self.running) < self.most:
                 job = waiting.pop(0)
-                self._start(job.name, job.command(self.folder))
+                self._start(job.name, job.arguments(self.folder))
             for name in to_kill & self.running.keys() - self.kills.keys():
                 self._interrupt(name)
             self._collect()
@@ -98,7 +101,8 @@ class Runs:
         text = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
         return [line for line in text.splitlines() if line.strip()][-3:]
 
-    def _start(self, name: str, command: list[str]) -> None:
+    def _start(self, name: str, arguments: list[str]) -> None:
+        command = [*self.train, *arguments]
         with (self.folder / f"{name}.log").open("a") as log:
             self.running[name] = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -111,7 +115,7 @@ class Runs:
         if closed and self.running[name].poll() is None:
             self._kill(name)
             self.kills[name] = closed
-            self._start(name, [*TRAIN, f"resume={self.folder / name}"])
+            self._start(name, [f"resume={self.folder / name}"])
 
     def _collect(self) -> None:
         """Note which runs have ended."""

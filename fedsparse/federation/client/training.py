@@ -32,7 +32,7 @@ from fedsparse.federation.client.early_stopping import Counts, Patience
 from fedsparse.federation.client.stacked import StackedRows
 from fedsparse.federation.exchange.update import Start, Update, finite
 from fedsparse.masks.bitmaps import unpack
-from fedsparse.optim.index import Block, blocks
+from fedsparse.optim.index import LARGE, Block, blocks
 from fedsparse.optim.masked import MaskedOptimizer
 
 LOCAL = "clients"  # the store of local coordinates
@@ -65,6 +65,7 @@ class Clients:
         per_sample: whether each loss depends on one sample only, so that stacked clients' batches may be joined.
         loss_scale: factor of the loss in half precision, so that gradients do not underflow.
         seed: the run's seed, for dropout.
+        large: coordinates from which a tensor is a block of its own (K = 1).
 
     Attributes:
         theta: the rows (K, P).
@@ -97,6 +98,7 @@ class Clients:
         per_sample: bool = False,
         loss_scale: float = 1.0,
         seed: int = 0,
+        large: int = LARGE,
     ) -> None:
         check_stackable(net, cohort)
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
@@ -105,7 +107,7 @@ class Clients:
         self.objective = NoCorrection() if objective is None else objective
         self.buffers = Buffers(net) if buffers is None else buffers
         self.bitmaps = torch.zeros(0, 0, dtype=torch.uint8) if bitmaps is None else bitmaps
-        self.per_sample, self.loss_scale, self.seed = per_sample, loss_scale, seed
+        self.per_sample, self.loss_scale, self.seed, self.large = per_sample, loss_scale, seed, large
         self.factors: list[Tensor] = []  # by which each local step of a cohort multiplied its gradients, (K, 1)
         self.change = torch.zeros(0)
         self.subspace, self.theta = Subspace(mask), stacked(space.read(net), cohort)
@@ -127,7 +129,8 @@ class Clients:
 
     def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
         """Build one row in blocks, each with its mask, as the optimizer steps them."""
-        split = [Block("", 0, (self.space.size,), mask)] if len(self.bitmaps) else blocks(self.space, mask)
+        whole = Block("", 0, (self.space.size,), mask)
+        split = [whole] if len(self.bitmaps) else blocks(self.space, mask, self.large)
         rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self.forward)
         return rows, [block.mask for block in split]
 

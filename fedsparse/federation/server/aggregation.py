@@ -89,9 +89,9 @@ class Tally:
         return Change(rows, buffers, touched, self.loss / sum(self.weight), sent)
 
 
-def add_scaled(total: Tensor, row: Tensor, weight: float) -> None:
+def add_scaled(total: Tensor, row: Tensor, weight: float, chunk: int = CHUNK) -> None:
     """Add a row times a weight to a float64 sum; in chunks on a CPU, where torch copies the row to float64."""
-    size = CHUNK if total.device.type == "cpu" else max(1, len(total))
+    size = chunk if total.device.type == "cpu" else max(1, len(total))
     for part, values in zip(total.split(size), row.split(size), strict=True):
         part.add_(values, alpha=weight)
 
