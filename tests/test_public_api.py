@@ -110,10 +110,21 @@ EXPORTED = {
         "fedsparse.simulation.module": "ClientModule",
         "fedsparse.simulation.callback": "FederatedRounds",
     },
+    "fedsparse.landscape": {
+        "fedsparse.landscape.directions": "Plane filter_normalise random_direction",
+        "fedsparse.landscape.interpolation": "Barrier barrier between",
+    },
 }
 ROWS = [(at, home, name) for at, homes in EXPORTED.items() for home, names in homes.items() for name in names.split()]
 # of these all names stand above
-WHOLE = ("fedsparse", "fedsparse.masks", "fedsparse.models", "fedsparse.data", "fedsparse.federation")
+WHOLE = (
+    "fedsparse",
+    "fedsparse.masks",
+    "fedsparse.models",
+    "fedsparse.data",
+    "fedsparse.federation",
+    "fedsparse.landscape",
+)
 
 
 def call(code, *arguments):
@@ -154,7 +165,7 @@ def test_importing_fedsparse_costs_nothing():
     assert found == {"fedsparse", "fedsparse.core", "fedsparse.core.lazy"}
 
 
-@pytest.mark.parametrize("package", ["models", "data", "federation"])
+@pytest.mark.parametrize("package", ["models", "data", "federation", "landscape"])
 def test_importing_a_part_does_not_import_the_whole(package):
     found = call(f"import sys, fedsparse.{package}; print(*sys.modules)")
     assert not HEAVY & set(found)
