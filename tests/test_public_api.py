@@ -113,6 +113,9 @@ EXPORTED = {
     "fedsparse.landscape": {
         "fedsparse.landscape.directions": "Plane filter_normalise random_direction",
         "fedsparse.landscape.interpolation": "Barrier barrier between",
+        "fedsparse.landscape.surface": "Evaluated chunk_size evaluate evaluate_plane evaluate_rows joined",
+        "fedsparse.landscape.task": "MeanLoss Task",
+        "fedsparse.landscape.curvature": "Sketch frobenius hutchpp hvp lanczos sketch",
     },
 }
 ROWS = [(at, home, name) for at, homes in EXPORTED.items() for home, names in homes.items() for name in names.split()]

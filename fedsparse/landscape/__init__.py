@@ -6,18 +6,56 @@ from typing import TYPE_CHECKING
 
 from fedsparse.core.lazy import lazily
 
-__all__ = ["Barrier", "Plane", "barrier", "between", "filter_normalise", "random_direction"]
+__all__ = [
+    "Barrier",
+    "Evaluated",
+    "MeanLoss",
+    "Plane",
+    "Sketch",
+    "Task",
+    "barrier",
+    "between",
+    "chunk_size",
+    "evaluate",
+    "evaluate_plane",
+    "evaluate_rows",
+    "filter_normalise",
+    "frobenius",
+    "hutchpp",
+    "hvp",
+    "joined",
+    "lanczos",
+    "random_direction",
+    "sketch",
+]
 
 if TYPE_CHECKING:
+    from fedsparse.landscape.curvature import Sketch, frobenius, hutchpp, hvp, lanczos, sketch
     from fedsparse.landscape.directions import Plane, filter_normalise, random_direction
     from fedsparse.landscape.interpolation import Barrier, barrier, between
+    from fedsparse.landscape.surface import Evaluated, chunk_size, evaluate, evaluate_plane, evaluate_rows, joined
+    from fedsparse.landscape.task import MeanLoss, Task
 else:  # a barrier needs no curvature
     _HOMES = {
         "Barrier": "fedsparse.landscape.interpolation",
+        "Evaluated": "fedsparse.landscape.surface",
+        "MeanLoss": "fedsparse.landscape.task",
         "Plane": "fedsparse.landscape.directions",
+        "Sketch": "fedsparse.landscape.curvature",
+        "Task": "fedsparse.landscape.task",
         "barrier": "fedsparse.landscape.interpolation",
         "between": "fedsparse.landscape.interpolation",
+        "chunk_size": "fedsparse.landscape.surface",
+        "evaluate": "fedsparse.landscape.surface",
+        "evaluate_plane": "fedsparse.landscape.surface",
+        "evaluate_rows": "fedsparse.landscape.surface",
         "filter_normalise": "fedsparse.landscape.directions",
+        "frobenius": "fedsparse.landscape.curvature",
+        "hutchpp": "fedsparse.landscape.curvature",
+        "hvp": "fedsparse.landscape.curvature",
+        "joined": "fedsparse.landscape.surface",
+        "lanczos": "fedsparse.landscape.curvature",
         "random_direction": "fedsparse.landscape.directions",
+        "sketch": "fedsparse.landscape.curvature",
     }
     __getattr__, __dir__ = lazily(__name__, _HOMES)
