@@ -116,6 +116,9 @@ EXPORTED = {
         "fedsparse.landscape.surface": "Evaluated chunk_size evaluate evaluate_plane evaluate_rows joined",
         "fedsparse.landscape.task": "MeanLoss Task",
         "fedsparse.landscape.curvature": "Sketch frobenius hutchpp hvp lanczos sketch",
+        "fedsparse.landscape.sharpness": "Rise mean_rise pac_bayes sam sigma",
+        "fedsparse.landscape.pathnorm": "path_norm",
+        "fedsparse.landscape.refinement": "Refined refine",
     },
 }
 ROWS = [(at, home, name) for at, homes in EXPORTED.items() for home, names in homes.items() for name in names.split()]

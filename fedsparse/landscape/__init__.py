@@ -11,6 +11,8 @@ __all__ = [
     "Evaluated",
     "MeanLoss",
     "Plane",
+    "Refined",
+    "Rise",
     "Sketch",
     "Task",
     "barrier",
@@ -25,7 +27,13 @@ __all__ = [
     "hvp",
     "joined",
     "lanczos",
+    "mean_rise",
+    "pac_bayes",
+    "path_norm",
     "random_direction",
+    "refine",
+    "sam",
+    "sigma",
     "sketch",
 ]
 
@@ -33,6 +41,9 @@ if TYPE_CHECKING:
     from fedsparse.landscape.curvature import Sketch, frobenius, hutchpp, hvp, lanczos, sketch
     from fedsparse.landscape.directions import Plane, filter_normalise, random_direction
     from fedsparse.landscape.interpolation import Barrier, barrier, between
+    from fedsparse.landscape.pathnorm import path_norm
+    from fedsparse.landscape.refinement import Refined, refine
+    from fedsparse.landscape.sharpness import Rise, mean_rise, pac_bayes, sam, sigma
     from fedsparse.landscape.surface import Evaluated, chunk_size, evaluate, evaluate_plane, evaluate_rows, joined
     from fedsparse.landscape.task import MeanLoss, Task
 else:  # a barrier needs no curvature
@@ -41,6 +52,8 @@ else:  # a barrier needs no curvature
         "Evaluated": "fedsparse.landscape.surface",
         "MeanLoss": "fedsparse.landscape.task",
         "Plane": "fedsparse.landscape.directions",
+        "Refined": "fedsparse.landscape.refinement",
+        "Rise": "fedsparse.landscape.sharpness",
         "Sketch": "fedsparse.landscape.curvature",
         "Task": "fedsparse.landscape.task",
         "barrier": "fedsparse.landscape.interpolation",
@@ -55,7 +68,13 @@ else:  # a barrier needs no curvature
         "hvp": "fedsparse.landscape.curvature",
         "joined": "fedsparse.landscape.surface",
         "lanczos": "fedsparse.landscape.curvature",
+        "mean_rise": "fedsparse.landscape.sharpness",
+        "pac_bayes": "fedsparse.landscape.sharpness",
+        "path_norm": "fedsparse.landscape.pathnorm",
         "random_direction": "fedsparse.landscape.directions",
+        "refine": "fedsparse.landscape.refinement",
+        "sam": "fedsparse.landscape.sharpness",
+        "sigma": "fedsparse.landscape.sharpness",
         "sketch": "fedsparse.landscape.curvature",
     }
     __getattr__, __dir__ = lazily(__name__, _HOMES)
