@@ -253,7 +253,7 @@ def test_mypy_knows_every_name_and_no_other(tmp_path):
     revealed = [line for line in done.stdout.splitlines() if "Revealed type" in line]
     assert len(revealed) == len(rows), done.stdout
     assert all("def (" in line and '"Any"' not in line for line in revealed), done.stdout
-    assert done.stdout.count("error:") == 1
+    assert done.stdout.count(": error: ") == 1
     assert 'Module has no attribute "Nonsense"' in done.stdout
 
 
