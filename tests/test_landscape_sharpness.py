@@ -106,7 +106,7 @@ def test_sam_keeps_to_the_mask():
 
 
 def test_the_mean_rise_is_a_loop_over_directions_both_ways(monkeypatch):
-    monkeypatch.setattr("fedsparse.landscape.surface.STACKED", 200)  # 5 points at a time
+    monkeypatch.setattr("fedsparse.landscape.surface.POINTS", 5)  # 5 points at a time
     net, space, split = relu_task()
     task, row, mask = Task(net, space, losses, per_sample=True), space.read(net), space.where("0.*")
     found = mean_rise(task, row, split, gen(7), radius=0.2, draws=6, mask=mask)

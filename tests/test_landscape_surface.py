@@ -70,11 +70,12 @@ NETS = {
 @pytest.mark.parametrize("name", list(NETS))
 def test_rows_are_evaluated_as_each_model_by_itself(name, form, monkeypatch):
     monkeypatch.setattr("fedsparse.landscape.surface.SAMPLES", 13)  # of 30: batches of 10
-    monkeypatch.setattr("fedsparse.landscape.surface.STACKED", 40)  # 3 points at a time
+    monkeypatch.setattr("fedsparse.landscape.surface.STACKED", 40)  # 3 points of batches of 10 too, and 2 of 15
+    monkeypatch.setattr("fedsparse.landscape.surface.POINTS", 3)
     net = NETS[name]().train()
     rows, split = rows_around(net, 5), of_images(30)
     task = Task(net, ParamSpace.of(net), losses, per_sample=True)
-    assert chunk_size(task, split) == 3
+    assert chunk_size(task) == 3
     found = joined(evaluate(task, rows.split(3), split, form))
     loss, accuracy = by_state_dicts(net, rows, split)
     torch.testing.assert_close(found.loss, loss, rtol=2e-6, atol=0)
@@ -204,7 +205,7 @@ def test_points_that_are_not_finite_are_gaps_and_the_others_stay(form):
 
 
 def test_a_surface_is_its_points_chunk_by_chunk(monkeypatch):
-    monkeypatch.setattr("fedsparse.landscape.surface.STACKED", 90)  # 3 points
+    monkeypatch.setattr("fedsparse.landscape.surface.POINTS", 3)
     net, split = mlp(64, 16, 10), of_images(30)
     space = ParamSpace.of(net)
     plane = Plane.random(space.read(net), space, torch.Generator().manual_seed(0))

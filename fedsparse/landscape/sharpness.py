@@ -109,7 +109,7 @@ def mean_rise(
     here = float(joined(evaluate(task, [row.unsqueeze(0)], split)).loss)
     drawn = (random_direction(row, task.space, generator, mask) for _ in range(draws))
     steps = (sign * radius * direction for direction in drawn for sign in (1, -1))
-    losses = joined(evaluate(task, _chunked(steps, row, chunk_size(task, split)), split)).loss
+    losses = joined(evaluate(task, _chunked(steps, row, chunk_size(task)), split)).loss
     rises = losses.view(draws, 2).mean(1) - here
     return float(rises.mean()), float(rises.std() / math.sqrt(draws))
 

@@ -19,8 +19,9 @@ from fedsparse.landscape.directions import Plane
 from fedsparse.landscape.task import Task
 from fedsparse.models.stacked import Stacked, stacks
 
-SAMPLES = 500  # of a batch
-STACKED = 6000  # points times samples that a stacked forward takes best; more leave a CPU's caches
+POINTS = 16  # of a chunk
+SAMPLES = 500  # of a batch of one point
+STACKED = 3000  # points times samples of a stacked batch: more leave a CPU's caches, and its heap
 BYTES = 1 << 27  # of a chunk's rows
 
 
@@ -62,7 +63,7 @@ def evaluate_rows(
 
     """
     task = Task.of(federation.clients, training)
-    return joined(evaluate(task, rows.split(chunk_size(task, split)), split, form))
+    return joined(evaluate(task, rows.split(chunk_size(task)), split, form))
 
 
 def evaluate_plane(
@@ -79,7 +80,7 @@ def evaluate_plane(
         form: see ``evaluate``.
 
     """
-    size = chunk_size(task, split)
+    size = chunk_size(task)
     chunks = (plane.point(*at) for at in zip(a.split(size), b.split(size), strict=True))
     return evaluate(task, chunks, split, form)
 
@@ -120,13 +121,10 @@ def joined(parts: Iterable[Evaluated]) -> Evaluated:
     return Evaluated(torch.cat(losses), torch.cat(accuracies))
 
 
-def chunk_size(task: Task, split: Split) -> int:
-    """K, the points of a chunk.
-
-    A chunk is also what a kill loses, and what one process takes at a time.
-    """
+def chunk_size(task: Task) -> int:
+    """K, the points of a chunk; also what a kill loses, and what one process takes at a time."""
     row = sum(tensor.nbytes for tensor in task.space.tensors(task.net))
-    return max(1, min(STACKED // max(1, min(len(split.y), SAMPLES)), BYTES // row))
+    return max(1, min(POINTS, BYTES // row))
 
 
 @torch.no_grad()
@@ -149,7 +147,7 @@ def together(task: Task, rows: Tensor, split: Split) -> Evaluated:
     points, sums = len(rows), torch.zeros(2, len(rows), dtype=torch.float64, device=task.device)
     net = Stacked(task.net, task.space.unflatten(rows.to(task.device)))
     with task.untouched():
-        for x, y in task.batches(split, SAMPLES):
+        for x, y in task.batches(split, max(1, STACKED // points)):
             logits, labels = net(x.repeat(points, *[1] * (x.dim() - 1))), y.repeat(points)
             losses = _losses(task, logits, x, labels)
             sums[0] += losses.view(points, -1).sum(1)
