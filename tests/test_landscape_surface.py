@@ -17,8 +17,9 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.data.datasets import Split
 from fedsparse.federation.client.training import Clients
 from fedsparse.federation.federation import Federation
-from fedsparse.landscape import Plane, Task, evaluate, evaluate_plane, evaluate_rows
+from fedsparse.landscape import MeanLoss, Plane, Task, evaluate, evaluate_plane, evaluate_rows
 from fedsparse.landscape.surface import chunk_size, joined
+from fedsparse.models.units import compute_all_units
 from fedsparse.models.vision import mlp, vit_digits
 from fedsparse.optim import SparseSGDM
 from fedsparse.simulation.evaluation import Evaluation
@@ -111,6 +112,17 @@ def test_the_federations_network_keeps_everything(cohort, monkeypatch):
     split, rows = of_images(12), rows_around(net, 4)
     found = {form: evaluate_rows(whole, rows, split, form=form) for form in ("stacked", "single")}
     torch.testing.assert_close(found["stacked"].loss, found["single"].loss, rtol=1e-5, atol=0)
+    inside = MeanLoss(Task.of(whole.clients), split, mask)
+    plain = copy.deepcopy(net).eval()
+    for name, p in plain.named_parameters():
+        p.requires_grad_(name.startswith("5."))
+    compute_all_units(plain)
+    cross_entropy(plain(split.x), split.y).backward()
+    expected = torch.cat([p.grad.flatten() if p.grad is not None else 0 * p.flatten() for p in plain.parameters()])
+    torch.testing.assert_close(
+        inside.gradient(space.read(net)).float(), (expected * mask).detach(), rtol=1e-4, atol=1e-7
+    )
+    assert inside.hessian(space.read(net))(torch.ones(1, int(mask.sum()))).abs().max() > 0
     loss, accuracy = found["single"]
     torch.testing.assert_close(loss, by_state_dicts(net, rows, split)[0], rtol=2e-6, atol=0)
     assert len(accuracy) == 4
@@ -267,3 +279,16 @@ def test_the_faster_form_is_kept(monkeypatch):
     assert calls == ["one_by_one", "together", "together", "together"]
     list(evaluate(task, rows_around(net, 6).split(2), split))
     assert calls[4:] == ["one_by_one", "together", "one_by_one", "one_by_one"]
+
+
+def test_rows_may_be_stored_in_half_precision():
+    net, split = mlp(64, 16, 10), of_images(30)
+    task, rows = Task(net, ParamSpace.of(net), losses, per_sample=True), rows_around(net, 3).half()
+    expected = by_state_dicts(net, rows.float(), split)[0]
+    for form in ("stacked", "single"):
+        torch.testing.assert_close(joined(evaluate(task, [rows], split, form)).loss, expected, rtol=1e-6, atol=0)
+    loss = MeanLoss(task, split)
+    assert loss(rows[0]) == pytest.approx(float(expected[0]), rel=1e-6)
+    assert torch.equal(loss.gradient(rows[0]), loss.gradient(rows[0].float()))
+    vectors = torch.ones(1, task.space.size)
+    assert torch.equal(loss.hessian(rows[0])(vectors), loss.hessian(rows[0].float())(vectors))

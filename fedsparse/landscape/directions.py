@@ -105,7 +105,7 @@ class Plane:
             raise ValueError(f"a plane goes through 3 models, not {len(rows)}")
         first, other = (rows[1:] - rows[0]).double()
         if mask is not None:
-            first, other = first * mask, other * mask
+            first, other = (way * mask.to(way.device) for way in (first, other))
         if not _spanned(first, other):
             raise ValueError("the three models are collinear: they span no plane")
         across = other - first * (first @ other / first.square().sum())

@@ -66,7 +66,7 @@ def sam(loss: Differentiable, row: Tensor, rho: float = 0.05, adaptive: bool = F
     """
     check_positive("sharpness.rho", rho)
     gradient = loss.gradient(row).double()
-    scale = row.double().abs() if adaptive else torch.ones_like(gradient)
+    scale = row.to(gradient).abs() if adaptive else torch.ones_like(gradient)
     norm = float(torch.linalg.vector_norm(scale * gradient))
     if norm == 0:
         return Rise(0.0, 0.0)

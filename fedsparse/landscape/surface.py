@@ -145,7 +145,7 @@ def one_by_one(task: Task, rows: Tensor, split: Split) -> Evaluated:
 def together(task: Task, rows: Tensor, split: Split) -> Evaluated:
     """Evaluate rows (K, P) in one forward for each batch: the K copies of a batch lie one behind the other."""
     points, sums = len(rows), torch.zeros(2, len(rows), dtype=torch.float64, device=task.device)
-    net = Stacked(task.net, task.space.unflatten(rows.to(task.device)))
+    net = Stacked(task.net, task.space.unflatten(rows.to(task.like)))
     with task.untouched():
         for x, y in task.batches(split, max(1, STACKED // points)):
             logits, labels = net(x.repeat(points, *[1] * (x.dim() - 1))), y.repeat(points)

@@ -43,6 +43,7 @@ class Task:
 
     Attributes:
         stackable: whether points may be stacked at all.
+        like: a tensor with the device and dtype of the network; rows may be stored in another.
 
     Raises:
         ValueError: BatchNorm without training samples.
@@ -63,7 +64,8 @@ class Task:
         compute_all_units(self.net)  # a network that has trained may compute the gradient of some units only
         self.space, self.losses, self.inputs, self.training = space, losses, inputs, training
         self.stackable = per_sample and can_stack(net)
-        self.device = space.tensors(self.net)[0].device
+        self.like = space.tensors(self.net)[0]
+        self.device = self.like.device
         self.norms = [module for module in self.net.modules() if isinstance(module, _BatchNorm)]
         if self.norms and (training is None or not len(training.y)):
             raise ValueError("the model has BatchNorm: its statistics need training samples at every point")
@@ -146,16 +148,17 @@ class MeanLoss:
     def gradient(self, row: Tensor) -> Tensor:
         """Compute the gradient at a row (P,): float64 (P,), 0 where nothing moves."""
         total = torch.zeros(self.subspace.size, dtype=torch.float64, device=self.task.device)
-        leaf = self.subspace.of(row.detach()).clone().requires_grad_()
+        row = row.detach().to(self.task.like)
+        leaf = self.subspace.of(row).clone().requires_grad_()
         with self.task.untouched(), torch.enable_grad():
-            for loss in self._shares(row.detach(), self._state(row)):
+            for loss in self._shares(row, self._state(row)):
                 total += torch.autograd.grad(loss(leaf), leaf)[0]
         return self.subspace.spread(total)
 
     def hessian(self, row: Tensor) -> MatMat:
         """Make the products with the Hessian at a row (P,), over what moves: (k, n) -> float64 (k, n)."""
-        row, state = row.detach(), self._state(row)
-        values = self.subspace.of(row)
+        row = row.detach().to(self.task.like)
+        state, values = self._state(row), self.subspace.of(row)
 
         def products(vectors: Tensor) -> Tensor:
             total = torch.zeros_like(vectors, dtype=torch.float64, device=self.task.device)
@@ -170,7 +173,7 @@ class MeanLoss:
         """All that the network computes with at a row, by name."""
         with self.task.untouched():
             buffers = self.task.load(row).named_buffers()
-        return {name: buffer.clone() for name, buffer in buffers} | self.task.space.unflatten(row.detach())
+        return {name: buffer.clone() for name, buffer in buffers} | self.task.space.unflatten(row)
 
     def _shares(self, row: Tensor, state: Mapping[str, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
         """Each batch's share of the mean loss, as a function of what moves (n,)."""
