@@ -36,16 +36,24 @@ def hvp(loss: Callable[[Tensor], Tensor], row: Tensor, vectors: Tensor) -> Tenso
         (k, P), in the dtype of the row.
 
     """
+    return differentiated(loss, row)(vectors)
+
+
+def differentiated(loss: Callable[[Tensor], Tensor], row: Tensor) -> MatMat:
+    """Build the graph of a gradient: the products of ``hvp`` at a row, as long as its result is kept."""
     leaf = row.detach().clone().requires_grad_()
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         (gradient,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True, materialize_grads=True)
-        if not gradient.requires_grad:  # a linear loss
+
+    def product(vector: Tensor) -> Tensor:
+        return torch.autograd.grad(gradient, leaf, vector, retain_graph=True, materialize_grads=True)[0]
+
+    def products(vectors: Tensor) -> Tensor:
+        if not len(vectors) or not gradient.requires_grad:  # of a linear loss
             return torch.zeros_like(vectors, dtype=row.dtype, device=row.device)
-        products = [
-            torch.autograd.grad(gradient, leaf, v, retain_graph=True, materialize_grads=True)[0]
-            for v in vectors.to(gradient)
-        ]
-    return torch.stack(products) if products else vectors.to(row)
+        return torch.stack([product(vector) for vector in vectors.to(gradient)])
+
+    return products
 
 
 def lanczos(matvec: MatVec, size: int, k: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from fedsparse.data.datasets import Split
 from fedsparse.data.images import unchanged
 from fedsparse.federation.client.bound import Losses
 from fedsparse.federation.client.training import Clients, can_stack
-from fedsparse.landscape.curvature import MatMat, hvp
+from fedsparse.landscape.curvature import MatMat, differentiated
 from fedsparse.models.copies import copied
 from fedsparse.models.units import compute_all_units
 
@@ -155,16 +155,29 @@ class MeanLoss:
                 total += torch.autograd.grad(loss(leaf), leaf)[0]
         return self.subspace.spread(total)
 
-    def hessian(self, row: Tensor) -> MatMat:
-        """Make the products with the Hessian at a row (P,), over what moves: (k, n) -> float64 (k, n)."""
+    def hessian(self, row: Tensor, retain: bool = False) -> MatMat:
+        """Make the products with the Hessian at a row (P,), over what moves: (k, n) -> float64 (k, n).
+
+        Args:
+            row: where it is taken.
+            retain: keep the gradient's graphs of all batches, for products that come one by one, as in Lanczos: for
+                vit_digits on 256 samples a quarter less time, and 130 MB more.
+
+        """
         row = row.detach().to(self.task.like)
         state, values = self._state(row), self.subspace.of(row)
+
+        def graphs() -> Iterator[MatMat]:
+            return (differentiated(loss, values) for loss in self._shares(row, state))
+
+        with self.task.untouched():
+            kept = list(graphs()) if retain else None
 
         def products(vectors: Tensor) -> Tensor:
             total = torch.zeros_like(vectors, dtype=torch.float64, device=self.task.device)
             with self.task.untouched():
-                for loss in self._shares(row, state):
-                    total += hvp(loss, values, vectors)
+                for graph in graphs() if kept is None else kept:
+                    total += graph(vectors)
             return total
 
         return products
