@@ -172,6 +172,36 @@ def test_collinear_models_are_refused(dtype):
         Plane.through(rows)
 
 
+@pytest.mark.parametrize(("angle", "spanned"), [(1e-4, True), (1e-6, False)])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e3])
+def test_models_are_collinear_by_their_angle_whatever_their_distance(angle, spanned, scale):
+    start, way, across = models(3)
+    across -= way * (across @ way) / (way @ way)
+    across *= angle * way.norm() / across.norm()
+    rows = torch.stack([start, start + scale * way, start + 2 * scale * way + 2 * scale * across])
+    trajectory = torch.stack([way, 2 * way + across, 3 * way, 4 * way + across]) * scale
+    if spanned:
+        assert Plane.through(rows).distance(rows).max() < 1e-6 * scale
+        assert Plane.pca(trajectory).distance(trajectory).max() < 1e-6 * scale
+    else:
+        with pytest.raises(ValueError, match="collinear"):
+            Plane.through(rows)
+        with pytest.raises(ValueError, match="collinear"):
+            Plane.pca(trajectory)
+
+
+def test_pca_of_three_rows_is_their_plane_with_signs_of_its_own():
+    rows = models(3)
+    for trajectory in (rows, rows.flip(1), 3 - rows):
+        plane = Plane.pca(trajectory)
+        assert plane.distance(trajectory).max() < 1e-10
+        assert sum(plane.shares) == pytest.approx(1)
+        centred = trajectory - trajectory.mean(0)
+        for direction in (plane.first, plane.second):
+            at = centred @ direction
+            assert float(at[at.abs().argmax()]) > 0
+
+
 def test_a_mask_without_weights_spans_no_plane():
     net = relu_net()
     space = ParamSpace.of(net)

@@ -98,13 +98,16 @@ def lanczos(matvec: MatVec, size: int, k: int, steps: int, generator: torch.Gene
 
 def _orthonormal(vector: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:
     """Orthogonalise a vector (P,) against a basis (j, P), or a random one in its place if it depends on the basis."""
-    while True:
-        rest = vector - (basis @ vector) @ basis
-        rest = rest - (basis @ rest) @ basis  # once leaves rounding behind, twice does not (Giraud et al. 2005)
-        norm = torch.linalg.vector_norm(rest)
-        if norm > DEPENDENT * torch.linalg.vector_norm(vector):
-            return rest / norm
-        vector = torch.randn(len(vector), generator=generator, dtype=vector.dtype)
+    rest = _without(vector, basis)
+    if not torch.linalg.vector_norm(rest) > DEPENDENT * torch.linalg.vector_norm(vector):
+        rest = _without(torch.randn(len(vector), generator=generator, dtype=vector.dtype), basis)
+    return rest / torch.linalg.vector_norm(rest)
+
+
+def _without(vector: Tensor, basis: Tensor) -> Tensor:
+    """Subtract a vector's projection on a basis; once leaves rounding behind, twice does not (Giraud et al. 2005)."""
+    rest = vector - (basis @ vector) @ basis
+    return rest - (basis @ rest) @ basis
 
 
 class Sketch(NamedTuple):

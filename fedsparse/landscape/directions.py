@@ -162,11 +162,8 @@ class Plane:
 
 
 def _spanned(first: Tensor, second: Tensor) -> bool:
-    """Whether two vectors (P,) span a plane, beyond rounding."""
-    a, b = first.double(), second.double()
-    if not (a.any() and b.any()):
-        return False
-    a, b = a / a.norm(), b / b.norm()
+    """Whether two vectors (P,) span a plane, beyond rounding; a zero makes NaN, which is not above the bound."""
+    a, b = (vector.double() / torch.linalg.vector_norm(vector.double()) for vector in (first, second))
     return bool((b - a * (a @ b)).norm() > COLLINEAR)
 
 
