@@ -92,6 +92,9 @@ def test_a_linear_loss_has_no_curvature_and_no_vectors_give_no_products():
     assert hvp(lambda r: r[0] * 2, row, torch.eye(3)).shape == (3, 3)
     assert not hvp(lambda r: r[0] ** 2 + r[1], row, torch.eye(3)[1:]).any()
     assert hvp(lambda r: (r**2).sum(), row, torch.zeros(0, 3)).shape == (0, 3)
+    other = torch.ones(3, requires_grad=True)  # another tensor that the gradient depends on
+    assert not hvp(lambda r: (other * r).sum(), row, torch.eye(3)).any()
+    assert not hvp(lambda r: (other**2).sum(), row, torch.eye(3)).any()
 
 
 @pytest.mark.parametrize("retain", [False, True])
@@ -212,7 +215,7 @@ def test_what_lanczos_refuses():
         with pytest.raises(ValueError, match=line):
             lanczos(by_diagonal, 3, k, steps, gen())
     with pytest.raises(ValueError, match="not finite: the model has diverged"):
-        lanczos(lambda v: v * math.nan, 3, 1, 2, gen())
+        lanczos(lambda v: v * torch.tensor([1.0, math.nan, 1.0]), 3, 1, 2, gen())
     with pytest.raises(ValueError, match="curvature.products is 5; it must be a whole number of 6 or more"):
         hutchpp(by_diagonal, 3, 5, gen())
 
