@@ -11,7 +11,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedsparse"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 # a file may import from its own level and from those below; what is listed nowhere stands on top
-ORDER = ("core", "optim", "data", "models", "masks", "federation", "preparation", "simulation", "analysis", "job")
+ORDER = (
+    "core",
+    "optim",
+    "data",
+    "models",
+    "masks",
+    "federation",
+    "preparation",
+    "simulation",
+    "analysis",
+    "job",
+    "landscape",
+)
 LEVELS = {name: level for level, name in enumerate(ORDER)}
 ENTRY = len(ORDER)
 # who may import the libraries that shape everything they touch
