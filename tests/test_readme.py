@@ -44,7 +44,7 @@ def copy(tmp_path):
     rule, option, row = steps()
     (tmp_path / "fedsparse/masks/rules/saliency.py").write_text(rule)
     (tmp_path / "conf/mask_rule/most_salient.yaml").write_text(option)
-    table = tmp_path / "tests/test_mask_rules.py"
+    table = tmp_path / "tests/masks/test_mask_rules.py"
     table.write_text(table.read_text().replace("RULES = {", "RULES = {\n" + row.rstrip("\n"), 1))
     return tmp_path
 
@@ -60,7 +60,7 @@ def test_a_mask_rule_in_three_steps(copy):
     where = call(copy, "-c", "import fedsparse; print(fedsparse.__file__)").strip()
     assert Path(where).is_relative_to(copy)
     report = call(
-        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_mask_rules.py", "-k", "most_salient"
+        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/masks/test_mask_rules.py", "-k", "most_salient"
     )
     assert int(re.search(r"(\d+) passed", report)[1]) >= 8
     options = ("model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=2")

@@ -2,7 +2,7 @@
 
 Usage: ``PYTHONPATH=tests python -m mutation [--number 300] [--seed 0] [--jobs 2]``, in the project's root. To see
 whether the tests of a file notice the mutants of some lines, without a recording of the whole suite:
-``--at fedsparse/optim/sgdm.py:29,102 --tests tests/test_optim.py``.
+``--at fedsparse/optim/sgdm.py:29,102 --tests tests/optim/test_optim.py``.
 """
 
 from __future__ import annotations

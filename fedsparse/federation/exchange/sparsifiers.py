@@ -1,7 +1,7 @@
 """Sparsifiers (``conf/exchange``): they choose the coordinates that a client sends, for each round and client.
 
 To add one, write a class like these, a YAML beside the others, and a row in the contract test,
-``tests/test_exchange_contract.py``.
+``tests/federation/test_exchange_contract.py``.
 
 Shapes: n coordinates that a client may send, in the same order on both sides; T tensors that they belong to.
 """

@@ -19,7 +19,7 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Evidence, Exploration, Gradual, Mask, MaskRule, Sparsity, Thinning, Updates, choose, rules
 from fedsparse.masks.thinning import shrunk, thin
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 
 
 class Distance(MaskRule):

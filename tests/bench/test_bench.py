@@ -111,7 +111,7 @@ def test_the_fastest_sgd_is_chosen():
 
 
 def test_every_peer_has_its_module_its_packages_and_its_environment():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     makefile = (root / "Makefile").read_text()
     (line,) = [line for line in makefile.splitlines() if line.startswith("bench-peers:")]
     for name, module in PEERS.items():

@@ -18,7 +18,7 @@ from fedsparse.analysis.exchange_plot import curves_figure, exchange_figure
 from fedsparse.analysis.exchange_table import section
 from fedsparse.analysis.table import dense_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MASKED, FULL = ({"feedback": None, "_target_": f"exchange.{name}", "_partial_": True} for name in ("Masked", "Full"))
 DENSE = [0.90, 0.92, 0.94]  # by seed
 SPARSE = {0.01: [0.70, 0.74, 0.78], 0.1: [0.88, 0.89, 0.93]}

@@ -19,7 +19,7 @@ from fedsparse.analysis.partition_plot import partition_figure
 from fedsparse.data import partition, splits
 from fedsparse.data.dealing import capped_split, deal_classes, dirichlet_logs, fill_small, largest_remainder, softmax
 
-CONF = Path(__file__).parents[1] / "conf" / "partition"
+CONF = Path(__file__).parents[2] / "conf" / "partition"
 DIGITS = np.random.default_rng(7).integers(0, 10, 1257)
 SKEWED = np.repeat([0, 1, 2, 5], [400, 60, 30, 10])  # class 3 and 4 do not occur
 quick = settings(derandomize=True, deadline=None, max_examples=60)

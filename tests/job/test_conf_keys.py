@@ -16,7 +16,7 @@ from fedsparse.job import shipped
 from fedsparse.job.assemble import assemble
 from fedsparse.job.keys import JOBS, target_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FAST = ["model=mlp", "logger=csv", "mask_rule=random", "federation.num_clients=2"]
 PLAIN = (bool, int, float, str, list, type(None))
 TYPED = [  # what it needs, and the key with another value
