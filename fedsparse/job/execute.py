@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
@@ -43,7 +42,7 @@ from fedsparse.simulation.checkpoint import choose_checkpoint, read_checkpoint
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.tracking import hand_on
-from fedsparse.simulation.trainer import Callbacks, build_callbacks, build_loggers, build_trainer
+from fedsparse.simulation.trainer import Callbacks, Trainer, build_callbacks, build_loggers, build_trainer
 
 log = logging.getLogger("fedsparse")
 
@@ -76,7 +75,7 @@ class Start:
 class Training:
     """The parts of a training that are asked something afterwards; ``max_time`` is ``trainer.max_time``."""
 
-    trainer: lightning.Trainer
+    trainer: Trainer
     rounds: FederatedRounds
     callbacks: Callbacks
     choice: MaskSchedule
