@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedsparse.core.checks import check_whole
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import CHUNK
 
@@ -113,7 +114,7 @@ class Plane:
         return cls(rows[0], first.to(rows.dtype), second.to(rows.dtype))
 
     @classmethod
-    def pca(cls, rows: Tensor) -> Plane:
+    def pca(cls, rows: Tensor, *, chunk: int = CHUNK) -> Plane:
         """Lay a plane along the first two principal components of a trajectory, through its last row.
 
         The components, of length 1, are combinations of the centred rows by eigenvectors of their R x R Gram matrix,
@@ -121,21 +122,24 @@ class Plane:
 
         Args:
             rows: (R, P), the model after each round.
+            chunk: coordinates at once: a float64 copy of all rows would take twice their memory.
 
         Raises:
-            ValueError: fewer than three rows, or collinear ones.
+            ValueError: fewer than three rows, collinear ones, or a chunk of no coordinate.
 
         """
+        check_whole("chunk", chunk, 1)
         if len(rows) < 3:
             raise ValueError(f"PCA of a trajectory needs the rows of 3 rounds or more, not {len(rows)}")
         mean = rows.mean(0, dtype=torch.float64)
-        gram = sum(((part := _centred(rows, mean, at)) @ part.T for at in _chunks(rows)), torch.zeros(()))
+        chunks = [slice(start, start + chunk) for start in range(0, rows.shape[1], chunk)]
+        gram = sum(((part := _centred(rows, mean, at)) @ part.T for at in chunks), torch.zeros(()))
         values, vectors = torch.linalg.eigh(gram)
         top, by = values[-2:].flip(0), vectors[:, -2:].flip(1)
         if not float(top[1]) > COLLINEAR**2 * float(top[0]):
             raise ValueError("the trajectory is collinear: its rows span no plane")
         by = by * by.gather(0, by.abs().argmax(0, keepdim=True)).sign()  # eigenvectors have no sign of their own
-        found = torch.cat([by.T @ _centred(rows, mean, at) for at in _chunks(rows)], 1) / top.sqrt().unsqueeze(1)
+        found = torch.cat([by.T @ _centred(rows, mean, at) for at in chunks], 1) / top.sqrt().unsqueeze(1)
         first, second = found.to(rows.dtype)
         return cls(rows[-1], first, second, tuple((top / values.clamp(min=0).sum()).tolist()))
 
@@ -165,11 +169,6 @@ def _spanned(first: Tensor, second: Tensor) -> bool:
     """Whether two vectors (P,) span a plane, beyond rounding; a zero makes NaN, which is not above the bound."""
     a, b = (vector.double() / torch.linalg.vector_norm(vector.double()) for vector in (first, second))
     return bool((b - a * (a @ b)).norm() > COLLINEAR)
-
-
-def _chunks(rows: Tensor) -> list[slice]:
-    """Slices of the coordinates: a float64 copy of all rows at once would take twice their memory."""
-    return [slice(start, start + CHUNK) for start in range(0, rows.shape[1], CHUNK)]
 
 
 def _centred(rows: Tensor, mean: Tensor, at: slice) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsparse.core.checks import check_number, check_positive, check_whole
 from fedsparse.data.datasets import Split
 from fedsparse.landscape.directions import random_direction
-from fedsparse.landscape.surface import chunk_size, evaluate, joined
+from fedsparse.landscape.surface import POINTS, chunk_size, evaluate, joined
 from fedsparse.landscape.task import Task
 
 
@@ -83,6 +83,7 @@ def mean_rise(
     radius: float = 0.1,
     draws: int = 20,
     mask: Tensor | None = None,
+    points: int = POINTS,
 ) -> tuple[float, float]:
     """Measure the mean rise of the loss along random filter-normalised directions, and its standard error.
 
@@ -96,12 +97,13 @@ def mean_rise(
         radius: of the step, as a part of each filter's norm.
         draws: directions, at least 2.
         mask: bool (P,), what moves; by default everything.
+        points: of a chunk; see ``chunk_size``.
 
     Returns:
         Both, NaN where a point's loss is not finite.
 
     Raises:
-        ValueError: no positive radius, or fewer than two directions.
+        ValueError: no positive radius, fewer than two directions, or a chunk of no point.
 
     """
     check_positive("sharpness.radius", radius)
@@ -109,7 +111,7 @@ def mean_rise(
     here = float(joined(evaluate(task, [row.unsqueeze(0)], split)).loss)
     drawn = (random_direction(row, task.space, generator, mask) for _ in range(draws))
     steps = (sign * radius * direction for direction in drawn for sign in (1, -1))
-    losses = joined(evaluate(task, _chunked(steps, row, chunk_size(task)), split)).loss
+    losses = joined(evaluate(task, _chunked(steps, row, chunk_size(task, points)), split)).loss
     rises = losses.view(draws, 2).mean(1) - here
     return float(rises.mean()), float(rises.std() / math.sqrt(draws))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedsparse.core.checks import check_whole
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Subspace
 from fedsparse.data.datasets import Split
@@ -117,19 +118,21 @@ class MeanLoss:
         task: the network and its losses.
         split: the samples.
         mask: bool (P,), what moves; by default everything.
+        batch: samples of a batch at most, whose graph of the gradient is kept.
 
     Attributes:
         subspace: what moves.
 
     Raises:
-        ValueError: no samples, or nothing moves.
+        ValueError: no samples, nothing moves, or a batch of no sample.
 
     """
 
-    def __init__(self, task: Task, split: Split, mask: Tensor | None = None) -> None:
+    def __init__(self, task: Task, split: Split, mask: Tensor | None = None, *, batch: int = BATCH) -> None:
+        check_whole("batch", batch, 1)
         if not len(split.y):
             raise ValueError("a loss needs at least one sample")
-        self.task, self.split = task, split
+        self.task, self.split, self.batch = task, split, batch
         marks = torch.ones(task.space.size, dtype=torch.bool) if mask is None else mask
         self.subspace = Subspace(marks.to(task.device))
         self.moved = {name for name, part in task.space.unflatten(marks).items() if bool(part.any())}
@@ -141,7 +144,7 @@ class MeanLoss:
         """Compute the mean loss at a row (P,), summed in float64."""
         with self.task.untouched():
             net, total = self.task.load(row), 0.0
-            for x, y in self.task.batches(self.split, BATCH):
+            for x, y in self.task.batches(self.split, self.batch):
                 total += float(self.task.losses(net, x, y).double().sum())
         return total / len(self.split.y)
 
@@ -190,7 +193,7 @@ class MeanLoss:
 
     def _shares(self, row: Tensor, state: Mapping[str, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
         """Each batch's share of the mean loss, as a function of what moves (n,)."""
-        for x, y in self.task.batches(self.split, BATCH):
+        for x, y in self.task.batches(self.split, self.batch):
             yield partial(self._share, row, state, x, y)
 
     def _share(self, row: Tensor, state: Mapping[str, Tensor], x: Tensor, y: Tensor, values: Tensor) -> Tensor:

@@ -98,15 +98,21 @@ def test_a_linear_loss_has_no_curvature_and_no_vectors_give_no_products():
 
 
 @pytest.mark.parametrize("retain", [False, True])
-@pytest.mark.parametrize("batch", [64, 7, 1000])
-def test_products_over_batches_are_the_explicit_hessians(trained, batch, retain, monkeypatch):
-    monkeypatch.setattr("fedsparse.landscape.task.BATCH", batch)
+@pytest.mark.parametrize(("batch", "largest_batch"), [(64, 60), (7, 7), (1000, 300)])  # of 300 samples, even batches
+def test_products_over_batches_are_the_explicit_hessians(trained, batch, largest_batch, retain):
     net, split, row, explicit = trained
-    task = Task(net, ParamSpace.of(net), losses)
+    sizes = []
+
+    def noted(x):
+        sizes.append(len(x))
+        return x
+
+    task = Task(net, ParamSpace.of(net), losses, inputs=noted)
     vectors = torch.randn(4, 610, generator=gen(), dtype=torch.float64)
-    products = MeanLoss(task, split).hessian(row, retain)
+    products = MeanLoss(task, split, batch=batch).hessian(row, retain)
     for _ in range(2):
         torch.testing.assert_close(products(vectors), vectors @ explicit, rtol=1e-10, atol=1e-13)
+    assert max(sizes) == largest_batch
 
 
 @pytest.mark.parametrize("names", ["2.*", "*.bias", None])
@@ -333,6 +339,8 @@ def test_nothing_to_differentiate_is_refused(trained):
         MeanLoss(task, split, torch.zeros(610, dtype=torch.bool))
     with pytest.raises(ValueError, match="at least one sample"):
         MeanLoss(task, Split(split.x[:0], split.y[:0]))
+    with pytest.raises(ValueError, match="batch is 0; it must be a whole number of 1 or more"):
+        MeanLoss(task, split, batch=0)
 
 
 def test_curvature_leaves_the_network_and_the_random_state_alone(trained):

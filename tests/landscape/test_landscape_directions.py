@@ -168,6 +168,8 @@ def test_collinear_models_are_refused(dtype):
         Plane.pca(rows)
     with pytest.raises(ValueError, match="3 rounds or more, not 2"):
         Plane.pca(rows[:2])
+    with pytest.raises(ValueError, match="chunk is 0; it must be a whole number of 1 or more"):
+        Plane.pca(rows, chunk=0)
     with pytest.raises(ValueError, match="3 models, not 4"):
         Plane.through(rows)
 
@@ -209,11 +211,10 @@ def test_a_mask_without_weights_spans_no_plane():
         Plane.random(space.read(net), space, gen(), space.where("*.bias"))
 
 
-def test_pca_by_the_gram_matrix_is_scikit_learns(monkeypatch):
-    monkeypatch.setattr("fedsparse.landscape.directions.CHUNK", 17)  # of 50 coordinates
+def test_pca_by_the_gram_matrix_is_scikit_learns():
     steps = models(8) * torch.linspace(3, 0.1, 50, dtype=torch.float64)
     rows = steps.cumsum(0)
-    plane, oracle = Plane.pca(rows), PCA(2, svd_solver="full").fit(rows.numpy())
+    plane, oracle = Plane.pca(rows, chunk=17), PCA(2, svd_solver="full").fit(rows.numpy())
     assert torch.equal(plane.origin, rows[-1])
     np.testing.assert_allclose(plane.shares, oracle.explained_variance_ratio_, rtol=1e-10)
     for found, expected in zip((plane.first, plane.second), oracle.components_, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -67,22 +66,33 @@ NETS = {
 }
 
 
+SIZES = {"samples": 13, "stacked": 40}  # of 30 samples: batches of 10; of 3 points batches of 10 too, of 2 points 15
+
+
 @pytest.mark.parametrize("form", ["stacked", "single", "fastest"])
 @pytest.mark.parametrize("name", list(NETS))
-def test_rows_are_evaluated_as_each_model_by_itself(name, form, monkeypatch):
-    monkeypatch.setattr("fedsparse.landscape.surface.SAMPLES", 13)  # of 30: batches of 10
-    monkeypatch.setattr("fedsparse.landscape.surface.STACKED", 40)  # 3 points of batches of 10 too, and 2 of 15
-    monkeypatch.setattr("fedsparse.landscape.surface.POINTS", 3)
+def test_rows_are_evaluated_as_each_model_by_itself(name, form):
     net = NETS[name]().train()
     rows, split = rows_around(net, 5), of_images(30)
     task = Task(net, ParamSpace.of(net), losses, per_sample=True)
-    assert chunk_size(task) == 3
-    found = joined(evaluate(task, rows.split(3), split, form))
+    assert chunk_size(task, 3) == 3
+    found = joined(evaluate(task, rows.split(3), split, form, **SIZES))
     loss, accuracy = by_state_dicts(net, rows, split)
     torch.testing.assert_close(found.loss, loss, rtol=2e-6, atol=0)
     assert torch.equal(found.accuracy, (accuracy * 30).round() / 30)
     assert loss.max() - loss.min() > 1e-3
     assert found.loss.dtype == torch.float64
+
+
+class Noted:
+    """Inputs as they are, and the sizes of their batches."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, x):
+        self.sizes.append(len(x))
+        return x
 
 
 def federation(net, **options):
@@ -94,6 +104,25 @@ def federation(net, **options):
     mask = torch.ones(space.size, dtype=torch.bool) if (given := options.pop("mask", None)) is None else given
     clients = Clients(net, space, mask, make, losses, lambda cohort: None, **options)
     return Federation(clients)
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes"),
+    [("single", [10] * 3 * 5), ("stacked", [2] + [10] * 3 + [15] * 2)],  # stacking is tried on two samples
+)
+def test_rows_are_evaluated_in_chunks_and_batches_of_the_sizes_given(form, sizes):
+    net, noted = NETS["mlp"](), Noted()
+    whole, rows, split = federation(net, per_sample=True, inputs=noted), rows_around(net, 5), of_images(30)
+    found = evaluate_rows(whole, rows, split, form=form, points=3, **SIZES)
+    assert noted.sizes == sizes
+    torch.testing.assert_close(found.loss, by_state_dicts(net, rows, split)[0], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", ["points", "samples", "stacked"])
+def test_a_size_of_nothing_is_refused(size):
+    net = NETS["mlp"]()
+    with pytest.raises(ValueError, match=f"{size} is 0; it must be"):
+        evaluate_rows(federation(net), rows_around(net, 1), of_images(3), **{size: 0})
 
 
 @pytest.mark.parametrize("cohort", [1, 3])
@@ -216,14 +245,13 @@ def test_points_that_are_not_finite_are_gaps_and_the_others_stay(form):
     torch.testing.assert_close(found.loss[[0, 3]], by_state_dicts(net, rows[[0, 3]], split)[0], rtol=1e-6, atol=0)
 
 
-def test_a_surface_is_its_points_chunk_by_chunk(monkeypatch):
-    monkeypatch.setattr("fedsparse.landscape.surface.POINTS", 3)
+def test_a_surface_is_its_points_chunk_by_chunk():
     net, split = mlp(64, 16, 10), of_images(30)
     space = ParamSpace.of(net)
     plane = Plane.random(space.read(net), space, torch.Generator().manual_seed(0))
     a, b = torch.linspace(-1, 1, 7), torch.linspace(0, 1, 7)
     task = Task(net, space, losses, per_sample=True)
-    chunks = list(evaluate_plane(task, plane, a, b, split, "single"))
+    chunks = list(evaluate_plane(task, plane, a, b, split, "single", points=3))
     assert [len(chunk.loss) for chunk in chunks] == [3, 3, 1]
     expected = by_state_dicts(net, plane.point(a, b), split)[0]
     torch.testing.assert_close(joined(chunks).loss, expected, rtol=1e-6, atol=0)
@@ -262,23 +290,17 @@ def test_no_samples_and_unknown_forms_are_refused():
 
 
 def test_the_faster_form_is_kept(monkeypatch):
-    net, split = mlp(64, 16, 10), of_images(4)
-    task = Task(net, ParamSpace.of(net), losses, per_sample=True)
+    net, split, noted = mlp(64, 16, 10), of_images(4), Noted()
+    task = Task(net, ParamSpace.of(net), losses, inputs=noted, per_sample=True)
     clock = iter([0.0, 2.0, 2.0, 3.0, 10.0, 11.0, 11.0, 13.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    calls, points = [], import_module("fedsparse.landscape.surface")
-    for name in ("one_by_one", "together"):
-        form = getattr(points, name)
-
-        def counted(*args, form=form, name=name):
-            calls.append(name)
-            return form(*args)
-
-        monkeypatch.setattr(points, name, counted)
-    list(evaluate(task, rows_around(net, 6).split(2), split))
-    assert calls == ["one_by_one", "together", "together", "together"]
-    list(evaluate(task, rows_around(net, 6).split(2), split))
-    assert calls[4:] == ["one_by_one", "together", "one_by_one", "one_by_one"]
+    asked, single, together = [2], [1] * 8, [4]  # batches of: two samples once; 2 points of 4 samples; all at once
+    sizes = {"samples": 1, "stacked": 8}
+    list(evaluate(task, rows_around(net, 6).split(2), split, **sizes))
+    assert noted.sizes == asked + single + together + together + together
+    noted.sizes.clear()
+    list(evaluate(task, rows_around(net, 6).split(2), split, **sizes))
+    assert noted.sizes == asked + single + together + single + single
 
 
 def test_rows_may_be_stored_in_half_precision():
