@@ -10,11 +10,12 @@ PARTITION, MASK, CLIENT_MASKS = "partition.png", "mask.safetensors", "client_mas
 MASK_PICTURE, CALIBRATION = "mask.png", "calibration.json"
 # written in each round
 METRICS, TRAFFIC, CLIENTS = "metrics.csv", "traffic.csv", "clients.csv"
+TRAJECTORY = "trajectory.safetensors"
 CHECKPOINTS, LAST, PREVIOUS, BEST = "checkpoints", "last.ckpt", "last.previous.ckpt", "best.ckpt"
 # written at the end
 WEIGHTS, SUMMARY, CURVES, DEVIATION = "model.safetensors", "summary.json", "curves.png", "guidance.safetensors"
 # written by other commands
-SCALE, EXPORT = "scale.json", "export"
+SCALE, EXPORT, LANDSCAPE = "scale.json", "export", "landscape"
 # files of a run that reached its first round, or of a calibration
 TRACES = (SUMMARY, METRICS, CHECKPOINTS, CALIBRATION)
 
