@@ -21,7 +21,7 @@ LEVELS = 14
 WIDE = 20.0  # highest over lowest loss from which levels are spaced by their logarithm
 ON = 1e-3  # of the first axis' length: how far from the plane a model may be for the surface to show its loss
 COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#000000")
-MAP = "viridis"
+MAP, ROUND = "viridis", (1, 2, 5, 10)
 
 
 def contour_figure(surface: Surface, title: str) -> Figure:
@@ -29,7 +29,7 @@ def contour_figure(surface: Surface, title: str) -> Figure:
 
     A model off the plane is hollow, and the legend says how far off: the colour under it is not its loss.
     """
-    figure = Figure(figsize=(6.2, 5.2), layout="constrained")
+    figure = Figure(figsize=(6.2, 5.2), layout="compressed")
     axes = figure.subplots()
     levels, norm = _levels(surface.loss)
     loss = np.ma.masked_invalid(surface.loss).T
@@ -40,7 +40,7 @@ def contour_figure(surface: Surface, title: str) -> Figure:
     bar.ax.yaxis.set_minor_locator(NullLocator())
     axes.set_aspect("equal")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(MaxNLocator(5, steps=ROUND))
     axes.set_title(plain(title), fontsize="medium")
     shares = [f", {share:.0%} of the variance" for share in surface.shares] or ["", ""]
     axes.set_xlabel(f"first direction{shares[0]}")
@@ -68,7 +68,7 @@ def surface_figure(surface: Surface, title: str) -> Figure:
     axes.set_ylabel("second direction")
     axes.set_zlabel("loss", labelpad=10)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_locator(MaxNLocator(5, steps=ROUND))
     axes.set_title(plain(title), fontsize="medium")
     axes.view_init(elev=32, azim=-58)
     axes.set_box_aspect(None, zoom=0.88)  # so that the label of the height is within the picture
@@ -109,7 +109,7 @@ def _levels(loss: np.ndarray) -> tuple[np.ndarray, Normalize]:
         low, high = low - 0.5, high + 0.5
     if low > 0 and high / low > WIDE:
         return np.geomspace(low, np.nextafter(high, np.inf), LEVELS), LogNorm(low, high)
-    levels = np.asarray(MaxNLocator(LEVELS).tick_values(low, high))
+    levels = np.asarray(MaxNLocator(LEVELS, steps=ROUND).tick_values(low, high))
     return levels, Normalize(levels[0], levels[-1])
 
 
@@ -137,7 +137,7 @@ def _path(axes: Axes, surface: Surface) -> None:
     for place in (0, -1):
         _named(axes, str(surface.models[place]), surface.coordinates[place].tolist())
     far = float(surface.distance.max())
-    axes.text(0.01, 0.01, f"rounds are up to {far:.2g} off the plane", transform=axes.transAxes, fontsize="small")
+    axes.set_title(f"{axes.get_title()}; rounds are up to {far:.2g} off the plane", fontsize="medium")
 
 
 def _named(axes: Axes, name: str, at: list[float]) -> None:
