@@ -65,7 +65,7 @@ class Options:
                 check_whole(key, value, least)
         _check_range(self.range)
         if not (self.reference is None or isinstance(self.reference, str)):
-            raise ValueError(f"reference is {self.reference!r}; it must be a run folder")
+            raise ValueError(f"reference takes a run folder, not {self.reference!r}")
         _check_listed("models", self.models, _is_model, f"{GLOBAL}, {REFERENCE} and numbers of clients")
         _check_listed("data", self.data, _is_data, f"test, train and {CLIENT}<number>")
         if REFERENCE in self.models and self.reference is None:
@@ -91,7 +91,7 @@ class Options:
             try:
                 found[key] = yaml.safe_load(value)
             except yaml.YAMLError as error:
-                raise ValueError(f"{key} is {value}; it must be YAML, such as [test,client:0]") from error
+                raise ValueError(f"{word} is no YAML; a list is written as data=[test,client:0]") from error
         return cls(**found)
 
     def pairs(self) -> list[tuple[str | int, str | int]]:
@@ -126,11 +126,11 @@ def _check_range(value: Any) -> None:
         raise ValueError(f"range is {value!r}; it must be null or two numbers that rise, such as [-1,1]")
 
 
-def _check_listed(key: str, value: Any, good: Any, which: str) -> None:
+def _check_listed(option: str, value: Any, good: Any, which: str) -> None:
     """Refuse what is no list of such values, each once."""
     listed = isinstance(value, (list, tuple)) and len(value) and all(map(good, value))
     if not listed or len(set(value)) < len(value):
-        raise ValueError(f"{key} is {value!r}; it must be a list of {which}, each once")
+        raise ValueError(f"{option} is {value!r}; it must be a list of {which}, each once")
 
 
 def _is_model(value: Any) -> bool:

@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fedsparse.analysis.style import legend, panels, percent, plain
 from fedsparse.landscape.store import Surface
@@ -29,7 +29,8 @@ def contour_figure(surface: Surface, title: str) -> Figure:
 
     A model off the plane is hollow, and the legend says how far off: the colour under it is not its loss.
     """
-    figure = Figure(figsize=(6.2, 5.2), layout="compressed")
+    high = float(np.ptp(surface.b) / np.ptp(surface.a))
+    figure = Figure(figsize=(6.2, 1.2 + 4.2 * min(max(high, 0.4), 1.5)), layout="constrained")
     axes = figure.subplots()
     levels, norm = _levels(surface.loss)
     loss = np.ma.masked_invalid(surface.loss).T
@@ -62,13 +63,14 @@ def surface_figure(surface: Surface, title: str) -> Figure:
     a, b = np.meshgrid(surface.a, surface.b, indexing="ij")
     colours = colormaps[MAP](norm(np.ma.masked_invalid(surface.loss)))
     axes.plot_surface(a, b, height, facecolors=colours, rcount=60, ccount=60, linewidth=0, shade=False)
-    if wide:
-        axes.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10**value:.3g}"))
     axes.set_xlabel("first direction")
     axes.set_ylabel("second direction")
     axes.set_zlabel("loss", labelpad=10)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_major_locator(MaxNLocator(5, steps=ROUND))
+    if wide:
+        axes.zaxis.set_major_locator(FixedLocator(np.log10(_ticks(surface.loss)).tolist()))
+        axes.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10**value:.3g}"))
     axes.set_title(plain(title), fontsize="medium")
     axes.view_init(elev=32, azim=-58)
     axes.set_box_aspect(None, zoom=0.88)  # so that the label of the height is within the picture
@@ -111,6 +113,14 @@ def _levels(loss: np.ndarray) -> tuple[np.ndarray, Normalize]:
         return np.geomspace(low, np.nextafter(high, np.inf), LEVELS), LogNorm(low, high)
     levels = np.asarray(MaxNLocator(LEVELS, steps=ROUND).tick_values(low, high))
     return levels, Normalize(levels[0], levels[-1])
+
+
+def _ticks(loss: np.ndarray) -> np.ndarray:
+    """Choose round numbers within the range of the loss, 1, 2 and 5 of each decade or decades alone."""
+    low, high = float(np.nanmin(loss)), float(np.nanmax(loss))
+    wanted = (1.0,) if high > 1e4 * low else (1.0, 2.0, 5.0)
+    ticks = np.asarray(LogLocator(subs=wanted, numticks=12).tick_values(low, high))
+    return ticks[(low <= ticks) & (ticks <= high)]
 
 
 def _points(axes: Axes, surface: Surface) -> None:

@@ -62,7 +62,7 @@ class Scene:
 
         """
         if options.plane == "pca" and not (folder / TRAJECTORY).is_file():
-            raise ValueError(f"plane is 'pca'; it must be random or models: {folder} holds no {TRAJECTORY}")
+            raise ValueError(f"plane=pca needs the {TRAJECTORY} that trajectory=global writes; {folder} has none")
         models = load(folder, options.round, trusted)
         problem = models.assembly.problem
         asked = [model for model in options.models if isinstance(model, int)]
@@ -211,4 +211,4 @@ def _check_reference(folder: str, own: Problem, other: Problem) -> None:
     rest = [{n: p for n, p in named.items() if n not in own.space.names} for named in frozen]
     same = own.space == other.space and rest[0].keys() == rest[1].keys()
     if not same or not all(torch.equal(p.cpu(), rest[1][n].cpu()) for n, p in rest[0].items()):
-        raise ValueError(f"reference is {folder}; it must be a run of the same model")
+        raise ValueError(f"reference={folder} is a run of another model; no line joins the two")

@@ -327,11 +327,12 @@ def test_the_command_refuses_in_one_line(made, monkeypatch, capsys):
         ("models=[global,-1]", "models is .*; it must be a list of global, reference and numbers"),
         ("models=[global,true]", "models is .*; it must be a list"),
         ("models=[global,reference]", "models is .*; its reference needs reference=<run folder>"),
-        ("data=[", "data is \\[; it must be YAML"),
+        ("data=[", "data=\\[ is no YAML"),
         ("seed", "seed is None; it must be a whole number"),
+        ("reference=3", "reference takes a run folder, not 3"),
         ("models=[global,99]", "client:99 is none of the 20 clients, 0 to 19"),
         ("data=[client:20]", "client:20 is none of the 20 clients, 0 to 19"),
-        ("plane=pca", "plane is 'pca'; it must be random or models: .* holds no trajectory.safetensors"),
+        ("plane=pca", "plane=pca needs the trajectory.safetensors that trajectory=global writes"),
     ],
 )
 def test_what_cannot_be_meant(folder, typed, line):
@@ -379,5 +380,5 @@ def test_a_reference_of_another_model_is_refused(folder, tmp_path):
     other = tmp_path / "other"
     small = ["model=mlp", "model.hidden=8", "logger=csv", "pictures=false", "federation.rounds=1"]
     run([*small, "calibration.head_steps=1", f"hydra.run.dir={other}"])
-    with pytest.raises(ValueError, match="reference is .*other; it must be a run of the same model"):
+    with pytest.raises(ValueError, match="reference=.*other is a run of another model; no line joins the two"):
         drawn(folder, f"reference={other}")
