@@ -89,6 +89,7 @@ EXPORTED = {
         "fedsparse.federation.federation": "Federation",
         "fedsparse.federation.round": "Round play",
         "fedsparse.federation.explore": "Explore",
+        "fedsparse.federation.trajectory": "Trajectory",
         "fedsparse.federation.watcher": "Watcher",
         "fedsparse.federation.exchange.update": "Update Start",
         "fedsparse.federation.phases": "Phase Phases",

@@ -192,6 +192,10 @@ class RoundPlan:
         starts = range(0, self.number_of_cohorts(round, rows) * together, together)
         return [self._cohort(round, mine[start : start + together], size) for start in starts]
 
+    def alone_in(self, round: int, client: int) -> Cohort:
+        """Build the cohort of one client, whether it takes part in a round or not: the samples are the same."""
+        return self._cohort(round, [client], 1)
+
     def _dealt(self, round: int, rows: int | None) -> tuple[int, list[list[int]]]:
         """Rows of a cohort, and the clients of each process."""
         clients = list(self.sample(round))

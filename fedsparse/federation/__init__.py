@@ -14,6 +14,7 @@ __all__ = [
     "Phases",
     "Round",
     "Start",
+    "Trajectory",
     "Update",
     "Watcher",
     "play",
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fedsparse.federation.federation import Federation
     from fedsparse.federation.phases import Phase, Phases
     from fedsparse.federation.round import Round, play
+    from fedsparse.federation.trajectory import Trajectory
     from fedsparse.federation.watcher import Watcher
 else:  # a name is imported from its module when it is first read
     _HOMES = {
@@ -36,6 +38,7 @@ else:  # a name is imported from its module when it is first read
         "Phases": "fedsparse.federation.phases",
         "Round": "fedsparse.federation.round",
         "Start": "fedsparse.federation.exchange.update",
+        "Trajectory": "fedsparse.federation.trajectory",
         "Update": "fedsparse.federation.exchange.update",
         "Watcher": "fedsparse.federation.watcher",
         "play": "fedsparse.federation.round",

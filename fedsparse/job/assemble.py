@@ -28,15 +28,19 @@ from fedsparse.data.images import Inputs, TokenInputs, inputs_for
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.client.drift import DriftCorrection
+from fedsparse.federation.client.training import Clients
 from fedsparse.federation.exchange.build import exchange_of
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.exchange.ledger import Link
 from fedsparse.federation.exchange.wire.message import known_size
 from fedsparse.federation.federation import Federation
 from fedsparse.federation.phases import Phase, Phases
-from fedsparse.federation.schedule import check_schedule
+from fedsparse.federation.schedule import Schedule, check_schedule
 from fedsparse.federation.server.aggregation import Aggregation
 from fedsparse.federation.server.sampling import participants, uniform
+from fedsparse.federation.server.server import MakeOptimizer
+from fedsparse.federation.server.topology import Topology
+from fedsparse.federation.trajectory import Trajectory
 from fedsparse.job.checks import check_augmentation, check_method, check_phases
 from fedsparse.job.keys import JOBS, target_of
 from fedsparse.job.limits import seconds_of
@@ -148,7 +152,11 @@ class Method:
         make_module: builds the clients of a cohort of K around a network; everything trains until a mask is set.
         make_exchange: builds the exchange of what trains, bool (P,), with the clients' own masks.
         aggregation: makes one change of updates.
-        federate: builds the federation of clients, given what preparation found.
+        topology: which global row each client starts from.
+        make_server: builds the server's optimizer.
+        untouched: what becomes of a coordinate that nobody sent; see ``Server``.
+        schedule: factor of the clients' learning rate, by round.
+        trajectory: builds what keeps global rows; None: nothing does.
         link: of each client to the server; None: its time is not counted.
         store: where clients keep what they keep, ``memory`` or ``file``.
 
@@ -162,7 +170,11 @@ class Method:
     make_module: Callable[[nn.Module, int], ClientModule]
     make_exchange: MakeExchange
     aggregation: Aggregation
-    federate: Callable[..., Federation]
+    topology: Topology
+    make_server: MakeOptimizer
+    untouched: str
+    schedule: Schedule
+    trajectory: Callable[..., Trajectory] | None
     link: Link | None
     store: str
 
@@ -170,6 +182,27 @@ class Method:
     def changes(self) -> bool:
         """Whether a mask is chosen anew while clients learn."""
         return not self.sparsity.constant
+
+    def federate(self, exchange: Exchange, phases: Phases, **given: Any) -> Callable[[Clients], Federation]:
+        """Build what joins clients to a federation.
+
+        Args:
+            exchange: of what trains.
+            phases: of the run.
+            given: what preparation and run folder add: choice, stores, tables of bytes, watchers.
+
+        """
+        return partial(
+            Federation,
+            exchange=exchange,
+            aggregation=self.aggregation,
+            topology=self.topology,
+            make_server=self.make_server,
+            untouched=self.untouched,
+            phases=phases,
+            schedule=self.schedule,
+            **given,
+        )
 
 
 @dataclass(frozen=True)
@@ -334,29 +367,32 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         own = {"masks": masks} if own_masks else {}
         return exchange(trained=trained, local=problem.space.local, space=problem.space, **own)
 
-    aggregation = instantiate(cfg.aggregation)
-    federate = partial(
-        Federation,
-        aggregation=aggregation,
+    return Method(
+        rule=instantiate(cfg.mask_rule),
+        sparsity=_sparsity(cfg.sparsity, problem.net),
+        own_masks=own_masks,
+        head=Head(**cfg.head),
+        calibration=replace(calibration, rounds=course.phases.prepares("calibrate") or calibration.rounds),
+        make_module=_module_maker(cfg, problem),
+        make_exchange=make_exchange,
+        aggregation=instantiate(cfg.aggregation),
         topology=instantiate(cfg.topology),
         make_server=instantiate(target_of("server", cfg.server)),
         untouched=cfg.server.untouched,
-        phases=course.phases,
         schedule=instantiate(cfg.schedule),
+        trajectory=_trajectory(cfg.get("trajectory"), course.phases.total),
+        link=instantiate(cfg.link),
+        store=cfg.federation.store,
     )
-    return Method(
-        instantiate(cfg.mask_rule),
-        _sparsity(cfg.sparsity, problem.net),
-        own_masks,
-        Head(**cfg.head),
-        replace(calibration, rounds=course.phases.prepares("calibrate") or calibration.rounds),
-        _module_maker(cfg, problem),
-        make_exchange,
-        aggregation,
-        federate,
-        instantiate(cfg.link),
-        cfg.federation.store,
-    )
+
+
+def _trajectory(options: DictConfig | None, rounds: int) -> Callable[..., Trajectory] | None:
+    """Build the constructor of what keeps global rows; a run stored before there was a choice has none."""
+    if not options:
+        return None
+    make = partial(instantiate(options), total=rounds)
+    make(path=None)  # whose options are checked now
+    return make
 
 
 def _exchange_of(options: DictConfig) -> Callable[..., Exchange]:

@@ -44,8 +44,7 @@ def check_method(method: Method, problem: Problem, course: Course) -> None:
     check_pruning(exchange, method.sparsity.mode)
     check_sizes(exchange, method.aggregation, holds, course.clients)
     check_names(exchange, space, everything)
-    options = method.federate.keywords  # type: ignore[attr-defined]
-    server = Server(torch.zeros(1, 1), options["make_server"], Subspace(everything[:1]), options["untouched"])
+    server = Server(torch.zeros(1, 1), method.make_server, Subspace(everything[:1]), method.untouched)
     check_server(server.optimizer)
 
 

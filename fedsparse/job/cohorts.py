@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 
-import lightning
 import torch
 
-from fedsparse.core.precisions import HALF
 from fedsparse.federation.client.training import Clients, can_stack
 from fedsparse.federation.exchange.update import Start
 from fedsparse.job.assemble import Assembly
 from fedsparse.job.trial import obstacle
 from fedsparse.models.copies import copied
 from fedsparse.simulation.autotune import choose, measure
+from fedsparse.simulation.devices import fabric_of
 from fedsparse.simulation.module import ClientModule
 
 log = logging.getLogger("fedsparse")
@@ -24,9 +23,7 @@ def fastest(assembly: Assembly, module: ClientModule) -> int:
     problem, session, plan = assembly.problem, assembly.session, assembly.course.plan
     if problem.dataset.tokens or not can_stack(problem.net) or len(torch.as_tensor(module.bitmaps)):
         return 1
-    precision = None if session.precision == HALF else session.precision
-    fabric = lightning.Fabric(accelerator=session.accelerator, devices=1, precision=precision)  # type: ignore[arg-type]
-    split = problem.dataset.train
+    fabric, split = fabric_of(session.accelerator, session.precision), problem.dataset.train
 
     def trial(cohort: int) -> Clients:
         tried = assembly.method.make_module(copied(problem.net), cohort).to(fabric.device).train()

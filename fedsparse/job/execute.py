@@ -13,13 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 from fedsparse.core import parallel, signals
-from fedsparse.core.folder import CHECKPOINTS, LAST, MASK, MASK_PICTURE, TRAFFIC, WEIGHTS
+from fedsparse.core.folder import CHECKPOINTS, LAST, MASK, MASK_PICTURE, TRAFFIC, TRAJECTORY, WEIGHTS
 from fedsparse.core.folder import store as store_file
 from fedsparse.core.weights import save_weights
 from fedsparse.data.datamodule import FederatedDataModule
@@ -27,7 +26,7 @@ from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.masking import MaskSchedule, zero
 from fedsparse.federation.reports import Diverged
-from fedsparse.federation.stores.store import make_store
+from fedsparse.federation.stores.store import ClientStore, make_store
 from fedsparse.job.assemble import Assembly, assemble
 from fedsparse.job.checks import check_names
 from fedsparse.job.cohorts import fastest
@@ -43,7 +42,7 @@ from fedsparse.simulation.checkpoint import choose_checkpoint, read_checkpoint
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.tracking import hand_on
-from fedsparse.simulation.trainer import Callbacks, build_callbacks, build_loggers, build_trainer
+from fedsparse.simulation.trainer import Callbacks, Trainer, build_callbacks, build_loggers, build_trainer
 
 log = logging.getLogger("fedsparse")
 
@@ -76,7 +75,7 @@ class Start:
 class Training:
     """The parts of a training that are asked something afterwards; ``max_time`` is ``trainer.max_time``."""
 
-    trainer: lightning.Trainer
+    trainer: Trainer
     rounds: FederatedRounds
     callbacks: Callbacks
     choice: MaskSchedule
@@ -203,29 +202,30 @@ def _rounds(
     folder: Path, assembly: Assembly, module: ClientModule, choice: MaskSchedule, ledger: Ledger, closed: int
 ) -> FederatedRounds:
     """Build the rounds; what clients keep may lie in the run folder, whose tables hold so many rounds already."""
-    method, row = assembly.method, torch.as_tensor(module.mask).cpu()
-    exchange = method.make_exchange(row, module.own_masks)
+    method, row, leads = assembly.method, torch.as_tensor(module.mask).cpu(), parallel.process() == 0
+    traffic = Traffic(folder / TRAFFIC if leads else None)
+    traffic.drop_from(closed + 1)
+    ledger.link = method.link
+    exchange, make = method.make_exchange(row, module.own_masks), partial(_store, method.store, folder)
     check_names(exchange, assembly.problem.space, row)
-
-    def make(name: str) -> Any:
-        return make_store(method.store, folder / store_file(name))
-
     exchange.keep_in(make)
     module.keep_in(make)
-    ledger.link = method.link
-    traffic = Traffic(folder / TRAFFIC if parallel.process() == 0 else None)
-    traffic.drop_from(closed + 1)
-    return FederatedRounds(
-        partial(
-            method.federate,
-            exchange=exchange,
-            choice=choice,
-            store=make(LOCAL),
-            ledger=ledger,
-            traffic=traffic,
-            model_length=assembly.problem.model_length,
-        )
+    federate = method.federate(
+        exchange,
+        assembly.course.phases,
+        choice=choice,
+        store=make(LOCAL),
+        ledger=ledger,
+        traffic=traffic,
+        model_length=assembly.problem.model_length,
+        watchers=[] if method.trajectory is None else [method.trajectory(path=folder / TRAJECTORY if leads else None)],
     )
+    return FederatedRounds(federate)
+
+
+def _store(kind: str, folder: Path, name: str) -> ClientStore:
+    """Make a store of what clients keep, in memory or in the run folder."""
+    return make_store(kind, folder / store_file(name))
 
 
 def _silent(mask: Mask) -> Mask:

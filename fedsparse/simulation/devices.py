@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import lightning
 import torch
+
+from fedsparse.core.precisions import HALF
 
 
 def device_of(accelerator: str) -> torch.device:
     """Look up the device on which the Trainer will train."""
     return lightning.Fabric(accelerator=accelerator, devices=1).device
+
+
+def fabric_of(accelerator: str, precision: str) -> lightning.Fabric:
+    """Build what computes as the Trainer will; half precision, whose steps are fedsparse's own, as float32."""
+    wanted: Any = None if precision == HALF else precision
+    return lightning.Fabric(accelerator=accelerator, devices=1, precision=wanted)
 
 
 def accelerator(chosen: str) -> str:

@@ -28,6 +28,8 @@ from fedsparse.simulation.precision import DoublePrecision, HalfPrecision
 from fedsparse.simulation.progress import RoundProgress
 from fedsparse.simulation.tracking import GracefulStop, RoundLog
 
+Trainer = lightning.Trainer
+
 
 @dataclass(frozen=True)
 class Session:

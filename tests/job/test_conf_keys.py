@@ -50,6 +50,8 @@ TYPED = [  # what it needs, and the key with another value
     ("sparsity=shira", "sparsity.rank=1"),
     ("sparsity=gradual80", "sparsity.schedule.begin=3"),
     ("sparsity=gradual80", "sparsity.schedule.every=2"),
+    ("trajectory=global", "trajectory.dtype=float16"),
+    ("trajectory=global", "trajectory.every=3"),
 ]
 DEALT = [
     ("partition=ratios", "partition.class_ratios=[[1,1],[3,1]]"),
@@ -82,7 +84,7 @@ def keys():
 
 
 def test_every_key_is_typed_in_some_test():
-    texts = [path.read_text(encoding="utf-8") for path in [*ROOT.glob("tests/*.py"), ROOT / "README.md"]]
+    texts = [path.read_text(encoding="utf-8") for path in [*ROOT.glob("tests/**/*.py"), ROOT / "README.md"]]
     missing = [key for key in sorted(keys()) if not any(re.search(rf"(?<![\w.]){re.escape(key)}=", t) for t in texts)]
     assert len(keys()) > 180
     assert missing == []
@@ -108,6 +110,7 @@ def part_of(assembly, place):
         "model": lambda: assembly.problem.arguments,
         "optimizer": lambda: module.make_optimizer,
         "phases": lambda: phases[inner[0]],
+        "trajectory": lambda: assembly.method.trajectory.func,
         "sparsity": lambda: assembly.method.sparsity.schedule if inner else assembly.method.sparsity,
     }[group]()
 

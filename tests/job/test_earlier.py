@@ -70,7 +70,7 @@ def test_the_names_of_now_are_those_of_conf():
 
 def composed_then(**parts):
     """What the last commit before composed, of every option in ``conf_before.json``."""
-    return json.loads(Path(__file__).with_name("conf_before.json").read_text(encoding="utf-8"))[""] | parts
+    return json.loads((Path(__file__).parents[1] / "conf_before.json").read_text(encoding="utf-8"))[""] | parts
 
 
 def test_an_argument_that_was_typed_for_a_target_alone_is_the_value_now():

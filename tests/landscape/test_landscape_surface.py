@@ -97,14 +97,14 @@ def federation(net, **options):
 
 
 @pytest.mark.parametrize("cohort", [1, 3])
-def test_the_federations_network_keeps_everything(cohort, monkeypatch):
-    monkeypatch.setattr("fedsparse.optim.index._LARGE", 1000)  # the last layer's weight is a piece of its own
+def test_the_federations_network_keeps_everything(cohort):
     net = NETS["conv"]().train()
     net[2].eval()
     space = ParamSpace.of(net)
     mask = space.where("5.bias")
     space.unflatten(mask)["5.weight"][3:] = True  # whole units: the layer gets a backward of its own
-    whole = federation(net, mask=mask, cohort=cohort, per_sample=True)
+    # the last layer's weight is a block of its own
+    whole = federation(net, mask=mask, cohort=cohort, per_sample=True, large=1000)
     parameters, modes = dict(net.named_parameters()), [m.training for m in net.modules()]
     before, grads = copy.deepcopy(net.state_dict()), [p.requires_grad for p in net.parameters()]
     forwards, random = [m.__dict__.get("forward") for m in net.modules()], torch.get_rng_state()

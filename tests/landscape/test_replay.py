@@ -1,0 +1,85 @@
+"""Clients trained again from a run folder: the bits that they sent in the run."""
+
+import pytest
+import torch
+
+from fedsparse import run
+from fedsparse.core.folder import CHECKPOINTS, PREVIOUS, TRAJECTORY
+from fedsparse.federation.client.training import Clients
+from fedsparse.landscape.replay import load, local_row
+
+SMALL = ["model=mlp", "model.hidden=8", "mask_rule=random", "logger=csv", "pictures=false", "calibration.cache=null"]
+SMALL += ["federation.rounds=3", "federation.cohort=1", "calibration.head_steps=2", "federation.num_clients=6"]
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Run, and note what each client ended each round with -> the folder, and {(round, client): values (n,)}."""
+    train, values = Clients.train, {}
+
+    def noted(self, start, cohort):
+        update = train(self, start, cohort)
+        values[cohort.round, cohort.clients[0]] = update.values[0].clone()
+        return update
+
+    def go(*options):
+        with monkeypatch.context() as patch:
+            patch.setattr(Clients, "train", noted)
+            run([*SMALL, *options, f"hydra.run.dir={tmp_path / 'run'}"])
+        return tmp_path / "run", values
+
+    return go
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["objective=fedprox"], ["objective=scaffold", "mask_rule=dense"], ["mask.owner=client"], ["model.local=[2.*]"],
+     ["exchange=topk", "mask_rule=dense"]],
+    ids=["masked", "fedprox", "scaffold", "own masks", "local", "topk"],
+)  # fmt: skip
+def test_a_client_of_the_last_round_has_the_bits_that_it_had(recorded, options):
+    folder, values = recorded(*options)
+    models = load(folder)
+    assert models.round == 3
+    taking_part = [client for number, client in values if number == 2]
+    assert taking_part
+    for client in taking_part:
+        row = local_row(models, client)
+        assert torch.equal(row[models.mask], values[2, client])
+        assert torch.equal(row[~models.mask], models.global_row[~models.mask])
+    (idle, *_) = set(range(6)) - set(taking_part)
+    assert not torch.equal(local_row(models, idle), models.global_row)
+
+
+def test_the_mean_of_the_local_changes_is_the_step_of_the_global_model(recorded):
+    folder, _ = recorded("trajectory=global")
+    models, before = load(folder), load(folder, round=2)
+    chosen = models.assembly.course.phased.sample(2)
+    weight = torch.tensor([len(models.assembly.problem.parts[client]) for client in chosen], dtype=torch.float64)
+    changes = torch.stack([(local_row(models, client) - before.global_row).double() for client in chosen])
+    step = (weight.unsqueeze(1) * changes).sum(0) / weight.sum()
+    torch.testing.assert_close(before.global_row + step.float(), models.global_row, rtol=0, atol=1e-7)
+
+
+def test_of_an_earlier_round_by_the_trajectory(recorded):
+    folder, values = recorded("trajectory=global")
+    (folder / CHECKPOINTS / PREVIOUS).unlink()
+    for number in (1, 2, 3):
+        models = load(folder, round=number)
+        for client in [client for closed, client in values if closed == number - 1]:
+            assert torch.equal(local_row(models, client)[models.mask], values[number - 1, client])
+
+
+def test_what_cannot_be_trained_again_is_refused_in_a_line(recorded):
+    folder, _ = recorded("objective=scaffold", "mask_rule=dense", "trajectory=global")
+    models = load(folder)
+    with pytest.raises(ValueError, match=r"client:9 is none of the 6 clients, 0 to 5"):
+        local_row(models, 9)
+    with pytest.raises(ValueError, match=r"cannot be trained again in round 2: objective=scaffold"):
+        local_row(load(folder, round=2), 0)
+    (folder / TRAJECTORY).unlink()
+    with pytest.raises(ValueError, match=r"keeps no global model after 1 rounds; a run with trajectory=global"):
+        load(folder, round=1)
+    (folder / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no finished run"):
+        load(folder)
