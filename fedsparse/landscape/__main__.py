@@ -8,10 +8,12 @@ reference=<run folder> samples curvature sharpness, and trust=[<package>].
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.job import trust
@@ -53,15 +55,19 @@ def landscape(folder: Path, options: Options, trusted: Sequence[str] = ()) -> tu
 def draw(folder: Path, measured: Measured) -> list[Path]:
     """Draw all pictures into a folder; one that cannot be drawn is a warning."""
     found = list[Path]()
+
+    def add(name: str, make: Callable[[], Figure]) -> None:
+        (folder / name).unlink(missing_ok=True)  # what shows other figures
+        picture(folder / name, make)
+        found.extend([folder / name] if (folder / name).is_file() else [])
+
     for data, surface in measured.surfaces.items():
         name = data.replace(":", "_")
-        for path, figure in ((f"contour_{name}.png", contour_figure), (f"surface_{name}.png", surface_figure)):
-            picture(folder / path, partial(figure, surface, f"loss, {data}"))
-            found.append(folder / path)
+        add(f"contour_{name}.png", partial(contour_figure, surface, f"loss, {data}"))
+        add(f"surface_{name}.png", partial(surface_figure, surface, f"loss, {data}"))
     if lines := {name.removeprefix("lines "): part for name, part in measured.figures.items() if "lines " in name}:
-        picture(folder / "lines.png", partial(lines_figure, lines))
-        found.append(folder / "lines.png")
-    return [path for path in found if path.is_file()]
+        add("lines.png", partial(lines_figure, lines))
+    return found
 
 
 def main() -> None:

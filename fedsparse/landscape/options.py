@@ -70,6 +70,8 @@ class Options:
         _check_listed("data", self.data, _is_data, f"test, train and {CLIENT}<number>")
         if REFERENCE in self.models and self.reference is None:
             raise ValueError(f"models is {list(self.models)}; its reference needs reference=<run folder>")
+        if self.round == 0 and any(isinstance(model, int) for model in self.models):
+            raise ValueError("round=0 is the start, before any client has trained; set models=[global]")
         if self.plane == "models" and len(self.models) < 3:
             raise ValueError(f"models is {list(self.models)}; plane=models must have three")
 

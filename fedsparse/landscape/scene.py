@@ -73,10 +73,11 @@ class Scene:
             other = load(Path(options.reference), None, trusted)
             _check_reference(options.reference, problem, other.assembly.problem)
             known[REFERENCE] = other.global_row
-        problem.net.to(device_of(models.assembly.session.accelerator))
-        clients = models.assembly.module().form()
+        module = models.assembly.module().to(device_of(models.assembly.session.accelerator))
+        clients = module.form()
         task = Task.of(clients, _dealt(problem))  # a copy: a client that is trained again changes the network
         clients.release()
+        module.to("cpu")  # where clients are trained again
         hashes = {name: _hash(row) for name, row in known.items()}
         identity = {"rows": hashes, "rest": _rest(task.net, problem.space), "mask": _hash(models.mask)}
         return cls(options, models, task, known, identity | {"round": models.round})

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch.func import functional_call
@@ -31,8 +32,15 @@ FEW = {"grid": "grid=3", "curvature": "curvature=false"}
 def made(tmp_path_factory):
     """A finished run, and its summary."""
     folder = tmp_path_factory.mktemp("landscape") / "run"
-    options = ["model=mlp", "logger=csv", "pictures=false", "federation.rounds=2", "calibration.head_steps=4"]
-    return folder, run([*options, f"hydra.run.dir={folder}"])
+    options = [
+        "model=mlp",
+        "logger=csv",
+        "pictures=false",
+        "federation.rounds=2",
+        "calibration.head_steps=4",
+        "trajectory=global",
+    ]
+    return folder, run([*options, "trajectory=global", f"hydra.run.dir={folder}"])
 
 
 @pytest.fixture
@@ -228,6 +236,20 @@ def test_principal_components_of_a_trajectory(folder):
         assert found[axis][-1] > at.max()
 
 
+def test_an_earlier_round_is_that_of_the_trajectory(folder):
+    with safe_open(folder / "trajectory.safetensors", "pt") as file:
+        rows, test = file.get_tensor("rows"), digits().test
+    models = drawn(folder, "round=1", "data=[test]")["surface test"]["models"]
+    assert list(models) == ["global", "client 0", "client 1"]
+    assert models["global"]["loss"] == pytest.approx(by_hand(rows[1], test.x, test.y)[0], rel=1e-5)
+    assert models["client 0"]["distance"] > 0
+    drawn(folder, "plane=pca", "data=[test]", "models=[global]")
+    found = surface(folder)
+    assert found["models"].tolist() == ["round 0", "round 1", "round 2"]
+    assert found["own_loss"] == pytest.approx([by_hand(row, test.x, test.y)[0] for row in rows], rel=1e-5)
+    assert found["distance"] == pytest.approx(np.zeros(3), abs=1e-4)  # three rows lie in a plane
+
+
 def test_what_is_kept_is_not_computed_again(folder, monkeypatch):
     typed = ["curvature=true", "sharpness=true"]
     before = drawn(folder, *typed)
@@ -329,6 +351,8 @@ def test_the_command_refuses_in_one_line(made, monkeypatch, capsys):
         ("models=[global,reference]", "models is .*; its reference needs reference=<run folder>"),
         ("data=[", "data=\\[ is no YAML"),
         ("seed", "seed is None; it must be a whole number"),
+        ("round=0", "round=0 is the start, before any client has trained"),
+        ("round=1", "keeps no global model after 1 rounds"),
         ("reference=3", "reference takes a run folder, not 3"),
         ("models=[global,99]", "client:99 is none of the 20 clients, 0 to 19"),
         ("data=[client:20]", "client:20 is none of the 20 clients, 0 to 19"),
@@ -336,6 +360,7 @@ def test_the_command_refuses_in_one_line(made, monkeypatch, capsys):
     ],
 )
 def test_what_cannot_be_meant(folder, typed, line):
+    (folder / "trajectory.safetensors").unlink()
     with pytest.raises(ValueError, match=line):
         landscape(folder, Options.read([typed]))
 
