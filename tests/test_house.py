@@ -229,10 +229,12 @@ BY_HAND = {  # what begins a refusal that is worded by hand, and why no function
     "head.ridge": "a larger one, which equations that were tried ask for",
     "masks[{index}]": "a tensor",
     "phases.{name}": "a node of options",
+    "range": "two numbers that rise",
     "sparsity.always_train": "glob patterns",
     "sparsity.schedule": "a node of options",
     "trainer.max_time": "a time, or a mapping",
     "{key}": "clients of a round: a count if an integer, a fraction if a float",
+    "{option}": "a list of models, or of splits",
 }
 
 

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     EXPLORERS = 10
     EXPLORE = 11
     PERSONAL = 12
+    LANDSCAPE = 13
 
 
 def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
