@@ -253,11 +253,16 @@ def test_an_earlier_round_is_that_of_the_trajectory(folder):
 def test_what_is_kept_is_not_computed_again(folder, monkeypatch):
     typed = ["curvature=true", "sharpness=true"]
     before = drawn(folder, *typed)
-    for home, name in (
-        *((measure, name) for name in ("evaluate", "evaluate_plane", "lanczos", "sam", "mean_rise")),
-        (scene, "local_row"),
-    ):
-        monkeypatch.setattr(home, name, lambda *_, **__: pytest.fail("computed again"))
+
+    def again(*_, **__):
+        pytest.fail("computed again")
+
+    monkeypatch.setattr(measure, "evaluate", again)
+    monkeypatch.setattr(measure, "evaluate_plane", again)
+    monkeypatch.setattr(measure, "lanczos", again)
+    monkeypatch.setattr(measure, "sam", again)
+    monkeypatch.setattr(measure, "mean_rise", again)
+    monkeypatch.setattr(scene, "local_row", again)
     assert drawn(folder, *typed) == before
     assert json.loads((folder / "landscape" / "landscape.json").read_text()) == before
     with pytest.raises(pytest.fail.Exception):
