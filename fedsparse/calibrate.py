@@ -1,4 +1,4 @@
-"""Calibrate alone: ``python -m fedsparse.calibrate [group=option] [key=value]``, with the keys of ``fedsparse.train``.
+"""Calibrate only: ``python -m fedsparse.calibrate [group=option] [key=value]``, with keys of ``fedsparse.train``.
 
 The run folder gets ``mask.safetensors``, ``mask.png`` and ``calibration.json``. To train with the mask afterwards:
 ``python -m fedsparse.train mask_rule=from_file mask_rule.path=<run folder>/mask.safetensors``.
@@ -32,7 +32,7 @@ from fedsparse.preparation.calibration import Calibrated
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Calibrate as the command line does; returns what ``calibration.json`` holds, and the folder."""
+    """Calibrate as the command line does; returns the contents of ``calibration.json``, and the run folder."""
     return compose_and_run(execute_hydra, overrides)
 
 
@@ -49,7 +49,12 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
 
 
 def execute(job: Job) -> dict[str, Any]:
-    """Prepare head and mask as a training run does, and stop there."""
+    """Prepare head and mask as a training run does, without training.
+
+    Raises:
+        ValueError: the mask depends on an exploration, which is training.
+
+    """
     quiet()
     assembly, ledger, began = assemble(job.cfg), Ledger(), time.perf_counter()
     if assembly.course.phases.explore is not None:
@@ -57,14 +62,14 @@ def execute(job: Job) -> dict[str, Any]:
             "this mask is chosen after clients have explored, which is training: python -m fedsparse.train"
         )
     found = prepare(job, assembly, assembly.module(), ledger)
-    facts = figures(job, assembly, found) | ledger.figures() | {"seconds": time.perf_counter() - began}
-    files.write(job.folder / CALIBRATION, json.dumps(facts, indent=2) + "\n")
-    print(f"{facts['trainable_fraction']:.1%} of the weights train; the mask lies in {job.folder}")
-    return facts | {"folder": str(job.folder)}
+    summary = figures(job, assembly, found) | ledger.figures() | {"seconds": time.perf_counter() - began}
+    files.write(job.folder / CALIBRATION, json.dumps(summary, indent=2) + "\n")
+    print(f"{summary['trainable_fraction']:.1%} of the weights train; the mask lies in {job.folder}")
+    return summary | {"folder": str(job.folder)}
 
 
 def figures(job: Job, assembly: Assembly, found: Calibrated) -> dict[str, Any]:
-    """Gather what is known of the masks: densities, and overlaps with those of earlier rounds and between clients."""
+    """Compute the figures of the masks: densities, and overlaps between calibration rounds and between clients."""
     space, mask = assembly.problem.space, found.mask
     always = space.where(assembly.method.sparsity.always_train)
     return {

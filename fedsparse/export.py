@@ -1,7 +1,7 @@
-"""A pruned run as a smaller dense model: ``python -m fedsparse.export run=<run folder> format=safetensors,onnx``.
+"""Export a pruned run as a small dense model: ``python -m fedsparse.export run=<run folder> format=safetensors,onnx``.
 
 The folder ``export`` in the run folder gets ``model.onnx``, ``figures.json``, and ``model.safetensors`` with
-``config.json``, of which ``fedsparse.export.load`` makes the network. It is written only if outputs agree.
+``config.json``, from which ``fedsparse.export.load`` builds the network. It is written only if outputs agree.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ KEYS = "give run=<run folder> and, if wanted, format=safetensors or format=onnx,
 
 
 def export(folder: Path, formats: Sequence[str] = FORMATS, trusted: Sequence[str] = ()) -> dict[str, Any]:
-    """Make a run's model smaller, check it, measure it and write it.
+    """Shrink a run's model, check it against the pruned one, measure it and write it.
 
     Args:
-        folder: a finished run.
-        formats: of ``FORMATS``.
-        trusted: names of packages whose code the run may name.
+        folder: of a finished run.
+        formats: some of ``FORMATS``.
+        trusted: packages whose code the run may name.
 
     Returns:
-        What ``figures.json`` holds: ``before`` and ``after`` (``pruning_figures``, ``num_parameters``, ``bytes`` by
-        file), ``time`` by runner (median of the ratios to the pruned model as it was), and ``cuts``.
+        The contents of ``figures.json``: ``before`` and ``after`` (``pruning_figures``, ``num_parameters``, ``bytes``
+        by file), ``time`` by runner (median ratio to the pruned model), ``cuts`` and ``unit``.
 
     Raises:
         ValueError: an unknown format, no finished run, or outputs that do not agree; then nothing is written.
@@ -64,7 +64,7 @@ def export(folder: Path, formats: Sequence[str] = FORMATS, trusted: Sequence[str
         raise ValueError(f"format={','.join(formats)} is unknown; give one or both of {', '.join(FORMATS)}")
     run = read_run(folder, trusted)
     with held(folder):
-        for left in folder.glob(".export-*"):  # of one that was killed
+        for left in folder.glob(".export-*"):  # of a killed export
             shutil.rmtree(left, ignore_errors=True)
         small, cuts = shrink(run.net, inputs(run, seed=0))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
@@ -80,14 +80,14 @@ def export(folder: Path, formats: Sequence[str] = FORMATS, trusted: Sequence[str
 
 
 def load(folder: str | os.PathLike[str], trusted: Sequence[str] = ()) -> nn.Module:
-    """Make the smaller network of an ``export`` folder, in eval mode.
+    """Build the smaller network of an ``export`` folder, in eval mode.
 
     Args:
-        folder: what ``export`` wrote.
-        trusted: names of packages whose code it may name.
+        folder: written by ``export``.
+        trusted: packages whose code it may name.
 
     Raises:
-        ValueError: files are missing, damaged, do not fit each other, or name code of another package.
+        ValueError: files are missing, damaged, inconsistent, or name code of another package.
 
     """
     path = Path(folder)
@@ -103,7 +103,7 @@ def load(folder: str | os.PathLike[str], trusted: Sequence[str] = ()) -> nn.Modu
 
 
 def write(folder: Path, net: nn.Module, run: Finished, formats: Sequence[str]) -> None:
-    """Write a network in the formats asked for."""
+    """Write a network in these formats."""
     if "safetensors" in formats:
         save_weights(net, folder / WEIGHTS)
         stored = {"net": run.arguments, "modules": structure(run.net, net), "input": list(run.real.shape[1:])}
@@ -115,7 +115,7 @@ def write(folder: Path, net: nn.Module, run: Finished, formats: Sequence[str]) -
 def measure(
     run: Finished, small: nn.Module, cuts: Sequence[Cut], full: Path, new: Path, trusted: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Check what was written against the pruned model, and compare both."""
+    """Check the written models against the pruned one, and compare size and time."""
     x = inputs(run, seed=1)
     runners: dict[str, tuple[Forward, Forward]] = {"torch": (run.net, small)}
     if (new / WEIGHTS).exists():
@@ -136,16 +136,16 @@ def measure(
 
 @torch.no_grad()
 def check(name: str, after: Forward, before: Forward, x: Tensor) -> None:
-    """Refuse a smaller model that computes something else, on all inputs at once and on one alone.
+    """Refuse a smaller model whose outputs differ, on a batch of all inputs or of one.
 
     Raises:
         ValueError: outputs differ by more than ``TOLERANCE``.
 
     """
-    for some in (x, x[:1]):
-        found, wanted = after(some.clone()), before(some.clone())
-        if not close(found, wanted):
-            off = float((found - wanted).abs().max()) if found.shape == wanted.shape else float("inf")
+    for batch in (x, x[:1]):
+        output, expected = after(batch.clone()), before(batch.clone())
+        if not close(output, expected):
+            off = float((output - expected).abs().max()) if output.shape == expected.shape else float("inf")
             raise ValueError(f"the smaller model ({name}) differs by {off:.1e}, more than {TOLERANCE}: nothing written")
 
 
@@ -156,7 +156,7 @@ def _figures(net: nn.Module, x: Tensor, folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def _ratio(before: Forward, after: Forward, x: Tensor) -> float:
-    """Time both in turn for ``SECONDS``, or 7 pairs: median of the ratios."""
+    """Time both in turn, for ``SECONDS`` but 7 to 101 pairs; returns the median of after / before."""
     works = {name: lambda f=f: f(x.clone()) for name, f in (("before", before), ("after", after))}
     once = sum(taken[0] for taken in interleaved(works, 1).values())
     times = interleaved(works, max(7, min(101, int(SECONDS / once))))
@@ -164,13 +164,13 @@ def _ratio(before: Forward, after: Forward, x: Tensor) -> float:
 
 
 def _read(typed: Sequence[str]) -> tuple[Path, tuple[str, ...], tuple[str, ...]]:
-    """Read what was typed: the folder, the formats, the names that are trusted."""
+    """Parse arguments: the run folder, the formats, the trusted names."""
     trusted, arguments = trust.split(typed)
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    values = dict(argument.partition("=")[::2] for argument in arguments)
     unknown = [argument for argument in arguments if argument.partition("=")[0] not in ("run", "format")]
-    if unknown or not given.get("run"):
+    if unknown or not values.get("run"):
         raise ValueError(f"{' '.join(unknown) or 'run= is missing'}: {KEYS}")
-    return Path(given["run"]), tuple(given.get("format", ",".join(FORMATS)).split(",")), trusted
+    return Path(values["run"]), tuple(values.get("format", ",".join(FORMATS)).split(",")), trusted
 
 
 def main() -> None:

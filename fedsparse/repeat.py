@@ -1,8 +1,8 @@
 """Repeat the best of a sweep with more seeds: ``python -m fedsparse.repeat <sweep folder> --seeds 1 2 3 4 [--jobs 2]``.
 
 A sweep over learning rates with all seeds spends most of its time on rates that are not used. Sweep them with one seed,
-and repeat each cell with the others at the rate that validated best. Like a sweep it skips what is finished, goes on
-with what was stopped, and puts each cell into a folder named after its overrides, in the same sweep folder.
+and repeat each cell with the others at the rate that validated best. As in a sweep, finished cells are skipped, stopped
+ones resumed, and each cell has a folder named after its overrides, in the same sweep folder.
 """
 
 from __future__ import annotations
@@ -27,43 +27,45 @@ from fedsparse.job.resume import composed, refuse_stored_overrides
 from fedsparse.job.runs import compose_and_run, run_cell
 from fedsparse.job.sweep import MAY_DIFFER, CellFailed, cell_name, shown
 
-CHECKED = "+hydra.callbacks.fresh_run_folder.refuse=false"  # the cell itself looks whose a used folder is
-BESIDE = "hydra/launcher=joblib"  # names what happens: cells side by side keep their progress off the terminal
+CHECKED = "+hydra.callbacks.fresh_run_folder.refuse=false"  # run_cell checks a used folder instead
+BESIDE = "hydra/launcher=joblib"  # as the launcher of a sweep with several jobs, for which runs show no progress bar
 
 
 def cells(folder: Path, seeds: Sequence[int], into: Path | None = None) -> Iterator[tuple[list[str], Path]]:
-    """List what is to be run: the overrides and the folder of the best cell of every row, with each of the seeds.
+    """Iterate over the cells to run: overrides and folder of every row's best cell, with each seed.
 
     Args:
-        folder: the sweep.
+        folder: of the sweep.
         seeds: of the repetitions.
-        into: where their folders go; None: into the sweep's own.
+        into: parent of the cells' folders; None: the sweep folder.
 
     Raises:
-        ValueError: no finished run is there.
+        ValueError: the sweep has no finished run.
 
     """
     runs, _ = read_runs([folder], renewed)
     best = [overrides_of(row.runs[0]) for row in rows(once(runs)[0])]
-    left_out = [key for key in MAY_DIFFER if len({_value(key, typed) for typed in best}) == 1]  # as in the sweep itself
-    for typed in best:
+    left_out = [
+        key for key in MAY_DIFFER if len({_value(key, overrides) for overrides in best}) == 1
+    ]  # as the sweep names cells
+    for overrides in best:
         for seed in seeds:
-            wanted = [o for o in typed if not o.startswith("seed=")] + [f"seed={seed}"]
-            yield wanted, (into or folder) / cell_name(wanted, left_out)
+            cell = [o for o in overrides if not o.startswith("seed=")] + [f"seed={seed}"]
+            yield cell, (into or folder) / cell_name(cell, left_out)
 
 
 def _value(key: str, overrides: Sequence[str]) -> str | None:
-    """Value that overrides give a key."""
+    """Find the value of a key in overrides, or None."""
     return next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), None)
 
 
 def overrides_of(run: Run) -> list[str]:
-    """Read what was typed for a run, as it was stored."""
+    """Read the stored overrides of a run."""
     return trust.overrides(run.folder)
 
 
 def execute_cell(cfg: DictConfig) -> dict[str, object]:
-    """Carry out one cell: what is finished is only reported, what was stopped goes on."""
+    """Execute one cell: a finished one is only reported, a stopped one resumed."""
     hydra_cfg = HydraConfig.get()
     job = composed(cfg, hydra_cfg)
     return run_cell(replace(job, group=job.folder.parent.name), hydra_cfg)
@@ -76,22 +78,22 @@ def run(
     trusted: Sequence[str] = (),
     config_dir: Path | None = None,
 ) -> bool:
-    """Compose and carry out one cell, maybe beside others; False if it failed, which it has said.
+    """Compose and execute one cell; False if it failed, after its error was printed.
 
     Args:
-        overrides: as they were stored.
+        overrides: as stored.
         folder: of the cell.
-        beside: whether others run at the same time.
-        trusted: names of packages whose code the overrides may name.
-        config_dir: a folder of the reader's own options, as ``--config-dir`` of ``fedsparse.train``.
+        beside: whether other cells run at the same time.
+        trusted: packages whose code the overrides may name.
+        config_dir: a folder of the user's options, as ``--config-dir`` of ``fedsparse.train``.
 
     """
-    own = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir.absolute()}']"]
+    search_path = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir.absolute()}']"]
     options = [CHECKED, f"hydra.run.dir={folder.absolute()}", *([BESIDE] if beside else [])]
     try:
-        wanted = typed_now(overrides)  # while the folder keeps the name that it had then
-        refuse_stored_overrides(wanted, trusted, own)
-        compose_and_run(execute_cell, [*wanted, *own, *options])
+        migrated = typed_now(overrides)  # the folder's name keeps the stored form
+        refuse_stored_overrides(migrated, trusted, search_path)
+        compose_and_run(execute_cell, [*migrated, *search_path, *options])
     except CellFailed:
         return False
     except Exception as error:

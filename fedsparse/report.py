@@ -1,7 +1,7 @@
 """The report of finished runs: ``python -m fedsparse.report <run or sweep folder> ... [--out DIR]``.
 
-It reads run folders and nothing else: tables on the terminal and, with ``--out``, report.md, report.html (one page that
-needs nothing beside it) and the pictures as PNG. The same folders give the same bytes.
+It reads only run folders, and prints tables; with ``--out`` it writes report.md, report.html (one self-contained page)
+and the figures as PNG. Equal folders give equal bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TITLE = "fedsparse report"
 
 
 def pixels_accuracy() -> float:
-    """Test accuracy of a logistic regression on the raw pixels of the digits, on the same split: a reference."""
+    """Compute the test accuracy of a logistic regression on the pixels of the digits, a reference on the same split."""
     from sklearn.linear_model import LogisticRegression
 
     from fedsparse.data.datasets import digits
@@ -36,11 +36,11 @@ def pixels_accuracy() -> float:
 
 
 def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
-    """Read run folders into the parts of a report.
+    """Read run folders, and build the sections of a report.
 
     Args:
-        folders: run folders, or folders that hold some at any depth.
-        target: fraction of the best dense test accuracy that a run must reach.
+        folders: run folders, or folders above them at any depth.
+        target: fraction of the best dense test accuracy, to which rounds are counted.
 
     Raises:
         ValueError: there is no finished run.
@@ -49,7 +49,7 @@ def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
     found, problems = read_runs(folders, renewed)
     try:
         return _sections(found, problems, target)
-    except Exception:  # of one damaged folder: the others are shown
+    except Exception:  # of a damaged folder, which is then listed as a problem
         bad = [Problem(run.name, why) for run in found if (why := _unshown(run, target))]
         kept = [run for run in found if run.name not in {problem.name for problem in bad}]
         if not bad or not kept:
@@ -58,7 +58,7 @@ def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
 
 
 def _unshown(run: Run, target: float) -> str:
-    """Say why a run cannot be shown, even by itself; "" if it can."""
+    """Describe why a report of this run alone fails; empty if it does not."""
     try:
         _sections([run], [], target)
     except Exception as error:
@@ -67,10 +67,10 @@ def _unshown(run: Run, target: float) -> str:
 
 
 def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) -> list[Section]:
-    """Make the parts of a report of the runs that were read."""
+    """Build the sections of a report."""
     runs, repeated, apart = once(found)
     table = rows(runs)
-    known = [row for row in table if not row.exchange]  # what travels is known beforehand
+    known = [row for row in table if not row.exchange]  # without a choice in the exchange: bytes are known in advance
     overlaps, unread = overlap.section(table)
     return [
         tables.overview(table),
@@ -89,7 +89,7 @@ def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) 
 
 
 def write(parts: Sequence[Section], folder: Path) -> None:
-    """Write report.md, report.html and the pictures into a folder, which is made."""
+    """Write report.md, report.html and the figures into a folder, which is created."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [block for part in parts for block in part.blocks if isinstance(block, Picture)]
     drawn = {picture.name: data for picture in pictures if (data := _drawn(picture))}
@@ -108,21 +108,23 @@ def _there(block: Table | Picture, drawn: Mapping[str, bytes]) -> bool:
 
 
 def _drawn(picture: Picture) -> bytes | None:
-    """Draw a picture; one that fails is a line, and the report has no such picture."""
+    """Draw a figure as PNG; None if that fails, after a warning."""
     try:
         return png(picture.draw())
     except Exception as error:
-        said = short(" ".join(str(error).split()))
-        print(f"fedsparse: warning: {picture.name}.png is left out ({type(error).__name__}: {said})", file=sys.stderr)
+        message = short(" ".join(str(error).split()))
+        print(
+            f"fedsparse: warning: {picture.name}.png is left out ({type(error).__name__}: {message})", file=sys.stderr
+        )
         return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the report, and write it."""
+    """Print the report, and write it with ``--out``."""
     options = _parser().parse_args(arguments)
     failed = 0
     if options.scale:
-        from fedsparse.job import trust  # here: it builds models, which a report without it never does
+        from fedsparse.job import trust  # here: only --scale imports what builds models
         from fedsparse.studies import scale
 
         failed = scale.measure(options.folders, trust.checked(options.trust))

@@ -1,4 +1,4 @@
-"""The main job: ``python -m fedsparse.train [group=option] [key=value]``, or ``resume=<run folder>``."""
+"""Train: ``python -m fedsparse.train [group=option] [key=value]``, or ``resume=<run folder>``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["main", "run"]
 
 @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
 def _hydra_main(cfg: DictConfig) -> float | None:
-    return execute_hydra(cfg).get("val/acc")  # what Optuna's sweeper maximises
+    return execute_hydra(cfg).get("val/acc")  # the objective of Optuna's sweeper
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         else:
             with logging_kept():
                 _hydra_main()
-        parallel.share(None)  # where torchrun or SLURM started the others: there is nothing more
+        parallel.share(None)  # ends the other processes that torchrun or SLURM started
         return processes.leave()
 
     on_command_line(body)

@@ -1,4 +1,4 @@
-"""Augmentation of training images, a whole cohort at once, as a pure function of uniform numbers drawn elsewhere.
+"""Augmentation of training images, a cohort at once, as a pure function of given uniform numbers.
 
 Shapes: ``n`` samples, ``C`` channels, ``H`` x ``W`` pixels.
 """
@@ -18,15 +18,15 @@ from fedsparse.data.changes import chain
 
 Operation = Callable[[Tensor, int], Tensor]
 
-# of RandAugment: each operation's range has so many steps, and all operations take this one
+# of RandAugment: the steps of each operation's range, and the step of all operations
 STEPS, MAGNITUDE = 31, 9
 
 
 class Augment(Protocol):
-    """What changes a training image at random.
+    """A random change of training images.
 
     Attributes:
-        numbers: uniform numbers in [0, 1) that one sample uses.
+        numbers: uniform numbers in [0, 1) per sample.
 
     """
 
@@ -49,7 +49,7 @@ class CropFlip:
         """Crop and flip each sample by its own numbers, in one gather."""
         height, width = x.shape[2:]
         pad = max(1, round(height / 8))
-        # decided where the numbers lie, which may be another device, and one that has float64
+        # computed on the device of the numbers, since x's may lack float64
         shifts = (uniforms[:, :2] * (2 * pad + 1)).long().to(x.device)
         flips = (uniforms[:, 2] < 0.5).to(x.device)
         columns = torch.arange(width, device=x.device)
@@ -70,7 +70,7 @@ class RandAugment:
     numbers = CropFlip.numbers + 4
 
     def __call__(self, x: Tensor, uniforms: Tensor) -> Tensor:
-        """Augment each sample by its own numbers; samples with the same operation and sign go together.
+        """Augment each sample by its own numbers; samples with equal operation and sign are one batch.
 
         Raises:
             ValueError: the images are not uint8, or have neither 1 nor 3 channels.
@@ -84,10 +84,10 @@ class RandAugment:
 
 
 def check_pixels(x: Tensor) -> None:
-    """Refuse what RandAugment cannot work on.
+    """Refuse images that RandAugment cannot change.
 
     Raises:
-        ValueError: names data.augment.
+        ValueError: they are not uint8 in 1 or 3 channels; one line with data.augment.
 
     """
     if x.dtype != torch.uint8 or x.shape[1] not in (1, 3):
@@ -98,7 +98,7 @@ def check_pixels(x: Tensor) -> None:
 
 
 def operate(x: Tensor, choices: Tensor, negative: Tensor) -> Tensor:
-    """Apply to each sample the operation of its number, with a sign where it has one: (n, C, H, W) -> (n, C, H, W)."""
+    """Apply to each sample the operation ``choices`` (n,), with its sign: (n, C, H, W) -> (n, C, H, W)."""
     out, groups = x.clone(), 2 * choices + negative
     for group in groups.unique().tolist():
         where = (groups == group).nonzero()[:, 0].to(x.device)
@@ -115,19 +115,19 @@ def _affine(x: Tensor, shift: tuple[int, int] = (0, 0), shear: tuple[float, floa
 
 
 def _magnitude(limit: float) -> float:
-    """Place of step 9 between 0 and the end of a range, in float32, as torchvision counts."""
+    """Compute the value of step 9 of a range from 0 to ``limit``, in float32, as torchvision does."""
     return float(torch.linspace(0, limit, STEPS)[MAGNITUDE])
 
 
 def _pixels(side: int) -> int:
-    """Length of a translation: up to 150 of 331, as in AutoAugment's space."""
+    """Compute the pixels of a translation: the range is 150 of 331, as in AutoAugment's space."""
     return int(_magnitude(150 / 331 * side))
 
 
 SHEAR, ANGLE, FACTOR, THRESHOLD = _magnitude(0.3), _magnitude(30), _magnitude(0.9), 255 * (1 - _magnitude(1))
 BITS = 8 - round(_magnitude(4))
 
-# Each takes pixels (n, C, H, W) and a sign, 1 or -1, which the last five leave alone.
+# Each takes pixels (n, C, H, W) and a sign, 1 or -1, which the first and the last four ignore.
 OPERATIONS: tuple[Operation, ...] = (
     lambda x, sign: x,
     lambda x, sign: _affine(x, shear=(sign * SHEAR, 0.0)),
@@ -149,10 +149,10 @@ CHOICES: dict[str, Augment | None] = {"none": None, "crop_flip": CropFlip(), "ra
 
 
 def augment(name: str | Mapping[Any, Any]) -> Augment | None:
-    """Find what ``data.augment`` names, or build what it lists (``fedsparse.data.changes``); None for none.
+    """Find the augmentation by name, or build a list of changes (``fedsparse.data.changes``); None for none.
 
     Raises:
-        ValueError: lists the names that there are.
+        ValueError: the name is unknown; one line with the valid ones.
 
     """
     if isinstance(name, Mapping):

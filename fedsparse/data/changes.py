@@ -1,6 +1,6 @@
-"""Random rotation, mirror images and colour jitter, each as strong as is asked for; AutoFLIP's options.
+"""Random rotation, mirror images and colour jitter of given strength; AutoFLIP's options.
 
-As in ``fedsparse.data.augment``: pure functions of uniform numbers drawn elsewhere.
+As in ``fedsparse.data.augment``, they are pure functions of given uniform numbers.
 
 Shapes: ``n`` samples, ``C`` channels, ``H`` x ``W`` pixels.
 """
@@ -19,18 +19,18 @@ from fedsparse.core.checks import finite
 
 
 class Change(Protocol):
-    """One of them; see ``fedsparse.data.augment.Augment``."""
+    """A random change of images; see ``fedsparse.data.augment.Augment``."""
 
     @property
     def numbers(self) -> int:
-        """How many uniform numbers a sample uses."""
+        """Uniform numbers per sample."""
 
     def __call__(self, x: Tensor, uniforms: Tensor) -> Tensor:
         """Change: images (n, C, H, W), float64 (n, numbers) -> (n, C, H, W)."""
 
 
 class Chain:
-    """Several changes, one after the other; each uses the next numbers of a sample."""
+    """Several changes in sequence; each uses the next numbers of a sample."""
 
     def __init__(self, changes: Sequence[Change]) -> None:
         self.changes = list(changes)
@@ -38,8 +38,8 @@ class Chain:
 
     def __call__(self, x: Tensor, uniforms: Tensor) -> Tensor:
         """Change each sample by its own numbers."""
-        for change, own in zip(self.changes, uniforms.split([c.numbers for c in self.changes], 1), strict=True):
-            x = change(x, own)
+        for change, part in zip(self.changes, uniforms.split([c.numbers for c in self.changes], 1), strict=True):
+            x = change(x, part)
         return x
 
 
@@ -74,7 +74,7 @@ class Mirror:
 class Jitter:
     """Scale brightness and contrast, each by U(max(0, 1 - s), 1 + s), in random order; torchvision's ``ColorJitter``.
 
-    Only these two, as AutoFLIP's framework has it. The numbers of a sample: brightness, contrast, which comes first.
+    Only these two, as in AutoFLIP's framework. The numbers of a sample: brightness, contrast, order.
     """
 
     numbers = 3
@@ -108,12 +108,12 @@ def _scaled(image: Tensor, factors: tuple[float, float, bool]) -> Tensor:
 
 
 def _each(x: Tensor, change: Callable[[Tensor, Any], Tensor], arguments: Any) -> Tensor:
-    """Change each image by an argument of its own, which no batch can share."""
+    """Change each image by its own argument, one by one."""
     images = [change(image, argument) for image, argument in zip(x, arguments, strict=True)]
     return torch.stack(images) if images else x
 
 
-# by the option's name: what makes the change, the largest number that it takes, and what the number is
+# by option: constructor of the change, largest number, and description of the number
 CHANGES: dict[str, tuple[Callable[[float], Change], float, str]] = {
     "rotate": (Rotate, 180, "degrees above 0 and at most 180"),
     "hflip": (lambda p: Mirror(p, 3), 1, "a probability above 0 and at most 1"),
@@ -123,21 +123,21 @@ CHANGES: dict[str, tuple[Callable[[float], Change], float, str]] = {
 
 
 def chain(options: Mapping[Any, Any]) -> Chain:
-    """Build what ``data.augment`` lists, in the order of ``CHANGES``, which is AutoFLIP's.
+    """Build the changes of ``data.augment``, in the order of ``CHANGES``, which is AutoFLIP's.
 
     Args:
-        options: a number for each of ``rotate``, ``hflip``, ``vflip`` and ``jitter``; what is left out or null is not
-            done.
+        options: a number for each of ``rotate``, ``hflip``, ``vflip`` and ``jitter``; missing
+            or null: no such change.
 
     Raises:
-        ValueError: a name or a number is not one of these.
+        ValueError: a name is unknown, or a number out of range.
 
     """
     if strange := [name for name in options if name not in CHANGES]:
         raise ValueError(f"data.augment has {strange[0]!r}; choose among {', '.join(CHANGES)}")
-    given = {name: options[name] for name in CHANGES if options.get(name) is not None}
-    for name, value in given.items():
+    chosen = {name: options[name] for name in CHANGES if options.get(name) is not None}
+    for name, value in chosen.items():
         _, most, kind = CHANGES[name]
         if not (finite(value) and 0 < value <= most):
             raise ValueError(f"data.augment.{name} is {value!r}; give {kind}, or leave it out")
-    return Chain([CHANGES[name][0](float(value)) for name, value in given.items()])
+    return Chain([CHANGES[name][0](float(value)) for name, value in chosen.items()])

@@ -1,6 +1,6 @@
-"""What a partition is handed, checked: each function returns the value, or raises a ValueError of one clear line.
+"""Checks of a partition's arguments: each function returns the value, or raises a ValueError of one line.
 
-The errors name the option as a user types it (``federation.num_clients``) and say what would be right.
+The errors name the option by its key (``federation.num_clients``), with valid values.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def checked_sizes(fractions: Sequence[float] | float | None, clients: int, sampl
 
 
 def checked_size(name: str, fraction: object, samples: int) -> int:
-    """Turn a fraction into a number of samples, at least one; a ValueError names the option of another fraction."""
+    """Convert a fraction to a number of samples, at least one, or raise a ValueError that names the option."""
     # 0.29 * 100 is 28.999999999999996 in floats: nudged, so that a whole product is not rounded down.
     size = math.floor(checked_positive(name, fraction) * samples + 1e-9)
     if not 1 <= size <= samples:

@@ -18,7 +18,7 @@ from fedsparse.data.stream import CohortStream, gathered
 
 
 class CohortLoader:
-    """The cohorts of one round; sized, and trivial to iterate again, as Lightning does."""
+    """The cohorts of one round, sized, as a list that Lightning may iterate again."""
 
     def __init__(self, cohorts: Sequence[Cohort]) -> None:
         self.cohorts = cohorts
@@ -33,7 +33,7 @@ class CohortLoader:
 
 
 class StreamLoader:
-    """The cohorts of one round out of a stream; nothing is gathered for an iterator that nobody uses."""
+    """The cohorts of one round from a stream; an unused iterator gathers nothing."""
 
     def __init__(self, stream: CohortStream, round: int) -> None:
         self.stream, self.number = stream, round
@@ -48,11 +48,11 @@ class StreamLoader:
 
 
 class SplitLoader:
-    """A whole split in fixed batches, unshuffled; what lies on the disk is gathered by so many workers.
+    """A whole split in fixed batches, unshuffled; samples on the disk are gathered by ``workers`` processes.
 
-    Batches are copies: a network or a loss that writes to its inputs changes nothing but them.
+    Batches are copies, so that a network or loss that writes to its inputs does not change the data.
 
-    Of several processes each has every n-th batch, and at least one: Lightning leaves out a loop without any.
+    Of n processes each has every n-th batch, and at least one, since Lightning skips a loop without batches.
 
     Attributes:
         total: number of batches of all processes.
@@ -92,17 +92,17 @@ class SplitLoader:
 
 
 class FederatedDataModule(lightning.LightningDataModule):
-    """Clients' data, on the device or streamed to it; ``train_dataloader`` is this round's cohorts.
+    """Clients' data, on the device or streamed to it; ``train_dataloader`` gives the cohorts of the current round.
 
     Args:
         dataset: train, validation and test split.
         plan: the cohorts of every round.
         tests: for every client the indices of its part of the test split.
         eval_batch_size: samples of an evaluation batch.
-        augment: changes training images at random; None leaves them.
-        stream: whether the training images stay where they are, in memory or on the disk, and each cohort brings its
-            own; those on the disk always do. It changes no result.
-        workers: processes that gather the next cohorts while one trains; 0 gathers in between.
+        augment: augments training images; None: they are not augmented.
+        stream: whether each cohort brings its images to the device; else all lie there. Images on the disk are always
+            streamed. It changes no result.
+        workers: processes that gather the next cohorts during training; 0: gathered in this process.
 
     """
 
@@ -124,11 +124,11 @@ class FederatedDataModule(lightning.LightningDataModule):
         self.stream: CohortStream | None = None
 
     def state_dict(self) -> dict[str, str]:
-        """Say in a checkpoint which data it was trained on."""
+        """Fingerprint of the data, for the checkpoint."""
         return {"fingerprint": self.dataset.fingerprint}
 
     def fetch(self, cohort: Cohort) -> tuple[Tensor, Tensor]:
-        """Gather, and augment, the samples of a cohort at once: x (K, S, B, C, H, W), y (K, S, B)."""
+        """Gather and augment the samples of a cohort: x (K, S, B, C, H, W), y (K, S, B)."""
         samples = cohort.samples
         if self.y.device != samples.device:
             self.to(samples.device)
@@ -136,7 +136,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         return (x if self.augment is None else self._augmented(self.augment, x, cohort)), y
 
     def _augmented(self, augment: Augment, x: Tensor, cohort: Cohort) -> Tensor:
-        """Augment by numbers that depend on seed, round and client alone, not on who else is in the cohort."""
+        """Augment by random numbers keyed by seed, round and client, so that they do not depend on the cohort."""
         shape = (cohort.samples[0].numel(), augment.numbers)
         drawn = [self._uniforms(cohort.round, client, shape) for client in cohort.clients]
         return augment(x.flatten(0, 2), torch.from_numpy(np.concatenate(drawn))).view_as(x)
@@ -147,7 +147,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         return generator(self.plan.seed, Purpose.AUGMENT, round, client).random(shape)
 
     def train_dataloader(self) -> CohortLoader | StreamLoader:
-        """Build the cohorts of the trainer's current round, from (seed, round) alone."""
+        """Build the cohorts of the trainer's current round, a function of (seed, round)."""
         epoch = self.trainer.current_epoch if self.trainer else 0
         if not self.streams:
             return CohortLoader(self.plan.cohorts(epoch))
@@ -157,14 +157,14 @@ class FederatedDataModule(lightning.LightningDataModule):
         return StreamLoader(self.stream, epoch)
 
     def val_dataloader(self) -> list[SplitLoader]:
-        """Loaders of the validation and of the test split, in this order."""
+        """Build the loaders of the validation and the test split, in this order."""
         splits = (self.dataset.val, self.dataset.test)
         place = (self.plan.process, self.plan.processes)
         return [SplitLoader(split, self.eval_batch_size, self.workers, self.pin, *place) for split in splits]
 
     @property
     def pin(self) -> bool:
-        """Whether samples are on their way to a GPU."""
+        """Whether batches are pinned: the trainer's device is a GPU."""
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def teardown(self, stage: str) -> None:

@@ -19,8 +19,8 @@ from fedsparse.data.checks import checked_positive
 from fedsparse.data.files import checked_file, checked_root, reason_of
 from fedsparse.data.samples import Mapped, Samples, as_tensor, read_npy
 
-# Mean and standard deviation of all pixels of scikit-learn's digits (values 0 to 16). Fixed numbers, so that neither
-# the split nor the seed moves the inputs, and the glyphs of pre-training are scaled alike.
+# Mean and standard deviation of all pixels of scikit-learn's digits (values 0 to 16). Constants, so that neither
+# split nor seed changes the inputs; the glyphs of pre-training are scaled by them too.
 DIGITS_MEAN = 4.8842
 DIGITS_STD = 6.0168
 
@@ -33,11 +33,11 @@ class Split:
     """Samples and their labels.
 
     Attributes:
-        x: (N, C, H, W), float as the model takes them, or uint8 pixels of 0 to 255, which ``Inputs`` prepares; a
-            tensor, or what lies on the disk and gives tensors when it is indexed. Or texts: int32 (N, L), ids of their
-            tokens, filled up with the id of the tokenizer's padding.
+        x: images (N, C, H, W), float as the model takes them, or uint8 pixels of 0 to 255, which ``Inputs`` prepares; a
+            tensor, or samples on the disk that give tensors when indexed. Or texts: int32 (N, L), token ids, padded
+            with the tokenizer's id of padding.
         y: int64 (N,), labels from 0 on.
-        users: (N,), who wrote or owns each sample; None where nobody knows.
+        users: (N,), author or owner of each sample; None if unknown.
 
     """
 
@@ -47,26 +47,26 @@ class Split:
 
     @property
     def held(self) -> Tensor:
-        """``x`` for those who need it whole, in memory."""
+        """``x`` as one tensor in memory."""
         return self.x if isinstance(self.x, Tensor) else self.x[torch.arange(len(self.x))]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The three splits of a data set, checked when made.
+    """The three splits of a data set, checked on construction.
 
     Attributes:
-        train: what is dealt to the clients.
+        train: the training split, partitioned over the clients.
         val: the server's validation split.
         test: the test split.
         classes: number of classes; labels are 0 to classes - 1.
-        name: what messages call it.
-        mean: of each channel, of pixels scaled to [0, 1]; used where the model has none of its own.
+        name: of the data set, for messages.
+        mean: of each channel, of pixels scaled to [0, 1]; used if the model defines none.
         std: standard deviations, likewise.
-        fingerprint: tells what was loaded, where that depends on more than the name; the run records it.
-        own: how many samples at the end of the test split are clients' own, taken from the training split; figures of
-            the test split leave them out.
-        vocabulary: of texts as characters, how many there are; 0: tokens are of the model's own tokenizer.
+        fingerprint: identifies the loaded data, if it depends on more than the name; the run records it.
+        own: number of clients' own samples at the end of the test split, taken from the training split; figures of the
+            test split exclude them.
+        vocabulary: number of characters, of texts as characters; 0: tokens are of the model's tokenizer.
 
     Raises:
         ValueError: there are less than two classes or more than ``MOST_CLASSES``, a split is empty or not of such
@@ -88,7 +88,7 @@ class Dataset:
 
     @property
     def common_test(self) -> Split:
-        """The test split without what is clients' own."""
+        """The test split without clients' own samples."""
         test, common = self.test, len(self.test.y) - self.own
         if not self.own:
             return test
@@ -114,7 +114,7 @@ def check_tensors(split: Any, where: str) -> None:
     """Refuse a split of anything but images or tokens with labels; ``where`` names it in the message.
 
     Raises:
-        ValueError: says in one line what it is and what would be right.
+        ValueError: one line with its type and the valid one.
 
     """
     if not isinstance(split, Split):
@@ -138,7 +138,7 @@ def check_split(split: Split, classes: int, where: str) -> None:
     """Refuse a split that cannot be trained on; ``where`` names it in the message.
 
     Raises:
-        ValueError: says in one line what is wrong.
+        ValueError: it is empty, lengths differ, or a label or pixel is invalid; one line.
 
     """
     x, y, users = split.x, split.y, split.users
@@ -149,7 +149,7 @@ def check_split(split: Split, classes: int, where: str) -> None:
         raise ValueError(f"{where} has {counts}; it needs as many of each")
     if strange := sorted(set(y[(y < 0) | (y >= classes)].tolist())):
         raise ValueError(f"{where} has labels {_some(strange)}; with {classes} classes they are 0 to {classes - 1}")
-    here = isinstance(x, Tensor) and x.is_floating_point()  # what lies on the disk is checked when it is gathered
+    here = isinstance(x, Tensor) and x.is_floating_point()  # samples on the disk are checked when gathered
     bad = int((~torch.as_tensor(x).isfinite()).flatten(1).any(1).sum()) if here else 0
     if bad:
         raise ValueError(f"{where} has NaN or infinite pixels in {bad} of {len(x)} images; remove or repair them")
@@ -168,7 +168,7 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], name: str) -> None:
 
 
 def check_types(types: dict[str, torch.dtype], name: str) -> None:
-    """Refuse splits of which some hold pixels and others images that are prepared already.
+    """Refuse splits whose samples differ in dtype.
 
     Raises:
         ValueError: lists the types.
@@ -183,13 +183,13 @@ def digits(val_fraction: float = 0.15, test_fraction: float = 0.2, split_seed: i
     """Load scikit-learn's handwritten digits: 1,797 images of 1 x 8 x 8, ten classes, standardised.
 
     The images are the test part of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998): 32 x 32
-    bitmaps, black pixels counted in blocks of 4 x 4. The split is stratified and decided by ``split_seed`` alone, never
-    by the seed of a run: by default 1,167 to train, 270 to validate, 360 to test.
+    bitmaps, black pixels counted in blocks of 4 x 4. The split is stratified and depends on ``split_seed`` only, not
+    on the seed of a run: by default 1,167 samples for training, 270 for validation, 360 for testing.
 
     Args:
-        val_fraction: share of all images that validate.
-        test_fraction: share of all images that test.
-        split_seed: decides the split.
+        val_fraction: share of the validation split.
+        test_fraction: share of the test split.
+        split_seed: seed of the split.
 
     Raises:
         ValueError: a fraction leaves a split without an image of every class.
@@ -210,7 +210,7 @@ def scale_pixels(pixels: np.ndarray) -> Tensor:
 def stratified(y: np.ndarray, val_fraction: float, test_fraction: float, seed: int) -> tuple[np.ndarray, ...]:
     """Split the indices of labels (N,) into sorted train, validation and test indices with the same class mix.
 
-    Sizes are ``ceil(fraction * N)``, the rest trains.
+    Sizes are ``ceil(fraction * N)``; the rest is for training.
 
     Raises:
         ValueError: a fraction is not between 0 and 1, or a part would have fewer samples than classes.
@@ -235,8 +235,8 @@ def hold_out(y: np.ndarray, fraction: float, seed: int, key: str = "data.val_fra
     Args:
         y: labels.
         fraction: share that is held out.
-        seed: decides which.
-        key: what messages call the fraction.
+        seed: of the split.
+        key: of the fraction, for messages.
 
     Returns:
         The rest, and those held out.
@@ -261,21 +261,21 @@ def hold_out(y: np.ndarray, fraction: float, seed: int, key: str = "data.val_fra
 
 
 def arrays(root: str | Path | None, stream: bool = False) -> Dataset:
-    """Load your own images: a folder with ``train.npz``, ``val.npz`` and ``test.npz``.
+    """Load a user's images: a folder with ``train.npz``, ``val.npz`` and ``test.npz``.
 
-    Each file holds ``x`` (N, C, H, W), or (N, H, W) for one channel, ``y`` (N,) of whole numbers from 0 on, and if you
-    like ``users`` (N,) for ``partition=natural``. An ``x`` of uint8 is kept as pixels of 0 to 255, which are scaled,
-    resized and normalised as the model wants them. Other values are taken as they are: standardise them yourself. The
-    number of classes is the highest label of all splits plus one. Instead of ``train.npz`` there may be
-    ``train_x.npy``, ``train_y.npy`` and ``train_users.npy``, an array each, and so for ``val`` and ``test``.
+    Each file holds ``x`` (N, C, H, W), or (N, H, W) for one channel, ``y`` (N,) of whole numbers from 0 on, and
+    optionally ``users`` (N,) for ``partition=natural``. An ``x`` of uint8 is kept as pixels of 0 to 255, which are
+    scaled, resized and normalised for the model. Other values are not changed: standardise them beforehand. The number
+    of classes is the highest label of all splits plus one. Instead of ``train.npz`` there may be ``train_x.npy``,
+    ``train_y.npy`` and ``train_users.npy``, one array each; likewise for ``val`` and ``test``.
 
     Args:
         root: the folder.
-        stream: whether the images of ``.npy`` files stay on the disk, memory-mapped; those of an ``.npz`` file, which
-            cannot be mapped, are read all the same.
+        stream: whether the images of ``.npy`` files stay on the disk, memory-mapped; ``.npz`` files cannot be mapped
+            and are read into memory.
 
     Raises:
-        ValueError: the folder, a file or an array is missing or of a wrong kind; says what to put where.
+        ValueError: the folder, a file or an array is missing or invalid; one line with the expected files.
 
     """
     place = checked_root(root, "a folder with train.npz, val.npz and test.npz")
@@ -285,17 +285,17 @@ def arrays(root: str | Path | None, stream: bool = False) -> Dataset:
 
 
 def load_split(path: Path, *, stream: bool = False) -> Split:
-    """Read one npz file of ``x``, ``y`` and maybe ``users``, or the npy files beside it; pickled objects are refused.
+    """Read an npz file of ``x``, ``y`` and optionally ``users``, or the npy files beside it; pickles are refused.
 
     Raises:
         ValueError: the file is missing, unreadable, lacks an array, or holds one of a wrong shape or type.
 
     """
     files = npy_files(path)
-    held = {key: read_npy(file, mapped=stream and key == "x") for key, file in files.items()} or _read(path)
-    if lacking := [key for key in ("x", "y") if key not in held]:
+    arrays = {key: read_npy(file, mapped=stream and key == "x") for key, file in files.items()} or _read(path)
+    if lacking := [key for key in ("x", "y") if key not in arrays]:
         raise ValueError(f"{path} lacks {' and '.join(lacking)}; it needs x (N, C, H, W) and y (N,)")
-    x, y = held["x"], held["y"]
+    x, y = arrays["x"], arrays["y"]
     if x.ndim not in (3, 4) or x.dtype.kind not in "fiub":
         raise ValueError(f"{path}: x is {x.dtype} {x.shape}; it needs to be numbers of shape (N, C, H, W) or (N, H, W)")
     if y.ndim != 1 or y.dtype.kind not in "iu":
@@ -303,14 +303,14 @@ def load_split(path: Path, *, stream: bool = False) -> Split:
     if (y >= MOST_CLASSES).any():
         raise ValueError(f"{path}: y goes up to {y.max()}; it needs the numbers of the classes, from 0 on")
     images = Mapped(files["x"]) if isinstance(x, np.memmap) else as_tensor(x if x.ndim == 4 else x[:, None])
-    return Split(images, torch.from_numpy(y.astype(np.int64)), held.get("users"))
+    return Split(images, torch.from_numpy(y.astype(np.int64)), arrays.get("users"))
 
 
 def npy_files(path: Path) -> dict[str, Path]:
-    """Find the files ``train_x.npy``, ``train_y.npy`` and ``train_users.npy`` that stand for ``train.npz``, if any do.
+    """Find the files ``train_x.npy``, ``train_y.npy`` and ``train_users.npy`` that replace ``train.npz``, if any.
 
     Raises:
-        ValueError: there are both, neither, or not all that are needed.
+        ValueError: both forms exist, neither, or one is incomplete.
 
     """
     places = {key: path.with_name(f"{path.stem}_{key}.npy") for key in ("x", "y", "users")}
@@ -333,10 +333,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     try:
         # opened here, because np.load leaves a damaged file open
         with checked_file(path).open("rb") as file:
-            held = np.load(file, allow_pickle=False)
-            if not isinstance(held, np.lib.npyio.NpzFile):
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array without a name")
-            return {key: held[key] for key in ("x", "y", "users") if key in held}
+            return {key: arrays[key] for key in ("x", "y", "users") if key in arrays}
     except Exception as error:  # a damaged archive may raise anything
         raise ValueError(f"{path} cannot be read as an npz file of plain arrays ({reason_of(error)})") from error
 

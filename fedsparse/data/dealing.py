@@ -1,7 +1,7 @@
-"""How samples are dealt out: the checks, roundings and shuffles that the partitions share.
+"""Roundings, draws and shuffles that the partitions share.
 
-Pure functions of numpy arrays; no Python loop runs over samples. A partition is held as one ``owner`` array, the client
-of every sample, and cut into parts at the very end: a million clients then cost a sort, not a million appends.
+Pure functions of numpy arrays; no Python loop runs over samples. A partition is one ``owner`` array, the client of each
+sample, and split into parts at the end: a million clients then cost a sort, not a million appends.
 
 Shapes: ``n`` samples, ``K`` clients, ``C`` classes, ``R`` rows of a chunk of clients.
 """
@@ -17,26 +17,26 @@ from fedsparse.data import checks
 from fedsparse.data.checks import Floats, Ints
 
 NOBODY = -1  # the owner of a sample that no client holds
-CELLS = 1_000_000  # clients x classes that are worked on at a time, so that memory does not grow with the federation
+CELLS = 1_000_000  # clients x classes of a chunk, so that memory does not grow with the federation
 _TINY = 1e-300  # the smallest Dirichlet parameter whose logarithms stay finite
 
 
 def stream(seed: int, key: int, *ids: int) -> np.random.Generator:
-    """Make the generator of one partition; ``key`` is a constant of its own, above every ``Purpose``.
+    """Build the generator of one partition; its ``key`` is a constant above every ``Purpose``.
 
-    ``ids``, such as a client's, make streams of their own; a partition gives always as many.
+    ``ids``, such as a client's, key separate streams; a partition always gives the same number of them.
     """
     return np.random.default_rng([checks.checked_integer("seed", seed, 0), key, *ids])
 
 
 def chunks(clients: int, classes: int, cells: int = CELLS) -> Iterator[slice]:
-    """Cut the clients into runs whose clients x classes tables stay small."""
+    """Split the clients into slices of at most ``cells`` clients x classes."""
     step = max(1, cells // classes)
     return (slice(start, min(start + step, clients)) for start in range(0, clients, step))
 
 
 def starts_of(sizes: Ints) -> Ints:
-    """Give the offset at which each of several runs starts, laid end to end: (G,) -> (G,).
+    """Compute the offsets of concatenated runs from their sizes: (G,) -> (G,).
 
     >>> starts_of(np.array([2, 0, 3])).tolist()
     [0, 2, 2]
@@ -45,7 +45,7 @@ def starts_of(sizes: Ints) -> Ints:
 
 
 def ranks(sizes: Ints) -> Ints:
-    """Number the members of several runs laid end to end, each from 0: (G,) -> (sum of sizes,).
+    """Number the members of concatenated runs, each run from 0: (G,) -> (sum of sizes,).
 
     >>> ranks(np.array([2, 0, 3])).tolist()
     [0, 1, 0, 1, 2]
@@ -60,7 +60,7 @@ def grouped(groups: Ints, rng: np.random.Generator) -> Ints:
 
 
 def parts_of(owner: Ints, num_clients: int) -> list[Ints]:
-    """Cut a partition into the sorted sample indices of every client; samples of ``NOBODY`` are left out.
+    """Split a partition into the sorted sample indices of every client, without the samples of ``NOBODY``.
 
     >>> [part.tolist() for part in parts_of(np.array([1, 0, NOBODY, 1]), 2)]
     [[1], [0, 3]]
@@ -96,11 +96,11 @@ def largest_remainder(weights: Floats, totals: Ints) -> Ints:
 
 
 def capped_split(weights: Floats, totals: Ints, room: Ints) -> Ints:
-    """Split totals by the largest remainder where class c has only ``room[c]``; the row's other classes make up.
+    """Split totals by the largest remainder, with at most ``room[c]`` of class c; the rest goes to other classes.
 
     Args:
         weights: (R, C), non-negative; a row of zeros gets nothing.
-        totals: (R,), wanted; a row gets less when its classes have no more.
+        totals: (R,); a row gets less where its classes have no more room.
         room: (C,), the most that any one row may take of a class.
 
     Returns:
@@ -168,16 +168,16 @@ def deal_classes(num_clients: int, num_classes: int, nc: int, rng: np.random.Gen
 
 
 def draw_mixes(logs: Floats, wanted: Ints, left: Ints, rng: np.random.Generator) -> Ints:
-    """Draw class counts for clients that are served in turn, without replacement from what is left.
+    """Draw class counts of clients in turn, without replacement.
 
-    A client draws its samples' classes from its own mix; where a class runs out, the mix is renormalised over the
-    classes left (Hsu et al. 2019). All clients up to the first that empties a class are drawn in one call; what that
-    client could not get, it draws again. So there are at most C + 1 calls, whatever the number of clients.
+    A client draws its samples' classes from its own mix; once a class is empty, the mix is renormalised over the other
+    classes (Hsu et al. 2019). All clients up to the first that empties a class are drawn in one call; that client draws
+    its missing samples again. So there are at most C + 1 calls, for any number of clients.
 
     Args:
         logs: (R, C), logarithms of each client's mix, not normalised.
         wanted: (R,), samples of each client; their sum is at most that of ``left``.
-        left: (C,), samples left of each class; is reduced in place.
+        left: (C,), remaining samples of each class; reduced in place.
         rng: source of random numbers.
 
     Returns:
@@ -202,8 +202,8 @@ def draw_mixes(logs: Floats, wanted: Ints, left: Ints, rng: np.random.Generator)
 def fill_small(owner: Ints, num_clients: int, min_size: int, rng: np.random.Generator) -> Ints:
     """Fill the clients below ``min_size`` with random samples of the largest clients: owners (n,) -> owners (n,).
 
-    The largest clients are cut down to one common level, the highest that frees enough samples, so none that gives ends
-    below one that does not. Needs ``num_clients * min_size <= n``.
+    The largest clients are reduced to one common level, the highest that frees enough samples, so that no giver ends
+    below another client. Needs ``num_clients * min_size <= n``.
     """
     sizes = np.bincount(owner, minlength=num_clients)
     short = np.maximum(min_size - sizes, 0)
@@ -237,17 +237,17 @@ def class_counts(parts: Sequence[Ints], labels: Ints, classes: int, group: int =
     """
     sizes = np.array([len(part) for part in parts], dtype=np.int64)
     rows = -(-len(parts) // group)
-    held = labels[np.concatenate(parts).astype(np.int64)]
-    cells = np.repeat(np.arange(len(parts)) // group * classes, sizes) + held
+    part_labels = labels[np.concatenate(parts).astype(np.int64)]
+    cells = np.repeat(np.arange(len(parts)) // group * classes, sizes) + part_labels
     return np.bincount(cells, minlength=rows * classes).reshape(rows, classes).astype(np.float64)
 
 
 def deal_in_turn(counts: Ints, used: Ints, pool: Ints, room: Ints) -> list[Ints]:
-    """Deal counts (R, C) from the pools of the classes, each of which starts again when it is used up.
+    """Deal counts (R, C) from the pools of the classes; a pool restarts when it is used up.
 
     Args:
         counts: samples of each class that each client gets, at most the class's room.
-        used: (C,), how many of each class were dealt before.
+        used: (C,), samples of each class dealt before.
         pool: (n,), the samples of class 0, then of class 1 and so on.
         room: (C,), the size of each class.
 

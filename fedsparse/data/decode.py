@@ -1,4 +1,4 @@
-"""An image file as pixels: what is deeper than 8 bits is scaled, what is transparent lies on white.
+"""Decodes an image file to 8-bit pixels: deeper values are scaled, transparency is composed on white.
 
 Shapes: ``H`` x ``W`` pixels.
 """
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from fedsparse.data.files import checked_file, printable, reason_of
 
-# Pillow would try all that it knows, of which some run other programs (EPS).
+# Pillow would try all its formats, of which some run other programs (EPS).
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 SIXTEEN = ("I;16", "I;16L", "I;16B", "I;16N")
 BITS, INVERTED = 258, 262  # TIFF's tags: bits of a sample; 0: white is zero
@@ -23,11 +23,11 @@ KINDS = {"I": "32-bit whole numbers", "F": "floating-point numbers"}
 
 
 def read_image(path: str, size: int) -> Tensor:
-    """Decode one image to RGB, resize its shorter side, bicubic, and cut the square in its middle out.
+    """Decode one image to RGB, resize its shorter side, bicubic, and crop the central square.
 
-    As torchvision's ``ImageFolder`` reads it, but for two things: grey values of 16 bits are scaled to 8 (v / 257,
-    rounded; Pillow has the high byte of deep colours), and what is transparent is laid on white. Of an animation the
-    first picture counts, and a camera's note of its orientation does not.
+    It equals torchvision's ``ImageFolder`` with two exceptions: grey values of 16 bits are scaled to 8 (v / 257,
+    rounded; of deep colours Pillow takes the high byte), and transparency is composed on white. Of an animation the
+    first picture is read; EXIF orientation is ignored.
 
     Args:
         path: of a file of at most ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, so that it takes 1.5 GB at most.
@@ -43,7 +43,7 @@ def read_image(path: str, size: int) -> Tensor:
     place = checked_file(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # notes on damaged metadata, which name no file
+            warnings.simplefilter("ignore")  # warnings of damaged metadata, which name no file
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(place, formats=FORMATS) as file:
                 image = tv.resize(rgb(file), [size], InterpolationMode.BICUBIC)
@@ -55,10 +55,10 @@ def read_image(path: str, size: int) -> Tensor:
 
 
 def rgb(file: Image.Image) -> Image.Image:
-    """Turn an opened image into RGB of 8 bits.
+    """Convert an opened image to RGB of 8 bits.
 
     Raises:
-        ValueError: it has several pages, or its numbers have no scale.
+        ValueError: it has several pages, or values of unknown range.
 
     """
     if file.format == "TIFF" and getattr(file, "n_frames", 1) > 1:
@@ -75,10 +75,10 @@ def rgb(file: Image.Image) -> Image.Image:
 
 
 def sixteen_bits(file: Image.Image) -> Image.Image:
-    """Scale grey values of 0 to 65535 to 0 to 255; the one that is transparent is white.
+    """Scale grey values of 0 to 65535 to 0 to 255; the transparent value becomes white.
 
     Raises:
-        ValueError: a TIFF has fewer bits, or white is its zero: Pillow hands both on as they are.
+        ValueError: a TIFF has fewer bits, or 0 as white, neither of which Pillow converts.
 
     """
     tags = getattr(file, "tag_v2", {})

@@ -1,7 +1,7 @@
-"""Sentences from the documentation of Python's standard library, in four topics: text data that every Python has.
+"""Sentences of the documentation of Python's standard library, in four topics: text data without a download.
 
-The source files are read with ``ast``; no module is imported. What is found depends on the version of Python, so a data
-set made of it says by a fingerprint which sentences it holds.
+The source files are read with ``ast``; no module is imported. The sentences depend on the version of Python, so the
+data set has a fingerprint of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 TOPICS = ("network", "data", "system", "tools")
 FEWEST, MOST = 5, 60  # words of a sentence
 
-# The modules of each topic that clients may hold; those that a Python lacks are left out.
+# The modules of each topic; those that a Python version lacks are left out.
 MODULES = {
     "network": """asyncio asyncore asynchat cgi email ftplib http imaplib ipaddress mailbox netrc nntplib poplib
         selectors smtpd smtplib socket socketserver ssl telnetlib urllib webbrowser wsgiref xmlrpc""",
@@ -33,7 +33,7 @@ MODULES = {
         symtable tabnanny timeit token tokenize trace traceback tracemalloc typing unittest venv warnings zipapp
         zipimport""",
 }
-# No client holds these: they are what ``fedsparse.studies.pretrain_text`` learns from.
+# Modules in no topic: ``fedsparse.studies.pretrain_text`` trains on them.
 HELD_OUT = """abc argparse aifc cmd cmath colorsys contextlib copyreg functools getopt gettext graphlib hashlib hmac
         idlelib keyword linecache locale mailcap mimetypes operator optparse pprint reprlib secrets shlex sndhdr
         sunau test tkinter turtle turtledemo types wave weakref"""
@@ -46,7 +46,7 @@ CODE = re.compile(r"^\s*(>>>|\.\.\.)")
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence, the module that it documents, and the place of the module's topic in ``TOPICS``."""
+    """A sentence, the module that it documents, and the index of the module's topic in ``TOPICS``."""
 
     text: str
     module: str
@@ -54,10 +54,10 @@ class Sentence:
 
 
 def held_by_clients(root: Path | None = None) -> list[Sentence]:
-    """Read the sentences of all topics, sorted by file and then as they stand; of equal ones the first counts.
+    """Read the sentences of all topics, sorted by file and position; of equal ones only the first.
 
     Args:
-        root: the folder of the library; None: that of the running Python.
+        root: folder of the library; None: of the running Python.
 
     Raises:
         ValueError: there are no source files, or a topic has no sentence.
@@ -77,7 +77,7 @@ def held_by_clients(root: Path | None = None) -> list[Sentence]:
 
 
 def held_out(root: Path | None = None) -> list[str]:
-    """Read the sentences of the modules that no client holds, without those that clients' modules have too."""
+    """Read the sentences of the modules in no topic, without those that also occur in a topic."""
     folder = library() if root is None else root
     taken = {sentence.text for sentence in held_by_clients(folder)}
     found = dict.fromkeys(text for _, text in library_sentences(folder, set(HELD_OUT.split())))
@@ -85,12 +85,12 @@ def held_out(root: Path | None = None) -> list[str]:
 
 
 def library() -> Path:
-    """Folder of the running Python's standard library."""
+    """Find the folder of the running Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def library_sentences(root: Path, modules: set[str]) -> Iterator[tuple[str, str]]:
-    """Read the sentences of some modules in a folder: (module, sentence); no tests, and no copies of other packages."""
+    """Read the sentences of modules in a folder, without tests and vendored packages: (module, sentence)."""
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         module, *inner = path.relative_to(root).with_suffix("").parts
         if module in modules and not COPIES & set(inner) and path.is_file():
@@ -98,19 +98,19 @@ def library_sentences(root: Path, modules: set[str]) -> Iterator[tuple[str, str]
 
 
 def docstrings(path: Path) -> list[str]:
-    """List the documentation strings of a file, its own first, then as they stand; none of one that is no Python."""
+    """List the docstrings of a file, the module's first, then by line; none if it cannot be parsed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of code that is old; were they errors, the file would be missed
+            warnings.simplefilter("ignore")  # of old code; as errors they would exclude the file
             tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # lib2to3 and the tests carry broken files on purpose
+    except (SyntaxError, ValueError):  # lib2to3 and the tests have broken files on purpose
         return []
     nodes = sorted((n for n in ast.walk(tree) if isinstance(n, DEFINITIONS)), key=lambda n: getattr(n, "lineno", 0))
     return [docstring for node in nodes if (docstring := ast.get_docstring(node))]
 
 
 def sentences(docstring: str) -> list[str]:
-    r"""Split a documentation string into sentences of 5 to 60 words; lines of an interpreter's session are left out.
+    r"""Split a docstring into sentences of 5 to 60 words, without the lines of interpreter sessions.
 
     >>> sentences("Open a file for reading. Close it!\n\n>>> f = open('a b c d e f')\n\nThat is all there is to it")
     ['Open a file for reading.', 'That is all there is to it']

@@ -1,7 +1,7 @@
-"""Who gets what is left of a class when it is dealt to its holders: those who hold least, so that clients are even.
+"""Distributes the remainder of a class among its holders, so that clients' sizes are even.
 
-A holder is a client and one of its classes; the holders of a class stand side by side, class after class. Each has an
-equal share of its class, and of what is left some have one more.
+A holder is a client and one of its classes; holders are sorted by class. Each gets an equal share of its class, and
+some get one more sample of the remainder.
 
 Shapes: ``H`` holders, ``C`` classes, ``K`` clients.
 """
@@ -15,18 +15,18 @@ from fedsparse.data import dealing
 from fedsparse.data.checks import Ints
 
 Marks = npt.NDArray[np.bool_]
-_WORK = 100_000_000  # holders looked at to find chains; of a million clients only few are sought
+_WORK = 100_000_000  # bound of holders visited in the search for chains, over all searches
 
 
 def holders_of_one_more(clients: Ints, holders: Ints, sizes: Ints) -> Marks:
-    """Choose the holders who get one of the samples that are left of their class: as few moves as make clients even.
+    """Choose the holders who get one more sample of their class, by few moves that make clients' sizes even.
 
-    At first these are the first holders of each class, in the order given. Then each class is dealt again to those who
-    hold least; and a client with too many hands one on through others to a client with too few. So the clients' sizes
-    differ by at most one wherever that is possible, and where they did at first nothing moves.
+    Initially these are the first holders of each class. Then each class is dealt again to the holders of smallest
+    clients, and samples move along chains from clients with too many to those with too few. So sizes differ by at most
+    one where that is possible, and nothing moves if they did initially.
 
     Args:
-        clients: who each holder is (H,).
+        clients: client of each holder (H,).
         holders: of each class (C,), at least one where it has samples.
         sizes: samples of each class (C,).
 
@@ -52,7 +52,7 @@ def holders_of_one_more(clients: Ints, holders: Ints, sizes: Ints) -> Marks:
 
 
 def _deal_again(clients: Ints, got: Marks, total: Ints) -> bool:
-    """Give what is left of one class to those who hold least, if equal to those who have it; whether that moved any."""
+    """Deal a class's remainder to its smallest clients, on ties to present holders; returns whether one moved."""
     total[clients[got]] -= 1
     now = np.zeros_like(got)
     now[np.lexsort((~got, total[clients]))[: np.count_nonzero(got)]] = True
@@ -63,10 +63,10 @@ def _deal_again(clients: Ints, got: Marks, total: Ints) -> bool:
 
 
 def _hand_on(clients: Ints, got: Marks, total: Ints, runs: list[slice]) -> bool:
-    """Find a shortest chain from a largest client to one smaller by two, or to a smallest, and hand samples on."""
+    """Find a shortest chain from a largest client to one smaller by two, or to a smallest, and move samples."""
     low, high = total.min(), total.max()
     for rich, poor in ((total == high, total <= high - 2), (total >= low + 2, total == low)):
-        giver = np.full((2, total.size), -1)  # holders who give and who take, where a chain reaches a client
+        giver = np.full((2, total.size), -1)  # giving and taking holder of the chain's step to each client
         reached, open_ = rich.copy(), list(runs)
         while True:
             before = reached.copy()
@@ -87,7 +87,7 @@ def _hand_on(clients: Ints, got: Marks, total: Ints, runs: list[slice]) -> bool:
 
 
 def _move(clients: Ints, got: Marks, total: Ints, giver: Ints, client: int) -> None:
-    """Hand one sample on along a chain, from its end to its beginning."""
+    """Move one sample on each step of a chain, from its end to its beginning."""
     total[client] += 1
     while giver[0, client] >= 0:
         gives, takes = giver[:, client]

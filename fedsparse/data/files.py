@@ -1,15 +1,15 @@
-"""Files that someone else may have made: only regular ones are opened, and their names are shown as text."""
+"""Checks of untrusted files: only regular files are opened, and names are printed without control characters."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 MOST_BYTES = 2**28  # of a file of a published data set; CIFAR-100's 50,000 images take 155 million
-LONGEST = 300  # of what an error says of a file
+LONGEST = 300  # characters of a reason in an error
 
 
 def printable(text: object) -> str:
-    r"""Write what a terminal would obey as the escape sequence that Python has for it: names and texts of files.
+    r"""Escape characters that are not printable, which a terminal would interpret, as Python does.
 
     >>> printable("a\x1b[31mb\n\u202ec"), printable("Ä 9")
     ('a\\x1b[31mb\\n\\u202ec', 'Ä 9')
@@ -18,16 +18,16 @@ def printable(text: object) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Say in one short line why a file cannot be read."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return printable(said if len(said) <= LONGEST else said[:LONGEST] + "...")
+    """Write in one short line why a file cannot be read."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return printable(message if len(message) <= LONGEST else message[:LONGEST] + "...")
 
 
 def checked_file(path: str | Path) -> Path:
-    """Return the path of a regular file: a pipe would be waited for, a device read without end.
+    """Return the path of a regular file; a pipe would block, and a device may have no end.
 
     Raises:
-        ValueError: there is something else, or nothing.
+        ValueError: it is missing, or no regular file.
 
     """
     place = Path(path)
@@ -41,8 +41,8 @@ def checked_root(root: object, wanted: str) -> Path:
     """Return ``data.root`` as a path.
 
     Args:
-        root: what was given.
-        wanted: says which folder it is to be.
+        root: the configured value.
+        wanted: description of the folder, for the message.
 
     Raises:
         ValueError: it is no folder.
@@ -54,10 +54,10 @@ def checked_root(root: object, wanted: str) -> Path:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse a folder that holds anything but folders and regular files, for those who read it as a whole.
+    """Refuse a folder with entries other than folders and regular files.
 
     Raises:
-        ValueError: names what is neither.
+        ValueError: one line with the first other entry.
 
     """
     for path in sorted(Path(folder).rglob("*")):

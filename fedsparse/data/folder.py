@@ -1,4 +1,4 @@
-"""One's own images: a folder with a folder a class, decoded once and kept as pixels, or whenever asked for."""
+"""A user's images: a folder with one folder a class, decoded once into memory, or whenever gathered."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fedsparse.data.samples import stamp
 
 log = logging.getLogger("fedsparse")
 
-# of ImageNet, which most backbones for photographs were pre-trained on
+# of ImageNet, the pre-training data of most backbones for photographs
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# what people call the folder of a part, in any case: the words of Hugging Face's datasets
+# usual folder names of each part, in any case: those of Hugging Face's datasets
 WORDS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-LEFTOVERS = ("__MACOSX", "__pycache__", "@eaDir")  # folders that programs leave behind; others begin with a dot
+LEFTOVERS = ("__MACOSX", "__pycache__", "@eaDir")  # folders created by other programs; hidden ones begin with a dot
 
 Files = list[tuple[str, int]]
 
@@ -41,26 +41,25 @@ def imagefolder(
     split_seed: int = 0,
     stream: bool = False,
 ) -> Dataset:
-    """Load your own images: ``<root>/train/<class>/*``, and ``val`` and ``test`` beside ``train`` where there are any.
+    """Load a user's images: ``<root>/train/<class>/*``, and optionally ``val`` and ``test`` beside ``train``.
 
-    The parts may be called as elsewhere (``WORDS``), and a line of the log says what was taken for what. Without a
-    folder ``train``, the class folders lie in ``root`` itself. Images that test, and then those that validate, are held
-    out of the training ones, with the same class mix, unless they have a folder of their own. Labels are the places of
-    the class names in alphabetical order; hidden files and folders are left out. Each image takes 3 x size x size bytes
-    of memory, unless ``stream`` leaves it on the disk: then it is decoded whenever a client or a validation needs it.
-    How an image becomes pixels, ``fedsparse.data.decode.read_image`` says.
+    Other usual names of the parts are accepted (``WORDS``); a line of the log lists the folders. Without a folder
+    ``train``, the class folders lie in ``root`` itself. Test images, then validation images, are held out of the
+    training images, with the same class mix, unless they have a folder. Labels are indices of the class names in
+    alphabetical order; hidden files and folders are left out. Each image takes 3 x size x size bytes of memory; with
+    ``stream`` it stays on the disk and is decoded whenever it is gathered, by ``fedsparse.data.decode.read_image``.
 
     Args:
         root: the folder.
-        size: the shorter side is resized to so many pixels, and the square in the middle is cut out.
-        val_fraction: share of the training images that validate; without a folder ``val``.
-        test_fraction: share of all images that test; without a folder ``test``.
-        split_seed: decides both, whatever the seed of a run.
+        size: side of the images in pixels, after resizing and cropping.
+        val_fraction: share of training images for validation, without a folder ``val``.
+        test_fraction: share of all images for testing, without a folder ``test``.
+        split_seed: seed of both splits, independent of the seed of a run.
         stream: whether to leave the images on the disk.
 
     Raises:
-        ValueError: the folder is missing or lacks classes or images, it can be read in two ways, or a file is no image;
-            names it. With ``stream`` an image is found damaged when it is first needed.
+        ValueError: the folder is missing, ambiguous, or lacks classes or images, or a file is no image; one line. With
+            ``stream`` a damaged image is found when it is first gathered.
 
     """
     size = checked_integer("data.size", size, 1)
@@ -78,10 +77,10 @@ def imagefolder(
 
 
 def find_parts(root: Path) -> dict[str, Path]:
-    """Find the folder of class folders of every part that has one; without ``train``, all of ``root`` trains.
+    """Find the folder of class folders of every part; without part folders, ``root`` is that of ``train``.
 
     Raises:
-        ValueError: there is no class, or it is not clear what is a part and what a class.
+        ValueError: there is no class, or parts and classes are mixed.
 
     """
     parts = [(part, folder) for folder in subfolders(root) if subfolders(folder) and (part := part_of(folder))]
@@ -106,25 +105,25 @@ def find_parts(root: Path) -> dict[str, Path]:
 
 
 def part_of(folder: Path) -> str | None:
-    """Tell by its name which part of a data set a folder holds, if any."""
+    """Find the part of a data set that a folder's name stands for, if any."""
     return next((part for part, words in WORDS.items() if folder.name.lower() in words), None)
 
 
 def _unwrapped(part: str, folder: Path) -> Path:
-    """Go into ``train/train``, as archives often are unpacked."""
+    """Descend into ``train/train``, a usual result of unpacking archives."""
     inner = subfolders(folder)
     alone = len(inner) == 1 and part_of(inner[0]) == part and subfolders(inner[0])
     return _unwrapped(part, inner[0]) if alone else folder
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """List the folders in a folder by name; hidden ones and what programs leave behind are left out."""
-    held = sorted(path for path in folder.iterdir() if path.is_dir())
-    return [path for path in held if not path.name.startswith(".") and path.name not in LEFTOVERS]
+    """List the folders in a folder by name, without hidden ones and ``LEFTOVERS``."""
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    return [path for path in folders if not path.name.startswith(".") and path.name not in LEFTOVERS]
 
 
 def labelled(folder: Path, names: Sequence[str], *, every: bool) -> Files:
-    """List the images in class folders, as (path, place of the class in ``names``).
+    """List the images in class folders, as (path, index of the class in ``names``).
 
     Args:
         folder: of class folders.
@@ -132,7 +131,7 @@ def labelled(folder: Path, names: Sequence[str], *, every: bool) -> Files:
         every: whether each class needs an image.
 
     Raises:
-        ValueError: names the class that is empty or not known.
+        ValueError: a class is empty or unknown; one line with its name.
 
     """
     files: Files = []
@@ -152,7 +151,7 @@ def images_in(folder: Path) -> Iterator[tuple[str, str]]:
     """Find the images of a class at any depth, as (folder, name); sorted, they are in torchvision's order.
 
     Raises:
-        ValueError: a link leads back to a folder, whose images would count twice.
+        ValueError: a link leads to a folder that was visited before.
 
     """
     seen = set[tuple[int, int]]()
@@ -166,10 +165,10 @@ def images_in(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _say(folders: Mapping[str, Path], found: Mapping[str, Files], names: Sequence[str]) -> None:
-    """Log what was taken for what."""
-    taken = [f"{part} {len(found[part])} from {printable(folders.get(part, 'those to train'))}" for part in PARTS]
+    """Log the parts, their folders and numbers of images, and the classes."""
+    parts = [f"{part} {len(found[part])} from {printable(folders.get(part, 'those to train'))}" for part in PARTS]
     listed = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
-    log.info("images: %s; %d classes: %s", ", ".join(taken), len(names), listed)
+    log.info("images: %s; %d classes: %s", ", ".join(parts), len(names), listed)
 
 
 def read_images(files: Files, size: int, *, stream: bool = False) -> Split:
@@ -180,7 +179,7 @@ def read_images(files: Files, size: int, *, stream: bool = False) -> Split:
 
 
 class ImageFiles:
-    """Images that are decoded when they are gathered, each once however often an index names it.
+    """Images that are decoded when gathered, each once for repeated indices.
 
     Args:
         paths: N files.
@@ -208,5 +207,5 @@ class ImageFiles:
         return x.view(*index.shape, *self.shape[1:])
 
     def stamp(self) -> bytes:
-        """Give names, sizes and times of change; which class a file is of, the labels tell."""
+        """Names, sizes and modification times of the files."""
         return stamp(self.paths)

@@ -1,6 +1,6 @@
-"""From stored images to what a network takes: scale, resize, repeat the channel, normalise.
+"""Converts stored images to a network's inputs: scale, resize, repeat the channel, normalise.
 
-Shapes: ``C`` channels, ``H`` x ``W`` pixels. Everything runs on the device of the images, a whole cohort at once.
+Shapes: ``C`` channels, ``H`` x ``W`` pixels. Computed on the device of the images, a cohort at once.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ MODES = {name: InterpolationMode(name) for name in ("bicubic", "bilinear", "near
 
 
 def unchanged(x: Tensor) -> Tensor:
-    """Take images as they are."""
+    """Return images unchanged."""
     return x
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """How images become what a network takes; ``Inputs()`` hands float images on as they are, without a copy.
+    """The conversion of images to a network's inputs; ``Inputs()`` returns float images unchanged, without a copy.
 
-    Pixels (uint8) are divided by 255, resized, repeated and normalised. Floats are a data set's own, standardised
-    already: their values stay, only size and channels are fitted. A bicubic resize may leave [0, 1] a little at hard
-    edges; nothing is cut off there, as torchvision does with float images.
+    Pixels (uint8) are divided by 255, resized, repeated and normalised. Float images are already standardised: only
+    size and channels are adapted. A bicubic resize may slightly leave [0, 1] at hard edges; as in torchvision, float
+    values are not clipped.
 
     Attributes:
-        size: side of the square that the network takes, whatever the shape before; None: as they are.
-        channels: a grey image is repeated to so many; None: as they are.
-        mean: per channel, of pixels scaled to [0, 1]; empty: not normalised. One number stands for all channels; of
-            three numbers one channel takes the average.
+        size: side of the network's square input; None: not resized.
+        channels: number to which a grey channel is repeated; None: not repeated.
+        mean: per channel, of pixels scaled to [0, 1]; empty: not normalised. One number counts for all channels; one
+            channel takes the average of three numbers.
         std: per channel, likewise.
         interpolation: bicubic, bilinear or nearest; the first two with antialiasing.
-        dtype: of all that is handed on; None: floats keep theirs, and pixels become float32.
+        dtype: of the inputs; None: floats keep theirs, and pixels become float32.
 
     Raises:
-        ValueError: the interpolation is none of these, or mean comes without std; when called, the channels cannot be
-            had by repeating one.
+        ValueError: the interpolation is unknown, or mean and std differ in length; when called, the channels are not
+            those of the network, nor a single one.
 
     """
 
@@ -69,7 +69,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """Hands tokens on as they are."""
+    """The conversion of tokens: none."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ids (*, L) unchanged."""
@@ -79,16 +79,16 @@ class TokenInputs:
 def inputs_for(
     dataset: Dataset, wanted: Mapping[str, Any] | None, dtype: torch.dtype | None = None
 ) -> Inputs | TokenInputs:
-    """Fit a data set to a network.
+    """Build the conversion of a data set's samples to a network's inputs.
 
     Args:
-        dataset: of pixels (uint8), of float images standardised already, or of tokens.
-        wanted: what the network was pre-trained on, under timm's keys ``input_size`` (C, H, W), ``mean``, ``std`` and
-            ``interpolation`` (a net's ``pretrained_cfg``); None, or a key left out, where the model asks for nothing.
-        dtype: of the network, if it is another than float32.
+        dataset: of pixels (uint8), of standardised float images, or of tokens.
+        wanted: inputs of the network's pre-training, by timm's keys ``input_size`` (C, H, W), ``mean``, ``std`` and
+            ``interpolation`` (a net's ``pretrained_cfg``); None, or a missing key: no requirement.
+        dtype: of the network, if it is not float32.
 
     Raises:
-        ValueError: the model wants other channels than a repeated grey, or an oblong image.
+        ValueError: the model takes other channels than a repeated grey, or images that are not square.
 
     """
     if dataset.tokens:
@@ -139,20 +139,20 @@ def normalised(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Te
 @cache
 @torch.inference_mode(False)
 def _numbers(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers that lie on a device: copied there once, not in every step, where the host would wait for them."""
+    """Copy numbers to a device once, since a copy in every step would synchronise host and device."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def per_channel(numbers: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Give each channel its number; where the counts differ, all get the average."""
+    """Assign numbers to channels; if their counts differ, all channels get the average."""
     return numbers if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels
 
 
 def check_channels(held: int, wanted: int | None) -> None:
-    """Refuse a number of channels that repeating a grey one does not give.
+    """Refuse data whose channels are neither as many as the model takes nor a single grey one.
 
     Raises:
-        ValueError: says how many there are and how many are wanted.
+        ValueError: one line with both numbers.
 
     """
     if wanted not in (None, held) and held != 1:

@@ -25,26 +25,26 @@ from fedsparse.data import dealing
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.leaf_files import Decode, User, read_part
 
-# LEAF's ALL_LETTERS (models/utils/language_utils.py): a character's number is its place here
+# LEAF's ALL_LETTERS (models/utils/language_utils.py): a character's id is its index here
 LETTERS = "\n !\"&'(),-." + string.digits + ":;>?" + string.ascii_uppercase + "[]" + string.ascii_lowercase + "}"
 LENGTH = 80
 FEMNIST_CLASSES = 62  # ten digits, then capitals, then small letters
-_USERS, _VAL = 112, 113  # go on where the number of ``fedsparse.data.own_tests`` ends
+_USERS, _VAL = 112, 113  # the next stream keys after that of ``fedsparse.data.own_tests``
 
 
 def femnist(root: str | Path | None, val_fraction: float = 0.1, users: float = 1.0, split_seed: int = 0) -> Dataset:
     """Load FEMNIST: handwritten digits and letters of 62 classes by their writers, pixels of 1 x 28 x 28.
 
-    LEAF's numbers in [0, 1], white paper 1, are bytes divided by 255 and become bytes again. They are not normalised.
+    LEAF's numbers in [0, 1], white as 1, are bytes divided by 255, and are converted back. They are not normalised.
 
     Args:
         root: folder of LEAF's ``train`` and ``test``.
-        val_fraction: share of the training samples that validate; every user keeps one to train on.
+        val_fraction: share of the training samples for validation; every user keeps one for training.
         users: share of the users who take part, in both parts.
-        split_seed: decides both, whatever the seed of a run.
+        split_seed: seed of both draws, independent of the seed of a run.
 
     Raises:
-        ValueError: a file is missing or damaged, or a share is out of range; says what to put where.
+        ValueError: a file is missing or damaged, or a share is out of range; one line with the remedy.
 
     """
     return _load("femnist", root, pixels, FEMNIST_CLASSES, val_fraction, users, split_seed)
@@ -57,14 +57,14 @@ def shakespeare(
     split_seed: int = 0,
     unknown: str | None = None,
 ) -> Dataset:
-    """Load Shakespeare: 80 characters of a role in a play, and which of LEAF's 80 characters comes next.
+    """Load Shakespeare: 80 characters of a role in a play, labelled by the next of LEAF's 80 characters.
 
     Args:
         root: folder of LEAF's ``train`` and ``test``.
-        val_fraction: share of the training samples that validate; every user keeps one to train on.
+        val_fraction: share of the training samples for validation; every user keeps one for training.
         users: share of the users, which are roles, who take part, in both parts.
-        split_seed: decides both, whatever the seed of a run.
-        unknown: the character that stands for all that are not among the 80; None refuses them.
+        split_seed: seed of both draws, independent of the seed of a run.
+        unknown: the character that replaces all that are not among the 80; None: they are refused.
 
     Raises:
         ValueError: a file is missing or damaged, a character is unknown, or a share is out of range.
@@ -80,7 +80,7 @@ def pixels(x: Any, y: Any, where: str) -> User:
     """Decode images: lists of 784 numbers in [0, 1], labels -> uint8 (N, 1, 28, 28), int64 (N,).
 
     Raises:
-        ValueError: something else is there; ``where`` names the user in the message.
+        ValueError: x or y has another form; ``where`` names the user in the message.
 
     """
     try:
@@ -99,10 +99,10 @@ def pixels(x: Any, y: Any, where: str) -> User:
 
 
 def characters(x: Any, y: Any, where: str, unknown: str | None = None) -> User:
-    """Decode texts: strings of 80 characters, next characters -> int32 (N, 80), int64 (N,), places in ``LETTERS``.
+    """Decode texts: strings of 80 characters, next characters -> int32 (N, 80), int64 (N,), indices into ``LETTERS``.
 
     Raises:
-        ValueError: something else is there, or a character is unknown; ``where`` names the user in the message.
+        ValueError: x or y has another form, or a character is unknown; ``where`` names the user in the message.
 
     """
     for texts, length, name in ((x, LENGTH, "x"), (y, 1, "y")):
@@ -119,7 +119,7 @@ def characters(x: Any, y: Any, where: str, unknown: str | None = None) -> User:
 
 
 def letter_places(text: str, unknown: str | None = None) -> np.ndarray:
-    r"""Find the place of each character in ``LETTERS``, as ``str.find`` does: -1, or the place of ``unknown``.
+    r"""Find the index of each character in ``LETTERS``; of others -1, or the index of ``unknown``.
 
     >>> letter_places("\n a}~").tolist(), letter_places("~", " ").tolist()
     ([0, 1, 53, 79, -1], [1])
@@ -141,43 +141,43 @@ def _load(
     seed: int,
     vocabulary: int = 0,
 ) -> Dataset:
-    """Read both parts, choose users, and hold samples of the training part back to validate."""
-    held = {part: read_part(root, name, part, decode) for part in ("train", "test")}
-    chosen = choose_users([*held["train"], *held["test"]], share, seed)
-    labelled, test = (_stack(held[part], chosen, f"data={name} data.users={share}: the {part} part") for part in held)
+    """Read both parts, choose users, and hold out validation samples of the training part."""
+    users = {part: read_part(root, name, part, decode) for part in ("train", "test")}
+    chosen = choose_users([*users["train"], *users["test"]], share, seed)
+    labelled, test = (_stack(users[part], chosen, f"data={name} data.users={share}: the {part} part") for part in users)
     assert labelled.users is not None
     rest, held_back = hold_back(labelled.users, val_fraction, seed)
     train, val = (Split(labelled.held[rows], labelled.y[rows], labelled.users[rows]) for rows in (rest, held_back))
-    found = _fingerprint([labelled, test])
-    return Dataset(train, val, test, classes, name, fingerprint=found, vocabulary=vocabulary)
+    digest = _fingerprint([labelled, test])
+    return Dataset(train, val, test, classes, name, fingerprint=digest, vocabulary=vocabulary)
 
 
 def choose_users(names: list[str], share: float, seed: int) -> set[str]:
-    """Choose ceil(share x users) of the users of both parts, whatever their order.
+    """Choose ceil(share x users) of the users of both parts, independent of their order.
 
     Raises:
         ValueError: the share is not above 0 and at most 1.
 
     """
     check_number("data.users", share, above=0, most=1)
-    known = sorted(set(names))
-    count = math.ceil(float(share) * len(known) - 1e-9)  # nudged: 0.07 * 100 is 7.000000000000001 in floats
-    return {known[i] for i in dealing.stream(seed, _USERS).permutation(len(known))[:count].tolist()}
+    users = sorted(set(names))
+    count = math.ceil(float(share) * len(users) - 1e-9)  # nudged: 0.07 * 100 is 7.000000000000001 in floats
+    return {users[i] for i in dealing.stream(seed, _USERS).permutation(len(users))[:count].tolist()}
 
 
 def hold_back(users: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hold ceil(fraction x N) samples back at random, but of each user one is left.
+    """Hold out ceil(fraction x N) samples at random, but keep one of each user.
 
     Args:
         users: user of each sample (N,).
-        fraction: share that is held back, above 0 and below 1.
-        seed: decides which.
+        fraction: share that is held out, above 0 and below 1.
+        seed: of the draw.
 
     Returns:
-        Sorted indices of the rest, and of those held back.
+        Sorted indices of the rest, and of those held out.
 
     Raises:
-        ValueError: the fraction is out of range, or asks for more than that.
+        ValueError: the fraction is out of range, or would leave a user without a sample.
 
     """
     order = dealing.stream(seed, _VAL).permutation(len(users))
@@ -188,12 +188,12 @@ def hold_back(users: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray
             f"data.val_fraction is {fraction!r}; give a share above 0 and, so that each user has a sample to train on, "
             f"at most {len(free) / len(users):.3f}"
         )
-    held = np.sort(free[:size])
-    return np.setdiff1d(np.arange(len(users)), held), held
+    held_out = np.sort(free[:size])
+    return np.setdiff1d(np.arange(len(users)), held_out), held_out
 
 
 def _stack(held: Mapping[str, User], chosen: set[str], where: str) -> Split:
-    """Lay the chosen users' samples one behind the other, in the order of their names."""
+    """Concatenate the chosen users' samples, in the order of their names."""
     names = sorted(name for name in held if name in chosen)
     if not names:
         raise ValueError(f"{where} has no user; raise data.users")
@@ -203,7 +203,7 @@ def _stack(held: Mapping[str, User], chosen: set[str], where: str) -> Split:
 
 
 def _fingerprint(splits: list[Split]) -> str:
-    """SHA-256 of samples, labels and users."""
+    """Compute the SHA-256 of samples, labels and users."""
     digest = hashlib.sha256()
     for split in splits:
         for array in (split.held.numpy(), split.y.numpy()):

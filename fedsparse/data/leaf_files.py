@@ -1,4 +1,4 @@
-"""LEAF's JSON files, read user by user and checked."""
+"""Reads and checks LEAF's JSON files, user by user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from fedsparse.data.files import checked_file, printable, reason_of
 
-LONGEST_NAME = 200  # of a user: each of its samples has the name beside it
+LONGEST_NAME = 200  # characters of a user's name, which is stored for each sample
 User = tuple[np.ndarray, np.ndarray]  # samples and labels
 Decode = Callable[[Any, Any, str], User]
 
@@ -23,10 +23,10 @@ def read_part(root: str | Path | None, name: str, part: str, decode: Decode) -> 
         root: ``data.root``.
         name: of the data set, for messages.
         part: train or test.
-        decode: makes arrays of a user's ``x`` and ``y``; a ValueError of it names the place that it is given.
+        decode: converts a user's ``x`` and ``y`` to arrays; its errors contain the given place.
 
     Raises:
-        ValueError: the folder is missing, or a file is damaged or holds a user again; says how LEAF makes them.
+        ValueError: the folder is missing, a file is damaged, or a user occurs twice; one line with LEAF's command.
 
     """
     how = f"run ./preprocess.sh -s niid --sf 0.05 -k 0 -t sample in LEAF's data/{name}, and set data.root to its data"
@@ -35,7 +35,7 @@ def read_part(root: str | Path | None, name: str, part: str, decode: Decode) -> 
     files = sorted(folder.glob("*.json"))
     if not files:
         raise ValueError(f"{folder} has no .json file; {how}")
-    held: dict[str, User] = {}
+    users: dict[str, User] = {}
     places: dict[str, Path] = {}
     for path in files:
         for user, samples in _read(path, how, decode).items():
@@ -44,14 +44,14 @@ def read_part(root: str | Path | None, name: str, part: str, decode: Decode) -> 
                 raise ValueError(
                     f"{printable(path)}: user {printable(user)} is in {other} too; remove one of the files"
                 )
-            held[user], places[user] = samples, path
-    if not held:
+            users[user], places[user] = samples, path
+    if not users:
         raise ValueError(f"{folder} holds no sample; {how}")
-    return held
+    return users
 
 
 def _read(path: Path, how: str, decode: Decode) -> dict[str, User]:
-    """Read one file."""
+    """Read the users of one file."""
     try:
         content = json.loads(checked_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, MemoryError) as error:
@@ -59,19 +59,19 @@ def _read(path: Path, how: str, decode: Decode) -> dict[str, User]:
             f"{printable(path)} cannot be read as JSON ({reason_of(error)}); to make it again, {how}"
         ) from error
     users, counts, data = _fields(content, path, how)
-    found = {}
+    decoded = {}
     for user, count in zip(users, counts, strict=True):
         where = printable(f"{path}: user {user}")
         x, y = _samples(data.get(user), where)
         if not len(x) == len(y) == count:
             raise ValueError(f"{where} has {len(x)} x and {len(y)} y and num_samples says {count}; {how}")
         if y:
-            found[user] = decode(x, y, where)
-    return found
+            decoded[user] = decode(x, y, where)
+    return decoded
 
 
 def _fields(content: Any, path: Path, how: str) -> tuple[list[str], list[Any], dict[str, Any]]:
-    """Take ``users``, ``num_samples`` and ``user_data`` of a file."""
+    """Check and return ``users``, ``num_samples`` and ``user_data`` of a file."""
     kinds = {"users": list, "num_samples": list, "user_data": dict}
     for key, kind in kinds.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
@@ -85,7 +85,7 @@ def _fields(content: Any, path: Path, how: str) -> tuple[list[str], list[Any], d
 
 
 def _samples(user: Any, where: str) -> tuple[list[Any], list[Any]]:
-    """Take ``x`` and ``y`` of a user."""
+    """Check and return ``x`` and ``y`` of a user."""
     if not isinstance(user, dict) or not all(isinstance(user.get(key), list) for key in ("x", "y")):
         raise ValueError(f"{where} has no x and y in user_data")
     return user["x"], user["y"]

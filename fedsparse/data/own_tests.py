@@ -1,8 +1,7 @@
-"""Test samples that a client keeps of its own data: taken out of what it trains on, put behind the test split.
+"""Clients' own test samples: taken from their training samples, and appended to the test split.
 
-Who evaluates clients knows indices into the test split alone (``Federation.tests``). So the samples that a client keeps
-are appended there, and its test part points at them; ``Dataset.own`` says how many they are, and figures of the test
-split itself leave them out.
+The evaluation of clients takes indices into the test split. So the samples are appended there, and a client's test part
+indexes them; ``Dataset.own`` counts them, and figures of the test split exclude them.
 
 Shapes: ``n`` training samples, ``K`` clients.
 """
@@ -23,16 +22,16 @@ from fedsparse.data import checks, dealing
 from fedsparse.data.checks import Ints
 from fedsparse.data.datasets import Dataset, Split
 
-_OWN_TESTS = 111  # goes on where the numbers of ``fedsparse.data.splits`` end
+_OWN_TESTS = 111  # the next stream key after those of ``fedsparse.data.splits``
 
 
 def own_tests(
     parts: Sequence[Ints], labels: npt.ArrayLike, fraction: float, seed: int
 ) -> tuple[list[Ints], list[Ints]]:
-    """Let every client keep a share of its samples to test on, with the class mix of its part, each by its own stream.
+    """Draw test samples from every client's training samples, with the class proportions of its part.
 
-    Of m samples floor(fraction * m) are kept, split over the classes by the largest remainder: a client of few samples
-    keeps none, and every client goes on to train on at least one.
+    Of m samples floor(fraction * m) are drawn, by a stream keyed by the client, split over classes by the largest
+    remainder. A client with few samples has no test samples; each client trains on at least one.
 
     Args:
         parts: sorted training samples of each client, K arrays; no sample twice.
@@ -41,7 +40,7 @@ def own_tests(
         seed: seed of the partition.
 
     Returns:
-        What each client trains on, and what it keeps: twice K arrays of sorted indices into the training split.
+        Training samples and test samples of each client: twice K arrays of sorted indices into the training split.
 
     Raises:
         ValueError: the fraction is out of range, or clients share samples.
@@ -59,7 +58,7 @@ def own_tests(
 
 
 def with_own_tests(dataset: Dataset, kept: Sequence[Ints]) -> tuple[Dataset, list[Ints]]:
-    """Append the training samples that clients keep to the test split, client after client.
+    """Append the clients' own test samples to the test split, client after client.
 
     Args:
         dataset: the splits; images in memory.
@@ -84,7 +83,7 @@ def with_own_tests(dataset: Dataset, kept: Sequence[Ints]) -> tuple[Dataset, lis
 
 
 def _kept(labels: Ints, share: float, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Choose which samples of one client are kept: classes (m,) -> bool (m,)."""
+    """Draw the test samples of one client: classes (m,) -> bool (m,)."""
     kept = np.zeros(labels.size, dtype=bool)
     size = int(share * labels.size + 1e-9)  # nudged: 0.29 * 100 is 28.999999999999996 in floats
     if size:
@@ -102,7 +101,7 @@ def _checked_fraction(fraction: Any) -> float:
 
 
 def _refuse_shared(parts: Sequence[Ints]) -> None:
-    """Refuse samples that are dealt twice: one client would train on what another tests on."""
+    """Refuse shared samples, on which one client would train and another test."""
     everything = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
     if np.unique(everything).size < everything.size:
         raise ValueError(

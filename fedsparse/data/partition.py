@@ -1,4 +1,4 @@
-"""Partitions: which samples each client holds, as pure functions of labels, number of clients and seed.
+"""Partitions of samples over clients, pure functions of labels, number of clients and seed.
 
 Every function returns one int64 array a client, of sorted sample indices, and uses every sample exactly once unless its
 docstring says otherwise. Equal arguments give equal parts. The classes are those that occur in the labels.
@@ -34,7 +34,7 @@ __all__ = [
     "ratios",
 ]
 
-# What the random numbers are for. Part of what a seed means: never changed, and apart from ``core.seeding.Purpose``.
+# Keys of random streams: never changed, since a seed's draws depend on them; disjoint from ``core.seeding.Purpose``.
 _IID, _CLASSES, _DIRICHLET, _DIRICHLET_CLIENT, _QUANTITY, _RATIOS, _TESTS, _MIXES, _DRAWS = range(101, 110)
 
 
@@ -61,18 +61,18 @@ def iid(labels: npt.ArrayLike, num_clients: int, seed: int) -> list[Ints]:
 def classes_per_client(labels: npt.ArrayLike, num_clients: int, nc: int, seed: int, even: bool = True) -> list[Ints]:
     """Give every client exactly ``nc`` distinct classes; the shards of one class differ by at most one sample.
 
-    Every class is held by floor or ceil of K * nc / C clients (the shards of McMahan et al. 2017, without their ragged
-    edges). What is left of a class goes to those of its holders who hold least, so that clients differ by at most one
-    wherever that is possible. When K * nc < C, some classes have no holder and their samples stay unused; a warning
-    says how many.
+    Every class is held by floor or ceil of K * nc / C clients (the shards of McMahan et al. 2017, with exact numbers of
+    classes). The remainder of a class goes to its smallest holders, so that clients' sizes differ by at most one where
+    that is possible. When K * nc < C, some classes have no holder and their samples stay unused; a warning counts
+    them.
 
     Args:
         labels: class of each sample (n,).
         num_clients: number of clients K.
         nc: classes of each client, at most C.
         seed: seed of the partition.
-        even: whether what is left of a class goes to those who hold least; False leaves it with the first holders that
-            are drawn, as runs did that were begun before there was a choice.
+        even: whether the remainder of a class goes to its smallest holders; False: to the first holders drawn, as in
+            older runs, which lack the key.
 
     Returns:
         K arrays of sorted sample indices.
@@ -100,8 +100,8 @@ def classes_per_client(labels: npt.ArrayLike, num_clients: int, nc: int, seed: i
 def dirichlet(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, min_size: int = 1) -> list[Ints]:
     """Spread each class over the clients by shares drawn from Dir(beta, ..., beta).
 
-    Yurochkin et al. 2019; Li et al. 2022 (NIID-Bench). They draw again until every client is large enough, which may
-    never end; here the clients below ``min_size`` are filled with random samples of the largest ones.
+    Yurochkin et al. 2019; Li et al. 2022 (NIID-Bench). They redraw until every client is large enough, which may not
+    terminate; here clients below ``min_size`` are filled with random samples of the largest ones.
 
     Args:
         labels: class of each sample (n,).
@@ -130,17 +130,17 @@ def dirichlet(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, m
 def dirichlet_client(
     labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, cells: int = dealing.CELLS
 ) -> list[Ints]:
-    """Let every client draw its own class mix q ~ Dir(beta * p), with p the class mix of the data; equal sizes.
+    """Draw a class mix q ~ Dir(beta * p) for every client, with p the class mix of the data; equal sizes.
 
-    Hsu et al. 2019. Clients are served in turn, without replacement; where a class runs out, the mix is renormalised
-    over the classes left, so the last clients get what remains. Sizes differ by at most one.
+    Hsu et al. 2019. Clients draw in turn, without replacement; once a class is empty, the mix is renormalised over the
+    other classes, so the last clients get the remaining samples. Sizes differ by at most one.
 
     Args:
         labels: class of each sample (n,).
         num_clients: number of clients K.
         beta: concentration, above 0; small is one class a client, large is the mix of the data.
         seed: seed of the partition.
-        cells: clients x classes that are drawn at a time; another number is another draw.
+        cells: clients x classes of one chunk of draws; results depend on it.
 
     Returns:
         K arrays of sorted sample indices.
@@ -201,10 +201,10 @@ def ratios(
     fractions: Sequence[float] | float | None,
     seed: int,
 ) -> list[Ints]:
-    """Give every client a share of the data with class ratios of its own, as in Fedland; clients may overlap.
+    """Draw for every client a share of the data with given class ratios, as in Fedland; clients may overlap.
 
     Client i gets floor(fractions[i] * n) samples, split over the classes by the largest remainder of its ratios (ties
-    to the lowest class). No sample repeats within a client, and samples that nobody drew stay unused.
+    to the lowest class). No sample repeats within a client, and samples that no client drew stay unused.
 
     Args:
         labels: class of each sample (n,).
@@ -278,11 +278,11 @@ def dirichlet_sampled(
     seed: int,
     test: bool = False,
 ) -> list[Ints]:
-    """Let every client sample, with replacement, by class shares p ~ Dir(beta, ..., beta) of its own; clients overlap.
+    """Draw with replacement for every client, by its class shares p ~ Dir(beta, ..., beta); clients overlap.
 
-    As FL4Health's AG News example does it, with a seed: of m = floor(sample_fraction * n) samples, ceil(p_c * m) are
-    drawn of class c, class after class, and what is then above m is cut off at the end. A client's shares are the same
-    for training and for test labels. Samples may repeat within a client, and those that nobody drew stay unused.
+    As in FL4Health's AG News example, with a seed: of m = floor(sample_fraction * n) samples, ceil(p_c * m) are
+    drawn of class c, class after class, and the list is cut to m. A client's shares are the same for training and for
+    test labels. Samples may repeat within a client, and those that no client drew stay unused.
 
     Args:
         labels: class of each sample (n,).
@@ -290,7 +290,7 @@ def dirichlet_sampled(
         beta: concentration, above 0; small is uneven, large is even.
         sample_fraction: share of the data of every client, in (0, 1].
         seed: seed of the partition.
-        test: whether these are the labels of the test split, which is drawn from apart.
+        test: whether these are the labels of the test split, which has its own random stream.
 
     Returns:
         K arrays of sorted sample indices, m each.
@@ -316,9 +316,9 @@ def dirichlet_sampled(
 
 
 def _own_mix(seed: int, client: int, alpha: Floats, present: npt.NDArray[np.bool_]) -> Floats:
-    """Draw a client's class shares, of the classes that are present (C,): a class has the same weight in any split.
+    """Draw a client's shares of the present classes (C,), with the same weight of a class in every split.
 
-    Every class draws two numbers from a stream of its own place, so that more classes after it change nothing.
+    Each class draws from a stream keyed by its index, so that further classes do not change it.
     """
     logs = [
         dealing.dirichlet_logs(alpha, (), dealing.stream(seed, _MIXES, client, c))
@@ -334,20 +334,20 @@ def client_tests(
     seed: int,
     cells: int = dealing.CELLS,
 ) -> list[Ints]:
-    """Give every client a test part with the class mix of its training part.
+    """Deal every client a test part with the class mix of its training part.
 
     A client with n_i of the n training samples gets m_i = max(1, round(n_i * n_test / n)) test samples (none if n_i is
-    0), split by the largest remainder of its training mix. Where the test set has too few of a class, the client's
-    other classes make up for it; if they cannot, the part is smaller, and empty when the test set has none of them.
+    0), split by the largest remainder of its training mix. Where the test set has too few of a class, the client
+    gets more of its other classes; if they are too few, the part is smaller, and empty when the test set has none.
     Each class is dealt in turn from one shuffled pool, so clients share a test sample only when the pool is used up;
-    none repeats within a client.
+    no sample repeats within a client.
 
     Args:
         train_parts: training samples of each client, K arrays.
         train_labels: class of each training sample (n,).
         test_labels: class of each test sample (n_test,).
         seed: seed of the partition.
-        cells: clients x classes that are worked on at a time.
+        cells: clients x classes of one chunk; results do not depend on it.
 
     Returns:
         K arrays of sorted indices into the test set.
@@ -379,22 +379,22 @@ def _deal_shards(labels: Ints, chosen: Ints, nc: int, rng: np.random.Generator, 
     holders = np.bincount(chosen, minlength=sizes.size)
     slots, order = dealing.grouped(chosen, rng), dealing.grouped(labels, rng)
     first, among = np.repeat(dealing.starts_of(holders), sizes), np.repeat(holders, sizes)
-    held = among > 0
-    rank = dealing.ranks(sizes)[held]
-    slot = first[held] + rank % among[held]
+    is_held = among > 0
+    rank = dealing.ranks(sizes)[is_held]
+    slot = first[is_held] + rank % among[is_held]
     if even:
-        left = rank >= np.repeat(sizes - sizes % np.maximum(holders, 1), sizes)[held]
-        # who was to have one of these samples anyway, keeps it
-        wanted, before = np.flatnonzero(holders_of_one_more(slots // nc, holders, sizes)), slot[left]
-        before[~np.isin(before, wanted)] = wanted[~np.isin(wanted, before)]
+        left = rank >= np.repeat(sizes - sizes % np.maximum(holders, 1), sizes)[is_held]
+        # holders of before who are also chosen keep their sample
+        takers, before = np.flatnonzero(holders_of_one_more(slots // nc, holders, sizes)), slot[left]
+        before[~np.isin(before, takers)] = takers[~np.isin(takers, before)]
         slot[left] = before
     owner = np.full(labels.size, dealing.NOBODY)
-    owner[order[held]] = slots[slot] // nc
+    owner[order[is_held]] = slots[slot] // nc
     return owner
 
 
 def _check_holders(names: Ints, sizes: Ints, holders: Ints) -> None:
-    """Refuse a class with fewer samples than holders, and warn of classes that nobody holds."""
+    """Refuse a class with fewer samples than holders, and warn of classes without holders."""
     if (sizes < holders).any():
         c = int(np.flatnonzero(sizes < holders)[0])
         raise ValueError(
@@ -410,7 +410,7 @@ def _check_holders(names: Ints, sizes: Ints, holders: Ints) -> None:
 
 
 def _check_room(wanted: Ints, room: Ints) -> None:
-    """Refuse counts (K, C) above what a class has (C,), naming the first client and class."""
+    """Refuse counts (K, C) above the samples of a class (C,); the error names the first client and class."""
     if (wanted > room).any():
         i, c = np.argwhere(wanted > room)[0]
         raise ValueError(

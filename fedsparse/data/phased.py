@@ -1,4 +1,4 @@
-"""The cohorts of a run of several phases: each has its clients and its local work, all have rows of one size."""
+"""The cohorts of a run of several phases, which differ in clients and local work, but not in K."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Plan(Protocol):
 
     Attributes:
         seed: the run's seed.
-        processes: how many processes share the clients of a round.
-        process: which of them this is.
+        processes: number of processes that share the clients of a round.
+        process: index of this process.
 
     """
 
@@ -23,21 +23,21 @@ class Plan(Protocol):
     process: int
 
     def number_of_cohorts(self, round: int) -> int:
-        """Cohorts of one round, as many for each process."""
+        """Count the cohorts of one round, equal for all processes."""
 
     def cohorts(self, round: int) -> list[Cohort]:
         """Build the cohorts of one round that this process trains."""
 
 
 class PhasedPlan:
-    """Plans one after the other.
+    """The plans of phases, in sequence.
 
-    A cohort's ``round`` is counted from 0 over the phases of its kind: what clients draw while they learn does not
-    depend on an exploration before it, and is drawn once.
+    A cohort's ``round`` is counted from 0 over the phases of its kind, so that random numbers of learning rounds do not
+    depend on an exploration before them.
 
     Args:
-        stages: rounds and plan of each phase, and how many rounds of its kind come before it.
-        main: the plan whose cohort size holds for all.
+        stages: of each phase its rounds, its plan, and the number of earlier rounds of its kind.
+        main: the plan that sets K of all phases.
 
     """
 
@@ -46,7 +46,7 @@ class PhasedPlan:
         self.seed, self.processes, self.process = main.seed, main.processes, main.process
 
     def at(self, round: int) -> tuple[RoundPlan, int]:
-        """Find a round's plan, and its number among those of its kind; the last plan goes on for ever."""
+        """Find a round's plan, and its index among rounds of its kind; the last plan has no end."""
         for rounds, plan, before in self.stages[:-1]:
             if round < rounds:
                 return plan, before + round
@@ -56,18 +56,18 @@ class PhasedPlan:
 
     def sample(self, round: int) -> Sequence[int]:
         """List the clients of a round."""
-        plan, own = self.at(round)
-        return plan.sample(own)
+        plan, index = self.at(round)
+        return plan.sample(index)
 
     def number_of_cohorts(self, round: int) -> int:
-        """Cohorts of one round, as many for each process."""
-        plan, own = self.at(round)
-        return plan.number_of_cohorts(own, self._rows)
+        """Count the cohorts of one round, equal for all processes."""
+        plan, index = self.at(round)
+        return plan.number_of_cohorts(index, self._rows)
 
     def cohorts(self, round: int) -> list[Cohort]:
         """Build the cohorts of one round that this process trains."""
-        plan, own = self.at(round)
-        return plan.cohorts(own, self._rows)
+        plan, index = self.at(round)
+        return plan.cohorts(index, self._rows)
 
     @property
     def _rows(self) -> int:

@@ -1,7 +1,7 @@
-"""Published data sets of pixels, from their own files: CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST.
+"""Reads published data sets of pixels from their files: CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST.
 
-torchvision knows where the files are and what their checksums should be, and downloads those that are missing. Reading
-is done here: CIFAR's files are pickles, which torchvision would execute. Pixels stay uint8, (N, C, H, W).
+torchvision defines addresses and checksums, and downloads missing files. They are read here, since CIFAR's files are
+pickles, which torchvision would execute. Pixels stay uint8, (N, C, H, W).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def cifar10(root: str | Path = "data", val_fraction: float = 0.1, split_seed: in
 
     Args:
         root: folder that holds, or gets, ``cifar-10-batches-py``.
-        val_fraction: share of the training images that validate, with the same class mix.
-        split_seed: decides which, whatever the seed of a run.
+        val_fraction: share of the training images for validation, with the same class mix.
+        split_seed: seed of the split, independent of the seed of a run.
 
     Raises:
-        ValueError: files are missing and cannot be downloaded, or are damaged; says what to put where.
+        ValueError: files are missing and cannot be downloaded, or are damaged; one line with the remedy.
 
     """
     return _cifar(CIFAR10, root, val_fraction, split_seed)
@@ -60,7 +60,7 @@ def cifar100(root: str | Path = "data", val_fraction: float = 0.1, split_seed: i
 def mnist(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
     """Load MNIST (LeCun et al. 1998): 70,000 handwritten digits of 1 x 28 x 28, 10,000 of them to test.
 
-    Its folder in ``root`` is ``MNIST/raw``, of files packed (``.gz``) or not; arguments and errors are those of
+    Its folder in ``root`` is ``MNIST/raw``, of ``.gz`` or plain files; arguments and errors are those of
     ``cifar10``.
     """
     return _mnist(MNIST, root, val_fraction, split_seed)
@@ -69,14 +69,14 @@ def mnist(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int 
 def fashion_mnist(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
     """Load Fashion-MNIST (Xiao et al. 2017): 70,000 garments of 1 x 28 x 28, ten kinds, 10,000 of them to test.
 
-    Its folder in ``root`` is ``FashionMNIST/raw``, of files packed (``.gz``) or not; arguments and errors are those of
+    Its folder in ``root`` is ``FashionMNIST/raw``, of ``.gz`` or plain files; arguments and errors are those of
     ``cifar10``.
     """
     return _mnist(FashionMNIST, root, val_fraction, split_seed)
 
 
 def _cifar(published: Any, root: str | Path, val_fraction: float, seed: int) -> Dataset:
-    """Load CIFAR: one pickled dict a file."""
+    """Load CIFAR, of one pickled dict a file."""
     folder, parts = place_of(root) / published.base_folder, (published.train_list, published.test_list)
     sums = {folder / name: md5 for part in parts for name, md5 in part}
     if not all(path.exists() for path in sums):
@@ -88,18 +88,18 @@ def _cifar(published: Any, root: str | Path, val_fraction: float, seed: int) -> 
 
 
 def _mnist(published: Any, root: str | Path, val_fraction: float, seed: int) -> Dataset:
-    """Load MNIST: four files, images and labels to train, images and labels to test."""
+    """Load MNIST, of four files: images and labels of training and of testing."""
     folder = place_of(root) / published.__name__ / "raw"
     missing = {name: md5 for name, md5 in published.resources if not stored(folder / name).exists()}
     fetch(missing, published.mirrors, folder)
-    # the published checksums are those of the packed files
+    # the published checksums are those of the compressed files
     warn_of_changes({folder / name: md5 for name, md5 in published.resources if (folder / name).exists()})
     paths = [stored(folder / name) for name, _ in published.resources]
     return _dataset(published, read_pair(*paths[:2]), read_pair(*paths[2:]), val_fraction, seed)
 
 
 def _dataset(published: type, labelled: Split, test: Split, val_fraction: float, seed: int) -> Dataset:
-    """Hold validation images out of the training ones; the official test split tests."""
+    """Hold validation images out of the training images; the test split is the published one."""
     mean, std = MOMENTS[published]
     indices = hold_out(labelled.y.numpy(), val_fraction, seed)
     train, val = (Split(labelled.held[part], labelled.y[part]) for part in indices)
@@ -108,7 +108,7 @@ def _dataset(published: type, labelled: Split, test: Split, val_fraction: float,
 
 
 def place_of(root: object) -> Path:
-    """Take ``data.root``, a folder that need not be there yet.
+    """Return ``data.root`` as a path, which need not exist.
 
     Raises:
         ValueError: it is no path.
@@ -129,7 +129,7 @@ def fetch(files: Mapping[str, str], addresses: Sequence[str], folder: Path) -> N
     """Download files (name: MD5) into a folder, each from the first address that has it, and unpack them there.
 
     Raises:
-        ValueError: a file cannot be had; says which files to put where.
+        ValueError: a file cannot be downloaded; one line with the remedy.
 
     """
     failures = {name: failure for name, md5 in files.items() if (failure := _tried(name, md5, addresses, folder))}
@@ -141,7 +141,7 @@ def fetch(files: Mapping[str, str], addresses: Sequence[str], folder: Path) -> N
 
 
 def _tried(name: str, md5: str, addresses: Sequence[str], folder: Path) -> str:
-    """Download one file; returns why no address had it, or nothing."""
+    """Download one file; returns the error of the last address, or an empty string."""
     failure = ""
     for address in addresses:
         try:
@@ -153,28 +153,28 @@ def _tried(name: str, md5: str, addresses: Sequence[str], folder: Path) -> str:
 
 
 def warn_of_changes(sums: Mapping[Path, str]) -> None:
-    """Warn, in one line, of files (path: published MD5) that are not those that were published."""
+    """Warn, in one line, of files (path: published MD5) that differ from the published ones."""
     if changed := [str(path) for path, md5 in sums.items() if not check_md5(checked_file(path), md5)]:
         warnings.warn(f"not the published checksum: {', '.join(changed)}; used all the same", stacklevel=2)
 
 
 def read_batch(path: Path) -> Split:
-    """Read one of CIFAR's pickles: its images (N, 3, 32, 32) and its labels, the fine ones if there are two kinds.
+    """Read one of CIFAR's pickles: images (N, 3, 32, 32) and labels, of CIFAR-100 the fine ones.
 
     Raises:
         ValueError: the file is damaged, is no batch of CIFAR, or holds anything but plain data.
 
     """
-    held = read_pickle(path)
-    held = held if isinstance(held, dict) else {}
-    images, labels = array_of(held.get("data")), _labels(held.get("fine_labels", held.get("labels")))
+    content = read_pickle(path)
+    content = content if isinstance(content, dict) else {}
+    images, labels = array_of(content.get("data")), _labels(content.get("fine_labels", content.get("labels")))
     if images is None or images.dtype != np.uint8 or images.shape != (len(labels), 3 * 32 * 32):
         raise ValueError(f"{path} is no batch of CIFAR; it needs data, uint8 (N, 3072), and N labels from 0 to 99")
     return Split(torch.from_numpy(images.reshape(-1, 3, 32, 32)), torch.from_numpy(labels))
 
 
 def _labels(held: Any) -> np.ndarray:
-    """Take labels, int64 (N,), as a list or as an array; none of what is no class of CIFAR."""
+    """Convert labels, a list or an array, to int64 (N,); empty if one is no class of CIFAR."""
     array = array_of(held)
     numbers = held if array is None else array.tolist()
     whole = [number_of(number) for number in numbers] if isinstance(numbers, list) else []
@@ -182,7 +182,7 @@ def _labels(held: Any) -> np.ndarray:
 
 
 def stored(packed: Path) -> Path:
-    """Choose a packed file, or the same unpacked where only that is there."""
+    """Find a compressed file, or else the same uncompressed."""
     return packed if packed.exists() else packed.with_suffix("")
 
 
@@ -197,7 +197,7 @@ def read_pair(images: Path, labels: Path) -> Split:
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
-    """Read a file of MNIST's format, packed or not: a magic number, big-endian sizes, then bytes.
+    """Read a file of MNIST's format, compressed or not: a magic number, big-endian sizes, then bytes.
 
     Returns:
         uint8, of ``ndim`` dimensions.
@@ -214,11 +214,15 @@ def read_idx(path: Path, ndim: int) -> Tensor:
             size = math.prod(shape)
             if len(shape) < ndim or min(shape) < 0 or size > MOST_BYTES:
                 raise ValueError(f"it promises {' x '.join(map(str, shape))} bytes")
-            held = bytearray(file.read(size))
-            # no more is unpacked than was promised: a small file may hold any number of zeros
-            if len(held) < size or file.read(1):
-                raise ValueError(f"it holds {'fewer' if len(held) < size else 'more'} bytes than it promises")
-        return torch.frombuffer(held, dtype=torch.uint8).view(shape) if held else torch.empty(shape, dtype=torch.uint8)
+            content = bytearray(file.read(size))
+            # no more is decompressed than its sizes state: a small file may expand without limit
+            if len(content) < size or file.read(1):
+                raise ValueError(f"it holds {'fewer' if len(content) < size else 'more'} bytes than it promises")
+        return (
+            torch.frombuffer(content, dtype=torch.uint8).view(shape)
+            if content
+            else torch.empty(shape, dtype=torch.uint8)
+        )
     except (OSError, EOFError, ValueError, zlib.error) as error:
         where = f"{path} is damaged or no IDX file"
         raise ValueError(f"{where} ({reason_of(error)}); delete it, to download it again") from error

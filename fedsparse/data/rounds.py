@@ -1,4 +1,4 @@
-"""Who trains in a round, on which samples, in which order: a pure function of (seed, round)."""
+"""The cohorts of a round and the order of their samples, a pure function of (seed, round)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from fedsparse.core.checks import check_choice, check_number, check_whole
 from fedsparse.core.seeding import Purpose, generator
 
 WEIGHTS = ("held", "processed", "equal")  # of a client in an average
-PADDING = -1  # the id of a row that no client fills
+PADDING = -1  # the client id of an unused row
 
 
 @dataclass(frozen=True)
 class Cohort:
     """One batch of the loader: K clients that train together, S local steps of at most B samples each.
 
-    What the host asks stays on the host; only ``samples`` and ``x`` move to the device.
+    Only ``samples`` and ``x`` move to the device.
 
     Attributes:
         round: index of the round, from 0.
-        clients: K ids; ``PADDING`` marks a row that no client fills.
-        samples: int64 (K, S, B), indices of every local step; entries past ``count`` are to be ignored.
+        clients: K ids; ``PADDING`` marks an unused row.
+        samples: int64 (K, S, B), indices of every local step; entries past ``count`` are ignored.
         count: [S][K] real samples of each step; 0 is no step.
         weight: K weights in the average.
-        x: (K, S, B, C, H, W), the samples themselves where the loader has gathered them; None where they lie on the
-            device already.
-        processed: whether the weights are the samples to process, of which a client that stops early leaves some out.
+        x: (K, S, B, C, H, W), the samples, if the loader has gathered them; None if they lie on the device.
+        processed: whether weights count processed samples, so that they shrink for a client that stops early.
 
     """
 
@@ -44,28 +43,28 @@ class Cohort:
     processed: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Cohort:
-        """Move the sample indices, and samples where there are any, to a device."""
+        """Move sample indices, and samples if gathered, to a device."""
         samples = self.samples.to(device, non_blocking=non_blocking)
         if self.x is None:
             return replace(self, samples=samples)
-        # Lightning asks for this of tensors alone; to a GPU, pinned samples are copied while it still computes
+        # Lightning sets non_blocking for tensors only; pinned samples are copied while the GPU computes
         asynchronous = non_blocking or self.x.is_pinned()
         return replace(self, samples=samples, x=self.x.to(device, non_blocking=asynchronous))
 
     @property
     def members(self) -> list[tuple[int, int]]:
-        """(row, client) of the rows that a client fills."""
+        """(row, client) of the used rows."""
         return [(row, client) for row, client in enumerate(self.clients) if client != PADDING]
 
 
 @dataclass(frozen=True)
 class LocalWork:
-    """What a client does in one round.
+    """Local work of a client in one round.
 
     Args:
         batch_size: samples of a local step.
-        steps: local steps a round; a client's samples are reshuffled and used on when they run out.
-        epochs: passes over the client's samples instead; each ends on a short batch where needed.
+        steps: local steps a round; samples are reshuffled after each pass.
+        epochs: passes over the client's samples instead; the last batch of each may be short.
         weight: a client's weight in the average: ``held`` samples, ``processed`` samples, or ``equal``.
 
     Raises:
@@ -79,7 +78,7 @@ class LocalWork:
     weight: str = "held"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Check the options."""
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either federation.local_steps or federation.local_epochs, and set the other to null")
         check_whole("data.batch_size", self.batch_size, 1)
@@ -88,7 +87,7 @@ class LocalWork:
         check_choice("federation.weight", self.weight, *WEIGHTS)
 
     def batches(self, part: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
-        """Deal a client's samples to its local steps: indices (S, B) and the real samples of each step.
+        """Split a client's samples into local steps: indices (S, B) and the number of real samples of each step.
 
         Args:
             part: the client's sample indices (n,), n >= 1.
@@ -103,15 +102,15 @@ class LocalWork:
         return np.concatenate([d for d, _ in dealt]), [c for _, counts in dealt for c in counts]
 
     def count(self, held: int) -> int:
-        """Count the local steps of a client that holds so many samples."""
+        """Count the local steps of a client with ``held`` samples."""
         return self.steps if self.steps is not None else (self.epochs or 0) * math.ceil(held / self.batch_size)
 
     def least(self, held: int) -> int:
-        """Count the samples of the smallest local step of a client that holds so many."""
+        """Count the samples of the smallest local step of a client with ``held`` samples."""
         return self.batch_size if self.steps is not None else held % self.batch_size or self.batch_size
 
     def weigh(self, held: int, processed: int) -> float:
-        """Weight of a client that holds and processed so many samples."""
+        """Compute the weight of a client from its held and processed samples."""
         return float({"held": held, "processed": processed, "equal": 1}[self.weight])
 
 
@@ -128,15 +127,15 @@ class RoundPlan:
 
     Args:
         parts: the sample indices of every client.
-        work: what a client does in one round.
-        sample: which clients take part, by round.
-        cohort: upper bound of the clients that train together; the clients of a round are dealt evenly, so that
-            ten clients at a bound of eight make two cohorts of five.
+        work: local work of a client.
+        sample: draws the clients of a round.
+        cohort: largest K; the clients of a round are split evenly, so that ten clients at a bound of eight make two
+            cohorts of five.
         seed: the run's seed.
-        processes: how many processes share the clients of a round.
-        process: which of them this is.
-        purpose: the stream that shuffles samples.
-        alone: whether each client has a cohort of its own, however many rows it has.
+        processes: number of processes that share the clients of a round.
+        process: index of this process.
+        purpose: of the random stream that shuffles samples.
+        alone: whether each client has its own cohort, padded to K rows.
 
     """
 
@@ -156,7 +155,7 @@ class RoundPlan:
         self.processes, self.process, self.purpose, self.alone = processes, process, purpose, alone
 
     def bounded(self, cohort: int) -> RoundPlan:
-        """Plan the same rounds in cohorts of at most so many clients."""
+        """Copy the plan with cohorts of at most ``cohort`` clients."""
         return RoundPlan(
             self.parts,
             self.work,
@@ -170,34 +169,34 @@ class RoundPlan:
         )
 
     def cohort_size(self, clients: int) -> int:
-        """Rows of a cohort when so many clients take part."""
+        """Compute K for a round of so many clients."""
         share = math.ceil(clients / self.processes)
         return math.ceil(share / math.ceil(share / self.bound))
 
     def number_of_cohorts(self, round: int, rows: int | None = None) -> int:
-        """Cohorts of one round, as many for each process; which are dealt no samples for that."""
+        """Count the cohorts of one round, equal for all processes, without drawing samples."""
         size, dealt = self._dealt(round, rows)
         return math.ceil(max(len(clients) for clients in dealt) / (1 if self.alone else size))
 
     def cohorts(self, round: int, rows: int | None = None) -> list[Cohort]:
-        """Build the cohorts of one round that this process trains, if need be some without clients.
+        """Build the cohorts of one round that this process trains; some may have no clients.
 
         Args:
             round: index of the round.
-            rows: of a cohort; None for as many as its clients ask for.
+            rows: K; None: ``cohort_size`` of the round's clients.
 
         """
         size, dealt = self._dealt(round, rows)
-        mine, together = dealt[self.process], 1 if self.alone else size
+        clients, together = dealt[self.process], 1 if self.alone else size
         starts = range(0, self.number_of_cohorts(round, rows) * together, together)
-        return [self._cohort(round, mine[start : start + together], size) for start in starts]
+        return [self._cohort(round, clients[start : start + together], size) for start in starts]
 
     def alone_in(self, round: int, client: int) -> Cohort:
-        """Build the cohort of one client, whether it takes part in a round or not: the samples are the same."""
+        """Build the cohort of one client alone, with the samples it has if it takes part in the round."""
         return self._cohort(round, [client], 1)
 
     def _dealt(self, round: int, rows: int | None) -> tuple[int, list[list[int]]]:
-        """Rows of a cohort, and the clients of each process."""
+        """Compute K and the clients of each process."""
         clients = list(self.sample(round))
         loads = [self.work.count(len(self.parts[client])) for client in clients]
         dealt = [[clients[place] for place in places] for places in deal(loads, self.processes)]
@@ -206,7 +205,7 @@ class RoundPlan:
     def _cohort(self, round: int, clients: Sequence[int], size: int) -> Cohort:
         work = [self.work.batches(self.parts[c], generator(self.seed, self.purpose, round, c)) for c in clients]
         steps = max((len(counts) for _, counts in work), default=1)
-        # what no client fills is ignored: a sample that the cohort has at hand, so that none is gathered for it
+        # of unused entries: a sample of the cohort, so that no other one is gathered
         filler = work[0][0].flat[0] if work else 0
         samples = np.full((size, steps, self.work.batch_size), filler, dtype=np.int64)
         count = np.zeros((steps, size), dtype=np.int64)
@@ -226,14 +225,14 @@ class RoundPlan:
 
 
 def deal(loads: Sequence[int], processes: int) -> list[list[int]]:
-    """Deal work to processes, the longest first, each to the process with the least so far (Graham 1969).
+    """Assign clients to processes, the longest first, each to the least loaded process (Graham 1969).
 
     Args:
         loads: local steps of each client.
-        processes: how many there are.
+        processes: their number.
 
     Returns:
-        Places in ``loads`` for each process, in the order given if there is one process, else longest first.
+        Indices into ``loads`` for each process: in order for one process, else longest first.
 
     >>> deal([3, 1, 1, 2], 2)
     [[0, 2], [3, 1]]

@@ -1,4 +1,4 @@
-"""Images that stay on the disk until they are asked for.
+"""Images that stay on the disk until they are gathered.
 
 Shapes: ``N`` samples, ``C`` channels, ``H`` x ``W`` pixels.
 """
@@ -18,7 +18,7 @@ from fedsparse.data.files import checked_file, reason_of
 
 
 class Samples(Protocol):
-    """What a split's ``x`` may be instead of a tensor: as much of a tensor as gathering needs."""
+    """A split's ``x`` on the disk: the part of a tensor's interface that gathering needs."""
 
     @property
     def shape(self) -> Sequence[int]:
@@ -26,28 +26,28 @@ class Samples(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of what is gathered."""
+        """Dtype of gathered samples."""
 
     def __len__(self) -> int:
         """N."""
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Gather samples on the CPU: int64 (*) -> (*, C, H, W); a ValueError names what cannot be read."""
+        """Gather samples on the CPU: int64 (*) -> (*, C, H, W); a ValueError names a damaged file."""
 
     def stamp(self) -> bytes:
-        """Tell these samples from others, and from themselves after a change, without reading them."""
+        """Identify the samples, and changes of them, without reading them."""
 
 
 class Mapped:
-    """The images of an ``.npy`` file, of which only what is asked for is read.
+    """The images of an ``.npy`` file, of which only gathered samples are read.
 
     Args:
-        path: holds numbers of shape (N, C, H, W), or (N, H, W) for one channel. Bytes are kept as pixels, everything
-            else becomes float32.
+        path: file of numbers (N, C, H, W), or (N, H, W) for one channel. uint8 are kept as pixels, other types become
+            float32.
 
     Raises:
-        ValueError: the file cannot be mapped; when gathered from, an image has NaN or infinite pixels: to look for
-            them at the start would be to read the whole file.
+        ValueError: the file cannot be mapped; on gathering, an image has NaN or infinite pixels, since an earlier check
+            would read the whole file.
 
     """
 
@@ -55,7 +55,7 @@ class Mapped:
         self.path, self.array = path, read_npy(path, mapped=True)
 
     def __reduce__(self) -> Any:
-        """Pickle the path: numpy would pickle the whole array."""
+        """Pickle the path only; numpy would pickle the whole array."""
         return Mapped, (self.path,)
 
     @property
@@ -66,7 +66,7 @@ class Mapped:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Pixels stay bytes, other numbers become float32."""
+        """uint8 of pixels, float32 of other numbers."""
         return torch.uint8 if self.array.dtype == np.uint8 else torch.float32
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class Mapped:
         return x
 
     def stamp(self) -> bytes:
-        """Give name, size and time of change."""
+        """Name, size and modification time of the file."""
         return stamp([self.path])
 
 
@@ -90,7 +90,7 @@ def read_npy(path: Path, *, mapped: bool) -> np.ndarray:
     """Read an ``.npy`` file, or map it into memory; pickled objects are refused.
 
     Raises:
-        ValueError: the file is damaged, or holds something else.
+        ValueError: the file is damaged, or not of this format.
 
     """
     try:
@@ -103,17 +103,17 @@ def read_npy(path: Path, *, mapped: bool) -> np.ndarray:
 
 
 def as_tensor(x: np.ndarray) -> Tensor:
-    """Copy numbers into a tensor, bytes as they are and others as float32: (*) -> (*)."""
+    """Copy numbers into a tensor, uint8 unchanged and others as float32: (*) -> (*)."""
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32))
 
 
 def stamp(paths: Sequence[str | Path]) -> bytes:
-    """Give the names of files in their order, their sizes and the times of their last change in nanoseconds.
+    """List names, sizes and modification times (ns) of files, in order.
 
-    As make and rsync do: reading every byte may take longer than what the answer saves. The folder's own name is left
-    out, so that it may be moved. A file that was replaced with its size and its time kept is not noticed.
+    As in make and rsync, since reading all bytes may take longer than the cached work. Without the folder's name, so
+    that it may be moved. A replaced file of equal size and time is not detected.
     """
-    held = [(os.path.basename(path), os.stat(path)) for path in paths]
-    return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in held).encode(
+    stats = [(os.path.basename(path), os.stat(path)) for path in paths]
+    return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats).encode(
         errors="surrogateescape"
     )

@@ -1,6 +1,6 @@
-"""The partitions of AutoFLIP's command line that ``fedsparse.data.partition`` has in another form; the same contract.
+"""Partitions of AutoFLIP's command line, with the contract of ``fedsparse.data.partition``; and tests by user.
 
-``patho`` has none of its own: ``conf/partition/patho.yaml`` is ``classes_per_client``.
+``patho`` has no function: ``conf/partition/patho.yaml`` is ``classes_per_client``.
 
 Shapes: ``n`` samples, ``K`` clients.
 """
@@ -16,13 +16,13 @@ from fedsparse.core.checks import finite
 from fedsparse.data import checks, dealing, partition
 from fedsparse.data.checks import Ints
 
-_UNBALANCED = 110  # goes on where the numbers of ``fedsparse.data.partition`` end
+_UNBALANCED = 110  # the next stream key after those of ``fedsparse.data.partition``
 
 
 def unbalanced(labels: npt.ArrayLike, num_clients: int, seed: int, keep: Sequence[float] = (0.95, 0.99)) -> list[Ints]:
-    """Deal all samples at random into even parts, of which each client keeps a share of its own, U(low, high).
+    """Deal all samples at random into even parts, of which each client keeps a share drawn from U(low, high).
 
-    AutoFLIP's ``unbalanced``. Of a part of m samples floor(share * m) stay, but at least one; the others are unused.
+    AutoFLIP's ``unbalanced``. Of a part of m samples floor(share * m) are kept, at least one; the others are unused.
 
     Args:
         labels: class of each sample (n,); only their number matters.
@@ -50,7 +50,7 @@ def unbalanced(labels: npt.ArrayLike, num_clients: int, seed: int, keep: Sequenc
 
 
 def diri(labels: npt.ArrayLike, num_clients: int, concentration: float, seed: int) -> list[Ints]:
-    """Let every client draw its own class mix; ``concentration`` is that of one class, as AutoFLIP's ``cncntrtn``.
+    """Draw a class mix for every client; ``concentration`` is that of one class, as AutoFLIP's ``cncntrtn``.
 
     This is ``dirichlet_client`` with ``beta`` = concentration x C: of C classes of equal size every client's mix is
     Dir(c, ..., c), as AutoFLIP draws it; of others the mix is centred on that of the data, as Hsu et al. 2019 have it.
@@ -75,9 +75,9 @@ def diri(labels: npt.ArrayLike, num_clients: int, concentration: float, seed: in
 
 
 def user_tests(train_users: npt.ArrayLike, test_users: npt.ArrayLike) -> list[Ints]:
-    """Give every user of the training split, in the order of ``natural``, the test samples of the same user.
+    """Assign test samples to the users of the training split, in the order of ``natural``.
 
-    A user without test samples gets none; those of users who do not train are nobody's.
+    A user without test samples gets none; test samples of other users are unused.
 
     Args:
         train_users: user id of each training sample.

@@ -1,4 +1,4 @@
-"""Samples that worker processes gather while others are trained on: the next cohorts, or the next batches."""
+"""Gathers samples of the next cohorts or batches in worker processes, during training on the present ones."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from fedsparse.data.phased import Plan
 from fedsparse.data.rounds import Cohort
 from fedsparse.data.samples import Samples
 
-SIGNALS = CLUSTER  # what workers heed of their parent alone
+SIGNALS = CLUSTER  # workers obey these only from their parent
 
 
 class Gather(MapStyle[Tensor | ValueError]):
-    """What a worker does. An error is handed over as a value: raised, it would reach the user with a traceback."""
+    """The data set of a worker, which returns an error as a value; raised, it would come with a traceback."""
 
     def __init__(self, x: Tensor | Samples) -> None:
         self.x = x
 
     def __getitem__(self, index: np.ndarray) -> Tensor | ValueError:
-        """Gather: int64 (*) -> (*, ...), or why that cannot be done."""
+        """Gather samples: int64 (*) -> (*, ...), or the error."""
         try:
             return self.x[torch.from_numpy(index)]
         except ValueError as error:
@@ -39,17 +39,16 @@ class Gather(MapStyle[Tensor | ValueError]):
 
 
 def gathered(x: Tensor | Samples, indices: Iterable[np.ndarray], workers: int, pin: bool = False) -> Generator[Tensor]:
-    """Gather request after request, in order; nothing happens before the first is asked for.
+    """Gather the samples of each request, in order and lazily.
 
     Args:
-        x: what to gather from, on the CPU.
-        indices: the requests, int64 of any shape; drawn as workers become free.
-        workers: processes, each of which has at most one request at hand or done; so as many are ahead. 0 gathers in
-            this process, when asked. They end when the iterator is closed or gathers the last request.
-        pin: whether to put samples into memory that a GPU can copy from while it computes.
+        x: the samples, on the CPU.
+        indices: the requests, int64 of any shape; read as workers become free.
+        workers: processes, each at most one request ahead; they end with the iterator. 0: gathered in this process.
+        pin: whether to pin the memory of samples, so that a GPU copies while it computes.
 
     Raises:
-        ValueError: what ``x`` raised, in a worker too.
+        ValueError: raised by ``x``, also in a worker.
 
     """
     loader = DataLoader(
@@ -60,7 +59,7 @@ def gathered(x: Tensor | Samples, indices: Iterable[np.ndarray], workers: int, p
         prefetch_factor=1 if workers else None,
         worker_init_fn=heed_the_parent_alone,
         pin_memory=pin,
-        generator=torch.Generator(),  # or it would draw from the global one
+        generator=torch.Generator(),  # else it would draw from the global one
     )
     for samples in loader:
         if isinstance(samples, ValueError):
@@ -69,10 +68,10 @@ def gathered(x: Tensor | Samples, indices: Iterable[np.ndarray], workers: int, p
 
 
 def heed_the_parent_alone(worker: int) -> None:
-    """Let a worker outlive the signals that ask the run to close its round, for which it is still needed.
+    """Block signals that stop a run in a worker, which is needed until the round is closed.
 
-    What sends them may send them to every process of the run, and a terminal always does. DataLoader itself ends its
-    workers by SIGTERM.
+    A terminal, and some schedulers, send them to all processes of a run. A SIGTERM of the parent still ends the worker,
+    since DataLoader ends workers by it.
     """
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [*SIGNALS, *TERMINAL])
@@ -88,32 +87,32 @@ def _wait_for_the_parent() -> None:
 class CohortStream:
     """The cohorts of all rounds with their samples, gathered in the order in which they train.
 
-    One round runs into the next, so that the first cohort of a round, which may be its only one, is prepared while the
-    last round ends and is validated. At most ``workers`` cohorts are ahead.
+    Requests continue over rounds, so that the first cohort of a round is gathered during the end and validation of the
+    last one. At most ``workers`` cohorts are ahead.
 
     Args:
-        x: what to gather from.
+        x: the samples, on the CPU.
         plan: the cohorts of every round.
-        rounds: how many there will be; None: nobody knows.
-        workers: processes that gather; 0 is this one, when asked.
+        rounds: of the run; None: unlimited.
+        workers: processes that gather; 0: this one.
         pin: as in ``gathered``.
 
     """
 
     def __init__(self, x: Tensor | Samples, plan: Plan, rounds: int | None, workers: int, pin: bool = False) -> None:
         self.x, self.plan, self.rounds, self.workers, self.pin = x, plan, rounds, workers, pin
-        self.at: int | None = None  # the round that would come next
+        self.at: int | None = None  # the next round in order
         self._start(0)
 
     def close(self) -> None:
-        """End the workers, whoever else still holds an iterator."""
+        """End the workers, also of iterators in use."""
         self.samples.close()
         self.at = None
 
     def round(self, number: int) -> Iterator[Cohort]:
-        """Hand out the cohorts of a round; nothing is gathered before the first is asked for.
+        """Iterate over the cohorts of a round; samples are gathered lazily.
 
-        Lightning makes more iterators than it uses, on resume one of a round that is over.
+        Lightning creates more iterators than it uses, on resume also one of a closed round.
         """
         if number != self.at:
             self.close()
@@ -126,14 +125,14 @@ class CohortStream:
             yield replace(self.waiting.popleft(), x=x)
 
     def _start(self, number: int) -> None:
-        self.waiting: deque[Cohort] = deque()  # requested, and not handed out
+        self.waiting: deque[Cohort] = deque()  # requested, not yet returned
         requests = _requests(self.plan, number, self.rounds, self.waiting)
         self.samples = gathered(self.x, requests, self.workers, self.pin)
         self.at = number
 
 
 def _requests(plan: Plan, first: int, rounds: int | None, waiting: deque[Cohort]) -> Iterator[np.ndarray]:
-    """Ask for the samples of cohort after cohort, and note whose they are."""
+    """Iterate over the sample indices of all cohorts, and append each cohort to ``waiting``."""
     for round in count(first) if rounds is None else range(first, rounds):
         for cohort in plan.cohorts(round):
             waiting.append(cohort)

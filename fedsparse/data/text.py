@@ -1,4 +1,4 @@
-"""Named data sets of texts, as tokens of the model's own tokenizer.
+"""Data sets of texts, as tokens of the model's tokenizer.
 
 Shapes: ``N`` texts, ``L`` tokens of the longest.
 """
@@ -35,25 +35,25 @@ def stdlib_docs(
 ) -> Dataset:
     """Load sentences of the documentation of Python's standard library, of four topics: see ``fedsparse.data.docs``.
 
-    What they are depends on the version of Python; ``fingerprint`` of the data set tells. ``users`` are the modules.
+    They depend on the version of Python; ``fingerprint`` identifies them. ``users`` are the modules.
 
     Args:
         tokenizer: name of the model's tokenizer, as in ``load_tokenizer``.
         checkpoint: a folder whose tokenizer is used instead.
         max_length: most tokens of a sentence.
-        val_fraction: share of all sentences that validate, with the same class mix.
-        test_fraction: share of all sentences that test, likewise.
-        split_seed: decides both, whatever the seed of a run.
-        root: the folder of the library; None: that of the running Python.
+        val_fraction: share of all sentences for validation, with the same class mix.
+        test_fraction: share of all sentences for testing, likewise.
+        split_seed: seed of both splits, independent of the seed of a run.
+        root: folder of the library; None: of the running Python.
 
     Raises:
-        ValueError: the tokenizer or the sentences cannot be had, or a fraction leaves a split without a class.
+        ValueError: tokenizer or sentences cannot be loaded, or a fraction leaves a split without a class.
 
     """
-    made = load_tokenizer(checkpoint or tokenizer)
+    loaded_tokenizer = load_tokenizer(checkpoint or tokenizer)
     found = held_by_clients(None if root is None else Path(root))
     labels = np.array([sentence.topic for sentence in found])
-    x = tokens([sentence.text for sentence in found], made, max_length)
+    x = tokens([sentence.text for sentence in found], loaded_tokenizer, max_length)
     users = np.array([sentence.module for sentence in found])
     y = torch.from_numpy(labels.astype(np.int64))
     indices = stratified(labels, val_fraction, test_fraction, split_seed)
@@ -70,30 +70,30 @@ def ag_news(
     val_fraction: float = 0.1,
     split_seed: int = 0,
 ) -> Dataset:
-    """Load AG News (Zhang, Zhao and LeCun 2015): 120,000 news to train, 7,600 to test, of four topics.
+    """Load AG News (Zhang, Zhao and LeCun 2015): 120,000 news for training, 7,600 for testing, four topics.
 
-    Each text is title and description with a space between them.
+    Each text is title and description, joined by a space.
 
     Args:
         tokenizer: name of the model's tokenizer, as in ``load_tokenizer``.
         checkpoint: a folder whose tokenizer is used instead.
         root: a folder with ``train.csv`` and ``test.csv`` of class 1 to 4, title and description; or one that
-            ``save_to_disk`` of Hugging Face's ``datasets`` wrote; None: ``datasets`` finds or downloads it.
+            ``save_to_disk`` of Hugging Face's ``datasets`` wrote; None: ``datasets`` loads or downloads it.
         max_length: most tokens of a text.
-        val_fraction: share of the training texts that validate, with the same class mix.
-        split_seed: decides which, whatever the seed of a run.
+        val_fraction: share of the training texts for validation, with the same class mix.
+        split_seed: seed of the split, independent of the seed of a run.
 
     Raises:
-        ValueError: tokenizer or files cannot be had, or a file is of another kind.
+        ValueError: tokenizer or files cannot be loaded, or a file is of another format.
 
     """
-    made = load_tokenizer(checkpoint or tokenizer)
+    loaded_tokenizer = load_tokenizer(checkpoint or tokenizer)
     found = read_csvs(Path(root)) if root is not None and (Path(root) / "train.csv").exists() else read_saved(root)
     lengths = [len(texts) for texts, _ in found.values()]
-    x = tokens([text for texts, _ in found.values() for text in texts], made, max_length)
+    x = tokens([text for texts, _ in found.values() for text in texts], loaded_tokenizer, max_length)
     labels = np.concatenate([y for _, y in found.values()])
-    rest, held = hold_out(labels[: lengths[0]], val_fraction, split_seed)
-    parts = (rest, held, np.arange(lengths[0], sum(lengths)))
+    rest, held_out = hold_out(labels[: lengths[0]], val_fraction, split_seed)
+    parts = (rest, held_out, np.arange(lengths[0], sum(lengths)))
     train, val, test = (Split(x[rows], torch.from_numpy(labels[rows])) for rows in parts)
     texts = [f"{y} {text}" for every, ys in found.values() for text, y in zip(every, ys.tolist(), strict=True)]
     return Dataset(train, val, test, len(AG_NEWS), "ag_news", fingerprint=fingerprint(texts))
@@ -124,10 +124,10 @@ def _read_csv(path: Path) -> Labelled:
 
 
 def read_saved(root: str | Path | None) -> dict[str, Labelled]:
-    """Read what ``save_to_disk`` of Hugging Face's ``datasets`` wrote, or let it find or download the data set.
+    """Read a folder that ``save_to_disk`` of Hugging Face's ``datasets`` wrote, or load or download the data set by it.
 
     Raises:
-        ValueError: ``datasets`` is not installed, or the data cannot be had; says what to put where.
+        ValueError: ``datasets`` is not installed, or the data cannot be loaded; one line with the remedy.
 
     """
     try:
@@ -139,19 +139,19 @@ def read_saved(root: str | Path | None) -> dict[str, Labelled]:
         check_folder(checked_root(root, wanted))
     try:
         with quiet_transformers():
-            held = datasets.load_dataset(HUB) if root is None else datasets.load_from_disk(str(root))
+            parts = datasets.load_dataset(HUB) if root is None else datasets.load_from_disk(str(root))
     except (OSError, ValueError, RuntimeError) as error:
         kind = type(error).__name__
         where = f"{HUB} could not be downloaded" if root is None else f"data.root={root} holds no such data"
         raise ValueError(f"{where} ({kind}); set data.root to {wanted}") from error
-    return {part: _columns(held, part, root or HUB) for part in ("train", "test")}
+    return {part: _columns(parts, part, root or HUB) for part in ("train", "test")}
 
 
 def _columns(held: Any, part: str, where: object) -> Labelled:
-    """Take texts and labels 0 to 3 of one part.
+    """Read texts and labels 0 to 3 of one part.
 
     Raises:
-        ValueError: the part or a column is missing, or a label is another.
+        ValueError: the part or a column is missing, or a label is out of range.
 
     """
     columns = held[part].column_names if isinstance(held, Mapping) and part in held else ()

@@ -1,4 +1,4 @@
-"""Texts as tokens: transformers' own tokenizers, loaded when a text is first needed.
+"""Converts texts to tokens, by tokenizers of transformers, which is imported on first use.
 
 Shapes: ``N`` texts, ``L`` tokens of the longest.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 from fedsparse.data.checks import checked_integer
 
 PACKAGED = Path(str(files("fedsparse.models"))) / "weights" / "bert_tiny"
-TINY = "bert_tiny"  # the name of what lies there
-BATCH = 4096  # texts at once
+TINY = "bert_tiny"  # name of the packaged model
+BATCH = 4096  # texts in one call of the tokenizer
 
 
 def load_tokenizer(source: str | None) -> Any:
@@ -31,7 +31,7 @@ def load_tokenizer(source: str | None) -> Any:
         source: a folder, a name of the Hugging Face hub, or ``bert_tiny`` for the packaged one.
 
     Raises:
-        ValueError: there is no source, transformers is not installed, or the tokenizer cannot be had.
+        ValueError: there is no source, transformers is not installed, or the tokenizer cannot be loaded.
 
     """
     if source is None:
@@ -52,7 +52,7 @@ def need_transformers() -> Any:
     """Import transformers, an optional package.
 
     Raises:
-        ValueError: it is not installed; says what to install.
+        ValueError: it is not installed; one line with the command to install it.
 
     """
     try:
@@ -64,7 +64,7 @@ def need_transformers() -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep what transformers says about loading off the terminal."""
+    """Silence the messages of transformers about loading."""
     from transformers.utils import logging as words
 
     before, bars = words.get_verbosity(), words.is_progress_bar_enabled()
@@ -86,13 +86,13 @@ def tokens(texts: Sequence[str], tokenizer: Any, max_length: int) -> Tensor:
     """Tokenise texts, cut each to ``max_length`` tokens and pad all to the longest: int32 (N, L).
 
     Raises:
-        ValueError: ``max_length`` is no number of 3 or more: the first and the last token are the model's own.
+        ValueError: ``max_length`` is no whole number of 3 or more, with the model's first and last token.
 
     """
     most = checked_integer("data.max_length", max_length, 3)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, or a later fork would be warned of
-    runs = (list(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH))
-    ids = [row for run in runs for row in tokenizer(run, truncation=True, max_length=most)["input_ids"]]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # explicit, since else a later fork gives a warning
+    batches = (list(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH))
+    ids = [row for run in batches for row in tokenizer(run, truncation=True, max_length=most)["input_ids"]]
     x = torch.full((len(ids), max(map(len, ids), default=0)), pad_of(tokenizer), dtype=torch.int32)
     for place, row in zip(x, ids, strict=True):
         place[: len(row)] = torch.tensor(row, dtype=torch.int32)
@@ -100,14 +100,14 @@ def tokens(texts: Sequence[str], tokenizer: Any, max_length: int) -> Tensor:
 
 
 def pad_of(tokenizer: Any) -> int:
-    """Id of a tokenizer's padding; 0, as BERT has it, where it has none."""
+    """Read the id of a tokenizer's padding; 0, as in BERT, if it has none."""
     return tokenizer.pad_token_id or 0
 
 
 def fingerprint(texts: Sequence[str]) -> str:
-    """SHA-256 of texts in their order, each with its length, so that no two lists have the same."""
+    """Compute the SHA-256 of texts in order, each with its length, so that different lists differ."""
     digest = hashlib.sha256()
     for text in texts:
-        held = text.encode()
-        digest.update(len(held).to_bytes(8, "little") + held)
+        encoded = text.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""CIFAR's pickles, read as data: what a file names is noted, and nothing that it names is ever called.
+"""Reads CIFAR's pickles as data: functions that a file names are recorded, and never called.
 
-A pickle is a program: to load one is to call whatever functions it names, and numpy's own end Python when they are
-called with the wrong numbers. Here a name is text and a call is a note of it; ``array_of`` makes an array of such a
-note by itself, from bytes whose number agrees with type and shape.
+A pickle is a program: loading one calls the functions that it names, and numpy's own crash Python if called with wrong
+numbers. Here a name is text and a call is a record (``Call``); ``array_of`` builds an array from such a record, of
+bytes whose number agrees with type and shape.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 
 from fedsparse.data.files import MOST_BYTES, checked_file, reason_of
 
-PYTHONS: Any = pickle._Unpickler  # in Python: its memo is a dict, C's is an array
-MOST_STEPS = 2_000_000  # of the program; CIFAR-100's takes 0.3 million. Each makes an object of 200 bytes at the most
+PYTHONS: Any = pickle._Unpickler  # the Python implementation, whose memo is a dict; C's is an array
+MOST_STEPS = 2_000_000  # of the program; CIFAR-100's has 0.3 million. Each creates at most one object of 200 bytes
 LONGEST_KEY = 1000
 WHOLE = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
-# What numpy itself names to rebuild an array and a number (numpy 2 calls numpy.core by another name), and what Python 3
-# names in old protocols to rebuild bytes.
+# Functions by which numpy rebuilds an array and a number (numpy 2 renamed numpy.core), and Python 3 bytes in old
+# protocols.
 ADMITTED = {
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): "dtype",
@@ -35,14 +35,14 @@ ADMITTED = {
 
 @dataclass(frozen=True)
 class Name:
-    """What a pickle names, instead of what it stands for."""
+    """A name in a pickle, in place of the object."""
 
     text: str
 
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """What a pickle calls, instead of a result."""
+    """A call in a pickle, in place of its result."""
 
     name: str
     given: tuple[Any, ...]
@@ -50,23 +50,23 @@ class Call:
 
 
 class Memo(dict[int, Any]):
-    """What a pickle comes back to, by number."""
+    """The objects that a pickle refers to again, by number."""
 
     def __setitem__(self, number: int, value: Any) -> None:
-        """Note a value; a number may be no higher than there are steps, or many could be chosen to collide."""
+        """Store a value; numbers are at most ``MOST_STEPS``, since larger ones could be chosen to collide."""
         if number > MOST_STEPS:
             raise pickle.UnpicklingError("it numbers objects higher than there can be any")
         dict.__setitem__(self, number, value)
 
 
 class Steps:
-    """What each step of the program does; there are only so many."""
+    """The admitted steps of the program, by code; at most ``MOST_STEPS`` are executed."""
 
     def __init__(self) -> None:
         self.left = MOST_STEPS
 
     def __getitem__(self, code: int) -> Callable[[PlainUnpickler], None]:
-        """Look a step up among those admitted."""
+        """Look up an admitted step, and count it."""
         self.left -= 1
         if self.left < 0:
             raise pickle.UnpicklingError(f"it takes more than {MOST_STEPS} steps")
@@ -76,27 +76,27 @@ class Steps:
 
 
 class PlainUnpickler(PYTHONS):
-    """Reads lists, tuples, dicts, texts and numbers; names and calls are noted."""
+    """Reads lists, tuples, dicts, texts and numbers; names and calls are recorded."""
 
     def __init__(self, content: bytes) -> None:
         PYTHONS.__init__(self, io.BytesIO(content), encoding="latin1")
         self.memo, self.dispatch = Memo(), Steps()
 
     def find_class(self, module: str, name: str) -> Name:
-        """Look a name up among those admitted."""
+        """Look up an admitted name."""
         if (module, name) not in ADMITTED:
             raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which is no array, dict, list or number")
         return Name(ADMITTED[module, name])
 
     def load_reduce(self) -> None:
-        """Note a call."""
+        """Record a call."""
         given, name = self.stack.pop(), self.stack.pop()
         if not (isinstance(name, Name) and isinstance(given, tuple)):
             raise pickle.UnpicklingError("it calls what has no name")
         self.append(Call(name.text, given))
 
     def load_build(self) -> None:
-        """Note the state of what was called."""
+        """Record the state of a called object."""
         state, call = self.stack.pop(), self.stack[-1]
         if not isinstance(call, Call):
             raise pickle.UnpicklingError("it changes what is no array")
@@ -114,7 +114,7 @@ class PlainUnpickler(PYTHONS):
         self._fill(self.stack[-1], pairs)
 
     def load_dict(self) -> None:
-        """Make a dict of pairs."""
+        """Build a dict from pairs."""
         pairs = self.pop_mark()
         self.append({})
         self._fill(self.stack[-1], pairs)
@@ -127,7 +127,7 @@ class PlainUnpickler(PYTHONS):
 
 
 def _key_of(key: Any) -> str:
-    """Read a key, which is text: numbers could be chosen to collide, and of nested tuples the hash is recursive."""
+    """Read a key, which must be text: numbers could be chosen to collide, and nested tuples hash recursively."""
     text = key.given[0] if isinstance(key, Call) and key.name == "encode" and key.given else key
     text = text.decode("latin1") if isinstance(text, bytes) else text
     if not isinstance(text, str) or len(text) > LONGEST_KEY:
@@ -135,7 +135,7 @@ def _key_of(key: Any) -> str:
     return text
 
 
-# The steps that plain data takes, and the methods that take them. No others: none that makes an object of a class.
+# The steps of plain data, and their methods; none that builds an object of a class.
 STEPS = """PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
     FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES
     SHORT_BINBYTES BINBYTES8 EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT
@@ -150,10 +150,10 @@ def read_pickle(path: Path) -> Any:
     A file of n bytes takes 4 n (Python's text of an array's bytes, and the array) and at most 400 MB of memory.
 
     Returns:
-        What it holds, its keys as text, and in place of each array or number of numpy a ``Call``, for ``array_of``.
+        The content, with keys as text, and a ``Call`` in place of each array or number of numpy, for ``array_of``.
 
     Raises:
-        ValueError: the file cannot be read, is damaged, too large, or names anything else; says in one line what.
+        ValueError: the file cannot be read, is damaged, too large, or names another function; one line.
 
     """
     try:
@@ -165,7 +165,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def array_of(held: Any) -> np.ndarray | None:
-    """Make an array of the notes of a pickle: of whole numbers, or one whole number; None of anything else."""
+    """Build an array of whole numbers, or one number, from a recorded call; None from any other object."""
     match held:
         case Call(name="_reconstruct", state=(*_, tuple(shape), Call(name="dtype") as kind, bool(fortran), stored)):
             pass
@@ -183,14 +183,14 @@ def array_of(held: Any) -> np.ndarray | None:
 
 
 def number_of(held: Any) -> int:
-    """Take a whole number, Python's or numpy's; -1 of anything else."""
+    """Convert a whole number, Python's or numpy's; -1 for any other object."""
     array = array_of(held) if isinstance(held, Call) and held.name == "scalar" else None
     number = held if array is None else array.item()
     return number if type(number) is int else -1
 
 
 def _dtype_of(kind: Call) -> np.dtype[Any] | None:
-    """Find the type of whole numbers that a pickle notes, such as u1 and its byte order."""
+    """Convert a recorded dtype of whole numbers, such as u1, with its byte order; None for others."""
     match kind:
         case Call(given=(str(code), *_), state=(int(), "|" | "<" | ">" as order, None, None, None, *_)):
             return np.dtype(order + code) if code in WHOLE else None
@@ -198,7 +198,7 @@ def _dtype_of(kind: Call) -> np.dtype[Any] | None:
 
 
 def _bytes_of(stored: Any, size: int) -> bytes | None:
-    """Take so many bytes, which Python 2 and 3 wrote in their own ways; None of anything else."""
+    """Convert bytes of this size, as Python 2 or 3 pickled them; None for any other object."""
     match stored:
         case Call(name="encode", given=(str(held), "latin1")) | (str(held) | bytes(held)) if len(held) == size:
             try:

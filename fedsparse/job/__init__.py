@@ -1,1 +1,1 @@
-"""From a configuration to a run: composed, checked, assembled, prepared, carried out, and gone on with."""
+"""A run from its configuration: compose, check, assemble, prepare, execute, resume."""

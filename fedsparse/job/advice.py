@@ -1,4 +1,4 @@
-"""What a person may have meant: the lines for keys and options that there are not."""
+"""Error lines for unknown keys and options, with suggestions of what may be meant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedsparse.job.earlier import key_of_now
 from fedsparse.job.shipped import defaults, groups, keys, options, settable
 
 ALL_KEYS = "--cfg job lists all keys with their values"
-WORDS = {  # of other tools
+WORDS = {  # of other tools, with the key of the same meaning
     "gpus": "trainer.devices",
     "gpu": "trainer.accelerator",
     "device": "trainer.accelerator",
@@ -24,20 +24,20 @@ WORDS = {  # of other tools
 
 
 def no_key(key: str) -> str:
-    """Say that there is no such key, and which one may be meant."""
+    """Write the error line for an unknown key, with a suggestion."""
     if now := key_of_now(key):
         return f"there is no key {key}; it is {now} now"
     group, _, rest = key.partition(".")
-    having = [f"{group}={option}" for option in options(group) if rest in keys(group, option)] if rest else []
-    if having:
-        has = "has it" if len(having) == 1 else "have it"
-        return f"there is no key {key} with this {group}; {_joined(having[:4], 'and')} {has}; {ALL_KEYS}"
+    fitting = [f"{group}={option}" for option in options(group) if rest in keys(group, option)] if rest else []
+    if fitting:
+        has = "has it" if len(fitting) == 1 else "have it"
+        return f"there is no key {key} with this {group}; {_joined(fitting[:4], 'and')} {has}; {ALL_KEYS}"
     near = _near(key)
     return f"there is no key {key}; {f'did you mean {_joined(near)}? ' if near else ''}{ALL_KEYS}"
 
 
 def _near(key: str) -> list[str]:
-    """Keys that may be meant: the same word elsewhere first, then words of other tools, then similar spellings."""
+    """List similar keys: the same last word in another group, else a word of another tool, else a close spelling."""
     word = key.rpartition(".")[2]
     same = sorted((k for k in settable() if k.rpartition(".")[2] == word), key=lambda k: (k.count("."), k))
     if same or word in WORDS:
@@ -49,12 +49,12 @@ def _near(key: str) -> list[str]:
 
 
 def no_option(group: str, value: Any, listed: Sequence[str] = ()) -> str:
-    """Say that a group has no such option, and what may be meant.
+    """Write the error line for an unknown option of a group, with a suggestion.
 
     Args:
-        group: such as ``mask_rule``.
-        value: what was typed.
-        listed: the options that there are, where not only the shipped ones are.
+        group: config group, such as ``mask_rule``.
+        value: the unknown option.
+        listed: the group's options; empty: the shipped ones.
 
     """
     listed = listed or options(group)
@@ -71,7 +71,7 @@ def no_option(group: str, value: Any, listed: Sequence[str] = ()) -> str:
 
 
 def _by_number(group: str, value: float) -> str:
-    """Name the number of a group that may be meant, and the option that has it.
+    """Suggest a group's numeric key with this value, and an option that sets it.
 
     >>> _by_number("sparsity", 0.8)
     'sparsity.ratio=0.8 or sparsity=s80'
@@ -85,7 +85,7 @@ def _by_number(group: str, value: float) -> str:
 
 
 def _other_number(group: str, name: str) -> str:
-    """Spell an option whose name ends in another number, by a sibling and the key that its number stands for.
+    """Suggest, for an option that differs by a number, a shipped option and the key that sets this number.
 
     >>> _other_number("partition", "noniid_nc3"), _other_number("sparsity", "s85")
     ('partition=noniid_nc1 partition.nc=3', 'sparsity=s50 sparsity.ratio=0.85')
@@ -93,11 +93,11 @@ def _other_number(group: str, name: str) -> str:
     stem = name.rstrip("0123456789")
     digits = name[len(stem) :]
     siblings = {option: option.removeprefix(stem) for option in options(group) if digits and option.startswith(stem)}
-    for option, own in siblings.items():
+    for option, ending in siblings.items():
         for key, value in keys(group, option).items():
-            for read in _READ:
-                if own.isdigit() and int(own) and _number(value) == read(own):
-                    return f"{group}={option} {group}.{key}={read(digits):g}"
+            for parse in _READ:
+                if ending.isdigit() and int(ending) and _number(value) == parse(ending):
+                    return f"{group}={option} {group}.{key}={parse(digits):g}"
     return ""
 
 
@@ -105,7 +105,7 @@ _READ = (float, lambda digits: int(digits) / 100, lambda digits: float(f"{digits
 
 
 def _number(value: Any) -> float | None:
-    """Read a number; 1e-3 is a string to YAML's reader."""
+    """Convert a value to a number, or None; YAML reads 1e-3 as a string."""
     try:
         return None if isinstance(value, bool | None) else float(value)
     except (TypeError, ValueError):

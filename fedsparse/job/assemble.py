@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: constructors only. Nothing after this reads the configuration."""
+"""Builds the parts of a run from its configuration. Later stages do not read the configuration."""
 
 from __future__ import annotations
 
@@ -55,24 +55,24 @@ from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.trainer import Session
 
 log = logging.getLogger("fedsparse")
-AUTO = "auto"  # federation.cohort, to be measured
+AUTO = "auto"  # federation.cohort: measured, by cohorts.fastest
 MakeExchange = Callable[[Tensor, OwnMasks], Exchange]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Data, who holds it, and the model that learns it.
+    """The learning problem: data, its partition over clients, and the model.
 
     Attributes:
         dataset: the splits.
         parts: sample indices of every client.
-        tests: of every client, those of its part of the test split.
-        net: the network, with its first weights.
+        tests: indices into the test split, of every client.
+        net: the network, with its initial weights.
         space: its federated tensors.
         head: patterns of the head's parameters.
-        inputs: turns samples into what the network takes.
-        arguments: what the network was built from, plain values.
-        precision: of ``trainer.precision``.
+        inputs: converts samples to the network's inputs.
+        arguments: of the network's builder, plain values.
+        precision: ``trainer.precision``.
         batch_size: samples of a local step.
         seed: the run's seed.
 
@@ -97,7 +97,7 @@ class Problem:
 
     @property
     def model_length(self) -> int:
-        """Bytes of the first model: a message of every parameter and float buffer, trained or not."""
+        """Bytes of a message of all parameters and float buffers, trained or not: the first download."""
         tensors = [tensor for tensor in distinct(self.net.state_dict()) if tensor.is_floating_point()]
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
         return known_size(sum(tensor.numel() for tensor in tensors), 0, dtype).total
@@ -105,14 +105,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Course:
-    """Who trains when, and how much.
+    """The plan of all rounds: which clients take part, and how many local steps they take.
 
     Attributes:
         phases: of the run.
-        plan: cohorts of a learning round without options of its own.
-        phased: cohorts of every round.
-        sample: clients of a round, for a purpose.
-        measured: whether the size of cohorts is to be measured.
+        plan: cohorts of a learning round, without a phase's options.
+        phased: cohorts of every round, by phase.
+        sample: draws the clients of a round, for a purpose.
+        measured: whether K is measured before training.
 
     """
 
@@ -124,41 +124,41 @@ class Course:
 
     @property
     def cohort(self) -> int:
-        """K, clients that train together."""
+        """K, the clients of a cohort."""
         return self.plan.cohort_size(len(self.plan.sample(0)))
 
     def bounded(self, bound: int) -> Course:
-        """Let at most so many clients train together."""
+        """Copy the plan with cohorts of at most ``bound`` clients."""
         plan = self.plan.bounded(bound)
         return replace(self, plan=plan, phased=PhasedPlan(self.phased.stages, plan))
 
     @property
     def clients(self) -> int:
-        """Clients of the smallest learning round."""
+        """Number of clients of the smallest learning round."""
         stages = zip(self.phases.rounds, self.phased.stages, strict=True)
         return min(len(plan.sample(0)) for phase, (_, plan, _) in stages if not phase.explores)
 
 
 @dataclass(frozen=True)
 class Method:
-    """How the model is learned.
+    """The method of a run: mask, clients, exchange, server.
 
     Attributes:
-        rule: scores what trains.
-        sparsity: how many train.
+        rule: scores coordinates for the mask.
+        sparsity: how many coordinates train.
         own_masks: whether every client has a mask of its own.
-        head: how the head is prepared.
-        calibration: how scores are measured.
-        make_module: builds the clients of a cohort of K around a network; everything trains until a mask is set.
-        make_exchange: builds the exchange of what trains, bool (P,), with the clients' own masks.
-        aggregation: makes one change of updates.
-        topology: which global row each client starts from.
+        head: initialisation of the head.
+        calibration: options of the measurement of scores.
+        make_module: builds K clients of a network; all coordinates train until a mask is set.
+        make_exchange: builds the exchange of the trained coordinates, bool (P,), and the clients' own masks.
+        aggregation: averages updates to one change.
+        topology: assigns clients to global rows.
         make_server: builds the server's optimizer.
-        untouched: what becomes of a coordinate that nobody sent; see ``Server``.
+        untouched: treatment of coordinates that no client sent; see ``Server``.
         schedule: factor of the clients' learning rate, by round.
-        trajectory: builds what keeps global rows; None: nothing does.
-        link: of each client to the server; None: its time is not counted.
-        store: where clients keep what they keep, ``memory`` or ``file``.
+        trajectory: builds the store of global rows over time; None: they are not stored.
+        link: bandwidth and latency between client and server; None: time is not modelled.
+        store: where client state lies between rounds, ``memory`` or ``file``.
 
     """
 
@@ -180,16 +180,16 @@ class Method:
 
     @property
     def changes(self) -> bool:
-        """Whether a mask is chosen anew while clients learn."""
+        """Whether the mask changes during training."""
         return not self.sparsity.constant
 
     def federate(self, exchange: Exchange, phases: Phases, **given: Any) -> Callable[[Clients], Federation]:
-        """Build what joins clients to a federation.
+        """Build the constructor of the federation, which takes the clients.
 
         Args:
-            exchange: of what trains.
+            exchange: of the trained coordinates.
             phases: of the run.
-            given: what preparation and run folder add: choice, stores, tables of bytes, watchers.
+            given: other arguments of ``Federation``: choice, store, ledger, traffic, watchers.
 
         """
         return partial(
@@ -207,16 +207,16 @@ class Method:
 
 @dataclass(frozen=True)
 class Assembly:
-    """The parts of a run, whole, before anything is trained.
+    """The parts of a run, complete before training.
 
     Attributes:
         problem: data and model.
-        course: who trains when.
-        method: how.
-        session: how that is carried out and watched on this machine.
-        config: the configuration as plain values, for loggers and for the keys of the cache.
-        pictures: whether pictures are drawn.
-        keep_deviation: whether what clients find in an exploration is written down.
+        course: the plan of all rounds.
+        method: mask, clients, exchange, server.
+        session: options of training, checkpoints and logging on this machine.
+        config: the configuration as plain values, for loggers and cache keys.
+        pictures: whether figures are drawn.
+        keep_deviation: whether the deviation observed in an exploration is saved.
 
     """
 
@@ -244,31 +244,31 @@ class Assembly:
 
 
 def assemble(cfg: DictConfig) -> Assembly:
-    """Load the data, build the model, and every part that trains it.
+    """Load the data, build the model and all other parts, and check that they are compatible.
 
     Raises:
-        ValueError: data, partition, model or a part cannot be had as configured, or they do not go together; one line.
+        ValueError: a part cannot be built as configured, or parts are incompatible; one line.
 
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    calibration = Calibration(**cfg.calibration)  # before the phases, which take some of its numbers over
+    calibration = Calibration(**cfg.calibration)  # checked before the phases, which copy some of its numbers
     problem = assemble_problem(cfg)
     check_schedule(instantiate(cfg.schedule), cfg.federation.rounds)
     course = assemble_course(cfg, problem)
     method = assemble_method(cfg, problem, course, calibration)
     check_method(method, problem, course)
     check_augmentation(cfg.data.augment, problem.dataset)
-    save = cfg.explore.get("save", False)  # a run stored before there was the key saves none
+    save = cfg.explore.get("save", False)  # older stored runs lack the key
     check_flag("explore.save", save)
     check_phases(course.phases, method, keep_model=cfg.explore.keep_model)
     return Assembly(problem, course, method, assemble_session(cfg, config), config, cfg.pictures, save)
 
 
 def assemble_problem(cfg: DictConfig) -> Problem:
-    """Load the data, deal it to the clients, and build the model.
+    """Load the data, partition it over the clients, and build the model.
 
     Raises:
-        ValueError: one of them cannot be had as configured, or they do not suit each other.
+        ValueError: a part cannot be built as configured, or model and data are incompatible.
 
     """
     streaming(cfg.data)
@@ -307,10 +307,10 @@ def assemble_problem(cfg: DictConfig) -> Problem:
 
 
 def assemble_course(cfg: DictConfig, problem: Problem) -> Course:
-    """Plan the rounds: who takes part in each, on which samples.
+    """Plan the rounds: the clients of each, and their samples.
 
     Raises:
-        ValueError: an option that cannot be meant.
+        ValueError: an option has an invalid value.
 
     """
     federation, eligible = cfg.federation, problem.eligible
@@ -324,21 +324,21 @@ def assemble_course(cfg: DictConfig, problem: Problem) -> Course:
     bound = 1 if federation.cohort == AUTO else federation.cohort
     plan = RoundPlan(problem.parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())
     phases = Phases.of(OmegaConf.to_container(cfg.phases, resolve=True))  # type: ignore[arg-type]
-    chosen = partial(participants, num_clients=federation.num_clients)
-    plans = [_plan_of(phase, plan, eligible, chosen, federation.clients_per_round) for phase in phases.rounds]
-    stages = [(p.rounds, own, phases.before(p)) for p, own in zip(phases.rounds, plans, strict=True)]
+    count_of = partial(participants, num_clients=federation.num_clients)
+    plans = [_plan_of(phase, plan, eligible, count_of, federation.clients_per_round) for phase in phases.rounds]
+    stages = [(p.rounds, stage_plan, phases.before(p)) for p, stage_plan in zip(phases.rounds, plans, strict=True)]
     return Course(phases, plan, PhasedPlan(stages, plan), sample, federation.cohort == AUTO)
 
 
 def _plan_of(
     phase: Phase, plan: RoundPlan, eligible: Sequence[int], count: Callable[..., int], share: float | int
 ) -> RoundPlan:
-    """Plan a phase: who takes part and what each does, the federation's own where the phase has no word of it."""
+    """Plan a phase: its clients and their local work; the federation's options are the defaults."""
     purpose, sample = Purpose.EXPLORE if phase.explores else Purpose.BATCHES, plan.sample
     if phase.explores or phase.clients is not None:
-        chosen = count(share if phase.clients is None else phase.clients, key=phase.clients_key)
+        drawn = count(share if phase.clients is None else phase.clients, key=phase.clients_key)
         stream = Purpose.EXPLORERS if phase.explores else Purpose.SAMPLING
-        sample = partial(uniform, eligible=eligible, count=chosen, seed=plan.seed, purpose=stream)
+        sample = partial(uniform, eligible=eligible, count=drawn, seed=plan.seed, purpose=stream)
     alone = phase.explores and phase.updates_model
     if alone and plan.processes > 1:
         raise ValueError("explore.keep_model=true lets one client go on from the other, so it needs one process")
@@ -347,7 +347,7 @@ def _plan_of(
 
 
 def _work(phase: Phase, work: LocalWork) -> LocalWork:
-    """What a client does in a round of a phase."""
+    """Local work of a client in a round of a phase."""
     given = phase.local_steps is not None or phase.local_epochs is not None
     steps, epochs = (phase.local_steps, phase.local_epochs) if given else (work.steps, work.epochs)
     return replace(work, steps=steps, epochs=epochs, weight=phase.weight or work.weight)
@@ -357,15 +357,15 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
     """Build mask rule, clients, exchange and server.
 
     Raises:
-        ValueError: an option that cannot be meant.
+        ValueError: an option has an invalid value.
 
     """
     check_choice("mask.owner", cfg.mask.owner, "global", "client")
     own_masks, exchange = cfg.mask.owner == "client", _exchange_of(cfg.exchange)
 
     def make_exchange(trained: Tensor, masks: OwnMasks) -> Exchange:
-        own = {"masks": masks} if own_masks else {}
-        return exchange(trained=trained, local=problem.space.local, space=problem.space, **own)
+        optional = {"masks": masks} if own_masks else {}
+        return exchange(trained=trained, local=problem.space.local, space=problem.space, **optional)
 
     return Method(
         rule=instantiate(cfg.mask_rule),
@@ -387,37 +387,37 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
 
 
 def _trajectory(options: DictConfig | None, rounds: int) -> Callable[..., Trajectory] | None:
-    """Build the constructor of what keeps global rows; a run stored before there was a choice has none."""
+    """Build the constructor of the trajectory; None without one, as in older stored runs."""
     if not options:
         return None
     make = partial(instantiate(options), total=rounds)
-    make(path=None)  # whose options are checked now
+    make(path=None)  # checks the options before training
     return make
 
 
 def _exchange_of(options: DictConfig) -> Callable[..., Exchange]:
-    """Build the constructor of the exchange: of its target, with the options that all exchanges have."""
+    """Build the constructor of the exchange from its target and the options common to all exchanges."""
     part = instantiate(target_of("exchange", options), _convert_="object")
-    given = {key: options[key] for key in JOBS["exchange"] if key in options}
+    common = {key: options[key] for key in JOBS["exchange"] if key in options}
     filters = {name: instantiate(chosen) for name, chosen in (options.get("filters") or {}).items()}
-    return exchange_of(part, **given | {"filters": filters})
+    return exchange_of(part, **common | {"filters": filters})
 
 
 def _sparsity(options: DictConfig, net: nn.Module) -> Sparsity:
-    """Build how many coordinates train; whole units of attention layers are their heads."""
+    """Build the sparsity; with ``unit=output`` the units of attention layers are their heads."""
     built: Sparsity = instantiate(options)
     built.check_names([name for name, _ in net.named_parameters()])
     return replace(built, heads=tuple(attentions(net))) if built.unit == "output" else built
 
 
 def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int], ClientModule]:
-    """Make what builds the clients of a cohort: a network, and K."""
+    """Build the constructor of a cohort's clients, which takes a network and K."""
     client, optimizer = instantiate(cfg.client), instantiate(target_of("optimizer", cfg.optimizer))
     options = cfg.objective
-    asks = "num_clients" in options and options.num_clients is None  # then it gets the number of those who hold data
+    counted = "num_clients" in options and options.num_clients is None  # null: the number of clients with data
 
     def make(net: nn.Module, cohort: int) -> ClientModule:
-        objective: DriftCorrection = instantiate(options, **({"num_clients": len(problem.eligible)} if asks else {}))
+        objective: DriftCorrection = instantiate(options, **({"num_clients": len(problem.eligible)} if counted else {}))
         everything = torch.ones(problem.space.size, dtype=torch.bool)
         return client(
             net,
@@ -437,18 +437,18 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
 
 
 def assemble_session(cfg: DictConfig, config: dict[str, Any]) -> Session:
-    """Build what carries a run out and watches it: trainer, loggers, callbacks.
+    """Build the session: trainer, loggers, callbacks, evaluation by client.
 
     Raises:
-        ValueError: an option that cannot be meant.
+        ValueError: an option has an invalid value.
 
     """
-    evaluation = cfg.get("evaluation")  # a run stored before there was a choice has none
+    evaluation = cfg.get("evaluation")  # older stored runs lack the key
     if evaluation and "_target_" not in evaluation:
         raise ValueError(f"evaluation.{next(iter(evaluation))} needs evaluation=per_client")
     personal = partial(instantiate(evaluation, _convert_="all"), seed=cfg.seed) if evaluation else None
     if personal is not None:
-        personal()  # whose options are checked now
+        personal()  # checks the options before training
     return Session(
         trainer=instantiate(cfg.trainer),
         accelerator=accelerator(cfg.trainer.accelerator),
@@ -467,7 +467,7 @@ def load_dataset(source: DictConfig) -> Dataset:
     """Load the data.
 
     Raises:
-        ValueError: the function that loads it returns something else.
+        ValueError: the loading function does not return a ``Dataset``.
 
     """
     dataset = instantiate(source)
@@ -480,13 +480,13 @@ def load_dataset(source: DictConfig) -> Dataset:
 
 
 def _with_sizes(builder: DictConfig, dataset: Dataset) -> DictConfig:
-    """Fill in what is null among a network's arguments and the data decides."""
+    """Set those arguments of a network that are null and follow from the data."""
     sizes = {key: value for key, value in of_data(dataset).items() if key in builder and builder[key] is None}
     return OmegaConf.merge(builder, sizes)  # type: ignore[return-value]
 
 
 def streaming(data: Any) -> dict[str, Any]:
-    """Read whether samples are streamed and by how many workers; a configuration without a word of it does not.
+    """Read the options of streaming; by default samples are not streamed.
 
     Raises:
         ValueError: one line that names the key.

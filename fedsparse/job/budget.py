@@ -1,7 +1,7 @@
-"""Rounds within a budget of client steps, so that runs whose preparation costs something are compared at equal cost.
+"""Rounds within a budget of client steps, so that methods are compared at equal cost, preparation included.
 
-What counts is what ``summary.json`` has as ``client_steps``: local steps, of exploring clients too, and the gradients
-that clients take for head and calibration.
+Client steps are those of ``client_steps`` in ``summary.json``: local steps, also of an exploration, and the gradients
+that clients compute for head and calibration.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from fedsparse.masks.evidence import calibration
 
 
 def rounds_within(budget: int, before: int, per_round: int) -> int:
-    """Divide what preparation leaves of a budget by the steps of a round, rounded down.
+    """Count the rounds that fit into a budget after preparation, rounded down.
 
     Args:
         budget: client steps in all.
-        before: of them, those taken before clients learn.
-        per_round: clients of a round times their local steps.
+        before: client steps before the first learning round.
+        per_round: client steps of a round, clients times local steps.
 
     Raises:
-        ValueError: not even one round is left.
+        ValueError: less than one round fits.
 
     >>> rounds_within(1200, 0, 40), rounds_within(1200, 400, 40), rounds_within(1200, 20, 40)
     (30, 20, 29)
@@ -37,7 +37,7 @@ def rounds_within(budget: int, before: int, per_round: int) -> int:
 
 
 def rounds_for_steps(budget: int, *, _root_: DictConfig) -> int:
-    """Resolve ``${rounds_for_steps:<client steps>}`` of ``federation.rounds``: what the preparation leaves of them."""
+    """Resolve ``${rounds_for_steps:<client steps>}`` of ``federation.rounds``: the rounds within this budget."""
     return rounds_within(budget, preparation(_root_), steps_of_round(_root_))
 
 
@@ -45,7 +45,7 @@ def steps_of_round(cfg: DictConfig) -> int:
     """Count the client steps of a learning round.
 
     Raises:
-        ValueError: clients count epochs, whose steps depend on the data.
+        ValueError: clients train by epochs, whose steps depend on the data.
 
     """
     if cfg.federation.local_steps is None:
@@ -54,7 +54,7 @@ def steps_of_round(cfg: DictConfig) -> int:
 
 
 def preparation(cfg: DictConfig) -> int:
-    """Count the client steps before clients learn: of calibration at most ``calibration.batches`` for each client."""
+    """Count the client steps of the preparation, with ``calibration.batches`` (an upper bound) a client and round."""
     clients, explore = _clients(cfg, cfg.federation.clients_per_round), cfg.phases.get("explore")
     steps = clients * cfg.calibration.head_steps if cfg.head.init == "probe" else 0
     if _asks_clients(str(cfg.mask_rule.get("_target_"))) and cfg.calibration.where == "clients":
@@ -70,11 +70,11 @@ def _exploration(cfg: DictConfig, explore: Any) -> int:
 
 
 def _asks_clients(target: str) -> bool:
-    """Whether a mask rule is calibrated on the clients' data; of foreign rules nothing is imported here."""
+    """Whether a mask rule is calibrated on the clients' data; other packages' rules are not imported: False."""
     module, _, name = target.rpartition(".")
     if not module.startswith("fedsparse."):
         return False
-    rule = getattr(import_module(module), name, MaskRule)  # a name that there is not is refused when it is built
+    rule = getattr(import_module(module), name, MaskRule)  # unknown names are refused later
     found = calibration(rule.needs)
     return found is not None and found.clients
 

@@ -1,4 +1,4 @@
-"""What does not go together: all of it here, refused in a line before anything is trained."""
+"""Checks of incompatible options, all in this file and before training; each error is one line."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 def check_method(method: Method, problem: Problem, course: Course) -> None:
-    """Refuse parts that would give wrong results together, tried on one coordinate.
+    """Refuse incompatible parts of a method; the server's optimizer is tried on one coordinate.
 
     Raises:
-        ValueError: one line that says what to set.
+        ValueError: one line, with the options to set.
 
     """
     module, holds, space = method.make_module(problem.net, 1), [len(part) > 0 for part in problem.parts], problem.space
@@ -49,14 +49,14 @@ def check_method(method: Method, problem: Problem, course: Course) -> None:
 
 
 def check_phases(phases: Phases, method: Method, keep_model: bool = False) -> None:
-    """Refuse phases, mask rule and stores that do not go together.
+    """Refuse incompatible phases, mask rules and stores.
 
     Raises:
-        ValueError: one line that says what to set.
+        ValueError: one line, with the options to set.
 
     """
     rule, explore = method.rule, phases.explore
-    name, given = type(rule).__name__, isinstance(rule, FromFile)
+    name, from_file = type(rule).__name__, isinstance(rule, FromFile)
     if rule.need(Exploration) and (explore is None or not explore.informs_mask):
         raise ValueError(f"the mask rule {name} chooses by an exploration that informs it: set phases=explore")
     if rule.calibration and not phases.has("calibrate"):
@@ -68,7 +68,7 @@ def check_phases(phases: Phases, method: Method, keep_model: bool = False) -> No
         )
     if explore is None and keep_model:
         raise ValueError("explore.keep_model=true needs an exploration, and there is none: set phases=explore")
-    if method.changes and given:
+    if method.changes and from_file:
         raise ValueError(
             "mask_rule=from_file takes the mask of the file for the whole run: leave sparsity.schedule and "
             "sparsity.renew_every null"
@@ -82,10 +82,10 @@ def check_phases(phases: Phases, method: Method, keep_model: bool = False) -> No
 
 
 def check_augmentation(chosen: Any, dataset: Dataset) -> None:
-    """Refuse to augment what is no image, tried on one.
+    """Refuse augmentation of data other than images; it is tried on one sample.
 
     Raises:
-        ValueError: one line that says what to set.
+        ValueError: one line, with the options to set.
 
     """
     change = augment(chosen)
@@ -98,10 +98,10 @@ def check_augmentation(chosen: Any, dataset: Dataset) -> None:
 def check_together(
     exchange: Exchange, aggregation: Aggregation, objective: DriftCorrection, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Refuse parts that would give wrong results together.
+    """Refuse combinations of exchange, aggregation, objective and optimizer that give wrong results.
 
     Raises:
-        ValueError: one line that says what to set.
+        ValueError: one line, with the options to set.
 
     """
     if exchange.feedback and (exchange.payload, aggregation.denominator) != ("change", "participants"):
@@ -121,10 +121,10 @@ def check_together(
 
 
 def check_pruning(exchange: Exchange, mode: str) -> None:
-    """Refuse to send what is pruned.
+    """Refuse an exchange that sends pruned coordinates.
 
     Raises:
-        ValueError: one line that says what to set.
+        ValueError: one line, with the options to set.
 
     """
     if mode == "prune" and isinstance(exchange, Full):
@@ -132,7 +132,7 @@ def check_pruning(exchange: Exchange, mode: str) -> None:
 
 
 def check_server(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse what torch's own optimizers would take as the server's, and diverge with or not compute.
+    """Refuse a learning rate or momentum that torch's optimizers accept, but diverge with.
 
     Raises:
         ValueError: one line that names the key.
@@ -144,38 +144,38 @@ def check_server(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_sizes(exchange: Exchange, aggregation: Aggregation, holds: Sequence[bool], taking_part: int) -> None:
-    """Refuse what does not fit the clients, or the number of those that take part in a round.
+    """Refuse options that do not fit the number of clients, or of clients in a round.
 
     Args:
-        exchange: what is sent.
-        aggregation: how it is averaged.
-        holds: of each client, whether it holds data.
-        taking_part: clients of a round, the fewest there are.
+        exchange: the exchange, with its filters.
+        aggregation: the server's average.
+        holds: whether a client has data, for every client.
+        taking_part: clients of the smallest learning round.
 
     Raises:
-        ValueError: one line that says what would fit.
+        ValueError: one line, with values that fit.
 
     """
     fraction = getattr(exchange.rule, "fraction", None)
     if fraction is not None:
         check_fraction(fraction, len(holds))
-    for chosen in exchange.filters:
-        if isinstance(chosen, SignFlip):
-            _check_attackers(chosen, holds)
+    for chosen_filter in exchange.filters:
+        if isinstance(chosen_filter, SignFlip):
+            _check_attackers(chosen_filter, holds)
     if isinstance(aggregation, Robust):
         _check_average(aggregation.average, taking_part)
 
 
 def check_names(exchange: Exchange, space: ParamSpace, trained: Tensor) -> None:
-    """Refuse ``exchange.names`` that match nothing that a client may send.
+    """Refuse ``exchange.names`` that match no trained and shared tensor.
 
     Args:
-        exchange: what is sent.
-        space: the tensors' names.
-        trained: bool (P,), which coordinates train.
+        exchange: the exchange, with its rule.
+        space: names of the tensors.
+        trained: bool (P,), True where a coordinate trains.
 
     Raises:
-        ValueError: one line that lists names that would match.
+        ValueError: one line that lists the names of such tensors.
 
     """
     if isinstance(exchange.rule, Pattern):
@@ -184,7 +184,7 @@ def check_names(exchange: Exchange, space: ParamSpace, trained: Tensor) -> None:
 
 
 def _check_attackers(attack: SignFlip, holds: Sequence[bool]) -> None:
-    """Refuse attackers that are not among the clients, or never take part."""
+    """Refuse attackers that are no clients, or have no data."""
     if attack.last >= len(holds):
         raise ValueError(f"exchange.attackers are clients 0 to {attack.last}; there are {len(holds)} clients")
     idle = sorted(client for client in attack.clients if not holds[client])
@@ -197,13 +197,13 @@ def _check_attackers(attack: SignFlip, holds: Sequence[bool]) -> None:
 
 
 def _check_average(average: AverageRows, taking_part: int) -> None:
-    """Refuse options of a robust average: some by the number of rows, the others by averaging a few."""
+    """Refuse options of a robust average that do not fit the number of rows; the others are checked by a trial."""
     options: dict[str, Any] = average.keywords if isinstance(average, partial) else {}
     for key, least, most in (("attackers", 0, taking_part - 3), ("keep", 1, taking_part)):
         value = options.get(key)
         if value is None and (key == "keep" or key not in options):
             continue
-        typed = f"aggregation.average.{key}, of {taking_part} clients in a round,"
-        check_number(typed, value, whole=True, least=least, most=most)
+        described = f"aggregation.average.{key}, of {taking_part} clients in a round,"
+        check_number(described, value, whole=True, least=least, most=most)
     rows = options.get("attackers", 0) + 3
     average(torch.zeros(rows, 1), torch.ones(rows, 1, dtype=torch.bool), torch.ones(rows))

@@ -1,4 +1,4 @@
-"""How many clients train stacked where ``federation.cohort=auto`` leaves it open: measured."""
+"""Measures the fastest size of cohorts, for ``federation.cohort=auto``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("fedsparse")
 
 
 def fastest(assembly: Assembly, module: ClientModule) -> int:
-    """Measure a local step with several sizes, on copies of the network with the masks of ``module``: the best K."""
+    """Measure a local step for several K, on copies of the network with the mask of ``module``; returns the best K."""
     problem, session, plan = assembly.problem, assembly.session, assembly.course.plan
     if problem.dataset.tokens or not can_stack(problem.net) or len(torch.as_tensor(module.bitmaps)):
         return 1

@@ -1,4 +1,4 @@
-"""The command line: what was typed is checked first, and whatever goes wrong is one line."""
+"""The command line: arguments are checked before Hydra reads them, and each error is one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXPECTED = (ValueError, OSError, Diverged, HydraException, OmegaConfBaseExceptio
 
 
 def one_line(error: BaseException) -> str:
-    """Say an error in one line; of what failed while Hydra built a part, the part's own words."""
+    """Write an error in one line; of an error while Hydra built a part, the part's own message."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
     text = _hydras(error) or " ".join(str(error).split())
@@ -36,13 +36,13 @@ def one_line(error: BaseException) -> str:
 
 
 def _hydras(error: BaseException) -> str:
-    """Say what Hydra and OmegaConf say in their own way; empty for other errors."""
-    said = str(error)
+    """Rewrite a message of Hydra or OmegaConf; empty for other errors."""
+    message = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return no_option(group, option, error.options or ())
-    if isinstance(error, ConfigCompositionException) and said.startswith("Could not override"):
-        return no_key(said.split()[3].strip("'."))
+    if isinstance(error, ConfigCompositionException) and message.startswith("Could not override"):
+        return no_key(message.split()[3].strip("'."))
     if isinstance(error, OmegaConfBaseException) and error.full_key and error.msg:
         return " ".join(f"{error.full_key}: {error.msg}".split("full_key:")[0].split())
     return ""
@@ -50,7 +50,7 @@ def _hydras(error: BaseException) -> str:
 
 @contextmanager
 def hydras_as_value_errors() -> Iterator[None]:
-    """Let what Hydra and OmegaConf raise be a ValueError of the line that the command line prints."""
+    """Convert errors of Hydra and OmegaConf to a ValueError with the line that the command line prints."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -61,7 +61,7 @@ def hydras_as_value_errors() -> Iterator[None]:
 
 @contextmanager
 def logging_kept() -> Iterator[None]:
-    """Put the log's handlers back after a run: of several runs in one process each writes to its own run.log."""
+    """Restore the root logger's handlers after a run, so that each run of a process writes to its own run.log."""
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     try:
@@ -74,19 +74,19 @@ def logging_kept() -> Iterator[None]:
 
 
 def arrange() -> None:
-    """Check what was typed, and let Hydra read its flags wherever they stand."""
+    """Check the arguments, and reorder them so that Hydra accepts flags at any position."""
     sys.argv[1:] = arranged(sys.argv[1:])
     for line in given_twice(sys.argv[1:]):
         print(printable(f"fedsparse: warning: {line}"), file=sys.stderr)
 
 
 def on_command_line(body: Callable[[], Any]) -> None:
-    """Carry out what a person typed: errors are one line, and a traceback with HYDRA_FULL_ERROR=1."""
+    """Run a command: an error is one line and exit code 1, or a traceback with HYDRA_FULL_ERROR=1."""
     register_resolvers()
     warnings.formatwarning = lambda message, *_, **__: f"fedsparse: warning: {printable(message)}\n"
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra lets errors through to us
-    logging.raiseExceptions = False  # a run.log on a full disk is no traceback
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises errors instead of printing them
+    logging.raiseExceptions = False  # no traceback if run.log cannot be written, as on a full disk
     with signals.command():
         try:
             body()

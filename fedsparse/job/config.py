@@ -1,4 +1,4 @@
-"""The configuration: where it lives, what it may hold, and what a run may write to."""
+"""Checks of a configuration's values and of its run folder, and the resolvers of its YAML files."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ COUNTS = (
 )
 OPTIONAL_COUNTS = ("federation.local_steps", "federation.local_epochs")
 EXCLUDED = "hydra.job.config.override_dirname.exclude_keys"
-MOST = 2**31 - 1  # a count beyond it is a slip
-LARGEST_SEED = 2**64 - 1  # torch's generators take no more
+MOST = 2**31 - 1  # of a count; larger ones are mistyped
+LARGEST_SEED = 2**64 - 1  # the limit of torch's generators
 POSITIVE = ("optimizer.lr", "server.lr", "calibration.head_lr")
 
 
 class RunFolderUsed(SystemExit):
-    """A run folder already holds a run; derived from SystemExit because Hydra swallows a callback's exceptions."""
+    """A run folder already holds a run. It derives from SystemExit because Hydra catches a callback's Exceptions."""
 
 
 class QuietReturn(JobReturn):
-    """What a job came to, that hands on its exception without a line of Hydra's before it."""
+    """A job's result that raises the job's exception without a line of Hydra's before it."""
 
     @property  # type: ignore[misc]
     def return_value(self) -> Any:
-        """Give the task's value, or raise its exception."""
+        """Return value of the task; raises the task's exception."""
         if self.status == JobStatus.FAILED:
             raise self._return_value
         return super().return_value
 
 
 class FreshRunFolder(Callback):
-    """Refuses a used folder for a single run, before anything is written; tells how far a sweep is.
+    """Refuses a used folder for a single run before it is written to, and counts the cells of a sweep.
 
-    A run that failed before it began leaves no folder behind.
+    The folder of a run that failed before its first round is removed.
 
     Args:
         refuse: whether a used folder is refused.
@@ -81,21 +81,21 @@ class FreshRunFolder(Callback):
         self.made = [path for path in (folder, *folder.parents) if not path.exists()]
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Leave it to us to say why a job failed; remove the folders of a run that failed before it began."""
+        """Keep Hydra from printing a job's error, and remove the folders of a run without a first round."""
         job_return.__class__ = QuietReturn
         if job_return.status != JobStatus.FAILED or getattr(job_return._return_value, "keep", False):
             return
         folder = Path(config.hydra.runtime.output_dir)
-        theirs = bool(self.made) and folder not in self.made
-        if theirs or not {path.name for path in folder.iterdir()} <= BEFORE_A_RUN:
+        existed = bool(self.made) and folder not in self.made
+        if existed or not {path.name for path in folder.iterdir()} <= BEFORE_A_RUN:
             return
         shutil.rmtree(folder, ignore_errors=True)
         for above in self.made[1:]:
-            with suppress(OSError):  # another run is there
+            with suppress(OSError):  # it is not empty: another run lies there
                 above.rmdir()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Let keys that are swept make cells of their own, whatever they are, and count the cells."""
+        """Name cells by all swept keys, also those left out of names by default, and print the number of cells."""
         parsed = _sweep_overrides(config)
         swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
         excluded = [key for key in OmegaConf.select(config, EXCLUDED) if key not in swept]
@@ -108,14 +108,14 @@ class FreshRunFolder(Callback):
 
 
 def _sweep_overrides(config: DictConfig) -> list[Override]:
-    """What a sweep goes over: the sweeper's own parameters, and what was typed."""
-    own = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    """Parse the overrides of a sweep: the sweeper's parameters, then the command line's."""
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    return parser.parse_overrides([*own, *config.hydra.overrides.task])
+    return parser.parse_overrides([*params, *config.hydra.overrides.task])
 
 
 def _how_far(sweep: Path, names: Sequence[str]) -> str:
-    """Say how many cells there are, and how many of them have a summary.
+    """Write the number of cells, and of those that have a summary.
 
     >>> _how_far(Path("runs/grid"), ["seed-0", "seed-1"])
     '2 cells in runs/grid'
@@ -129,7 +129,7 @@ def refuse_used(folder: Path) -> None:
     """Exit if a folder holds a run.
 
     Raises:
-        RunFolderUsed: one line that names the folder and the ways on.
+        RunFolderUsed: one line that names the folder and how to continue.
 
     """
     if used(folder):
@@ -137,11 +137,9 @@ def refuse_used(folder: Path) -> None:
 
 
 def wandb_offline() -> bool:
-    """Whether no Weights & Biases key is present and nobody asked for a mode."""
+    """Whether Weights & Biases logs offline: WANDB_MODE is set and not online, or no API key is found."""
     if os.environ.get("WANDB_MODE"):
-        return (
-            os.environ["WANDB_MODE"] != "online"
-        )  # Lightning itself sets "dryrun", for the next run of a sweep to find
+        return os.environ["WANDB_MODE"] != "online"  # Lightning sets "dryrun", which later runs of a sweep read
     if os.environ.get("WANDB_API_KEY"):
         return False
     try:
@@ -158,7 +156,7 @@ def timm_head(name: str) -> str:
 
 
 def whole_quotient(total: int, parts: int | None) -> int:
-    """Divide and round half up to a whole number of at least 1; without parts the total.
+    """Divide and round half up, to 1 or more; the total where ``parts`` is 0 or None.
 
     >>> whole_quotient(800, 16), whole_quotient(800, 3)
     (50, 267)
@@ -167,7 +165,7 @@ def whole_quotient(total: int, parts: int | None) -> int:
 
 
 def register_resolvers() -> None:
-    """Make known to OmegaConf what the YAML files write as ``${name:arguments}``."""
+    """Register the resolvers that the YAML files use as ``${name:arguments}``."""
     OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
     OmegaConf.register_new_resolver("cell", cell_name, replace=True)
     OmegaConf.register_new_resolver("timm_head", timm_head, replace=True)
@@ -176,14 +174,14 @@ def register_resolvers() -> None:
 
 
 def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> None:
-    """Check keys and plain numbers of a configuration; parts with more to say check themselves when they are built.
+    """Check keys and plain numbers of a configuration; the constructors of its parts check the rest.
 
     Args:
         cfg: the configuration.
-        choices: option chosen of each group, where not only the shipped ones are.
+        choices: option chosen of each group; by default the shipped defaults.
 
     Raises:
-        ValueError: one line that names the key, its value and what it may be.
+        ValueError: one line with the key, its value and the valid values.
 
     """
     check_keys(cfg, choices or {})
@@ -204,13 +202,13 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
 
 
 def _check_count(key: str, value: Any, **others: Any) -> None:
-    """Refuse what is no count, or a larger one than any; the limit is named only where it is exceeded."""
+    """Refuse values other than counts from 1 to MOST; the message names the limit only where it is exceeded."""
     check_number(key, value, whole=True, least=1, **others)
     check_number(key, value, whole=True, least=1, most=MOST, **others)
 
 
 def _check_server(options: DictConfig) -> None:
-    """Refuse numbers that torch's own optimizers take as they are."""
+    """Refuse numbers that torch's optimizers do not check."""
     for key, value in options.items():
         if isinstance(value, float | int) and not isinstance(value, bool):
             check_number(f"server.{key!s}", value)
@@ -219,11 +217,11 @@ def _check_server(options: DictConfig) -> None:
 
 
 def _check_precision(value: Any) -> None:
-    """Refuse what Lightning does not call a precision, and its old names, which clients would take for float32."""
+    """Refuse values other than Lightning's precisions; old names such as 16 would train float32."""
     meant = {"16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true", "32": "32-true"}.get(str(value), "")
     if meant:
         raise ValueError(f"trainer.precision is {value!r}; write trainer.precision={meant}")
     check_choice("trainer.precision", value, *PRECISIONS)
 
 
-register_resolvers()  # here, because the workers of a sweep import this file and call no main()
+register_resolvers()  # on import, because the workers of a sweep do not call main()

@@ -1,6 +1,6 @@
-"""What a configuration that an earlier version stored means today: keys and names that moved, keys that came since.
+"""Migrates configurations of earlier versions: renamed keys, targets and values, and defaults of newer keys.
 
-It is applied before anything is checked or built, so that an old run folder goes on to the same bits.
+Migration comes before checks and construction, so that an old run folder resumes with bit-equal results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedsparse.job.keys import JOBS, SHARED
 Place = tuple[Any, ...]  # the keys that lead to a value
 
 _RULES = ("Layers", "Pattern", "RandomK", "Threshold", "TopK")
-# by the package of now, and what it has taken over from modules of then
+# by new package and old module, the names that moved
 _MOVED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "fedsparse.optim": {
         "adam": ("SparseAdam",),
@@ -39,7 +39,7 @@ _MOVED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "federation.personal": ("Personal",),
     },
 }
-# by the name of then, that of now
+# by old name, the new one
 TARGETS: Mapping[str, str] = {
     **{
         f"fedsparse.{module}.{name}": f"{package}.{name}"
@@ -56,15 +56,15 @@ TARGETS: Mapping[str, str] = {
         f"fedsparse.federation.{at}.Plain": "fedsparse.federation.client.NoCorrection" for at in ("client", "objective")
     },
 }
-# by target, the keys that came since, with the value that does what was done then
+# by target, newer keys with the value that gives the earlier behaviour
 KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_client": {"even": False}}
-# by target, the name of then of an argument and that of now
+# by target, the old and new names of arguments
 ARGUMENTS: Mapping[str, Mapping[str, str]] = {"fedsparse.models.text.bert": {"source": "tokenizer"}}
-# by target and key, what a value of then is called now
+# by target and key, the old and new values
 VALUES: Mapping[str, Mapping[str, Mapping[Any, Any]]] = {
     "lightning.Trainer": {"precision": {32: "32-true", "32": "32-true", "bf16": "bf16-mixed"}}
 }
-# by the key of then, that of now; what stands below it moves with it; the more special key first
+# by old key, the new one, also for all keys below it; the longer key first
 MOVES: Mapping[str, str] = {
     "optimizer.build": "optimizer",
     "server.optimizer": "server",
@@ -78,20 +78,20 @@ MOVES: Mapping[str, str] = {
     "exchange.build.rule": "exchange",
     "exchange.build": "exchange",
 }
-# groups that had one option
+# choices of groups that had one option and no longer exist
 CHOICES = tuple(f"{group}=default" for group in ("calibration", "explore", "federation", "head", "mask", "trainer"))
-# by key, the value of then that says nothing now: who filters an update is said by the keys of the exchange
+# by old key, a value that is dropped: keys of the exchange now imply the filters
 SAID: Mapping[str, str] = {
     "exchange.build.filters.attack._target_": "fedsparse.federation.exchange.sign_flip",
     "exchange.build.filters.feedback._target_": "fedsparse.federation.exchange.feedback",
     "exchange.build.filters.precision._target_": "fedsparse.federation.exchange.precision",
 }
-_PLAIN = "fedsparse.federation.exchange.Exchange"  # what took a rule, which is the target now
+_PLAIN = "fedsparse.federation.exchange.Exchange"  # took a rule, which is the target now
 _REFERENCE = re.compile(r"(\$\{\s*(?:oc\.select\s*:\s*)?)([\w-]+(?:\.[\w-]+)+)")
 
 
 def renewed(node: Any) -> Any:
-    """Write a stored configuration, of nested mappings and lists, in today's names and keys.
+    """Migrate a stored configuration, of nested mappings and lists, to the present names and keys.
 
     >>> renewed({"_target_": "fedsparse.data.partition.classes_per_client", "nc": 2})["even"]
     False
@@ -103,7 +103,7 @@ def renewed(node: Any) -> Any:
 
 
 def key_of_now(key: str) -> str | None:
-    """Find what a key of then is today; None if it did not move.
+    """Find the new name of an old key; None if it did not move.
 
     >>> key_of_now("server.optimizer.momentum"), key_of_now("server.lr")
     ('server.momentum', None)
@@ -113,7 +113,7 @@ def key_of_now(key: str) -> str | None:
 
 
 def typed_now(overrides: Sequence[str]) -> list[str]:
-    """Write what was typed for a stored run in today's keys, without choices that are none any more.
+    """Migrate the overrides of a stored run, without choices of groups that no longer exist.
 
     >>> typed_now(["+server.optimizer.nesterov=${server.optimizer.lr}", "head=default"])
     ['+server.nesterov=${server.lr}']
@@ -127,7 +127,7 @@ def typed_now(overrides: Sequence[str]) -> list[str]:
 
 
 def _referring(value: Any) -> Any:
-    """Let references go to the keys of now."""
+    """Rewrite references to old keys, in a value or a list."""
     if isinstance(value, list):
         return [_referring(one) for one in value]
     if not isinstance(value, str):
@@ -136,9 +136,9 @@ def _referring(value: Any) -> Any:
 
 
 def _moved(cfg: dict[str, Any]) -> dict[str, Any]:
-    """Put values where their keys are now, but for those that only passed on what stands there.
+    """Move values to their new keys; a value that only referred to its new key is dropped.
 
-    Where two are for one place, or one for a key of the job's, it stays: what is left of then is refused by its name.
+    A second value for one key, or one that would replace a key of the job, stays, and is later refused by its old key.
     """
     leaves = _without_said({place: _referring(value) for place, value in _leaves(cfg, ())})
     moving = {place: there for place in leaves if len(there := _place_of_now(place)) > 1 and there != place}
@@ -152,22 +152,22 @@ def _moved(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_the_job(place: Place) -> bool:
-    """Whether a key of a network or a data set would take the place of one that the job reads."""
+    """Whether an argument of a network or data set would replace a key that the job reads."""
     group, key = place[:2]
     return group in ("model", "data") and key in JOBS[group] and key not in SHARED[group]
 
 
 def _without_said(leaves: Mapping[Place, Any]) -> dict[Place, Any]:
-    """Leave out what says nothing now: targets of filters, and the plain exchange where a rule is the target."""
-    said: dict[Place, Any] = {tuple(key.split(".")): value for key, value in SAID.items()}
+    """Drop implied values: targets of filters, and the plain exchange where its rule is now the target."""
+    implied: dict[Place, Any] = {tuple(key.split(".")): value for key, value in SAID.items()}
     if any(place[:3] == ("exchange", "build", "rule") for place in leaves):
-        target, waits = (("exchange", "build", key) for key in ("_target_", "_partial_"))
-        said |= {target: _PLAIN, waits: leaves.get(target) == _PLAIN}
-    return {place: value for place, value in leaves.items() if place not in said or value != said[place]}
+        target, is_partial = (("exchange", "build", key) for key in ("_target_", "_partial_"))
+        implied |= {target: _PLAIN, is_partial: leaves.get(target) == _PLAIN}
+    return {place: value for place, value in leaves.items() if place not in implied or value != implied[place]}
 
 
 def _place_of_now(place: Place) -> Place:
-    """Find where a value stands now."""
+    """Find the new place of a value."""
     for then, now in ((then.split("."), now.split(".")) for then, now in MOVES.items()):
         if list(place[: len(then)]) == then:
             return (*now, *place[len(then) :])
@@ -175,7 +175,7 @@ def _place_of_now(place: Place) -> Place:
 
 
 def _leaves(node: Mapping[Any, Any], above: Place) -> Iterator[tuple[Place, Any]]:
-    """Walk through nested mappings: every value with the keys that lead to it; an empty mapping is a value."""
+    """Iterate over the values of nested mappings, each with its place; an empty mapping is a value."""
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, (*above, key))
@@ -184,30 +184,33 @@ def _leaves(node: Mapping[Any, Any], above: Place) -> Iterator[tuple[Place, Any]
 
 
 def _nested(leaves: Mapping[Place, Any]) -> dict[str, Any]:
-    """Build nested mappings of values and the keys that lead to them."""
-    found: dict[str, Any] = {}
+    """Build nested mappings from values by place."""
+    tree: dict[str, Any] = {}
     for (*above, last), value in leaves.items():
-        node = found
+        node = tree
         for key in above:
             if not isinstance(node.get(key), dict):
                 node[key] = {}
             node = node[key]
         node[last] = value
-    return found
+    return tree
 
 
 def _renamed(node: Any) -> Any:
-    """Give targets their names of now, and the keys and values that these have."""
+    """Rename targets, with their arguments and values, and add newer keys."""
     if isinstance(node, list):
         return [_renamed(value) for value in node]
     if not isinstance(node, Mapping):
         return node
-    found = {key: _renamed(value) for key, value in node.items()}
-    if isinstance(target := found.get("_target_"), str):
-        found["_target_"] = TARGETS.get(target, target)
-        names_now = ARGUMENTS.get(found["_target_"], {})
-        found = {**KEYS.get(found["_target_"], {}), **{names_now.get(key, key): found[key] for key in found}}
-        for key, names in VALUES.get(found["_target_"], {}).items():
-            if isinstance(value := found.get(key), int | str):
-                found[key] = names.get(value, value)
-    return found
+    result = {key: _renamed(value) for key, value in node.items()}
+    if isinstance(target := result.get("_target_"), str):
+        result["_target_"] = TARGETS.get(target, target)
+        names_now = ARGUMENTS.get(result["_target_"], {})
+        result = {
+            **KEYS.get(result["_target_"], {}),
+            **{names_now.get(key, key): result[key] for key in result},
+        }
+        for key, names in VALUES.get(result["_target_"], {}).items():
+            if isinstance(value := result.get(key), int | str):
+                result[key] = names.get(value, value)
+    return result

@@ -1,4 +1,4 @@
-"""A run, carried out: assemble, prepare head and mask, train, write. Of several processes one leads, others follow."""
+"""Executes a run: assemble, prepare head and mask, train, write. Of several processes the first leads."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ log = logging.getLogger("fedsparse")
 
 
 class Unfinished(ValueError):
-    """A limit ended a run before its last round; it can go on."""
+    """A limit ended a run before its last round; it can be resumed."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What the rounds begin with, as the leading process prepared it.
+    """The state before the first round, as prepared by the leading process.
 
     Attributes:
         found: mask, and the clients' own masks.
-        ledger: bytes so far.
-        net: the model's tensors by name, on the CPU.
-        bound: most clients that train together.
-        checkpoint: what a resumed run goes on from.
+        ledger: bytes of the preparation.
+        net: the model's tensors by name, on the CPU; empty in a single process.
+        bound: largest cohort.
+        checkpoint: of a resumed run; None: the run is new.
 
     """
 
@@ -73,7 +73,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Training:
-    """The parts of a training that are asked something afterwards; ``max_time`` is ``trainer.max_time``."""
+    """The parts of a training that are read after it; ``max_time`` is ``trainer.max_time``."""
 
     trainer: Trainer
     rounds: FederatedRounds
@@ -83,11 +83,11 @@ class Training:
 
 
 def execute(job: Job) -> dict[str, Any]:
-    """Carry out a run with as many processes as it asks for; returns its summary.
+    """Execute a run in the configured number of processes; returns its summary.
 
     Raises:
-        Unfinished: a limit ended it; one line says how to go on.
-        Stopped: a signal did, and a line has said how to go on.
+        Unfinished: a limit ended it; one line, with the argument to resume.
+        Stopped: a signal ended it; the same line was printed.
 
     """
     quiet()
@@ -105,7 +105,7 @@ def execute(job: Job) -> dict[str, Any]:
 
 def _lead(job: Job) -> dict[str, Any]:
     assembly = assemble(job.cfg)
-    parallel.share(job)  # only now: what the data set downloads is there for all
+    parallel.share(job)  # after the data set's download, which the others then read
     module = assembly.module()
     start = _start(job, assembly, module)
     parallel.share(start)
@@ -113,12 +113,12 @@ def _lead(job: Job) -> dict[str, Any]:
     module.stack(assembly.course.cohort)
     training = _train(job, assembly, module, start)
     _stopped(job, training)
-    save_weights(assembly.problem.net, job.folder / WEIGHTS)  # first, whatever may go wrong with figures of it
+    save_weights(assembly.problem.net, job.folder / WEIGHTS)  # first, so that no error in a figure loses them
     if assembly.keep_deviation and training.choice.observed is not None:
         save_deviation(job.folder, assembly.problem.space.unflatten(training.choice.observed.cpu()))
     changed = training.choice.mask is not start.found.mask or not (job.folder / MASK_PICTURE).exists()
     if changed and assembly.pictures:
-        draw(job.folder, training.choice.mask)  # once, however often it was chosen anew
+        draw(job.folder, training.choice.mask)  # once, of the last mask
     federation, seconds = training.rounds.federation, training.callbacks.log.seconds
     summary = summarise(job, assembly, federation, start.found, training.choice.mask, seconds)
     write_results(job.folder, summary, assembly.pictures)
@@ -127,13 +127,13 @@ def _lead(job: Job) -> dict[str, Any]:
 
 
 def follow() -> None:
-    """Train other clients of the same rounds, until the leading process has nothing more to do.
+    """Train this process's clients of the same rounds, until the leading process ends.
 
     Raises:
-        ValueError: this process cannot build what the leading one could.
+        ValueError: a part cannot be built in this process.
 
     """
-    warnings.simplefilter("ignore")  # the leading process warns
+    warnings.simplefilter("ignore")  # the leading process gives them
     try:
         while (job := parallel.share()) is not None:
             quiet()
@@ -147,11 +147,11 @@ def follow() -> None:
             module.set_mask(start.found.mask.row(assembly.problem.space), start.found.bitmaps)
             _train(job, assembly, module, start)
     except Diverged:
-        return  # the leading process says so
+        return  # the leading process reports it
 
 
 def _start(job: Job, assembly: Assembly, module: ClientModule) -> Start:
-    """Prepare a run's first round, or find what a resumed one goes on from."""
+    """Prepare a run's first round, or read the state of a resumed run."""
     problem, ledger, checkpoint = assembly.problem, Ledger(), _checkpoint(job, assembly)
     if checkpoint is None:
         check_trainable(assembly, module.buffer_policy)
@@ -168,7 +168,12 @@ def _start(job: Job, assembly: Assembly, module: ClientModule) -> Start:
 
 
 def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start) -> Training:
-    """Train to the last round."""
+    """Train to the last round.
+
+    Raises:
+        ValueError: more rounds are closed than configured.
+
+    """
     problem, phases, leads = assembly.problem, assembly.course.phases, parallel.process() == 0
     closed = 0 if start.checkpoint is None else read_checkpoint(start.checkpoint, problem.space)["epoch"] + 1
     asked = assembly.config["federation"]["rounds"]
@@ -201,7 +206,7 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start) -> 
 def _rounds(
     folder: Path, assembly: Assembly, module: ClientModule, choice: MaskSchedule, ledger: Ledger, closed: int
 ) -> FederatedRounds:
-    """Build the rounds; what clients keep may lie in the run folder, whose tables hold so many rounds already."""
+    """Build the rounds, with client stores and tables in the run folder; rows after ``closed`` rounds are dropped."""
     method, row, leads = assembly.method, torch.as_tensor(module.mask).cpu(), parallel.process() == 0
     traffic = Traffic(folder / TRAFFIC if leads else None)
     traffic.drop_from(closed + 1)
@@ -224,7 +229,7 @@ def _rounds(
 
 
 def _store(kind: str, folder: Path, name: str) -> ClientStore:
-    """Make a store of what clients keep, in memory or in the run folder."""
+    """Build a store of client state, in memory or in the run folder."""
     return make_store(kind, folder / store_file(name))
 
 
@@ -233,11 +238,11 @@ def _silent(mask: Mask) -> Mask:
 
 
 def _stopped(job: Job, training: Training) -> None:
-    """End the run if a signal or a limit asked for it: the round is closed and saved.
+    """End the run after a signal or a limit; the round is closed and saved.
 
     Raises:
-        Stopped: a signal did.
-        Unfinished: ``trainer.max_time`` did, before the last round.
+        Stopped: a signal was received.
+        Unfinished: ``trainer.max_time`` was reached before the last round.
 
     """
     received, closed = training.callbacks.stop.received, training.trainer.current_epoch
@@ -253,19 +258,19 @@ def _stopped(job: Job, training: Training) -> None:
 
 
 def _say(number: signal.Signals, state: str, job: Job) -> None:
-    """Say in one line, on the terminal and in run.log, what a signal has ended and how to go on."""
+    """Write one line to the terminal and run.log: the signal, the saved state, and the argument to resume."""
     line = f"{number.name}: {state}; go on with resume={job.folder}"
     log.info(line)
     print(f"fedsparse: {line}", file=sys.stderr, flush=True)
 
 
 def _beside_others() -> bool:
-    """Whether this is one of several jobs that a launcher of Hydra runs at the same time."""
+    """Whether a launcher of Hydra runs several jobs at the same time."""
     return HydraConfig.initialized() and not str(HydraConfig.get().launcher._target_).endswith("BasicLauncher")
 
 
 def _stored(job: Job, assembly: Assembly, checkpoint: Path) -> Calibrated:
-    """Take the masks of a checkpoint, with the metadata of the run's mask file."""
+    """Read the masks of a checkpoint, with the metadata of the run's mask file."""
     space, path = assembly.problem.space, job.folder / MASK
     state = read_checkpoint(checkpoint, space)["state_dict"]
     metadata = Mask.load(path).metadata if path.is_file() else {}
@@ -274,7 +279,7 @@ def _stored(job: Job, assembly: Assembly, checkpoint: Path) -> Calibrated:
 
 
 def _checkpoint(job: Job, assembly: Assembly) -> Path | None:
-    """Choose what a resumed run goes on from."""
+    """Choose the checkpoint of a resumed run: the last one that can be read; None of a new run."""
     if not job.resumed:
         return None
     space = assembly.problem.space
@@ -288,10 +293,10 @@ def _checkpoint(job: Job, assembly: Assembly) -> Path | None:
 
 
 def _check_data(stored: str, found: str) -> None:
-    """Refuse to go on with other data than the run began with.
+    """Refuse to resume a run on other data.
 
     Raises:
-        ValueError: text that is read from the running Python differs by its version, files may have been replaced.
+        ValueError: the fingerprints differ, by another version of Python or replaced files.
 
     """
     if stored != found:
@@ -302,14 +307,14 @@ def _check_data(stored: str, found: str) -> None:
 
 
 def quiet() -> None:
-    """Keep what Lightning says about itself off the terminal; warnings that a person can act on stay."""
+    """Silence Lightning's messages and those of its warnings that need no action."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for text in (
         "does not have many workers",
         "Checkpoint directory",
         "`isinstance\\(treespec",
         "smaller than the logging",
-        "GPU available but not used",  # Lightning's advice to take an Apple GPU too
-        "sync_dist=True",  # all processes hold the same figures
+        "GPU available but not used",  # also given for Apple GPUs
+        "sync_dist=True",  # all processes log equal figures
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")

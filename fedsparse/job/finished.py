@@ -1,4 +1,4 @@
-"""A finished run, read from its folder: its model, and inputs to try the model on."""
+"""Reads a finished run from its folder: its model, and sample inputs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Finished:
 
     Attributes:
         folder: the run folder.
-        net: its model, as pruned.
-        arguments: what the model was built from.
-        real: inputs of the test split (SAMPLES, ...), as the model takes them.
+        net: its model, in evaluation mode.
+        arguments: of the model's builder.
+        real: the model's inputs of the first test samples, (SAMPLES, ...).
         unit: ``sparsity.unit``.
 
     """
@@ -45,7 +45,7 @@ def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
 
     Args:
         folder: the run folder.
-        trusted: names of packages whose code it may name.
+        trusted: packages whose code the configuration may name.
 
     Raises:
         ValueError: there is no such folder, the run is not finished, or its files are damaged.
@@ -68,7 +68,7 @@ def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
 
 
 def inputs(run: Finished, seed: int) -> Tensor:
-    """Draw random inputs, standard normal, and put real ones behind them: (2 SAMPLES, ...). Tokens are shuffled."""
+    """Draw random inputs (standard normal; tokens shuffled) and append the real ones: (2 SAMPLES, ...)."""
     generator = torch.Generator().manual_seed(seed)
     if run.real.is_floating_point():
         random = torch.randn(run.real.shape, generator=generator)
@@ -78,7 +78,7 @@ def inputs(run: Finished, seed: int) -> Tensor:
 
 
 def _without_weights(model: DictConfig) -> None:
-    """Build without weights where a builder can: they are in the file. BERT's checkpoint says its size too."""
+    """Unset the builder's pre-trained weights, which the file replaces; BERT's checkpoint stays: it sets the size."""
     for key, value in {"pretrained": False, **({} if "tokenizer" in model else {"checkpoint": None})}.items():
         if key in model:
             model[key] = value

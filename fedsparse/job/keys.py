@@ -1,7 +1,7 @@
-"""Which keys beside a ``_target_`` are the job's own: here, and nowhere else.
+"""Lists the keys beside a ``_target_`` that the job reads itself, the only such list.
 
-An option of ``conf/`` holds a ``_target_`` and its arguments. Some groups also hold keys that the job reads; the target
-does not get these, but for the few of ``SHARED``, which it gets too if its signature names them.
+An option of ``conf/`` has a ``_target_`` and its arguments. In some groups it also has keys that the job reads; these
+are not passed to the target, except those of ``SHARED`` that its signature names.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SHARED: Mapping[str, tuple[str, ...]] = {"data": ("stream",), "exchange": ("comp
 
 
 def target_of(group: str, node: DictConfig) -> DictConfig:
-    """Keep what is called of a group: its ``_target_`` with the arguments, resolved."""
+    """Copy a group's node with its ``_target_`` and arguments only, resolved."""
     plain: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
-    own = set(JOBS[group])
-    if shared := own & set(SHARED.get(group, ())):
-        own -= shared & set(parameters(plain.get("_target_")) or {})
-    return OmegaConf.create({key: value for key, value in plain.items() if key not in own})
+    excluded = set(JOBS[group])
+    if shared := excluded & set(SHARED.get(group, ())):
+        excluded -= shared & set(parameters(plain.get("_target_")) or {})
+    return OmegaConf.create({key: value for key, value in plain.items() if key not in excluded})
 
 
 def parameters(target: Any) -> Mapping[str, inspect.Parameter] | None:
-    """Read the parameters of a target by name; None if it cannot be imported: whoever calls it then says so."""
+    """Read the parameters of a target by name; None if it cannot be imported, which instantiation then reports."""
     try:
         return inspect.signature(get_object(target)).parameters
     except Exception:  # importing runs a package's own code
@@ -41,6 +41,6 @@ def parameters(target: Any) -> Mapping[str, inspect.Parameter] | None:
 
 
 def taken(target: str) -> Mapping[str, Any] | None:
-    """Give the names that a target takes; None if it takes any, or cannot be had."""
+    """Read the argument names of a target; None if it takes any, or cannot be imported."""
     found = parameters(target)
     return None if found is None or any(p.kind is p.VAR_KEYWORD for p in found.values()) else found

@@ -1,4 +1,4 @@
-"""What of Lightning's Trainer may be set: nothing that changes what a round or an evaluation is."""
+"""Allowed options of Lightning's Trainer: those that do not change a round or an evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-# they change no figure, or are about the machine
+# they do not change results, or concern the machine
 ALLOWED = (
     *("accelerator", "devices", "num_nodes", "precision", "max_time"),
     *("deterministic", "benchmark", "inference_mode", "detect_anomaly"),
@@ -39,23 +39,23 @@ INSTEAD = {
 
 
 def check_trainer(options: Mapping[str, Any]) -> None:
-    """Refuse keys of ``trainer`` that would change a round, or that a run sets itself.
+    """Refuse keys of ``trainer`` that would change a round, or that fedsparse sets.
 
     Raises:
-        ValueError: names the key, and what to set instead.
+        ValueError: one line with the key, and the option to set instead.
 
     """
-    own = options.get("_target_") != "lightning.Trainer"
+    custom = options.get("_target_") != "lightning.Trainer"
     for key in map(str, options):
         if key in INSTEAD:
             raise ValueError(f"trainer.{key} is not to be set: {INSTEAD[key]}")
-        if not (own or key.startswith("_") or key in ALLOWED):
+        if not (custom or key.startswith("_") or key in ALLOWED):
             raise ValueError(f"there is no key trainer.{key}; there are {', '.join(sorted(ALLOWED))}")
     seconds_of(options.get("max_time"))
 
 
 def seconds_of(limit: Any) -> float | None:
-    """Read ``trainer.max_time``: days:hours:minutes:seconds, or a mapping such as {hours: 3}; None is no limit.
+    """Convert ``trainer.max_time`` to seconds: DD:HH:MM:SS, or a mapping such as {hours: 3}; None is no limit.
 
     Raises:
         ValueError: it is neither.

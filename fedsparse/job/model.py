@@ -1,4 +1,4 @@
-"""The model of a run, and whether it suits the data."""
+"""Builds the model of a run, and checks it against the data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedsparse.data.files import reason_of
 from fedsparse.models.modes import evaluating
 from fedsparse.models.trainable import trainable_filter
 
-NORMS = (WeightNorm, SpectralNorm)  # in torch's older form, hooks that compute the weight before each forward
+NORMS = (WeightNorm, SpectralNorm)  # torch's older form: hooks that compute the weight before each forward
 
 
 def build_net(
@@ -34,38 +34,38 @@ def build_net(
     init: str = "random",
     frozen: bool = False,
 ) -> tuple[nn.Module, ParamSpace]:
-    """Convert a network, and find the space of its federated tensors.
+    """Convert a network's parameters, and build the space of its federated tensors.
 
     Args:
-        built: the network as its builder gave it.
-        dtype: of its parameters; None: as they are.
+        built: the network of the builder.
+        dtype: of its parameters; None: unchanged.
         head: patterns of the head's parameters.
-        trainable: ``model.trainable``: what may train.
-        local: patterns of what stays with each client.
-        init: ``head.init``: how the head will be prepared.
-        frozen: whether the head does not train.
+        trainable: ``model.trainable``: which parameters train.
+        local: patterns of parameters that stay with each client.
+        init: ``head.init``.
+        frozen: ``head.frozen``: whether the head does not train.
 
     Raises:
-        ValueError: parameters that cannot be coordinates, or nothing that trains.
+        ValueError: a parameter cannot be part of a row, or no parameter trains.
 
     """
     net = built.to(dtype=dtype)
     check_parameters(net)
     names = [name for name, _ in net.named_parameters()]
-    held = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
-    check_frozen_head(init, head, held)
-    chosen = trainable_filter(trainable, head, names, held)
+    builder_frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    check_frozen_head(init, head, builder_frozen)
+    chosen = trainable_filter(trainable, head, names, builder_frozen)
     return net, ParamSpace.of(net, _without(chosen, head, names) if frozen else chosen, list(local))
 
 
 def make_net(arguments: Mapping[str, Any]) -> nn.Module:
-    """Build a network from what ``Problem.arguments`` holds."""
+    """Build a network from ``Problem.arguments``."""
     net: nn.Module = instantiate(OmegaConf.create(dict(arguments)))
     return net
 
 
 def of_data(dataset: Dataset) -> dict[str, int]:
-    """Give what a model may take from the data, by the names of a builder's arguments."""
+    """Derive sizes of a model from the data, by the names of the builder's arguments."""
     shape = tuple(dataset.train.x.shape[1:])  # (C, H, W), or (L,) of texts
     return {
         "num_classes": dataset.classes,
@@ -76,7 +76,12 @@ def of_data(dataset: Dataset) -> dict[str, int]:
 
 
 def _without(chosen: Callable[[str], bool], head: Patterns, names: Sequence[str]) -> Callable[[str], bool]:
-    """Leave out the head's names."""
+    """Exclude the head's parameters from a filter of names.
+
+    Raises:
+        ValueError: no other parameter trains.
+
+    """
     if not any(chosen(name) and not matches(name, head) for name in names):
         raise ValueError(
             "head.frozen=true leaves nothing to train with this model.trainable; set one of them otherwise"
@@ -85,44 +90,44 @@ def _without(chosen: Callable[[str], bool], head: Patterns, names: Sequence[str]
 
 
 def check_parameters(net: nn.Module) -> None:
-    """Refuse parameters that cannot be coordinates of a row of real numbers.
+    """Refuse parameters without values, of half or complex dtype, or that share memory.
 
     Raises:
-        ValueError: one line that names the first of them.
+        ValueError: one line with the first such parameter.
 
     """
-    held: dict[int, str] = {}
+    owners: dict[int, str] = {}
     for name, parameter in net.named_parameters():
         if is_lazy(parameter) or parameter.is_meta:
             raise ValueError(f"the model's {name} has no values yet; let the builder make them")
         if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the model's {name} is {parameter.dtype}; clients train float32 (trainer.precision)")
-        place = parameter.data_ptr()
-        other = held.setdefault(place, name) if parameter.numel() else name
+        address = parameter.data_ptr()
+        other = owners.setdefault(address, name) if parameter.numel() else name
         if other != name:
             raise ValueError(f"the model's {other} and {name} share memory and are two parameters; tie them as one")
 
 
 def check_frozen_head(init: str, head: Patterns, frozen: Collection[str]) -> None:
-    """Refuse to prepare a head that the builder froze.
+    """Refuse ``head.init`` for a head that the builder froze.
 
     Raises:
-        ValueError: one line that names the key.
+        ValueError: one line with the key.
 
     """
-    held = [name for name in frozen if matches(name, head)]
-    if held and init != "random":
+    head_frozen = [name for name in frozen if matches(name, head)]
+    if head_frozen and init != "random":
         raise ValueError(
-            f"head.init={init} would change {held[0]}, which the model's builder froze (requires_grad=False); "
+            f"head.init={init} would change {head_frozen[0]}, which the model's builder froze (requires_grad=False); "
             "set head.init=random"
         )
 
 
 def check_parametrized(net: nn.Module) -> None:
-    """Refuse to prune weights that are computed from other parameters: a norm of zeros has no direction.
+    """Refuse to prune weights that are computed from other parameters, since a zero vector has no direction.
 
     Raises:
-        ValueError: one line that names the layer.
+        ValueError: one line with the layer.
 
     """
     for name, module in net.named_modules():
@@ -135,7 +140,12 @@ def check_parametrized(net: nn.Module) -> None:
 
 
 def check_classes(net: nn.Module, head: Patterns, dataset: Dataset) -> None:
-    """Refuse a head that cannot tell the classes of the data apart."""
+    """Refuse a head with fewer outputs than the data has classes.
+
+    Raises:
+        ValueError: one line with both numbers.
+
+    """
     heads = [module for name, module in net.named_modules() if matches(f"{name}.weight", head)]
     outputs = next((layer.out_features for layer in heads if isinstance(layer, nn.Linear)), dataset.classes)
     if outputs < dataset.classes:
@@ -146,13 +156,13 @@ def check_classes(net: nn.Module, head: Patterns, dataset: Dataset) -> None:
 
 
 def check_kind(net: nn.Module, dataset: Dataset, cohort: int | str) -> None:
-    """Refuse texts for a model of images, images for one of texts, and what a model of texts cannot do.
+    """Refuse text for a model of images and the reverse, another vocabulary, long texts, and stacked text models.
 
     Raises:
-        ValueError: one line that names the keys.
+        ValueError: one line with the keys.
 
     """
-    longest = getattr(net, "longest", None)  # of a model of texts, the most tokens that it takes
+    longest = getattr(net, "longest", None)  # most tokens of a model of texts
     if dataset.tokens and longest is None:
         fitting = "model=next_char_lstm" if dataset.vocabulary else "model=bert_tiny or model=bert_base"
         raise ValueError(f"this data is text and the model takes images; choose {fitting}")
@@ -163,9 +173,11 @@ def check_kind(net: nn.Module, dataset: Dataset, cohort: int | str) -> None:
         fitting = "data=shakespeare" if characters else "data=stdlib_docs or data=ag_news"
         raise ValueError(f"this data is images and the model takes text; choose {fitting}")
     if dataset.vocabulary != characters:
-        held, taken = (f"{n} characters" if n else "words of a tokenizer" for n in (dataset.vocabulary, characters))
+        present, accepted = (
+            f"{n} characters" if n else "words of a tokenizer" for n in (dataset.vocabulary, characters)
+        )
         fitting = "model=next_char_lstm" if dataset.vocabulary else "model=bert_tiny or model=bert_base"
-        raise ValueError(f"this data is {held} and the model takes {taken}; choose {fitting}")
+        raise ValueError(f"this data is {present} and the model takes {accepted}; choose {fitting}")
     if dataset.train.x.shape[1] > longest:
         raise ValueError(f"data.max_length={dataset.train.x.shape[1]}: the model takes at most {longest} tokens")
     if cohort not in (1, "auto"):
@@ -175,18 +187,18 @@ def check_kind(net: nn.Module, dataset: Dataset, cohort: int | str) -> None:
 def check_fit(
     net: nn.Module, dataset: Dataset, inputs: Callable[[Tensor], Tensor], precision: str, name: str, sized: bool
 ) -> None:
-    """Refuse data that the model cannot take, tried on one sample of zeros before anything else is prepared.
+    """Refuse data of a shape or dtype that the model does not take, by a trial on one sample of zeros.
 
     Args:
         net: the network.
         dataset: the splits.
-        inputs: turns samples into what the network takes.
+        inputs: converts samples to the network's inputs.
         precision: ``trainer.precision``.
         name: ``model.name``.
-        sized: whether the data can be had in another size.
+        sized: whether ``data.size`` can be set.
 
     Raises:
-        ValueError: one line that names the model, the shape, and the keys.
+        ValueError: one line with the model, the shape and the keys.
 
     """
     first = next(net.parameters())
@@ -200,7 +212,7 @@ def check_fit(
     try:
         with evaluating(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
             net(inputs(x).to(first.device))
-    except Exception as error:  # the network's own code raises whatever it leads to
+    except Exception as error:  # the network's code may raise any exception
         shape = " x ".join(map(str, dataset.train.x.shape[1:]))
         ways = "model=conv takes any, model=timm resizes them" if not dataset.tokens else "set data.max_length"
         where = "data.size, " if sized else ""

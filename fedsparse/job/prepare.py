@@ -1,4 +1,4 @@
-"""The part of a run before its first round, and what it leaves in the run folder: partition, head, masks."""
+"""Prepares a run before its first round: partition figure, head, masks, and their files in the run folder."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from fedsparse.simulation.devices import device_of
 from fedsparse.simulation.module import ClientModule
 
 log = logging.getLogger("fedsparse")
-OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed run reports it too
+OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed run reports it
 
 
 def prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger) -> Calibrated:
-    """Go through the phases that come before the first round, and write what they found into the run folder.
+    """Run the phases before the first round, and write the masks into the run folder.
 
     Args:
-        job: what was asked for.
-        assembly: the parts of the run; the network moves to its device, and its head to where training starts.
-        module: the clients, of whom the losses are read.
-        ledger: counts bytes.
+        job: the run to execute.
+        assembly: the parts of the run; its network is moved to its device, with the prepared head.
+        module: the clients; their losses are used.
+        ledger: counts bytes and client steps.
 
     """
     with made_in(dtype_of(assembly.problem.precision)):
@@ -85,7 +85,7 @@ def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger)
 
 @contextmanager
 def shown(phase: str) -> Iterator[None]:
-    """Say on a terminal, and in run.log, that a phase of the preparation runs."""
+    """Show a phase of the preparation on the terminal, and log its seconds."""
     console, began = Console(file=sys.stderr), time.perf_counter()
     with console.status(phase) if console.is_terminal else nullcontext():
         yield
@@ -93,7 +93,7 @@ def shown(phase: str) -> Iterator[None]:
 
 
 def picture(path: Path, draw: Callable[[], Figure]) -> None:
-    """Draw a picture; what goes wrong is said in one line, and no reason to lose a run."""
+    """Draw and write a figure; an error is logged in one line, and does not end the run."""
     try:
         figure = draw()
         files.write(path, lambda file: figure.savefig(file, format="png", dpi=120))
@@ -102,10 +102,10 @@ def picture(path: Path, draw: Callable[[], Figure]) -> None:
 
 
 def record(job: Job, chosen: Mask, bitmaps: Tensor | None = None, overlap: Sequence[float] = ()) -> Mask:
-    """Write a mask into the run folder; returns it with the metadata that the file has.
+    """Write a mask into the run folder; returns it with the metadata of the file.
 
     Raises:
-        ValueError: it lets nothing train.
+        ValueError: no coordinate trains.
 
     """
     rule = job.choices.get("mask_rule", chosen.metadata["rule"])
@@ -121,13 +121,13 @@ def record(job: Job, chosen: Mask, bitmaps: Tensor | None = None, overlap: Seque
 
 
 def draw(folder: Path, mask: Mask) -> None:
-    """Draw a mask into the run folder."""
+    """Draw a mask's figure into the run folder."""
     title = f"mask rule {mask.metadata['rule']}, {mask.density:.1%} of the weights train"
     picture(folder / MASK_PICTURE, lambda: mask_figure(mask, title=title))
 
 
 def build_preparation(assembly: Assembly, module: ClientModule, ledger: Ledger) -> Preparation:
-    """Gather what head and mask are prepared on, and move the network to its device."""
+    """Build the preparation of head and mask, and move the network to its device."""
     problem, device = assembly.problem, device_of(assembly.session.accelerator)
     return Preparation(
         net=problem.net.to(device),
@@ -146,24 +146,24 @@ def build_preparation(assembly: Assembly, module: ClientModule, ledger: Ledger) 
 
 
 def start_head(assembly: Assembly, preparation: Preparation, steps: int) -> None:
-    """Prepare the head in so many steps: every run of a seed starts from the same one, whatever its mask rule."""
+    """Prepare the head in ``steps`` steps; it is the same for all mask rules of a seed."""
     head, patterns, lr = assembly.method.head, assembly.problem.head, assembly.method.calibration.head_lr
     if head.init == "random":
         return
     config = assembly.config
-    read = {**config["head"], "steps": steps, "lr": lr, "sampled": _sampled(preparation, Purpose.HEAD, steps)}
+    options = {**config["head"], "steps": steps, "lr": lr, "sampled": _sampled(preparation, Purpose.HEAD, steps)}
     Cache(assembly.method.calibration.cache).head(
         preparation,
-        read | {"client": config["client"]},
+        options | {"client": config["client"]},
         patterns,
         lambda: prepare_head(preparation, head, patterns, steps, lr),
     )
 
 
 def choose_mask(assembly: Assembly, preparation: Preparation) -> Calibrated:
-    """Choose what trains in the first round: calibrate, or take the masks of the same calibration.
+    """Choose the mask of the first round: calibrate, or read the masks of an equal calibration from the cache.
 
-    Where clients explore first, everything trains until they have.
+    Before an exploration all coordinates train.
     """
     method, rule = assembly.method, assembly.method.rule
     calibration = method.calibration
@@ -172,37 +172,37 @@ def choose_mask(assembly: Assembly, preparation: Preparation) -> Calibrated:
         everything = Mask.of(preparation.space, torch.ones(preparation.space.size, dtype=torch.bool), rule="Dense")
         return Calibrated(everything, observed=observe(preparation, job))
     choose = calibrate_clients if method.own_masks else calibrate
-    if method.changes or not rule.calibration:  # a later choice needs what was observed
+    if method.changes or not rule.calibration:  # a later choice needs the observed values
         return choose(preparation, job)
-    read = {key: assembly.config[key] for key in ("mask_rule", "sparsity", "mask", "client")}
+    cache_key = {key: assembly.config[key] for key in ("mask_rule", "sparsity", "mask", "client")}
     options = {key: value for key, value in assembly.config["calibration"].items() if key != "cache"}
-    read["calibration"] = options | {"rounds": calibration.rounds}
-    read["sampled"] = _sampled(preparation, Purpose.CALIBRATION, calibration.rounds)
-    read["rule"] = source_of(rule)
-    return Cache(calibration.cache).calibrated(preparation, read, lambda: choose(preparation, job))
+    cache_key["calibration"] = options | {"rounds": calibration.rounds}
+    cache_key["sampled"] = _sampled(preparation, Purpose.CALIBRATION, calibration.rounds)
+    cache_key["rule"] = source_of(rule)
+    return Cache(calibration.cache).calibrated(preparation, cache_key, lambda: choose(preparation, job))
 
 
 def _sampled(preparation: Preparation, purpose: Purpose, rounds: int) -> list[list[int]]:
-    """Who takes part in each round of a preparation."""
+    """Draw the clients of each round of a preparation."""
     return [list(preparation.sample(round, purpose)) for round in range(rounds)]
 
 
 def save_deviation(folder: Path, found: Mapping[str, Tensor]) -> None:
-    """Write what exploring clients found, by tensor, beside the masks: ``explore.save=true`` asks for it."""
+    """Write the deviation observed in an exploration, by tensor, beside the masks (``explore.save=true``)."""
     files.write(folder / DEVIATION, save({name: part.contiguous() for name, part in found.items()}))
 
 
 def _check_given(job: Job, rule: FromFile, mask: Mask, asked: Any) -> None:
-    """Refuse another sparsity beside that of a mask file: only one of them could be meant.
+    """Refuse a sparsity other than that of a mask file.
 
     Raises:
-        ValueError: names the file's ratio and the one that was typed.
+        ValueError: one line with the file's ratio and the overrides.
 
     """
-    typed = [o for o in trust.overrides(job.folder) if o.startswith("sparsity")]
+    typed_overrides = [o for o in trust.overrides(job.folder) if o.startswith("sparsity")]
     ratio = mask.metadata.get("ratio")
-    if typed and ratio is not None and float(ratio) != asked:
+    if typed_overrides and ratio is not None and float(ratio) != asked:
         raise ValueError(
             f"mask_rule=from_file sets the sparsity: {rule.path} has sparsity.ratio={ratio}; "
-            f"leave out {' '.join(typed)}"
+            f"leave out {' '.join(typed_overrides)}"
         )

@@ -1,4 +1,4 @@
-"""Going on with a run that was stopped: its stored configuration, and the few keys that may change."""
+"""Resumes a stopped run: its stored configuration, and the few keys that may change."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ CACHE = "calibration.cache"
 
 @dataclass(frozen=True)
 class Job:
-    """A run to carry out.
+    """A run to execute.
 
     Attributes:
-        cfg: its configuration, without Hydra's own part.
+        cfg: its configuration, without the node ``hydra``.
         folder: its run folder.
         choices: option chosen of each config group.
         group: name shared by the runs of a sweep, or None.
-        resumed: whether the folder holds a run to go on with.
-        begun: rounds that this run was begun with.
+        resumed: whether the folder holds a run to resume.
+        begun: rounds in the stored configuration of a resumed run.
 
     """
 
@@ -52,7 +52,7 @@ class Job:
 
 
 def facts(hydra_cfg: Any) -> tuple[dict[str, str], str | None]:
-    """Read the chosen options and the sweep's name from Hydra's own configuration."""
+    """Read the chosen option of each group and the sweep's name from the node ``hydra``."""
     chosen = hydra_cfg["runtime"]["choices"].items()
     choices = {str(key): str(value) for key, value in chosen if not str(key).startswith("hydra/")}
     sweep = "MULTIRUN" in str(hydra_cfg["mode"])
@@ -60,26 +60,26 @@ def facts(hydra_cfg: Any) -> tuple[dict[str, str], str | None]:
 
 
 def composed(cfg: DictConfig, hydra_cfg: Any) -> Job:
-    """Take the job that Hydra composed, in the folder that it made.
+    """Build the job that Hydra composed, in the run folder that it created.
 
     Raises:
-        ValueError: an option of one's own has the name of a shipped one, which Hydra takes instead.
+        ValueError: a user's option has the name of a shipped one, which Hydra prefers.
 
     """
     choices, group = facts(hydra_cfg)
     sources = hydra_cfg["runtime"]["config_sources"]
     folders = [Path(str(source["path"])) for source in sources if source["schema"] == "file"]
-    own = [folder for folder in folders if folder.resolve() != conf_dir()]
+    user_folders = [folder for folder in folders if folder.resolve() != conf_dir()]
     for key, option in choices.items():
         file = f"{key}/{option}.yaml"
-        hidden = [folder / file for folder in own if (folder / file).is_file()]
+        hidden = [folder / file for folder in user_folders if (folder / file).is_file()]
         if hidden and (conf_dir() / file).is_file():
             raise ValueError(f"{key}={option} is shipped and cannot be replaced; rename {hidden[0]}")
     return Job(cfg, Path(str(hydra_cfg["runtime"]["output_dir"])), choices, group)
 
 
 def stored_facts(folder: Path) -> tuple[dict[str, str], str | None]:
-    """Read the same of a stored run, as plain data: nothing is resolved.
+    """Read the choices and the sweep's name of a stored run, as plain data, unresolved.
 
     Raises:
         ValueError: the file is damaged.
@@ -92,21 +92,21 @@ def stored_facts(folder: Path) -> tuple[dict[str, str], str | None]:
 
 
 def store(job: Job, hydra_cfg: Any) -> None:
-    """Write the configuration into the run folder, as Hydra would, but each file whole or not at all."""
-    own = OmegaConf.to_container(hydra_cfg, enum_to_str=True)
-    assert isinstance(own, dict)
-    own["sweep"]["dir"] = str(hydra_cfg.sweep.dir)  # a ${now:} in it would name another sweep on resume
+    """Write the configuration into the run folder in Hydra's files, each atomically."""
+    hydra_node = OmegaConf.to_container(hydra_cfg, enum_to_str=True)
+    assert isinstance(hydra_node, dict)
+    hydra_node["sweep"]["dir"] = str(hydra_cfg.sweep.dir)  # resolved, since ${now:} would name another sweep on resume
     (job.folder / CONFIG).parent.mkdir(exist_ok=True)
-    stored = {HYDRA: OmegaConf.create({"hydra": own}), CONFIG: job.cfg, OVERRIDES: hydra_cfg.overrides.task}
+    stored = {HYDRA: OmegaConf.create({"hydra": hydra_node}), CONFIG: job.cfg, OVERRIDES: hydra_cfg.overrides.task}
     for name, node in stored.items():
         files.write(job.folder / name, OmegaConf.to_yaml(node))
 
 
 def as_found(job: Job) -> Job:
-    """Take a cell of a sweep as it stands in its folder: not begun, or the same run to go on with.
+    """Compare a cell of a sweep with its folder; returns the job, resumed if the folder holds the same run.
 
     Raises:
-        ValueError: the folder holds another run; it is not touched.
+        ValueError: the folder holds another run; it is not changed.
 
     """
     if not used(job.folder):
@@ -114,10 +114,10 @@ def as_found(job: Job) -> Job:
     stored = job.folder / CONFIG
     if not stored.is_file():
         raise ValueError(already_used(job.folder))
-    # what is carried out is what was typed; what is stored is only compared, so that it may ask for what that asks for
-    raw, typed = trust.read(stored), trust.RESOLVER.findall(OmegaConf.to_yaml(job.cfg))
-    begun = _rounds(trust.resolved(raw, typed))
-    with trust.resolvers(typed):
+    # the job runs as typed; the stored configuration is only compared, so it may use the job's resolvers
+    raw, resolver_names = trust.read(stored), trust.RESOLVER.findall(OmegaConf.to_yaml(job.cfg))
+    begun = _rounds(trust.resolved(raw, resolver_names))
+    with trust.resolvers(resolver_names):
         different = difference(OmegaConf.create(raw), job.cfg)
     if different is not None:
         raise ValueError(f"another run is stored here: {different}; choose another hydra.sweep.dir")
@@ -125,16 +125,16 @@ def as_found(job: Job) -> Job:
 
 
 def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str] = ()) -> Job:
-    """Read the stored run of a folder, which may have been moved, and apply what may be overridden.
+    """Read the stored run of a folder, which may have been moved, and apply overrides.
 
     Args:
         folder: the run folder.
-        overrides: what was typed beside it.
-        trusted: names of packages whose code the stored configuration may name.
+        overrides: of the keys that may change.
+        trusted: packages whose code the stored configuration may name.
 
     Raises:
-        ValueError: no run is stored there, an override is not allowed, or the configuration names what neither
-            ``conf/`` nor a trusted package has.
+        ValueError: no run is stored there, an override is not allowed, or the configuration names a target of neither
+            ``conf/`` nor a trusted package.
 
     """
     stored = folder / CONFIG
@@ -144,7 +144,7 @@ def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str]
         )
     raw = trust.read(stored)
     begun = _rounds(trust.resolved(raw, trusted))
-    for override in [f"{CACHE}=null", *overrides]:  # a folder that is written to: only where it was typed
+    for override in [f"{CACHE}=null", *overrides]:  # the stored cache folder is not written to, only a typed one
         _apply(raw, override)
     cfg = trust.admitted(raw, trusted, typed=[override.partition("=")[0] for override in overrides])
     OmegaConf.set_struct(cfg, True)
@@ -152,25 +152,30 @@ def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str]
 
 
 def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = (), options: Sequence[str] = ()) -> None:
-    """Refuse stored overrides that compose what a stored configuration may not name, or that are Hydra's own.
+    """Refuse stored overrides of Hydra's keys, or whose configuration has untrusted targets.
 
     Args:
-        overrides: as they were stored.
-        trusted: names of packages whose code they may name.
-        options: what the reader typed beside them.
+        overrides: as stored.
+        trusted: packages whose code they may name.
+        options: the reader's own overrides.
 
     Raises:
-        ValueError: names what stands there.
+        ValueError: one line with the override or target.
 
     """
     for override in overrides:
-        if "hydra" in override.partition("=")[0].lower():  # of its launcher, callbacks, folders, search path
+        if "hydra" in override.partition("=")[0].lower():  # launcher, callbacks, folders or search path
             raise ValueError(f"the stored override {override[:100]!r} is of Hydra itself, which no run stores")
     trust.admitted(_compose([*overrides, *options]), trusted)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
-    """Apply one override to a configuration as it was written, or refuse it."""
+    """Apply one override to an unresolved configuration, in place.
+
+    Raises:
+        ValueError: the key may not change.
+
+    """
     key, found, value = override.partition("=")
     if key == "logger" and found:
         raw["logger"] = _compose([f"logger={value}"])["logger"]
@@ -186,10 +191,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _value(override: str) -> Any:
-    """Read a value as Hydra would: YAML takes 00:08:00:00 for a number.
+    """Parse a value by Hydra's grammar; YAML would read 00:08:00:00 as a number.
 
     Raises:
-        ValueError: Hydra cannot read it, in one line.
+        ValueError: Hydra cannot parse it; one line.
 
     """
     try:
@@ -199,30 +204,30 @@ def _value(override: str) -> Any:
 
 
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """Compose a configuration, of which nothing is built or resolved."""
+    """Compose a configuration, unresolved."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return OmegaConf.to_container(compose("train", overrides=list(overrides)))  # type: ignore[return-value]
 
 
 def finished(job: Job) -> dict[str, Any] | None:
-    """Summary of a folder whose run is finished with as many rounds as asked for, or None.
+    """Read the summary of a run that is finished for the configured rounds, else None.
 
-    A run that stopped early by itself, with fewer rounds than were asked for when it was carried out, is finished too.
+    A run that early stopping ended is finished too, unless more rounds are configured than when it ran.
     """
     path = job.folder / SUMMARY
     if not path.is_file():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    asked = summary.get("rounds_asked", job.begun)  # a summary of before it was noted: what the run began with
+    asked = summary.get("rounds_asked", job.begun)  # older summaries lack it: the stored rounds
     return summary if _rounds(job.cfg) <= max(summary["rounds"], asked) else None
 
 
 def _rounds(cfg: DictConfig) -> int:
-    """All rounds of a run, those of an exploration too; runs of before there were phases have theirs alone.
+    """Count all rounds of a run, those of an exploration too; older stored runs have no phases.
 
     Raises:
-        ValueError: it does not say how many.
+        ValueError: the number of rounds is missing or cannot be read.
 
     """
     try:
@@ -234,7 +239,7 @@ def _rounds(cfg: DictConfig) -> int:
 
 
 def open_log(folder: Path) -> None:
-    """Go on writing to run.log, and show warnings, as Hydra does in a fresh run."""
+    """Append to run.log, and print warnings, as Hydra configures it for a new run."""
     handler: logging.Handler = files.LogFile(folder / LOG, encoding="utf-8")
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Runs as they are asked for: a single one, a cell of a sweep, or one to go on with."""
+"""Starts runs: a single run, a cell of a sweep, or a resumed run."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ log = logging.getLogger("fedsparse")
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run as the command line does, and return the summary.
+    """Run as the command line does; returns the summary.
 
     Args:
-        overrides: what one would type, such as ``["mask_rule=random", "partition=noniid_nc1"]``; of a key that is given
-            twice the last counts.
+        overrides: as on the command line, such as ``["mask_rule=random", "partition=noniid_nc1"]``; of a repeated key
+            the last counts.
 
     Returns:
-        What ``summary.json`` holds, and the run folder under ``folder``.
+        The contents of ``summary.json``, and the run folder as ``folder``.
 
     Raises:
-        ValueError: the configuration cannot be run; one line says what is wrong and what would be right.
+        ValueError: the configuration is invalid; one line with the key and its valid values.
 
     """
     register_resolvers()
@@ -50,7 +50,7 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def compose_and_run(task: Callable[[DictConfig], dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
-    """Let Hydra compose a configuration, make the run folder and call the task; returns what that returns."""
+    """Compose a configuration by Hydra, create the run folder and call the task; returns the task's result."""
     register_resolvers()
     check_typed(overrides)
     GlobalHydra.instance().clear()
@@ -65,7 +65,7 @@ def compose_and_run(task: Callable[[DictConfig], dict[str, Any]], overrides: Seq
 
 
 def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """Go on with a stopped run after its last closed round; a finished one is only reported."""
+    """Resume a stopped run after its last closed round; of a finished run only the summary is returned."""
     trusted, overrides = trust.split(arguments)
     job = read_job(folder, overrides, trusted)
     done = finished(job)
@@ -81,20 +81,20 @@ def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def resume_folder(arguments: Sequence[str]) -> Path | None:
-    """Folder of ``resume=<folder>`` among the arguments: Hydra would write into a fresh one before it is read."""
-    given = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
-    return Path(given[-1]) if given and given[-1] not in ("", "null") else None
+    """Read ``resume=<folder>`` before Hydra does, which would create a new folder first; None without it."""
+    folders = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    return Path(folders[-1]) if folders and folders[-1] not in ("", "null") else None
 
 
 def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
-    """Carry out the run that Hydra composed."""
+    """Execute the run that Hydra composed."""
     hydra_cfg = HydraConfig.get()
     job = composed(cfg, hydra_cfg)
     return _single(job, hydra_cfg) if job.group is None else run_cell(job, hydra_cfg)
 
 
 def _single(job: Job, hydra_cfg: Any) -> dict[str, Any]:
-    """Carry out a run in a fresh folder, and show what came out."""
+    """Execute a run in a new folder, and print its results."""
     check(job.cfg, job.choices)
     with held(job.folder):
         store(job, hydra_cfg)
@@ -104,10 +104,10 @@ def _single(job: Job, hydra_cfg: Any) -> dict[str, Any]:
 
 
 def run_cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
-    """Carry out a cell of a sweep: one that is finished is only reported, one that was stopped goes on.
+    """Execute a cell of a sweep: a finished one is only reported, a stopped one resumed.
 
     Raises:
-        CellFailed: after a line that says why; Hydra carries out the other cells first.
+        CellFailed: the cell failed, and its error was printed; Hydra runs the other cells first.
 
     """
     try:

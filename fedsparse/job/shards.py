@@ -1,4 +1,4 @@
-"""Who holds which samples, for training and for tests."""
+"""Partitions training and test samples over the clients."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def deal_shards(
     test: bool = False,
     local_test: float | None = None,
 ) -> tuple[Dataset, list[np.ndarray], list[np.ndarray]]:
-    """Deal training samples and test parts to the clients.
+    """Partition training and test samples over the clients.
 
     Args:
         dataset: the splits.
         deal: the partition: (labels, num_clients, seed) -> sample indices of every client.
-        num_clients: how many there are.
+        num_clients: number of clients.
         seed: the run's seed.
-        users: whether it deals by the users of the samples.
-        test: whether it deals the test split as well; else a client's part has the mix of its own classes.
-        local_test: share of its training samples that each client keeps to test on; None: a part of the test split.
+        users: whether ``deal`` also takes the users of the samples.
+        test: whether ``deal`` partitions the test split too; else a client's part follows its class proportions.
+        local_test: share of its training samples that each client tests on instead; None: the test split is used.
 
     Returns:
-        The splits, longer by what clients keep to test on; training parts; test parts.
+        The splits, with the clients' own test samples appended; training parts; test parts.
 
     """
-    own = {"users": dataset.train.users} if users else {}
-    parts = deal(labels=_labels(dataset.train), num_clients=num_clients, seed=seed, **own)
+    user_ids = {"users": dataset.train.users} if users else {}
+    parts = deal(labels=_labels(dataset.train), num_clients=num_clients, seed=seed, **user_ids)
     if local_test is not None:
         parts, kept = own_tests(parts, _labels(dataset.train), local_test, seed)
         longer, tests = with_own_tests(dataset, kept)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: summary.json, curves, and the table at the end."""
+"""Writes the results of a run: summary.json, curves, and the printed table."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from fedsparse.preparation.calibration import Calibrated
 from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.simulation.progress import human_bytes
 
-# the config groups whose options name a run
+# the config groups whose chosen options are in the summary
 CHOICES = (
     *("mask_rule", "partition", "data", "model", "experiment"),
     *("exchange", "aggregation", "server", "objective", "link"),
 )
-NEAR = 0.02  # above chance: what a run that learned nothing may reach by luck
+NEAR = 0.02  # above chance: accuracy within it counts as having learned nothing
 
 
 def sha256(row: Tensor) -> str:
-    """Fingerprint of a row's bits."""
+    """Compute the SHA-256 of a row's bytes, in hex."""
     return hashlib.sha256(row.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    """First row with the best validation accuracy; rows without validation do not count.
+    """Find the first row with the best validation accuracy; an empty mapping without validation.
 
     >>> best_row([{"round": 1, "val/acc": 0.5}, {"round": 2}, {"round": 3, "val/acc": 0.7}])["round"]
     3
@@ -56,14 +56,14 @@ def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
 def summarise(
     job: Job, assembly: Assembly, federation: Federation, found: Calibrated, mask: Mask, seconds: float
 ) -> dict[str, Any]:
-    """Gather what summary.json holds.
+    """Compute the contents of summary.json.
 
     Args:
-        job: what was asked for; its folder holds metrics.csv.
-        assembly: the parts of the run; the network is the global model of the last round.
-        federation: which trained it.
-        found: what calibration found.
-        mask: what trained in the last round.
+        job: the run; its folder holds metrics.csv.
+        assembly: the parts of the run; its network is the last global model.
+        federation: of the run.
+        found: masks and overlaps of the calibration.
+        mask: of the last round.
         seconds: of all rounds.
 
     """
@@ -101,7 +101,7 @@ def summarise(
 
 
 def _chance(assembly: Assembly, ledger: Ledger) -> dict[str, float | None]:
-    """What a reader wants to know of a run that learned nothing: chance, clipping and rate."""
+    """Compute the figures that explain a run at chance: chance, clipped share of steps, learning rate."""
     options, labels = assembly.config["optimizer"], assembly.problem.dataset.common_test.y
     clipped = None if options["clip_norm"] is None else ledger.clipped_steps / max(1, ledger.round_steps)
     chance = int(labels.bincount().max()) / len(labels) if len(labels) else None
@@ -109,7 +109,7 @@ def _chance(assembly: Assembly, ledger: Ledger) -> dict[str, float | None]:
 
 
 def _pruned(problem: Problem) -> dict[str, float]:
-    """What pruning leaves of the model."""
+    """Compute the pruned model's compression and FLOPs."""
     net = problem.space.tensors(problem.net)[0]  # Lightning has moved it back to the CPU
     x = problem.dataset.train.x[torch.tensor([0])].to(net.device)
     with made_in(dtype_of(problem.precision)):
@@ -117,18 +117,18 @@ def _pruned(problem: Problem) -> dict[str, float]:
 
 
 def _chosen(option: str | None) -> str | None:
-    """Name the option of a group; None where there is none."""
+    """Convert the chosen option of a group; None where none is chosen."""
     return None if option in (None, "None", "null") else option
 
 
 def _exchanged(options: Mapping[str, Any], chosen: str | None) -> dict[str, Any]:
-    """What of the exchange a reader of the summary wants to know; a sparsifier is whole, an exchange ``_partial_``."""
-    found = {f"exchange_{key}": options.get(key) for key in ("fraction", "feedback", "precision", "payload", "compat")}
-    return found | {"exchange_rule": None if "_partial_" in options else options.get("by", chosen)}
+    """Collect the options of the exchange; only an exchange without a rule is ``_partial_``."""
+    named = {f"exchange_{key}": options.get(key) for key in ("fraction", "feedback", "precision", "payload", "compat")}
+    return named | {"exchange_rule": None if "_partial_" in options else options.get("by", chosen)}
 
 
 def sparsity_of(mask: Mask, always: Tensor, space: ParamSpace) -> float:
-    """Fraction of the counted coordinates that does not train: as the mask's maker named it, else counted.
+    """Compute the fraction of counted coordinates that do not train; the mask's ``ratio``, if it has one.
 
     Args:
         mask: the mask.
@@ -143,17 +143,17 @@ def sparsity_of(mask: Mask, always: Tensor, space: ParamSpace) -> float:
 
 
 def mean_client_overlap(found: Calibrated, space: ParamSpace) -> float | None:
-    """Mean Jaccard index over the pairs of clients with a mask of their own; None with one mask for all."""
-    held = found.bitmaps[(found.bitmaps > 0).any(1)] if len(found.bitmaps) else found.bitmaps
-    if len(held) < 2:
+    """Compute the mean Jaccard index over pairs of clients with own masks; None with fewer than two."""
+    bitmaps = found.bitmaps[(found.bitmaps > 0).any(1)] if len(found.bitmaps) else found.bitmaps
+    if len(bitmaps) < 2:
         return None
-    matrix = overlaps(masks_of(held, space))
-    pairs = torch.triu_indices(len(held), len(held), 1)
+    matrix = overlaps(masks_of(bitmaps, space))
+    pairs = torch.triu_indices(len(bitmaps), len(bitmaps), 1)
     return float(matrix[pairs[0], pairs[1]].mean())
 
 
 def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = True) -> None:
-    """Write curves and, last of all, the summary that marks a run as finished."""
+    """Write the curves, then the summary, which marks a run as finished."""
     if pictures:
         title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}"
         picture(folder / CURVES, lambda: curves_figure(read_rows(folder / METRICS), title))
@@ -161,7 +161,7 @@ def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = Tru
 
 
 def print_table(folder: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Show a person what came out."""
+    """Print the table of results."""
     rounds = "1 round" if summary["rounds"] == 1 else f"{summary['rounds']} rounds"
     title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}, {rounds}"
     table = Table(title=title, title_justify="left")
@@ -177,7 +177,7 @@ def print_table(folder: Path, summary: Mapping[str, Any], console: Console | Non
 
 
 def at_chance(summary: Mapping[str, Any]) -> str:
-    """Say that a run has learned next to nothing, and how its steps were taken; empty where it has learned.
+    """Write a line about a run at chance, with clipping and learning rate; empty if it is above chance.
 
     >>> at_chance({"test/acc": 0.5, "chance": 0.1, "clipped_fraction": 0.97, "clip_norm": 1.0, "lr": 0.05})
     ''
@@ -195,7 +195,7 @@ def at_chance(summary: Mapping[str, Any]) -> str:
 
 
 def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of the table: names and values for people."""
+    """Format the rows of the table: labels and values."""
     percent = {
         "test accuracy": "test/acc",
         "test accuracy, best round by validation": "test/acc_best",

@@ -1,9 +1,9 @@
-"""The cells of a sweep: a folder each, named after its overrides, so that a sweep started again goes on with them.
+"""The cells of a sweep: each has a folder named after its overrides, so that a repeated sweep resumes them.
 
 On a SLURM cluster, ``python -m fedsparse.train -m hydra.sweep.dir=runs/grid seed=0,1,2 hydra/launcher=submitit_slurm
 hydra.launcher.timeout_min=240 hydra.launcher.max_num_timeout=20 hydra.launcher.signal_delay_s=300`` submits a job for
-each cell. Before its time is up, or when it is preempted, the job gets SIGUSR2, closes and saves the round (so that the
-delay is to be longer than a round), and is queued again, at most 20 times for want of time. ``submitit_local`` does the
+each cell. Before its time is up, or when it is preempted, the job gets SIGUSR2, closes and saves the round (the delay
+must be longer than a round), and is queued again, at most 20 times after a timeout. ``submitit_local`` does the
 same on one machine; ``joblib`` with ``hydra.launcher.n_jobs`` runs many small cells in few processes.
 """
 
@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from fedsparse.core import files
 from fedsparse.core.folder import LOCK, TRACES
 
-LONGEST = 120  # characters of a folder's name: file systems end at 255, and paths hold more than one
-# what does not shape a run's figures, or may grow
+LONGEST = 120  # characters of a folder's name; file systems allow 255, but paths are limited too
+# keys that do not change results, or may grow
 MAY_DIFFER = (
     "federation.rounds",
     "logger",
@@ -39,11 +39,11 @@ MAY_DIFFER = (
 
 
 class CellFailed(ValueError):
-    """A cell of a sweep failed, and has said why.
+    """A cell of a sweep failed, and its error was printed.
 
     Args:
-        why: a line.
-        keep: whether its folder must stay: more stands in its run.log, or another process is at work there.
+        why: the message, one line.
+        keep: whether its folder must stay, for its run.log or another process in it.
 
     """
 
@@ -53,20 +53,20 @@ class CellFailed(ValueError):
 
 
 class FolderHeld(ValueError):
-    """Another process is at work in a run folder."""
+    """Another process runs in a run folder."""
 
     keep = True
 
 
 def cell_name(overrides: Sequence[str], leave_out: Sequence[str] = ()) -> str:
-    """Name the folder of a cell after its overrides, whatever their order.
+    """Name the folder of a cell after its overrides, sorted.
 
-    The name may stand unquoted in a shell and as a value of an override. A name that had to be changed or cut ends in
-    a part of the SHA-256 of the whole.
+    The name needs no quotes in a shell or an override. A name with replaced or cut characters ends in 10 hex digits of
+    the SHA-256 of all overrides.
 
     Args:
         overrides: such as ``seed=1``.
-        leave_out: keys that do not make another cell.
+        leave_out: keys that are not part of the name.
 
     >>> cell_name(["seed=1", "mask_rule=random", "logger=csv"], leave_out=["logger"])
     'mask_rule-random+seed-1'
@@ -82,31 +82,31 @@ def cell_name(overrides: Sequence[str], leave_out: Sequence[str] = ()) -> str:
 
 
 def used(folder: Path) -> bool:
-    """Whether a folder holds a run that got as far as its first round."""
+    """Whether a folder holds a run that reached its first round."""
     return any((folder / name).exists() for name in TRACES)
 
 
 def shown(folder: Path) -> str:
-    """Write a folder for people: from the working directory if it lies below that."""
+    """Format a folder for messages: relative to the working directory if it lies below it."""
     here = Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def already_used(folder: Path) -> str:
-    """Say that a folder holds a run that this command did not start, and the ways on."""
+    """Write the error line for a folder that holds another run."""
     return f"{folder} already holds a run; continue it with resume={folder}, or choose another folder"
 
 
 def difference(stored: DictConfig, asked: DictConfig) -> str | None:
-    """Say the highest key in which two configurations are not those of the same run, or None.
+    """Describe the topmost key in which the configurations of two runs differ; None if the runs are the same.
 
     >>> difference(OmegaConf.create({"seed": 0, "logger": {}}), OmegaConf.create({"seed": 1, "logger": None}))
     'seed is 0 there and 1 here'
     """
     there, here = (dict(_flat(cfg)) for cfg in (stored, asked))
-    words = [dict(_flat(cfg, resolve=False)) for cfg in (stored, asked)]
+    unresolved = [dict(_flat(cfg, resolve=False)) for cfg in (stored, asked)]
     for key in sorted(there.keys() | here.keys(), key=lambda key: (key.count("."), key)):
-        same = words[0].get(key) == words[1].get(key)  # such as ${federation.rounds}: compared under that key
+        same = unresolved[0].get(key) == unresolved[1].get(key)  # equal interpolations: see their key
         if there.get(key) != here.get(key) and not same and not _may_differ(key):
             return f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
     return None
@@ -117,7 +117,7 @@ def _may_differ(key: str) -> bool:
 
 
 def _flat(cfg: DictConfig, resolve: bool = True) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a configuration, interpolations resolved or not; lists and empty groups are values."""
+    """Iterate over dotted keys and values of a configuration; lists and empty mappings are values."""
 
     def walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
         if not isinstance(node, dict) or not node:
@@ -131,13 +131,13 @@ def _flat(cfg: DictConfig, resolve: bool = True) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other processes off a run folder; the system lets go of it when the process ends, however it ends.
+    """Lock a run folder against other processes; the system releases the lock when the process ends or is killed.
 
-    What killed writers left there goes.
+    Temporary files of killed writers are removed.
 
     Raises:
-        FolderHeld: another process is at work in it.
-        ValueError: it holds links.
+        FolderHeld: another process holds the lock.
+        ValueError: the folder holds links.
 
     """
     files.refuse_links(folder)

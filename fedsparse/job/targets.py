@@ -1,4 +1,4 @@
-"""What a ``_target_`` of a configuration names, imported."""
+"""Imports the object that a ``_target_`` names."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from fedsparse.data.files import printable, reason_of
 
 
 def imported(key: str, target: str) -> Any:
-    """Import what a dotted name stands for.
+    """Import the object of a dotted name.
 
-    Hydra's own ``get_object`` does the same, and logs three lines where it fails.
+    Hydra's ``get_object`` does the same, but logs three lines where it fails.
 
     Args:
-        key: where the name stands in the configuration, for the message.
-        target: such as ``mypackage.rules.Heaviest``.
+        key: of the configuration, for the message.
+        target: the name, such as ``mypackage.rules.Heaviest``.
 
     Raises:
-        ValueError: one line with the key, the name, and what is missing of it.
+        ValueError: it cannot be imported; one line with the key, the name and the reason.
 
     """
     try:
         return _locate(target)
-    except Exception as error:  # importing runs a package's own code
+    except Exception as error:  # the import runs a package's code, which may raise any exception
         why = f"{key} is {target}, which cannot be imported here: {_why(target, error)}"
         raise ValueError(printable(why)) from error
 
 
 def _why(target: str, error: Exception) -> str:
-    """Say what is missing of a name, or what its package raised."""
+    """Describe the missing part of a name, or the error that its package raised."""
     cause = error.__cause__ or error
     missing = (isinstance(cause, ModuleNotFoundError) and cause.name) or ""
-    if not missing or not f"{target}.".startswith(f"{missing}."):  # of the package's own code
+    if not missing or not f"{target}.".startswith(f"{missing}."):  # raised by the package's code
         return f"{type(cause).__name__}: {reason_of(cause)}"
     home, _, name = missing.rpartition(".")
     if home:

@@ -1,4 +1,4 @@
-"""What would stop a run later, tried before its first round: network and loss on a few samples, steps of every size.
+"""Trials before the first round, of what would fail later: network and loss on a few samples, steps of every size.
 
 Shapes: B samples, K clients of the cohort.
 """
@@ -27,10 +27,10 @@ WANTED = "losses(forward, x, y) must return (B,): one finite number for each of 
 
 
 def try_out(module: ClientModule, x: Tensor, y: Tensor) -> None:
-    """Try the loss, and whether several clients can train together, on samples (B, ...) and labels (B,).
+    """Try the loss, and stacked training of clients, on samples (B, ...) and labels (B,).
 
     Raises:
-        ValueError: one line that says what does not fit.
+        ValueError: the loss has a wrong shape, or the model cannot be stacked; one line.
 
     """
     if type(module).losses is not ClientModule.losses:
@@ -40,10 +40,10 @@ def try_out(module: ClientModule, x: Tensor, y: Tensor) -> None:
 
 
 def check_losses(module: ClientModule, x: Tensor, y: Tensor) -> None:
-    """Refuse a loss of one's own that is not one number a sample, of the network and of given logits alike.
+    """Refuse a user's loss that is not (B,) and finite, for the network's logits and for given ones.
 
     Raises:
-        ValueError: one line that names the class.
+        ValueError: one line with the class.
 
     """
     name = type(module).__qualname__
@@ -52,18 +52,18 @@ def check_losses(module: ClientModule, x: Tensor, y: Tensor) -> None:
     except TypeError as error:
         raise ValueError(f"{name}: {WANTED} ({error})") from None
     with evaluating(module.net):
-        found = module.losses(module.net, x, y)
+        trained = module.losses(module.net, x, y)
         logits = module.net(x).detach()
-        given = module.losses(lambda _: logits, x, y)  # as an evaluation asks for it
-    for losses in (found, given):
+        evaluated = module.losses(lambda _: logits, x, y)  # as in an evaluation
+    for losses in (trained, evaluated):
         if (wrong := _wrong(losses, len(y))) is not None:
             raise ValueError(f"{name}: {WANTED}; it returned {wrong}")
-    if not found.requires_grad:
+    if not trained.requires_grad:
         raise ValueError(f"{name}: {WANTED}, by forward(x); what it returned has no gradient")
 
 
 def _wrong(losses: Any, samples: int) -> str | None:
-    """Say what losses are instead of (B,); None if they are."""
+    """Describe losses that are not (B,) and finite; None if they are."""
     if not isinstance(losses, Tensor):
         return type(losses).__name__
     if losses.shape != (samples,) or not losses.is_floating_point():
@@ -72,7 +72,7 @@ def _wrong(losses: Any, samples: int) -> str | None:
 
 
 def obstacle(module: ClientModule, x: Tensor, y: Tensor) -> str:
-    """Say why K clients cannot share a forward of this network and loss; empty if they can."""
+    """Describe why K clients cannot be stacked in one forward of this network and loss; empty if they can."""
     net = copied(module.net).train()
     before = _state(net)
     with torch.no_grad():
@@ -80,8 +80,8 @@ def obstacle(module: ClientModule, x: Tensor, y: Tensor) -> str:
     changed = [name for name, value in _state(net).items() if not _same(value, before.get(name))]
     if changed:
         return f"its {changed[0]} changes in the forward, and would be one for all clients"
-    known = type(module).losses is ClientModule.losses
-    if known and stacks(net, module.space.names, x):
+    cross_entropy = type(module).losses is ClientModule.losses
+    if cross_entropy and stacks(net, module.space.names, x):
         return ""
     rows = {name: tensor.detach().expand(2, *tensor.shape) for name, tensor in _named(module, net).items()}
 
@@ -97,16 +97,16 @@ def obstacle(module: ClientModule, x: Tensor, y: Tensor) -> str:
 
 
 def _named(module: ClientModule, net: nn.Module) -> dict[str, Tensor]:
-    """Federated tensors of a copy of the network, by name."""
+    """Collect the federated tensors of a copy of the network, by name."""
     return dict(zip(module.space.names, module.space.tensors(net), strict=True))
 
 
 def _state(net: nn.Module) -> dict[str, Any]:
-    """Buffers, and numbers that modules keep as attributes, by name."""
-    held: dict[str, Any] = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    """Collect buffers, and numbers in attributes of modules, by name."""
+    values: dict[str, Any] = {name: buffer.clone() for name, buffer in net.named_buffers()}
     for prefix, child in net.named_modules():
-        held |= {f"{prefix}.{n}".lstrip("."): v for n, v in vars(child).items() if isinstance(v, int | float)}
-    return held
+        values |= {f"{prefix}.{n}".lstrip("."): v for n, v in vars(child).items() if isinstance(v, int | float)}
+    return values
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -114,14 +114,14 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def check_trainable(assembly: Assembly, buffers: str) -> None:
-    """Try whether the model can be saved, and take a step of every size that a client will take.
+    """Try to save the model, and a forward of two samples and of one, if some client has a step of one.
 
     Args:
         assembly: the parts of the run.
-        buffers: what becomes of float buffers (``Buffers``).
+        buffers: treatment of float buffers (``Buffers``).
 
     Raises:
-        ValueError: one line that names what cannot be done.
+        ValueError: the model cannot be saved, or refuses a step; one line.
 
     """
     check_savable(assembly.problem.net)
@@ -133,14 +133,14 @@ def check_trainable(assembly: Assembly, buffers: str) -> None:
 
 
 def _try_steps(problem: Problem, buffers: str, single: tuple[int, str] | None) -> None:
-    """Let a copy of the network see two samples, and one alone if some step holds no more."""
+    """Run a copy of the network on two samples, and on one if some client has a step of one sample."""
     net = copy.deepcopy(problem.net).cpu().train()
     if buffers == "frozen":
         freeze(net)
     before = integers(net)
     try:
         net(_samples(problem, 2))
-    except Exception:  # the run says it, with all that it knows
+    except Exception:  # the run raises it with more context
         return
     check_integers(net, before)
     if single is not None:
@@ -158,13 +158,13 @@ def _try_one(net: nn.Module, x: Tensor, client: int, remedy: str) -> None:
 
 
 def _samples(problem: Problem, count: int) -> Tensor:
-    """Take the first samples as the network takes them."""
+    """Convert the first training samples to the network's inputs."""
     train = problem.dataset.train
     return problem.inputs(train.x[torch.arange(min(count, len(train.y)))])
 
 
 def _singles(assembly: Assembly) -> Iterator[tuple[int, str]]:
-    """Find clients that would take a step on one sample, and what would mend that."""
+    """Find clients with a step of one sample, each with the option to set."""
     size = assembly.problem.batch_size
     for _, plan, _ in assembly.course.phased.stages:
         for client, part in enumerate(plan.parts):

@@ -1,8 +1,8 @@
-"""What a stored configuration may do: name what ``conf/`` names, and what is of a package that its reader trusts.
+"""Restricts a stored configuration to targets of ``conf/`` and of packages that its reader trusts.
 
-A run folder may come from anybody, and Hydra calls whatever a ``_target_`` names, with whatever stands beside it. So
-every command that reads a stored configuration reads it here: it is resolved once and for all, with resolvers that
-reach neither files nor the environment, and each part of it is looked up in the YAML files of ``conf/``.
+A run folder may come from a stranger, and Hydra calls every ``_target_`` with the arguments beside it. So every command
+reads stored configurations by this file: they are resolved once, with resolvers that read neither files nor the
+environment, and each target and argument is looked up in the YAML files of ``conf/``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 REFERENCE = re.compile(r"\$\{\s*(?:oc\.select\s*:\s*)?(\.*)([\w-]+(?:\.[\w-]+|\[[\w-]+\])*)\s*([:,}])")
 LEADS_OUT = re.compile(r"^[/\\~]|^\w:|(^|[/\\])\.\.([/\\]|$)|\$")  # a root, a way up, a variable
-LEAF = 32  # characters that a value counts for beside its own
+LEAF = 32  # characters added to the length of each value
 WIDEST = 2**64
 
 Place = tuple[str, ...]
@@ -38,11 +38,11 @@ Place = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Shipped:
-    """What the YAML files of ``conf/`` name.
+    """The targets, arguments and resolvers of the YAML files of ``conf/``.
 
     Attributes:
-        arguments: of each ``_target_`` the keys that stand beside it, in any option of its group.
-        resolvers: what stands as ``${name:arguments}``.
+        arguments: by ``_target_``, the keys beside it in any option of its group.
+        resolvers: names used as ``${name:arguments}``.
 
     """
 
@@ -52,7 +52,7 @@ class Shipped:
 
 @cache
 def shipped() -> Shipped:
-    """Collect what ``conf/`` names, but for Hydra's own part."""
+    """Collect targets, arguments and resolvers of ``conf/``, without the node ``hydra``."""
     keys: dict[Place, set[str]] = defaultdict(set)
     targets: dict[Place, set[str]] = defaultdict(set)
     resolvers: set[str] = set()
@@ -73,7 +73,7 @@ def shipped() -> Shipped:
 
 
 def nodes(node: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Walk through nested mappings and lists: every node with the keys that lead to it."""
+    """Iterate over the nodes of nested mappings and lists, each with its place."""
     yield place, node
     inner = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for key, value in inner:
@@ -81,21 +81,21 @@ def nodes(node: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
 
 
 def split(arguments: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """Take ``trust=[mypackage]`` out of what was typed: the names, and the rest.
+    """Split arguments into the names of ``trust=[mypackage]`` and the rest.
 
     >>> split(["trust=[mypackage,other.nets]", "federation.rounds=3"])
     (('mypackage', 'other.nets'), ['federation.rounds=3'])
     """
-    given = [argument.removeprefix("trust=") for argument in arguments if argument.startswith("trust=")]
-    names = [name.strip() for text in given for name in text.strip("[]").split(",") if name.strip()]
+    lists = [argument.removeprefix("trust=") for argument in arguments if argument.startswith("trust=")]
+    names = [name.strip() for text in lists for name in text.strip("[]").split(",") if name.strip()]
     return checked(names), [argument for argument in arguments if not argument.startswith("trust=")]
 
 
 def checked(names: Sequence[str]) -> tuple[str, ...]:
-    """Check that names may be those of packages, or of what is in them.
+    """Check that names are dotted Python names.
 
     Raises:
-        ValueError: one cannot.
+        ValueError: one is not.
 
     """
     for name in names:
@@ -105,7 +105,7 @@ def checked(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def covers(trusted: Sequence[str], name: str) -> bool:
-    """Whether a dotted name is one of those trusted, or lies below one.
+    """Whether a dotted name is one of the trusted names, or lies below one.
 
     >>> covers(["my"], "mypackage.Net"), covers(["mypackage"], "mypackage.nets.Net")
     (False, True)
@@ -114,23 +114,23 @@ def covers(trusted: Sequence[str], name: str) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a stored configuration as plain data, interpolations as they were written, in today's names and keys.
+    """Read a stored configuration as plain data, unresolved, and migrate it to the present names and keys.
 
     Raises:
         ValueError: the file is missing, too large, or damaged.
 
     """
     try:
-        held = OmegaConf.to_container(OmegaConf.create(yaml_text(path)))
-    except Exception as error:  # what is no configuration raises whatever it leads to
+        content = OmegaConf.to_container(OmegaConf.create(yaml_text(path)))
+    except Exception as error:  # an invalid file may raise any exception
         raise ValueError(f"{path} cannot be read: {one_line_of(error)}") from error
-    if not isinstance(held, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read: it holds no keys")
-    return earlier.renewed(held)
+    return earlier.renewed(content)
 
 
 def overrides(folder: Path) -> list[str]:
-    """Read what was typed for a run; nothing where nothing is stored.
+    """Read the stored overrides of a run; empty if there is no such file.
 
     Raises:
         ValueError: the file is no list of overrides.
@@ -146,18 +146,18 @@ def overrides(folder: Path) -> list[str]:
 
 
 def admitted(stored: Mapping[str, Any], trusted: Sequence[str] = (), typed: Sequence[str] = ()) -> DictConfig:
-    """Resolve a stored configuration, and refuse what it may not name: the one gate to what Hydra builds of it.
+    """Resolve a stored configuration and refuse untrusted targets; the only way from a stored file to instantiation.
 
     Args:
-        stored: as it was read.
-        trusted: names whose code, and arguments, the reader trusts.
-        typed: keys that the reader set, with all that is below them.
+        stored: as read, unresolved.
+        trusted: names whose code and arguments the reader trusts.
+        typed: keys that the reader set; they and keys below them are not checked.
 
     Returns:
-        The configuration without any interpolation: what was looked at is what is built.
+        The configuration without interpolations, so that what was checked is what is built.
 
     Raises:
-        ValueError: names the key, what stands there, and what would let it pass.
+        ValueError: one line with the key, its value and the argument that admits it.
 
     """
     cfg = resolved(stored, trusted)
@@ -173,10 +173,10 @@ def admitted(stored: Mapping[str, Any], trusted: Sequence[str] = (), typed: Sequ
 
 
 def resolved(stored: Mapping[str, Any], trusted: Sequence[str] = ()) -> DictConfig:
-    """Resolve a stored configuration for good, by its own keys and the resolvers that ``conf/`` uses.
+    """Resolve all interpolations of a stored configuration, with the resolvers of ``conf/`` and those trusted.
 
     Raises:
-        ValueError: it asks for another resolver, refers to what is not there, or grows beyond what may be stored.
+        ValueError: it uses another resolver, refers to a missing key, or grows beyond the largest stored file.
 
     """
     try:
@@ -185,16 +185,16 @@ def resolved(stored: Mapping[str, Any], trusted: Sequence[str] = ()) -> DictConf
             plain = OmegaConf.to_container(OmegaConf.create(dict(stored)), resolve=True)
         for place, value in nodes(plain):
             _check_value(".".join(place), value)
-    except Exception as error:  # interpolations raise whatever they lead to
+    except Exception as error:  # a resolver may raise any exception
         raise ValueError(f"the stored configuration cannot be used: {one_line_of(error)}") from error
     return OmegaConf.create(plain)  # type: ignore[return-value]
 
 
 def _check_part(key: str, node: Mapping[str, Any], trusted: Sequence[str], typed: Sequence[str]) -> None:
-    """Look up a node that Hydra would call.
+    """Check a node with a ``_target_``, which Hydra would call.
 
     Raises:
-        ValueError: its target, or an argument of a shipped target, is none of ``conf/``.
+        ValueError: its target, or an argument of a shipped target, is not in ``conf/``.
 
     """
     target, at = node["_target_"], _shown(f"{key}.").lstrip(".")
@@ -213,24 +213,24 @@ def _check_part(key: str, node: Mapping[str, Any], trusted: Sequence[str], typed
 
 
 def _check_home(key: str, target: str, trusted: Sequence[str]) -> None:
-    """Refuse what a trusted package only imported: ``mypackage.os.system`` is not of mypackage.
+    """Refuse objects that a trusted package only imports, such as ``mypackage.os.system``.
 
     Raises:
-        ValueError: it is of another package, which is named, or cannot be imported.
+        ValueError: it is defined in another package, or cannot be imported.
 
     """
     found, what = imported(key, target), f"{key}: {target}"
     if not callable(found):
         raise ValueError(f"{what} is nothing that can be called")
     home = str(getattr(found, "__module__", None) or type(found).__module__)
-    own = home.split(".")[0] == target.split(".")[0]
-    if not own and not covers(trusted, home) and target not in shipped().arguments:
+    same_package = home.split(".")[0] == target.split(".")[0]
+    if not same_package and not covers(trusted, home) and target not in shipped().arguments:
         raise ValueError(f"{what} is of {home}, which {_ask(home)}")
 
 
 @contextmanager
 def resolvers(trusted: Sequence[str]) -> Iterator[None]:
-    """Let OmegaConf know the resolvers that ``conf/`` uses and those trusted, and refuse the others by name."""
+    """Restrict OmegaConf to the resolvers of ``conf/`` and those trusted; the others raise a ValueError."""
     admitted = {name for name in BaseContainer._resolvers if name in shipped().resolvers or covers(trusted, name)}
 
     def refusal(name: str) -> Callable[..., Any]:
@@ -248,16 +248,16 @@ def resolvers(trusted: Sequence[str]) -> Iterator[None]:
 
 
 def _check_growth(tree: Any) -> None:
-    """Refuse interpolations that multiply what they refer to: thirty lines that double each other fill the memory.
+    """Refuse interpolations that grow exponentially: thirty lines that double each other fill the memory.
 
     Raises:
-        ValueError: a reference that cannot be followed, one to itself, or more than a stored file may hold.
+        ValueError: a reference is computed or circular, or the result exceeds the largest stored file.
 
     """
     sizes: dict[Place, int] = {}
 
     def size(place: Place) -> int:
-        """Count what a place holds when it is resolved, at most; while it is being counted it has no end."""
+        """Bound the resolved length of a place in characters; a place in progress counts as too large."""
         if place not in sizes:
             sizes[place] = BYTES + 1
             at, node = _at(tree, place)
@@ -272,7 +272,7 @@ def _check_growth(tree: Any) -> None:
 
 
 def _at(tree: Any, place: Place) -> tuple[Place, Any]:
-    """Find a place, or the interpolation on the way to it: what is below that is no larger than the whole."""
+    """Find the node of a place, or the interpolation on the way to it, whose size bounds that of the place."""
     for depth, key in enumerate(place):
         if isinstance(tree, Mapping):
             tree = next((value for name, value in tree.items() if str(name) == key), None)
@@ -285,7 +285,7 @@ def _at(tree: Any, place: Place) -> tuple[Place, Any]:
 
 
 def _references(place: Place, text: Any) -> Iterator[Place]:
-    """List the places that a value refers to.
+    """Iterate over the places that a value refers to.
 
     Raises:
         ValueError: a reference is computed by another.
@@ -293,7 +293,7 @@ def _references(place: Place, text: Any) -> Iterator[Place]:
     """
     for start in re.finditer(r"\$\{", text if isinstance(text, str) else ""):
         found = REFERENCE.match(text, start.start())
-        if found is None or found[2] == "oc.select":  # whose key is none that can be read here
+        if found is None or found[2] == "oc.select":  # its key is not a literal
             raise ValueError(f"{_shown('.'.join(place))}: {_shown(text)} is no plain reference to another key")
         dots, key, end = found.groups()
         if end != ":":
@@ -302,10 +302,10 @@ def _references(place: Place, text: Any) -> Iterator[Place]:
 
 
 def _check_value(key: str, value: Any) -> None:
-    """Refuse what would be resolved a second time, and numbers that no part takes.
+    """Refuse interpolations that remain after resolving, and numbers of more than 64 bits.
 
     Raises:
-        ValueError: names the key.
+        ValueError: one line with the key.
 
     """
     if isinstance(value, str) and "${" in value:
@@ -315,7 +315,7 @@ def _check_value(key: str, value: Any) -> None:
 
 
 def _ask(name: str) -> str:
-    """Say why something is refused, and what lets it pass."""
+    """Write the reason of a refusal, and the argument that admits the name."""
     name = _shown(name)
     return (
         "is named by no file of conf/ and is not of a package that you trust; if you know its code, add "
@@ -324,15 +324,15 @@ def _ask(name: str) -> str:
 
 
 def _shown(value: Any, longest: int = 100) -> str:
-    """Write what a stranger wrote: in one short line, without control characters."""
+    """Format an untrusted value in one short line, without control characters."""
     text = str(value)
     text = text if len(text) <= longest else f"{text[:longest]}..."
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def one_line_of(error: BaseException) -> str:
-    """Say in a line what another library raised."""
-    text = (str(getattr(error, "problem", error)).splitlines() or [type(error).__name__])[0]  # YAML says where first
+    """Write an error of another library in one line."""
+    text = (str(getattr(error, "problem", error)).splitlines() or [type(error).__name__])[0]  # without YAML's position
     key = getattr(error, "full_key", None)
     said = text.partition("raised while resolving interpolation: ")[2] or text
     return _shown(f"{key}: {said}" if key else said, 300)

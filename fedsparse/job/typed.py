@@ -1,4 +1,4 @@
-"""What a person types: checked before Hydra reads it, whose own words for a slip seldom say what would be right."""
+"""Checks overrides before Hydra parses them, whose messages seldom name the valid form."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
 def arranged(arguments: Sequence[str]) -> list[str]:
-    """Check a command line, and put flags after overrides: argparse takes overrides in one piece only.
+    """Check a command line, and move flags behind the overrides, which argparse expects contiguous.
 
     Raises:
-        ValueError: a flag that there is not, or an override that cannot be meant so.
+        ValueError: an unknown flag, or an invalid override.
 
     """
     parser = get_args_parser()
@@ -42,14 +42,14 @@ def _refuse(message: str) -> NoReturn:
 
 
 def check_typed(overrides: Sequence[str], sweeps: bool = False) -> None:
-    """Check overrides as they were typed.
+    """Check the form of overrides.
 
     Args:
         overrides: such as ``seed=1``.
-        sweeps: whether a key may have several values, each for a cell.
+        sweeps: whether a key may have several values, one for each cell.
 
     Raises:
-        ValueError: one line that says what would be right.
+        ValueError: one line, with the valid form.
 
     """
     parser = OverridesParser.create()
@@ -66,7 +66,7 @@ def check_typed(overrides: Sequence[str], sweeps: bool = False) -> None:
 
 
 def _check_shape(typed: str, following: Sequence[str]) -> None:
-    """Refuse what has no key, no value, or spaces around its equals sign."""
+    """Refuse an override without key or value, or with spaces around its equals sign."""
     key, equals, value = typed.partition("=")
     if typed.startswith("-"):
         raise ValueError(f"{typed}: write {typed.lstrip('-')}" if equals else f"{typed} is for the command line only")
@@ -90,7 +90,7 @@ def _check_shape(typed: str, following: Sequence[str]) -> None:
 
 
 def _without_value(word: str) -> str:
-    """Say what may be meant by a word alone."""
+    """Write the error line for a word without equals sign, with a suggestion."""
     if word in shipped.groups():
         return f"{word} has no value; it is one of {', '.join(shipped.options(word))}: write {word}=<one of them>"
     if word in shipped.sections():
@@ -101,12 +101,12 @@ def _without_value(word: str) -> str:
 
 
 def _check_value(typed: str, override: Override, sweeps: bool) -> None:
-    """Refuse several values without a sweep, percentages, and a number where an option is meant."""
+    """Refuse several values without a sweep, percentages, and numbers as options."""
     if override.is_sweep_override() and not sweeps:
         key, _, values = typed.partition("=")
         raise ValueError(f"{typed} are several values: add -m to run each, or write {key}=[{values}] for a list")
-    found = override.value()
-    for value in found.list if isinstance(found, ChoiceSweep) else [found]:
+    parsed = override.value()
+    for value in parsed.list if isinstance(parsed, ChoiceSweep) else [parsed]:
         if isinstance(value, str) and (share := _PERCENT.fullmatch(value)):
             raise ValueError(f"{typed}: write {float(share[1]) / 100:g} for {value}")
         _check_option(override.key_or_group, value)
@@ -126,11 +126,11 @@ def _first_key(section: str) -> str:
 
 
 def given_twice(overrides: Sequence[str]) -> list[str]:
-    """Say which keys have two values, of which Hydra takes the last.
+    """List a line for each repeated key, of which Hydra takes the last value.
 
     >>> given_twice(["seed=1", "logger=csv", "seed=2"])
     ['seed is given twice; seed=2 counts']
     """
-    typed = [override.partition("=")[0] for override in overrides]
-    last = dict(zip(typed, overrides, strict=True))
-    return [f"{key} is given twice; {last[key]} counts" for key in last if typed.count(key) > 1]
+    keys = [override.partition("=")[0] for override in overrides]
+    last = dict(zip(keys, overrides, strict=True))
+    return [f"{key} is given twice; {last[key]} counts" for key in last if keys.count(key) > 1]

@@ -1,4 +1,4 @@
-"""Keys of a configuration that nothing would read: Hydra lets ``+key=value``, and any YAML of one's own, add them."""
+"""Finds keys of a configuration that no code reads; ``+key=value`` and a user's YAML files can add them."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from fedsparse.job.earlier import MOVES
 from fedsparse.job.keys import JOBS, taken
 from fedsparse.job.targets import imported
 
-FREE = ("phases", "callbacks", "logger", "experiment")  # whose keys are names of one's own
+FREE = ("phases", "callbacks", "logger", "experiment")  # their keys are names that the user chooses
 
 
 def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
-    """Refuse keys that nothing would read.
+    """Refuse keys that no code reads.
 
     Args:
         cfg: the configuration.
-        choices: option chosen of each group; what an option of one's own holds is its own affair.
+        choices: option chosen of each group; the keys of a user's option are not checked.
 
     Raises:
-        ValueError: one line with the first of them, and what may be meant; or a ``_target_`` cannot be imported.
+        ValueError: one line with the first of them and a suggestion; or a ``_target_`` cannot be imported.
 
     """
     written = OmegaConf.to_yaml(cfg)
-    unknown = [key for key in _unknown(cfg, choices) if f"${{{key}}}" not in written]  # from which none takes its value
+    unknown = [key for key in _unknown(cfg, choices) if f"${{{key}}}" not in written]  # no other key refers to it
     moved = [then for then in MOVES if OmegaConf.is_dict(OmegaConf.select(cfg, then))]
     for key in chain(unknown, moved, _not_taken(OmegaConf.to_container(cfg), "")):
         raise ValueError(no_key(key))
 
 
 def _unknown(cfg: DictConfig, choices: Mapping[str, str | None]) -> Iterator[str]:
-    """Keys that no option of their group has; nodes that are called are left to ``_not_taken``."""
+    """Find keys that no option of their group has; ``_not_taken`` checks nodes with a ``_target_``."""
     yield from (str(key) for key in cfg if key not in shipped.groups() and key not in shipped.main())
-    for section, held in shipped.sections().items():
-        if "_target_" not in held:
-            yield from (f"{section}.{key!s}" for key in cfg.get(section) or {} if key not in held)
+    for section, known in shipped.sections().items():
+        if "_target_" not in known:
+            yield from (f"{section}.{key!s}" for key in cfg.get(section) or {} if key not in known)
     for group in shipped.groups():
         node, chosen = cfg.get(group), choices.get(group, shipped.defaults().get(group))
         if isinstance(node, DictConfig) and "_target_" not in node and group not in FREE:
-            own = chosen is not None and chosen not in shipped.options(group)
-            yield from (f"{group}.{key!s}" for key in node if not own and not _has(group, str(key)))
+            users = chosen is not None and chosen not in shipped.options(group)
+            yield from (f"{group}.{key!s}" for key in node if not users and not _has(group, str(key)))
 
 
 def _has(group: str, key: str) -> bool:
@@ -53,7 +53,7 @@ def _has(group: str, key: str) -> bool:
 
 
 def _not_taken(node: Any, path: str) -> Iterator[str]:
-    """Keys beside a ``_target_`` that is called without them, and that the job does not read."""
+    """Find keys beside a ``_target_`` that are neither its arguments nor read by the job."""
     if isinstance(node, list):
         for place, value in enumerate(node):
             yield from _not_taken(value, f"{path}{place}.")

@@ -1,1 +1,1 @@
-"""What happens before round 1: the head, and the calibration of a mask rule."""
+"""Preparation before round 1: initialisation of the head, and calibration of a mask rule."""

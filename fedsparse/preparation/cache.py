@@ -1,6 +1,6 @@
-"""Prepared heads and calibrated masks, kept under the fingerprint of everything they depend on, and used again.
+"""Cache of prepared heads and calibrated masks, by the fingerprint of all that they depend on.
 
-A cell of a sweep that differs in learning rate, rounds or server has the head and the mask of its neighbour.
+Cells of a sweep that differ in learning rate, rounds or server share head and mask.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from fedsparse.preparation.preparation import Preparation
 
 log = logging.getLogger("fedsparse")
 BITMAPS, MASK = "bitmaps", "mask/"
-HOUR = 3600.0  # a file that nobody has written to for so long is of a job that was killed
+HOUR = 3600.0  # age after which an unfinished file is that of a killed job
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of prepared things; the bytes that their making sent are counted as if it had been done again.
+    """A folder of prepared heads and masks; a cached one counts the same bytes as its preparation.
 
     Args:
-        folder: where they are kept; None keeps nothing.
+        folder: of the cache; None: nothing is cached.
 
     """
 
@@ -48,11 +48,11 @@ class Cache:
     def head(
         self, preparation: Preparation, config: Mapping[str, Any], patterns: Patterns, make: Callable[[], None]
     ) -> None:
-        """Let ``make`` prepare the network's head, or take the same one as before.
+        """Prepare the network's head by ``make``, or read it from the cache.
 
         Args:
-            preparation: what the head is prepared on.
-            config: plain values that its making reads.
+            preparation: inputs of the head's preparation.
+            config: the options that ``make`` depends on, plain values.
             patterns: names of the head's parameters.
             make: changes the head in place.
 
@@ -70,7 +70,7 @@ class Cache:
     def calibrated(
         self, preparation: Preparation, config: Mapping[str, Any], make: Callable[[], Calibrated]
     ) -> Calibrated:
-        """Let ``make`` calibrate, or take the masks that the same calibration found before."""
+        """Calibrate by ``make``, or read the masks of an equal calibration from the cache."""
 
         def made() -> tuple[dict[str, Tensor], Any]:
             found = make()
@@ -84,26 +84,26 @@ class Cache:
     def _through(
         self, preparation: Preparation, config: Mapping[str, Any], make: Callable[[], tuple[dict[str, Tensor], Any]]
     ) -> tuple[dict[str, Tensor], Any]:
-        """Read tensors and metadata, or make and write them."""
+        """Read tensors and metadata from the cache, or make and write them."""
         if self.folder is None:
             return make()
         path = Path(self.folder) / f"{fingerprint(preparation, config)}.safetensors"
-        kept = _load(path)
-        if kept is None:
+        cached = _load(path)
+        if cached is None:
             tensors, metadata = make()
             try:
                 _store(path, tensors, {"metadata": metadata, "ledger": preparation.ledger.state_dict()})
-            except OSError as error:  # prepared it is, and the run goes on
+            except OSError as error:  # the run goes on without the cache
                 log.warning("calibration.cache=%s keeps nothing (%s)", self.folder, error.strerror or error)
             return tensors, metadata
-        preparation.ledger.load_state_dict(kept[1]["ledger"])
-        return kept[0], kept[1]["metadata"]
+        preparation.ledger.load_state_dict(cached[1]["ledger"])
+        return cached[0], cached[1]["metadata"]
 
 
 def fingerprint(preparation: Preparation, config: Mapping[str, Any]) -> str:
-    """SHA-256 of the configuration, the start, the data, who holds what, the ledger so far, and the code.
+    """Compute the SHA-256 of configuration, initial weights, data, partition, ledger and code.
 
-    Of data that lies on the disk, names, sizes and times of change stand for the bytes.
+    Of data on the disk, names, sizes and modification times are hashed, not the bytes.
     """
     digest = hashlib.sha256()
     for piece in _pieces(preparation, config):
@@ -134,7 +134,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 @cache
 def code_version() -> str:
-    """SHA-256 of the package's own source."""
+    """Compute the SHA-256 of the package's source."""
     digest = hashlib.sha256()
     root = Path(fedsparse.__file__).parent
     for path in sorted(root.rglob("*.py")):
@@ -143,20 +143,20 @@ def code_version() -> str:
 
 
 def source_of(thing: object) -> str:
-    """SHA-256 of the file that defines a thing's class, which may be a user's own, outside the package.
+    """Compute the SHA-256 of the file that defines an object's class, which may lie outside the package.
 
-    Where there is none to read, as in a notebook, nobody knows whether it changed: a new value every time.
+    Without a source file, as in a notebook, changes cannot be detected: a random value.
     """
     try:
         file = inspect.getsourcefile(type(thing))
     except (TypeError, OSError):
         file = None
-    known = file is not None and Path(file).is_file()
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and known else secrets.token_hex(32)
+    readable = file is not None and Path(file).is_file()
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and readable else secrets.token_hex(32)
 
 
 def _store(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a file that appears whole: two jobs of a sweep may prepare the same thing at once."""
+    """Write a file atomically, since two jobs of a sweep may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     files.clear(path.parent, age=HOUR)
@@ -164,7 +164,7 @@ def _store(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], Any] | None:
-    """Read what is kept; a missing or damaged file is nothing."""
+    """Read a cached file; None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:

@@ -1,6 +1,6 @@
-"""Calibration: what a mask rule observes before the first round, and the masks that are chosen by it.
+"""Calibration: measures what a mask rule needs before the first round, and chooses the masks.
 
-Does not depend on the cohort size: fixed chunks, sums in float64, clients in their order.
+It does not depend on the size of cohorts: chunks are fixed, sums are float64, clients in order.
 
 Shapes: ``P`` coordinates of the space, ``N`` clients, ``B`` = ceil(P / 8) bytes of a bitmap.
 """
@@ -31,20 +31,20 @@ log = logging.getLogger("fedsparse")
 
 @dataclass(frozen=True)
 class Calibration:
-    """How scores are measured (``calibration`` of ``conf/train.yaml``).
+    """Options of calibration (``calibration`` of ``conf/train.yaml``).
 
     Args:
         where: ``clients`` scores on the clients' own shards and sums; ``server`` scores on the validation split.
-        batches: at most so many batches per client and calibration round.
-        rounds: calibration rounds, each with freshly sampled clients.
+        batches: most batches of a client in a calibration round.
+        rounds: calibration rounds, each with newly drawn clients.
         fisher: read by the mask rule; see ``masks.rules.Fisher``.
         labels: read by the mask rule.
         head_steps: federated SGD steps of the head alone, with ``head.init=probe``.
         head_lr: their learning rate.
-        cache: folder where calibrated masks are kept and found again, or None.
+        cache: folder of the cache (``Cache``), or None.
 
     Raises:
-        ValueError: an unknown place, or a number out of range.
+        ValueError: ``where`` is unknown, or a number out of range.
 
     """
 
@@ -58,7 +58,7 @@ class Calibration:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Check the options."""
         check_choice("calibration.where", self.where, "clients", "server")
         for key in ("batches", "rounds"):
             check_number(f"calibration.{key}", getattr(self, key), whole=True, least=1)
@@ -70,13 +70,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What calibration found.
+    """Result of a calibration.
 
     Attributes:
         mask: the coordinates that train; with ``mask.owner=client`` those that some client trains.
         bitmaps: uint8 (N, B), each client's own mask; empty with ``mask.owner=global``.
-        overlap: Jaccard index with the final mask of what the rule would have given after each earlier round.
-        observed: after the last round, (P,), for masks that are chosen later (``Evidence``); None without calibration.
+        overlap: Jaccard index of the final mask with the one after each earlier calibration round.
+        observed: (P,), of all rounds, for masks that are chosen later (``Evidence``); None without calibration.
 
     """
 
@@ -88,16 +88,16 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class CalibrationJob:
-    """A calibration: of which rule, to which sparsity, how.
+    """A calibration to execute.
 
     Attributes:
         rule: scores the coordinates.
-        sparsity: how many train.
-        calibration: how scores are measured.
+        sparsity: how many coordinates train.
+        calibration: options of the measurement.
         head: names of the head's parameters.
 
     Raises:
-        ValueError: the mask is to be chosen anew later, which the rule cannot.
+        ValueError: the mask would change later, which the rule does not support.
 
     """
 
@@ -107,7 +107,7 @@ class CalibrationJob:
     head: Patterns
 
     def __post_init__(self) -> None:
-        """Refuse what the rule cannot do."""
+        """Check that rule and sparsity are compatible."""
         kind = self.rule.calibration
         if not self.sparsity.constant and isinstance(kind, Thinning) and not kind.order:
             raise ValueError(
@@ -118,7 +118,7 @@ class CalibrationJob:
 
 @dataclass(frozen=True)
 class Source:
-    """Samples of one client or of the server, and who it is for the random streams."""
+    """Samples of one client or of the server; ``owner`` keys their random streams."""
 
     split: Split
     part: np.ndarray
@@ -135,12 +135,12 @@ def calibrate(preparation: Preparation, job: CalibrationJob) -> Calibrated:
 
 
 def calibrate_clients(preparation: Preparation, job: CalibrationJob) -> Calibrated:
-    """Let every client that holds data choose its own mask on its own shard; each bitmap is sent up once.
+    """Choose a mask for every client with data, on its own shard; each client sends its bitmap once.
 
-    The server answers with the bitmap of what anybody trains: those coordinates it will send down.
+    The server returns the bitmap of the union of masks: the coordinates that it will send.
 
     Raises:
-        ValueError: ``calibration.where=server``, which has no client's data.
+        ValueError: ``calibration.where=server``: the server has no client's data.
 
     """
     if job.calibration.where == "server":
@@ -152,7 +152,7 @@ def calibrate_clients(preparation: Preparation, job: CalibrationJob) -> Calibrat
     for client in clients:
         try:
             observed = observe(preparation, job, client)
-        except Diverged as error:  # it trains nothing
+        except Diverged as error:  # this client trains nothing
             lost[client] = error
             continue
         row = _mask(preparation, job, observed, (client,)).row(space)
@@ -170,13 +170,13 @@ def calibrate_clients(preparation: Preparation, job: CalibrationJob) -> Calibrat
 
 
 def observe(preparation: Preparation, job: CalibrationJob, client: int | None = None) -> Tensor | None:
-    """Measure what the rule needs in all calibration rounds (``Evidence.observed``); None if it needs nothing."""
+    """Measure ``Evidence.observed`` in all calibration rounds; None if the rule needs no calibration."""
     *_, observed = _rounds(preparation, job, client)
     return observed
 
 
 def _rounds(preparation: Preparation, job: CalibrationJob, client: int | None = None) -> Iterator[Tensor | None]:
-    """What is observed after each calibration round, on one client's data or on those sampled in each round."""
+    """Iterate over the observed values after each calibration round, on one client's data or on the round's clients."""
     kind = job.rule.calibration
     if kind is None:
         yield None
@@ -195,7 +195,7 @@ def _summed(preparation: Preparation, job: CalibrationJob, client: int | None) -
 
 
 def _thinned(preparation: Preparation, job: CalibrationJob, thinning: Thinning, client: int | None) -> Iterator[Tensor]:
-    """Score what is left round by round, and give up the worst: bool (P,), or the order (P,) where that is kept."""
+    """Score the remaining coordinates each round, drop the worst: yields bool (P,), or the order (P,) of dropping."""
     net, space, left = preparation.net, preparation.space, None
     row, rounds = space.read(net), thinning.rounds or job.calibration.rounds
     order = _zeros(preparation) if thinning.order and job.sparsity.schedule is not None else None
@@ -207,7 +207,7 @@ def _thinned(preparation: Preparation, job: CalibrationJob, thinning: Thinning, 
                 _observe(preparation, job, round, _sources(preparation, job, round, client, left), scores)
             else:
                 _observe_alone(preparation, job, scores)
-        finally:  # a client whose scores are not finite is left out, and the next one goes on with this network
+        finally:  # also after a client that is left out, since the next one uses this network
             space.write(net, row)
         power = (round + 1) / rounds
         kept = thin(scores, left, space, job.sparsity, largest=job.rule.largest, power=power)
@@ -218,13 +218,13 @@ def _thinned(preparation: Preparation, job: CalibrationJob, thinning: Thinning, 
 
 
 def _zeros(preparation: Preparation) -> Tensor:
-    """A sum before the first round: float64 (P,)."""
+    """Build a sum of zeros, float64 (P,), on the network's device."""
     device = preparation.space.tensors(preparation.net)[0].device
     return torch.zeros(preparation.space.size, dtype=torch.float64, device=device)
 
 
 def _observe_alone(preparation: Preparation, job: CalibrationJob, total: Tensor) -> None:
-    """Add what the rule observes of the network alone; the validation split gives the shape of an input, no more."""
+    """Add the rule's observation of the network without data; the validation split only gives the shape of an input."""
     x, y = preparation.take(preparation.dataset.val, np.arange(1))
     job.rule.observe(
         preparation.net,
@@ -239,7 +239,12 @@ def _observe_alone(preparation: Preparation, job: CalibrationJob, total: Tensor)
 def _observe(
     preparation: Preparation, job: CalibrationJob, round: int, sources: Sequence[Source], total: Tensor
 ) -> None:
-    """Add what the rule observes on the batches of all sources to a sum in float64 (P,), where that is finite."""
+    """Add the rule's observations on all sources to ``total``, float64 (P,); sources that are not finite are left out.
+
+    Raises:
+        Diverged: no source is finite.
+
+    """
     before, lost = torch.empty_like(total), set[int]()
     for source in sources:
         before.copy_(total)
@@ -264,14 +269,16 @@ def _observe(
 def _sources(
     preparation: Preparation, job: CalibrationJob, round: int, client: int | None, left: Tensor | None = None
 ) -> list[Source]:
-    """One client's shard, the server's validation split, or the shards of those sampled, whose messages are counted.
+    """Choose the samples: one client's shard, the validation split, or the shards of the round's clients.
+
+    Messages and client steps of the round's clients are counted in the ledger.
 
     Args:
-        preparation: what is calibrated on.
+        preparation: inputs of the calibration.
         job: the calibration.
-        round: its round, from 0.
-        client: whose shard; None: those of the round.
-        left: bool (P,), what earlier rounds of a thinning left; None: everything is scored.
+        round: calibration round, from 0.
+        client: owner of the shard; None: the clients of the round.
+        left: bool (P,), coordinates that a thinning still scores; None: all.
 
     """
     train, parts = preparation.dataset.train, preparation.parts
@@ -284,19 +291,19 @@ def _sources(
     head = int(preparation.space.where(job.head).sum())
     preparation.ledger.first_model(clients, preparation.model_length)
     preparation.ledger.client_steps += sum(_batches(preparation, job, client) for client in clients)
-    dtype = preparation.space.tensors(preparation.net)[0].dtype  # scores travel in it too
+    dtype = preparation.space.tensors(preparation.net)[0].dtype  # also of the sent scores
     up, down = (known_size(count, 0, dtype).total for count in (scores, head))
     preparation.ledger.setup(len(clients), up=up, down=down + bitmap)
     return [Source(train, parts[client], client) for client in clients]
 
 
 def _batches(preparation: Preparation, job: CalibrationJob, client: int) -> int:
-    """Count the batches that a client goes through in a calibration round."""
+    """Count a client's batches in a calibration round."""
     return min(job.calibration.batches, -(-len(preparation.parts[client]) // preparation.batch_size))
 
 
 def _mask(preparation: Preparation, job: CalibrationJob, observed: Tensor | None, owner: tuple[int, ...]) -> Mask:
-    """Choose the coordinates of one mask; random rules draw from a stream of their own for each owner."""
+    """Choose one mask; random rules draw from a stream keyed by its owner."""
     row = preparation.space.read(preparation.net).cpu()
     stream = torch_generator(preparation.seed, Purpose.MASK, *owner)
     observed = None if observed is None else observed.cpu()

@@ -1,6 +1,6 @@
-"""The head before anything else: as built, trained alone by the clients, or solved exactly from sums they send.
+"""Initialisation of the head: as built, by federated steps of the head alone, or by ridge regression.
 
-Shapes: ``D`` features that the head is given, ``C`` classes.
+Shapes: ``D`` input features of the head, ``C`` classes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ INITS = ("random", "probe", "closed_form")
 
 @dataclass(frozen=True)
 class Head:
-    """How the head starts (``head`` of ``conf/train.yaml``).
+    """Options of the head's initialisation (``head`` of ``conf/train.yaml``).
 
     Args:
         init: ``random``: as the model was built; ``probe``: ``calibration.head_steps`` federated steps of the head
-            alone; ``closed_form``: ridge regression, solved exactly in one round.
-        frozen: whether the head stays as prepared, and is never sent.
+            alone; ``closed_form``: ridge regression, in one round.
+        frozen: whether the prepared head does not train, and is not sent in rounds.
         ridge: L2 penalty of ``closed_form``, 0 or more.
 
     Raises:
@@ -49,18 +49,18 @@ class Head:
     ridge: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Check the options."""
         check_choice("head.init", self.init, *INITS)
         check_flag("head.frozen", self.frozen)
         check_number("head.ridge", self.ridge, least=0)
 
 
 def prepare_head(preparation: Preparation, head: Head, patterns: Patterns, steps: int, lr: float) -> None:
-    """Let the head start as ``head.init`` says.
+    """Initialise the head by ``head.init``, in place.
 
     Args:
-        preparation: what to work on; the network's head is changed.
-        head: how.
+        preparation: its network's head is changed.
+        head: options of the initialisation.
         patterns: names of the head's parameters.
         steps: federated steps of ``probe``.
         lr: their learning rate.
@@ -75,11 +75,11 @@ def prepare_head(preparation: Preparation, head: Head, patterns: Patterns, steps
 def probe(preparation: Preparation, head: Patterns, steps: int, lr: float) -> None:
     """Take federated SGD steps of the head alone: each client sends the gradient of one batch, the server averages.
 
-    All runs start from the same head so, whatever their mask rule; and a head of zeros, or a random one, would make the
-    Fisher information of the backbone vanish, or mislead it. A gradient that is not finite is left out, and named.
+    So runs of all mask rules start from the same head. With a head of zeros the Fisher information of the backbone is
+    0, and with a random one it misleads. Gradients that are not finite are left out, and their clients logged.
 
     Raises:
-        Diverged: no client's gradient is finite, or the head that comes of them is not.
+        Diverged: no client's gradient is finite, or the head is not.
 
     """
     parameters = [p for name, p in preparation.net.named_parameters() if matches(name, head)]
@@ -112,9 +112,9 @@ def _descend(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], lr
 def _mean_gradient(
     preparation: Preparation, parameters: list[nn.Parameter], step: int, clients: Sequence[int]
 ) -> tuple[list[Tensor], set[int]]:
-    """Mean gradient of the head over one batch of each client, by samples held, in float64; and whose is not finite."""
+    """Average the head's gradients on one batch a client, by its samples, in float64; also the clients left out."""
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-    finite: list[Tensor] = []  # asked for once a step: the host waits for the device then
+    finite: list[Tensor] = []  # read once a step, since reading synchronises host and device
     for client in clients:
         part = preparation.parts[client]
         batch = generator(preparation.seed, Purpose.HEAD, step, client).permutation(part)[: preparation.batch_size]
@@ -124,23 +124,21 @@ def _mean_gradient(
         for total, gradient in zip(sums, gradients, strict=True):
             total.add_(torch.where(finite[-1], gradient, 0.0), alpha=len(part))
     lost = {client for client, good in zip(clients, torch.stack(finite).tolist(), strict=True) if not good}
-    held = sum(len(preparation.parts[client]) for client in clients if client not in lost)
-    return [total / max(1, held) for total in sums], lost
+    samples = sum(len(preparation.parts[client]) for client in clients if client not in lost)
+    return [total / max(1, samples) for total in sums], lost
 
 
 def solve(preparation: Preparation, patterns: Patterns, ridge: float) -> None:
-    """Set the head to the ridge regression on all clients' features, from sums that each sends once (Fed3R).
+    """Set the head to the ridge regression on all clients' features, from statistics that each sends once (Fed3R).
 
     Fanì, Camoriano, Caputo and Ciccone 2024, "Accelerating Heterogeneous Federated Learning with Closed-form
-    Classifiers". The solution is that on the pooled data, whoever holds what. For training, its logits are divided by
-    the temperature with the smallest cross-entropy on the validation split: least squares aims at 0 and 1, which as
-    logits say nearly nothing.
-
-    Sums that are not finite are left out, and their clients named.
+    Classifiers". The solution is that on the pooled data, for any partition. For training, its logits are divided by
+    the temperature with the smallest cross-entropy on the validation split: least squares fits targets 0 and 1, which
+    as logits give nearly uniform probabilities. Statistics that are not finite are left out, and their clients logged.
 
     Raises:
         ValueError: the head is not one linear layer, or the equations are singular at ``head.ridge=0``.
-        Diverged: no client's sums are finite.
+        Diverged: no client's statistics are finite.
 
     """
     layer = head_of(preparation.net, patterns)
@@ -168,7 +166,7 @@ def solve(preparation: Preparation, patterns: Patterns, ridge: float) -> None:
 
 
 def _statistics(preparation: Preparation, layer: nn.Linear, part: np.ndarray) -> Statistics:
-    """Sums of one client over all its samples, batch by batch."""
+    """Sum a client's statistics over all its samples, batch by batch."""
     classes = layer.out_features
     parts = (
         Statistics.of(features(preparation.net, layer, x), y, classes)

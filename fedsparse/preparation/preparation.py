@@ -1,4 +1,4 @@
-"""What is prepared before the first round works on this: the network, the clients' data, and the ledger."""
+"""Inputs of the preparation before the first round: network, clients' data, ledger."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Preparation:
-    """What head and mask are prepared on.
+    """The inputs of preparing head and mask.
 
     Attributes:
-        net: the network; its head moves, the rest stays.
+        net: the network; only its head changes.
         space: its federated tensors.
         dataset: the splits.
         parts: sample indices of every client.
-        sample: which clients take part, by round and purpose.
+        sample: draws clients, by round and purpose.
         losses: per-sample losses of a batch (``ClientModule.losses``).
         batch_size: samples of a batch.
         seed: the run's seed.
-        ledger: counts bytes.
+        ledger: counts bytes and client steps.
         model_length: bytes of the first model.
-        inputs: turns images into what the network takes.
-        device: where to compute; the network is there already.
+        inputs: converts samples to the network's inputs.
+        device: of the network and its inputs.
 
     """
 
@@ -59,12 +59,12 @@ class Preparation:
         return [client for client, part in enumerate(self.parts) if len(part)]
 
     def take(self, split: Split, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Gather samples by index, as the network takes them: x (n, C, H, W), y (n,). Never augmented."""
+        """Gather samples by index: inputs x (n, ...) of the network, labels y (n,). They are not augmented."""
         index = torch.from_numpy(np.asarray(indices))
         return self.inputs(split.x[index].to(self.device)), split.y[index].to(self.device)
 
     def batches(self, split: Split, indices: np.ndarray, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Gather samples batch by batch, at most ``limit`` batches."""
+        """Iterate over batches of samples, at most ``limit``."""
         end = len(indices) if limit is None else min(len(indices), limit * self.batch_size)
         for start in range(0, end, self.batch_size):
             yield self.take(split, indices[start : start + self.batch_size])
