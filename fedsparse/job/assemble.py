@@ -47,7 +47,7 @@ from fedsparse.job.limits import seconds_of
 from fedsparse.job.model import build_net, check_classes, check_fit, check_kind, check_parametrized, of_data
 from fedsparse.job.shards import deal_shards
 from fedsparse.masks import MaskRule, Sparsity
-from fedsparse.models.heads import attentions
+from fedsparse.models.attention import attentions
 from fedsparse.preparation.calibration import Calibration
 from fedsparse.preparation.head import Head
 from fedsparse.simulation.devices import accelerator
@@ -407,7 +407,7 @@ def _sparsity(options: DictConfig, net: nn.Module) -> Sparsity:
     """Build the sparsity; with ``unit=output`` the units of attention layers are their heads."""
     built: Sparsity = instantiate(options)
     built.check_names([name for name, _ in net.named_parameters()])
-    return replace(built, heads=tuple(attentions(net))) if built.unit == "output" else built
+    return replace(built, attention=tuple(attentions(net))) if built.unit == "output" else built
 
 
 def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int], ClientModule]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.space import ParamSpace, matches
+from fedsparse.masks.attention import mean_by_head, whole_heads
 from fedsparse.masks.floors import best_units, mark_at_least
-from fedsparse.masks.heads import mean_by_head, whole_heads
 from fedsparse.masks.sparsity import Sparsity
 from fedsparse.masks.topk import check, count, mark
-from fedsparse.models.heads import Attention
+from fedsparse.models.attention import Attention
 
 TIED_SHARE = 0.01  # above this share of ties at the threshold, the order of the coordinates decides: worth a warning
 
@@ -50,9 +50,9 @@ def select(scores: Tensor, space: ParamSpace, sparsity: Sparsity, *, largest: bo
         UserWarning: more than 1 % of the n coordinates tie where the line falls between kept and not kept.
 
     """
-    if sparsity.unit == "output" and sparsity.heads:
-        plain = replace(sparsity, heads=())
-        return select_heads(scores, space, plain, sparsity.heads, largest=largest, power=power)
+    if sparsity.unit == "output" and sparsity.attention:
+        plain = replace(sparsity, attention=())
+        return select_heads(scores, space, plain, sparsity.attention, largest=largest, power=power)
     if scores.shape != (space.size,):
         raise ValueError(f"this space needs scores of shape ({space.size},), not {tuple(scores.shape)}")
     named = space.unflatten(scores.detach())
@@ -85,7 +85,7 @@ def select_heads(
         scores: (P,).
         space: names and shapes of the coordinates.
         sparsity: how many; with ``unit=output``.
-        attentions: the layers, of ``fedsparse.models.heads.attentions``.
+        attentions: the layers, of ``fedsparse.models.attention.attentions``.
         largest: whether the largest scores train, or the smallest.
         power: exponent of the density.
 

@@ -35,7 +35,7 @@ class Sparsity:
             with ``mode=prune`` for one coordinate, so that no tensor dies.
         schedule: how the ratio grows over the rounds (``Gradual``, or a mapping of its options); None: it is constant.
         renew_every: the mask is chosen anew every so many rounds; None: only where the schedule changes.
-        heads: the network's attention layers, whose units are heads with ``unit=output``; filled in by the run.
+        attention: the network's attention layers, whose units are heads with ``unit=output``; filled in by the run.
 
     Raises:
         ValueError: an option outside these choices; the line names it.
@@ -51,7 +51,7 @@ class Sparsity:
     min_density: float = 0.0
     schedule: Gradual | None = None
     renew_every: int | None = None
-    heads: tuple[Any, ...] = ()
+    attention: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what is not a choice."""

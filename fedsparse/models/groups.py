@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsparse.models.heads import attentions, spare_one, zero_columns
+from fedsparse.models.attention import attentions, spare_one, zero_columns
 from fedsparse.models.members import Member, idle, is_gate, is_layer, is_plain, kind, member_of, zero_inputs
 
 MISSING = "fedsparse.export needs torch-pruning: pip install 'fedsparse[export]'"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsparse.models.attention import Attention, attentions, idle_heads, keep_heads, spare_one, zero_rows
 from fedsparse.models.groups import Groups, Verdict
-from fedsparse.models.heads import Attention, attentions, idle_heads, keep_heads, spare_one, zero_rows
 from fedsparse.models.members import is_layer
 
 TOLERANCE = 1e-5

@@ -9,8 +9,8 @@ from torch import nn
 from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Sparsity
 from fedsparse.masks.select import select
+from fedsparse.models.attention import attentions
 from fedsparse.models.convnets import fednet, resnet18_gn, two_cnn
-from fedsparse.models.heads import attentions
 from fedsparse.models.pretrained import timm_model
 from fedsparse.models.shrink import Trial, shrink
 from fedsparse.models.structure import rebuild, structure

@@ -7,9 +7,9 @@ import torch
 
 from fedsparse.core.space import ParamSpace
 from fedsparse.masks import Sparsity
-from fedsparse.masks.heads import mean_by_head, whole_heads
+from fedsparse.masks.attention import mean_by_head, whole_heads
 from fedsparse.masks.select import select_heads
-from fedsparse.models.heads import attentions
+from fedsparse.models.attention import attentions
 from fedsparse.models.vision import vit_digits
 
 

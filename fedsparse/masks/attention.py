@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from fedsparse.core.space import ParamSpace, Patterns, matches
-from fedsparse.models.heads import Attention
+from fedsparse.models.attention import Attention
 
 
 def mean_by_head(scores: Tensor, space: ParamSpace, attentions: Sequence[Attention], apart: Patterns = ()) -> Tensor:
@@ -22,7 +22,7 @@ def mean_by_head(scores: Tensor, space: ParamSpace, attentions: Sequence[Attenti
     Args:
         scores: (P,), of any floating type.
         space: names and shapes of the coordinates.
-        attentions: the layers, of ``fedsparse.models.heads.attentions``.
+        attentions: the layers, of ``fedsparse.models.attention.attentions``.
         apart: glob patterns of tensors that do not belong to the heads' units.
 
     Returns:
