@@ -56,6 +56,7 @@ def call(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_mask_rule_in_three_steps(copy):
     where = call(copy, "-c", "import fedsparse; print(fedsparse.__file__)").strip()
     assert Path(where).is_relative_to(copy)

@@ -24,6 +24,7 @@ def test_what_a_seed_means_never_changes():
         "EXPLORERS": 10,
         "EXPLORE": 11,
         "PERSONAL": 12,
+        "LANDSCAPE": 13,
     }
 
 

@@ -363,6 +363,7 @@ def command(*options, **env):
     )
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_it_without_a_traceback(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = command("federation.rounds=0")
