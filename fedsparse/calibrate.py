@@ -27,7 +27,7 @@ from fedsparse.job.resume import Job, composed, store
 from fedsparse.job.runs import compose_and_run
 from fedsparse.job.shipped import conf_dir
 from fedsparse.job.summary import mean_client_overlap, sparsity_of
-from fedsparse.job.sweep import already_used, held, used
+from fedsparse.job.sweep import already_used, locked, used
 from fedsparse.preparation.calibration import Calibrated
 
 
@@ -43,7 +43,7 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
     check(cfg, job.choices)
     if used(job.folder):
         raise ValueError(already_used(job.folder))
-    with held(job.folder):
+    with locked(job.folder):
         store(job, hydra_cfg)
         return execute(job)
 

@@ -31,7 +31,7 @@ from fedsparse.job import model as nets
 from fedsparse.job.command import on_command_line
 from fedsparse.job.execute import quiet
 from fedsparse.job.finished import Finished, inputs, read_run
-from fedsparse.job.sweep import held
+from fedsparse.job.sweep import locked
 from fedsparse.models.flops import pruning_figures
 from fedsparse.models.shrink import TOLERANCE, Cut, close, shrink
 from fedsparse.models.structure import rebuild, structure
@@ -63,7 +63,7 @@ def export(folder: Path, formats: Sequence[str] = FORMATS, trusted: Sequence[str
     if not formats or set(formats) - set(FORMATS):
         raise ValueError(f"format={','.join(formats)} is unknown; give one or both of {', '.join(FORMATS)}")
     run = read_run(folder, trusted)
-    with held(folder):
+    with locked(folder):
         for left in folder.glob(".export-*"):  # of a killed export
             shutil.rmtree(left, ignore_errors=True)
         small, cuts = shrink(run.net, inputs(run, seed=0))

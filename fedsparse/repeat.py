@@ -25,7 +25,7 @@ from fedsparse.job.command import one_line
 from fedsparse.job.earlier import renewed, typed_now
 from fedsparse.job.resume import composed, refuse_stored_overrides
 from fedsparse.job.runs import compose_and_run, run_cell
-from fedsparse.job.sweep import MAY_DIFFER, CellFailed, cell_name, shown
+from fedsparse.job.sweep import MAY_DIFFER, CellFailed, cell_name, short_path
 
 CHECKED = "+hydra.callbacks.fresh_run_folder.refuse=false"  # run_cell checks a used folder instead
 BESIDE = "hydra/launcher=joblib"  # as the launcher of a sweep with several jobs, for which runs show no progress bar
@@ -97,7 +97,7 @@ def run(
     except CellFailed:
         return False
     except Exception as error:
-        print(f"fedsparse: {shown(folder)}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"fedsparse: {short_path(folder)}: {one_line(error)}", file=sys.stderr, flush=True)
         return False
     return True
 

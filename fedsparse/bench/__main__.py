@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from fedsparse.bench import processes, tables
-from fedsparse.bench.machine import facts, load
+from fedsparse.bench.machine import describe, load
 from fedsparse.bench.peers import PEERS
 from fedsparse.bench.problems import CLIENTS, PROBLEMS, STEPS, Problem
 from fedsparse.bench.rows import Row
@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace, problems: Sequence[Problem]) -> None:
 
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    figures = Figures(facts(options.threads), options.json)
+    figures = Figures(describe(options.threads), options.json)
     peers = _peers(options)
     for row in Collector(options.threads, options.memory, peers, bool(options.models)).rows(problems):
         figures.add(row)

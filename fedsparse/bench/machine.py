@@ -12,7 +12,7 @@ import torch
 from fedsparse import __version__
 
 
-def facts(threads: int) -> dict[str, Any]:
+def describe(threads: int) -> dict[str, Any]:
     """Describe the machine; ``load_start`` is its load average over the last minute."""
     return {
         "cpu": _cpu(),

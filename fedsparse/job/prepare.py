@@ -69,9 +69,9 @@ def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger)
     preparation = build_preparation(assembly, module, ledger)
     try_out(module, *preparation.take(problem.dataset.train, np.arange(min(2, len(problem.dataset.train.y)))))
     if phases.has("head"):
-        with shown("head"):
+        with timed("head"):
             start_head(assembly, preparation, phases.prepares("head"))
-    with shown("calibrate") if phases.has("calibrate") else nullcontext():
+    with timed("calibrate") if phases.has("calibrate") else nullcontext():
         found = choose_mask(assembly, preparation)
     if phases.explore is not None:
         return found
@@ -84,7 +84,7 @@ def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger)
 
 
 @contextmanager
-def shown(phase: str) -> Iterator[None]:
+def timed(phase: str) -> Iterator[None]:
     """Show a phase of the preparation on the terminal, and log its seconds."""
     console, began = Console(file=sys.stderr), time.perf_counter()
     with console.status(phase) if console.is_terminal else nullcontext():

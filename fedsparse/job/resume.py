@@ -51,7 +51,7 @@ class Job:
     begun: int = 0
 
 
-def facts(hydra_cfg: Any) -> tuple[dict[str, str], str | None]:
+def choices_and_group(hydra_cfg: Any) -> tuple[dict[str, str], str | None]:
     """Read the chosen option of each group and the sweep's name from the node ``hydra``."""
     chosen = hydra_cfg["runtime"]["choices"].items()
     choices = {str(key): str(value) for key, value in chosen if not str(key).startswith("hydra/")}
@@ -66,7 +66,7 @@ def composed(cfg: DictConfig, hydra_cfg: Any) -> Job:
         ValueError: a user's option has the name of a shipped one, which Hydra prefers.
 
     """
-    choices, group = facts(hydra_cfg)
+    choices, group = choices_and_group(hydra_cfg)
     sources = hydra_cfg["runtime"]["config_sources"]
     folders = [Path(str(source["path"])) for source in sources if source["schema"] == "file"]
     user_folders = [folder for folder in folders if folder.resolve() != conf_dir()]
@@ -78,7 +78,7 @@ def composed(cfg: DictConfig, hydra_cfg: Any) -> Job:
     return Job(cfg, Path(str(hydra_cfg["runtime"]["output_dir"])), choices, group)
 
 
-def stored_facts(folder: Path) -> tuple[dict[str, str], str | None]:
+def stored_choices(folder: Path) -> tuple[dict[str, str], str | None]:
     """Read the choices and the sweep's name of a stored run, as plain data, unresolved.
 
     Raises:
@@ -86,7 +86,7 @@ def stored_facts(folder: Path) -> tuple[dict[str, str], str | None]:
 
     """
     try:
-        return facts(yaml_of(folder / HYDRA)["hydra"])
+        return choices_and_group(yaml_of(folder / HYDRA)["hydra"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: .hydra/hydra.yaml cannot be read ({type(error).__name__}: {error})") from error
 
@@ -148,7 +148,7 @@ def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str]
         _apply(raw, override)
     cfg = trust.admitted(raw, trusted, typed=[override.partition("=")[0] for override in overrides])
     OmegaConf.set_struct(cfg, True)
-    return Job(cfg, folder, *stored_facts(folder), resumed=True, begun=begun)
+    return Job(cfg, folder, *stored_choices(folder), resumed=True, begun=begun)
 
 
 def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = (), options: Sequence[str] = ()) -> None:

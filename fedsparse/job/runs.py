@@ -20,7 +20,7 @@ from fedsparse.job.config import check, register_resolvers
 from fedsparse.job.execute import execute
 from fedsparse.job.resume import Job, as_found, composed, finished, open_log, read_job, store
 from fedsparse.job.shipped import conf_dir
-from fedsparse.job.sweep import CellFailed, held, shown
+from fedsparse.job.sweep import CellFailed, locked, short_path
 from fedsparse.job.typed import check_typed
 
 log = logging.getLogger("fedsparse")
@@ -72,7 +72,7 @@ def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
     if done is not None:
         print(f"{folder} is finished after {done['rounds']} rounds; federation.rounds=<more> goes on")
         return done | {"folder": str(folder)}
-    with logging_kept(), held(folder):
+    with logging_kept(), locked(folder):
         open_log(folder)
         check(job.cfg, job.choices)
         summary = execute(job)
@@ -96,7 +96,7 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
 def _single(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     """Execute a run in a new folder, and print its results."""
     check(job.cfg, job.choices)
-    with held(job.folder):
+    with locked(job.folder):
         store(job, hydra_cfg)
         summary = execute(job)
     results.print_table(job.folder, summary)
@@ -113,7 +113,7 @@ def run_cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     try:
         return _cell(as_found(job), hydra_cfg)
     except Exception as error:
-        print(f"fedsparse: {shown(job.folder)}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"fedsparse: {short_path(job.folder)}: {one_line(error)}", file=sys.stderr, flush=True)
         if not isinstance(error, ValueError):
             log.info("the cell failed", exc_info=True)
         keep = getattr(error, "keep", not isinstance(error, ValueError))
@@ -123,15 +123,15 @@ def run_cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
 def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     done = finished(job) if job.resumed else None
     if done is not None:
-        print(f"{shown(job.folder)} is finished after {done['rounds']} rounds", flush=True)
+        print(f"{short_path(job.folder)} is finished after {done['rounds']} rounds", flush=True)
         return done | {"folder": str(job.folder)}
     check(job.cfg, job.choices)
-    with held(job.folder):
+    with locked(job.folder):
         if not job.resumed:
             store(job, hydra_cfg)
         summary = execute(job)
     figures = f"test accuracy {summary['test/acc']:.1%} after round {summary['rounds']}, {summary['seconds']:.1f} s"
-    print(f"{shown(job.folder)}: {figures}", flush=True)
+    print(f"{short_path(job.folder)}: {figures}", flush=True)
     if line := results.at_chance(summary):
-        print(f"{shown(job.folder)}: {line}", flush=True)
+        print(f"{short_path(job.folder)}: {line}", flush=True)
     return summary

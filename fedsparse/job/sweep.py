@@ -86,7 +86,7 @@ def used(folder: Path) -> bool:
     return any((folder / name).exists() for name in TRACES)
 
 
-def shown(folder: Path) -> str:
+def short_path(folder: Path) -> str:
     """Format a folder for messages: relative to the working directory if it lies below it."""
     here = Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
@@ -130,7 +130,7 @@ def _flat(cfg: DictConfig, resolve: bool = True) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Lock a run folder against other processes; the system releases the lock when the process ends or is killed.
 
     Temporary files of killed writers are removed.

@@ -20,7 +20,7 @@ from fedsparse.job import trust
 from fedsparse.job.command import on_command_line
 from fedsparse.job.execute import quiet
 from fedsparse.job.prepare import picture
-from fedsparse.job.sweep import held
+from fedsparse.job.sweep import locked
 from fedsparse.landscape.measure import Measured, measure
 from fedsparse.landscape.options import Options
 from fedsparse.landscape.pictures import contour_figure, lines_figure, surface_figure
@@ -45,7 +45,7 @@ def landscape(folder: Path, options: Options, trusted: Sequence[str] = ()) -> tu
 
     """
     scene = Scene.of(folder, options, trusted)
-    with held(folder), made_in(dtype_of(scene.models.assembly.problem.precision)):
+    with locked(folder), made_in(dtype_of(scene.models.assembly.problem.precision)):
         store = Store(folder)
         measured = measure(scene, store)
         pictures = draw(store.folder, measured)

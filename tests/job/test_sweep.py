@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from fedsparse import run, train
 from fedsparse.core.folder import LAST
 from fedsparse.job.shipped import conf_dir
-from fedsparse.job.sweep import MAY_DIFFER, cell_name, difference, held
+from fedsparse.job.sweep import MAY_DIFFER, cell_name, difference, locked
 from fedsparse.simulation import tracking
 from fedsparse.simulation.csv_logger import read_rows
 
@@ -151,7 +151,7 @@ def test_what_is_stored_is_what_hydra_would_store(sweep, tmp_path):
 
 def test_two_processes_do_not_share_a_run_folder(sweep, tmp_path, capsys):
     (tmp_path / cell(0)).mkdir(parents=True)
-    with held(tmp_path / cell(0)):
+    with locked(tmp_path / cell(0)):
         assert sweep("seed=0", "federation.rounds=1") == 1
     assert "is being run by another process" in capsys.readouterr().err
     assert sweep("seed=0", "federation.rounds=1") == 0

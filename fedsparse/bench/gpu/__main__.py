@@ -20,7 +20,7 @@ import torch
 import fedsparse
 from fedsparse.bench.__main__ import Parser
 from fedsparse.bench.gpu.session import Figures, Session
-from fedsparse.bench.machine import facts
+from fedsparse.bench.machine import describe
 from fedsparse.core.signals import command
 
 # what a section needs to begin, in seconds at full size
@@ -80,7 +80,7 @@ def _here(session: Session) -> Figures:
         "code": str(Path(fedsparse.__file__).parent),
         "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
         "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-        **facts(torch.get_num_threads()),
+        **describe(torch.get_num_threads()),
     }
 
 
