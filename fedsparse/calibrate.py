@@ -18,10 +18,11 @@ from omegaconf import DictConfig
 from fedsparse.core import files
 from fedsparse.core.folder import CALIBRATION
 from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.job.assemble import Assembly, assemble
+from fedsparse.job.assemble import assemble
 from fedsparse.job.command import arrange, on_command_line
 from fedsparse.job.config import check
 from fedsparse.job.execute import quiet
+from fedsparse.job.parts import Assembly
 from fedsparse.job.prepare import prepare
 from fedsparse.job.resume import Job, composed, store
 from fedsparse.job.runs import compose_and_run

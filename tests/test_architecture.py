@@ -99,6 +99,25 @@ def test_a_configuration_is_read_in_one_room(path):
         assert not found
 
 
+# what of the plain values is read by its key: for a cache, for what a summary repeats, and to say it as it was typed
+PLAIN_VALUES = {
+    "prepare.py": {"head", "client", "sparsity", "calibration"},
+    "summary.py": {"exchange", "optimizer"},
+    "execute.py": {"federation", "trainer"},
+}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in ("job", "landscape")], ids=place)
+def test_plain_values_of_a_configuration_are_no_second_way_to_read_it(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            home = ast.unparse(node.value)
+            found |= {node.slice.value} if home == "config" or home.endswith(".config") else set()
+    if path.name not in ("assemble.py", *READS_KEYS):
+        assert found == PLAIN_VALUES.get(path.name, set())
+
+
 def test_reading_a_key_is_found():
     assert set(keys_read(ast.parse("a = job.cfg.seed + cfg['lr'] + cfg.model.head + other.seed"))) == {
         "seed",

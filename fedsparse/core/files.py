@@ -83,7 +83,7 @@ def write(path: Path, content: Content, keep: Path | None = None) -> None:
 
     """
     part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
-    with _named(path):
+    with named(path):
         disk = Disk(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             with disk:
@@ -114,7 +114,7 @@ def append(path: Path, data: bytes) -> None:
         OSError: names the file, and what to do if the disk is full.
 
     """
-    with _named(path):
+    with named(path):
         disk = Disk(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         with disk:
             end = os.fstat(disk.descriptor).st_size
@@ -127,7 +127,7 @@ def append(path: Path, data: bytes) -> None:
 
 def change(path: Path, size: int) -> Disk:
     """Open a file to be written in place, and set its size; added bytes read as zeros."""
-    with _named(path):
+    with named(path):
         disk = Disk(path, os.O_RDWR | os.O_CREAT)
         os.ftruncate(disk.descriptor, size)
     return disk
@@ -140,7 +140,7 @@ def put(disk: Disk, offset: int, data: Any) -> None:
         OSError: names the file, and what to do if the disk is full.
 
     """
-    with _named(disk.path):
+    with named(disk.path):
         os.lseek(disk.descriptor, offset, os.SEEK_SET)
         disk.write(data)
 
@@ -206,7 +206,7 @@ def clear(folder: Path, age: float = 0.0) -> None:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Re-raise an OSError with the target's path, and with advice if the disk is full."""
     try:
         yield

@@ -135,7 +135,7 @@ class RoundPlan:
         processes: number of processes that share the clients of a round.
         process: index of this process.
         purpose: of the random stream that shuffles samples.
-        alone: whether each client has its own cohort, padded to K rows.
+        separate: whether each client has its own cohort, padded to K rows.
 
     """
 
@@ -149,10 +149,10 @@ class RoundPlan:
         processes: int = 1,
         process: int = 0,
         purpose: Purpose = Purpose.BATCHES,
-        alone: bool = False,
+        separate: bool = False,
     ) -> None:
         self.parts, self.work, self.sample, self.bound, self.seed = parts, work, sample, cohort, seed
-        self.processes, self.process, self.purpose, self.alone = processes, process, purpose, alone
+        self.processes, self.process, self.purpose, self.separate = processes, process, purpose, separate
 
     def bounded(self, cohort: int) -> RoundPlan:
         """Copy the plan with cohorts of at most ``cohort`` clients."""
@@ -165,7 +165,7 @@ class RoundPlan:
             self.processes,
             self.process,
             self.purpose,
-            self.alone,
+            self.separate,
         )
 
     def cohort_size(self, clients: int) -> int:
@@ -176,7 +176,7 @@ class RoundPlan:
     def number_of_cohorts(self, round: int, rows: int | None = None) -> int:
         """Count the cohorts of one round, equal for all processes, without drawing samples."""
         size, dealt = self._dealt(round, rows)
-        return math.ceil(max(len(clients) for clients in dealt) / (1 if self.alone else size))
+        return math.ceil(max(len(clients) for clients in dealt) / (1 if self.separate else size))
 
     def cohorts(self, round: int, rows: int | None = None) -> list[Cohort]:
         """Build the cohorts of one round that this process trains; some may have no clients.
@@ -187,11 +187,11 @@ class RoundPlan:
 
         """
         size, dealt = self._dealt(round, rows)
-        clients, together = dealt[self.process], 1 if self.alone else size
+        clients, together = dealt[self.process], 1 if self.separate else size
         starts = range(0, self.number_of_cohorts(round, rows) * together, together)
         return [self._cohort(round, clients[start : start + together], size) for start in starts]
 
-    def alone_in(self, round: int, client: int) -> Cohort:
+    def cohort_of(self, round: int, client: int) -> Cohort:
         """Build the cohort of one client alone, with the samples it has if it takes part in the round."""
         return self._cohort(round, [client], 1)
 

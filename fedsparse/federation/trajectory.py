@@ -6,15 +6,16 @@ Shapes: R rows of P coordinates.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedsparse.core import files
@@ -77,7 +78,7 @@ class Trajectory(Watcher):
         layout = Layout(1 + self.total // self.every, values.size, self.word, values.itemsize)
         if not self.path.exists() or not layout.fits(self.path):
             _make(self.path, layout)
-        with self.path.open("r+b") as file:
+        with files.named(self.path), self.path.open("r+b") as file:
             file.seek(layout.rows_at + place * values.nbytes)
             file.write(values.tobytes())
             file.flush()
@@ -131,42 +132,54 @@ class Layout:
 
 
 def _make(path: Path, layout: Layout) -> None:
-    """Make a file without rows, or with those of a file of a run that had another number of rounds.
+    """Make a file without rows, or with those of before, where a resumed run was given more rounds.
 
-    Where nothing is written the system keeps no bytes of it.
+    The file is written beside its target, so that a kill leaves the one of before; where nothing is written yet the
+    system keeps no bytes of it.
     """
-    known = {} if not path.exists() else dict.fromkeys(read_rounds(path))
-    old = path.with_suffix(".old")
-    if known:
-        path.replace(old)
-    files.write(path, layout.header + np.full(layout.count, -1, dtype=np.int64).tobytes())
-    with path.open("r+b") as file:
-        file.truncate(layout.rows_at + layout.count * layout.size * layout.width)
-        for place, closed in enumerate(list(known)[: layout.count]):
-            file.seek(layout.rows_at + place * layout.size * layout.width)
-            file.write(read_row(old, closed).numpy().tobytes())
-            file.seek(layout.rounds_at + 8 * place)
-            file.write(struct.pack("<q", closed))
-    old.unlink(missing_ok=True)
+    known = read_rounds(path) if path.exists() else []
+    rounds = np.array([*known, *[-1] * (layout.count - len(known))], dtype=np.int64)
+
+    def content(file: Any) -> None:
+        file.write(layout.header + rounds.tobytes())
+        for closed in known:
+            file.write(read_row(path, closed).numpy().tobytes())
+        os.ftruncate(file.fileno(), layout.rows_at + layout.count * layout.size * layout.width)
+
+    files.write(path, content)
 
 
 def read_rounds(path: Path) -> list[int]:
-    """List the numbers of closed rounds whose row is in the file, ascending; 0 is the start of the first round."""
-    with safe_open(path, "pt") as file:
-        return sorted(closed for closed in file.get_tensor("rounds").tolist() if closed >= 0)
+    """List the numbers of closed rounds whose row is in the file, ascending; 0 is the start of the first round.
+
+    Raises:
+        ValueError: the file is damaged.
+
+    """
+    return [closed for closed in _numbers(path) if closed >= 0]
 
 
 def read_row(path: Path, closed: int) -> Tensor:
     """Read the global row (P,) after so many closed rounds.
 
     Raises:
-        ValueError: it was not kept.
+        ValueError: it was not kept, or the file is damaged.
 
     """
+    rounds = _numbers(path)
+    if closed not in rounds:
+        kept = ", ".join(str(number) for number in rounds if number >= 0)
+        raise ValueError(f"{path} holds no row after {closed} rounds; it holds those after {kept}")
     with safe_open(path, "pt") as file:
-        rounds = file.get_tensor("rounds").tolist()
-        if closed not in rounds:
-            kept = ", ".join(str(number) for number in rounds if number >= 0)
-            raise ValueError(f"{path} holds no row after {closed} rounds; it holds those after {kept}")
         row: Tensor = file.get_slice("rows")[rounds.index(closed)]
     return row
+
+
+def _numbers(path: Path) -> list[int]:
+    """Read the number of closed rounds of each row, -1 where none is yet."""
+    try:
+        with safe_open(path, "pt") as file:
+            numbers: list[int] = file.get_tensor("rounds").tolist()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the trajectory {path} is damaged ({type(error).__name__}); remove it") from error
+    return numbers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,10 @@ from fedsparse.federation.exchange.sparsifiers import Pattern
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.server.aggregation import Aggregation, AverageRows, FedNova, Robust
 from fedsparse.federation.server.server import Server
+from fedsparse.job.parts import Course, Method, Problem
 from fedsparse.masks import Exploration
 from fedsparse.masks.rules import FromFile
 from fedsparse.optim.sgdm import SparseSGDM
-
-if TYPE_CHECKING:
-    from fedsparse.job.assemble import Course, Method, Problem
 
 
 def check_method(method: Method, problem: Problem, course: Course) -> None:

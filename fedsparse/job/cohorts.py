@@ -8,7 +8,7 @@ import torch
 
 from fedsparse.federation.client.training import Clients, can_stack
 from fedsparse.federation.exchange.update import Start
-from fedsparse.job.assemble import Assembly
+from fedsparse.job.parts import Assembly
 from fedsparse.job.trial import obstacle
 from fedsparse.models.copies import copied
 from fedsparse.simulation.autotune import choose, measure

@@ -27,9 +27,10 @@ from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.masking import MaskSchedule, zero
 from fedsparse.federation.reports import Diverged
 from fedsparse.federation.stores.store import ClientStore, make_store
-from fedsparse.job.assemble import Assembly, assemble
+from fedsparse.job.assemble import assemble
 from fedsparse.job.checks import check_names
 from fedsparse.job.cohorts import fastest
+from fedsparse.job.parts import Assembly
 from fedsparse.job.prepare import OVERLAP, draw, prepare, record, save_deviation
 from fedsparse.job.resume import Job
 from fedsparse.job.summary import summarise, write_results

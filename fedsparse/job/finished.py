@@ -40,6 +40,17 @@ class Finished:
     unit: str
 
 
+def check_finished(folder: Path) -> None:
+    """Refuse a folder without a finished run.
+
+    Raises:
+        ValueError: one line that says how to finish it.
+
+    """
+    if not all((folder / name).is_file() for name in (SUMMARY, WEIGHTS, CONFIG)):
+        raise ValueError(f"{folder} holds no finished run; python -m fedsparse.train resume={folder} finishes one")
+
+
 def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
     """Read a finished run and build its model.
 
@@ -53,8 +64,7 @@ def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
     """
     if not folder.is_dir():
         raise ValueError(f"there is no run folder {folder}; run= takes the folder that a run printed")
-    if not all((folder / name).is_file() for name in (SUMMARY, WEIGHTS, CONFIG)):
-        raise ValueError(f"{folder} holds no finished run; python -m fedsparse.train resume={folder} finishes one")
+    check_finished(folder)
     cfg = read_job(folder, trusted=trusted).cfg
     _without_weights(cfg.model)
     problem = assemble_problem(cfg)

@@ -28,7 +28,7 @@ from fedsparse.core.seeding import Purpose
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.masking import NOTHING
 from fedsparse.job import trust
-from fedsparse.job.assemble import Assembly
+from fedsparse.job.parts import Assembly
 from fedsparse.job.resume import Job
 from fedsparse.job.trial import try_out
 from fedsparse.masks import Mask

@@ -102,7 +102,7 @@ def store(job: Job, hydra_cfg: Any) -> None:
         files.write(job.folder / name, OmegaConf.to_yaml(node))
 
 
-def as_found(job: Job) -> Job:
+def continued(job: Job) -> Job:
     """Compare a cell of a sweep with its folder; returns the job, resumed if the folder holds the same run.
 
     Raises:

@@ -13,13 +13,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fedsparse.job import summary as results
 from fedsparse.job import trust
 from fedsparse.job.command import hydras_as_value_errors, logging_kept, one_line
 from fedsparse.job.config import check, register_resolvers
 from fedsparse.job.execute import execute
-from fedsparse.job.resume import Job, as_found, composed, finished, open_log, read_job, store
+from fedsparse.job.resume import Job, composed, continued, finished, open_log, read_job, store
 from fedsparse.job.shipped import conf_dir
+from fedsparse.job.summary import at_chance, print_table
 from fedsparse.job.sweep import CellFailed, locked, short_path
 from fedsparse.job.typed import check_typed
 
@@ -76,7 +76,7 @@ def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
         open_log(folder)
         check(job.cfg, job.choices)
         summary = execute(job)
-        results.print_table(folder, summary)
+        print_table(folder, summary)
         return summary
 
 
@@ -99,7 +99,7 @@ def _single(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     with locked(job.folder):
         store(job, hydra_cfg)
         summary = execute(job)
-    results.print_table(job.folder, summary)
+    print_table(job.folder, summary)
     return summary
 
 
@@ -111,7 +111,7 @@ def run_cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
 
     """
     try:
-        return _cell(as_found(job), hydra_cfg)
+        return _cell(continued(job), hydra_cfg)
     except Exception as error:
         print(f"fedsparse: {short_path(job.folder)}: {one_line(error)}", file=sys.stderr, flush=True)
         if not isinstance(error, ValueError):
@@ -132,6 +132,6 @@ def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
         summary = execute(job)
     figures = f"test accuracy {summary['test/acc']:.1%} after round {summary['rounds']}, {summary['seconds']:.1f} s"
     print(f"{short_path(job.folder)}: {figures}", flush=True)
-    if line := results.at_chance(summary):
+    if line := at_chance(summary):
         print(f"{short_path(job.folder)}: {line}", flush=True)
     return summary

@@ -20,7 +20,7 @@ from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.space import ParamSpace
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.federation import Federation
-from fedsparse.job.assemble import Assembly, Problem
+from fedsparse.job.parts import Assembly, Problem
 from fedsparse.job.prepare import picture
 from fedsparse.job.resume import Job
 from fedsparse.masks import Mask, overlaps

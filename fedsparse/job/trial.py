@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedsparse.core.weights import check_savable
 from fedsparse.federation.client.buffers import check_integers, freeze, integers
-from fedsparse.job.assemble import Assembly, Problem
+from fedsparse.job.parts import Assembly, Problem
 from fedsparse.models.copies import copied
 from fedsparse.models.modes import evaluating
 from fedsparse.models.stacked import stacks

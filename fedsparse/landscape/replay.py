@@ -1,30 +1,40 @@
 """The models of a run at the end of a round: the global row, and that of every client, trained again.
 
 A client's batches are a pure function of (seed, round, client), so it is trained again from the global row before the
-round, whether it took part or not: no local model is ever stored. With K = 1 and the state of ``last.previous.ckpt`` it
-gets the bits that it had in the run.
+round, whether it took part or not: no local model is ever stored. At K = 1 it gets the bits that it had in the run,
+from ``last.previous.ckpt`` or from a trajectory in the run's own precision.
 
 Shapes: P coordinates.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fedsparse.core.folder import CHECKPOINTS, CONFIG, LAST, PREVIOUS, SUMMARY, TRAJECTORY, WEIGHTS
+from fedsparse.core.folder import CHECKPOINTS, CLIENT_MASKS, MASK, PREVIOUS, SUMMARY, TRAJECTORY, WEIGHTS
+from fedsparse.core.precisions import HALF
 from fedsparse.core.weights import load_weights
-from fedsparse.federation.client.training import Clients
+from fedsparse.federation.client.training import LOSS_SCALE, Clients
 from fedsparse.federation.federation import Federation
 from fedsparse.federation.trajectory import read_row
-from fedsparse.job.assemble import Assembly, assemble
+from fedsparse.job.assemble import assemble
+from fedsparse.job.finished import check_finished
+from fedsparse.job.parts import Assembly, Problem
 from fedsparse.job.resume import read_job
+from fedsparse.masks import Mask
+from fedsparse.models.copies import copied
 from fedsparse.simulation.checkpoint import read_checkpoint, renewed
+from fedsparse.simulation.devices import device_of
+from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.trainer import as_trained
 
 
 @dataclass(frozen=True)
@@ -56,69 +66,86 @@ def load(folder: Path, round: int | None = None, trusted: Sequence[str] = ()) ->
         trusted: names of packages whose code it may name.
 
     Raises:
-        ValueError: the run is not finished, or the row was not kept.
+        ValueError: the run is not finished, the row was not kept, or the mask is of another model.
 
     """
-    if not all((folder / name).is_file() for name in (SUMMARY, WEIGHTS, CONFIG)):
-        raise ValueError(f"{folder} holds no finished run; python -m fedsparse.train resume={folder} finishes one")
+    check_finished(folder)
     assembly = assemble(read_job(folder, trusted=trusted).cfg)
-    problem, total = assembly.problem, assembly.course.phases.total
+    problem, closed = assembly.problem, int(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["rounds"])
     problem.net.load_state_dict(load_weights(folder / WEIGHTS))
-    mask = torch.as_tensor(_state(folder, assembly, LAST)["state_dict"]["mask"])
-    row = problem.space.read(problem.net)
-    if round is not None and round != total:
+    mask, row = Mask.load(folder / MASK).row(problem.space), problem.space.read(problem.net)
+    if round is not None and round != closed:
         row = _kept(folder, round).to(row.dtype)
-    return Models(folder, assembly, total if round is None else round, row, mask)
+    return Models(folder, assembly, closed if round is None else round, row, mask)
 
 
 def local_row(models: Models, client: int) -> Tensor:
-    """Train a client again in the round that ends with ``models``: its row (P,).
+    """Train a client again in the round that ends with ``models``: its row (P,), on the CPU.
 
     Raises:
         ValueError: no such client, one without data, or what it started from is not kept.
 
     """
-    problem, number = models.assembly.problem, models.round - 1
-    if not 0 <= client < len(problem.parts):
-        raise ValueError(f"client:{client} is none of the {len(problem.parts)} clients, 0 to {len(problem.parts) - 1}")
-    if not len(problem.parts[client]):
-        raise ValueError(f"client:{client} holds no data, so that it has no model of its own")
+    assembly, number = models.assembly, models.round - 1
+    check_client(assembly.problem, client)
+    if assembly.course.phases.explores(number):
+        raise ValueError(f"clients explore in round {models.round}, and end it without a model; take a later round")
     federation, clients = _before(models)
-    course = models.assembly.course
-    plan, number_of_kind = course.phased.at(number)
-    cohort, round = plan.alone_in(number_of_kind, client), federation.open(number)
-    update = clients.train(round.send(cohort), cohort)
+    plan, number_of_kind = assembly.course.phased.at(number)
+    cohort, round = plan.cohort_of(number_of_kind, client).to(clients.theta.device), federation.open(number)
+    with as_trained(assembly.session):
+        update = clients.train(round.send(cohort), cohort)
     assert update.values is not None
     row = federation.server.rows[0].clone()
     federation.server.subspace.write(row, update.values[0])
-    clients.release()
-    return row
+    return row.cpu()
+
+
+def check_client(problem: Problem, client: int) -> None:
+    """Refuse a client that does not exist or holds no data.
+
+    Raises:
+        ValueError: one line.
+
+    """
+    count = len(problem.parts)
+    if not 0 <= client < count:
+        raise ValueError(f"client:{client} is none of the {count} clients, 0 to {count - 1}")
+    if not len(problem.parts[client]):
+        raise ValueError(f"client:{client} holds no data, so that it has neither a model nor a loss of its own")
 
 
 def _before(models: Models) -> tuple[Federation, Clients]:
-    """Set the federation up as it stood before the round, for one client at a time."""
-    folder, assembly, closed = models.folder, models.assembly, models.round - 1
-    previous = _state(folder, assembly, PREVIOUS) if (folder / CHECKPOINTS / PREVIOUS).is_file() else None
-    state = previous if previous is not None and previous["epoch"] + 1 == closed else None
-    module = assembly.method.make_module(assembly.problem.net, 1)
-    if state is None:
-        _check_stateless(models)
-        assembly.problem.space.write(module.net, _kept(folder, closed))
-        module.set_mask(models.mask)
-    else:
+    """Build the federation as it was before the round, on a copy of the network, for one client at a time."""
+    assembly, closed = models.assembly, models.round - 1
+    method, session = assembly.method, assembly.session
+    module = method.make_module(copied(assembly.problem.net), 1)
+    state = _checkpoint(models)
+    if state is not None:
         module.bitmaps = state["state_dict"]["bitmaps"]
         module.load_state_dict(state["state_dict"])
-    clients = module.form(assembly.datamodule().fetch)
-    exchange = assembly.method.make_exchange(torch.as_tensor(module.mask).cpu(), module.own_masks)
-    federation = assembly.method.federate(exchange, assembly.course.phases, count_bytes=False)(clients)
+    else:
+        _check_stateless(models, module)
+        assembly.problem.space.write(module.net, _kept(models.folder, closed))
+        path = models.folder / CLIENT_MASKS
+        module.set_mask(models.mask, load_file(path)["bitmaps"] if path.is_file() else None)
+    device, data = device_of(session.accelerator), assembly.datamodule()
+    module.to(device).train()
+    clients = module.form(data.to(device).fetch, LOSS_SCALE if session.precision == HALF else 1.0)
+    exchange = method.make_exchange(torch.as_tensor(module.mask).cpu(), module.own_masks)
+    federation = method.federate(exchange, assembly.course.phases, count_bytes=False)(clients)
     if state is not None:
         federation.load_state_dict(state["callbacks"]["FederatedRounds"])
     return federation, clients
 
 
-def _state(folder: Path, assembly: Assembly, name: str) -> dict[str, Any]:
-    """Read a checkpoint of the run, in today's form."""
-    return renewed(read_checkpoint(folder / CHECKPOINTS / name, assembly.problem.space))
+def _checkpoint(models: Models) -> dict[str, Any] | None:
+    """Read the checkpoint of the round before; None where it is not kept."""
+    path = models.folder / CHECKPOINTS / PREVIOUS
+    if not path.is_file():
+        return None
+    state = renewed(read_checkpoint(path, models.assembly.problem.space))
+    return state if state["epoch"] + 1 == models.round - 1 else None
 
 
 def _kept(folder: Path, closed: int) -> Tensor:
@@ -136,19 +163,18 @@ def _kept(folder: Path, closed: int) -> Tensor:
     return read_row(path, closed).float()
 
 
-def _check_stateless(models: Models) -> None:
+def _check_stateless(models: Models, module: ClientModule) -> None:
     """Refuse clients that keep something between rounds, which a trajectory does not hold.
 
     Raises:
         ValueError: names what is kept.
 
     """
-    problem, method = models.assembly.problem, models.assembly.method
     kept = {
-        "objective=scaffold (control variates)": method.make_module(problem.net, 1).objective.messages > 0,
-        "model.local (coordinates that stay with the client)": bool(problem.space.local.any()),
-        "federation.buffers=local (its statistics)": models.assembly.config["federation"]["buffers"] == "local",
-        "masks that change": method.changes,
+        "objective=scaffold (control variates)": module.objective.messages > 0,
+        "model.local (coordinates that stay with the client)": bool(module.space.local.any()),
+        "federation.buffers=local (its statistics)": module.buffer_policy == "local",
+        "masks that change": models.assembly.method.changes,
     }
     held = [name for name, there in kept.items() if there]
     if held:

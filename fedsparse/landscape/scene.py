@@ -21,11 +21,13 @@ from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.core.space import ParamSpace
 from fedsparse.data.datasets import Split
 from fedsparse.federation.trajectory import read_rounds, read_row
-from fedsparse.job.assemble import Problem
+from fedsparse.job.parts import Problem
+from fedsparse.job.summary import sha256
 from fedsparse.landscape.directions import Plane
-from fedsparse.landscape.options import CLIENT, GLOBAL, REFERENCE, Options, client_of, title
-from fedsparse.landscape.replay import Models, load, local_row
+from fedsparse.landscape.options import GLOBAL, REFERENCE, Options, client_of, title
+from fedsparse.landscape.replay import Models, check_client, load, local_row
 from fedsparse.landscape.task import Task
+from fedsparse.preparation.cache import code_version
 from fedsparse.simulation.devices import device_of
 
 PLANE, SAMPLES, CURVATURE, SHARPNESS = range(4)  # streams of random numbers
@@ -67,7 +69,7 @@ class Scene:
         problem = models.assembly.problem
         asked = [model for model in options.models if isinstance(model, int)]
         for client in [*asked, *(c for c in map(client_of, options.data) if c is not None)]:
-            _check_client(problem, client)
+            check_client(problem, client)
         known: dict[str | int, Tensor] = {GLOBAL: models.global_row}
         if options.reference is not None:
             other = load(Path(options.reference), None, trusted)
@@ -75,17 +77,16 @@ class Scene:
             known[REFERENCE] = other.global_row
         module = models.assembly.module().to(device_of(models.assembly.session.accelerator))
         clients = module.form()
-        task = Task.of(clients, _dealt(problem))  # a copy: a client that is trained again changes the network
+        task = Task.of(clients, _dealt(problem))
         clients.release()
-        module.to("cpu")  # where clients are trained again
-        hashes = {name: _hash(row) for name, row in known.items()}
-        identity = {"rows": hashes, "rest": _rest(task.net, problem.space), "mask": _hash(models.mask)}
-        return cls(options, models, task, known, identity | {"round": models.round})
+        hashes = {name: sha256(row) for name, row in known.items()}
+        identity = {"rows": hashes, "rest": _rest(task.net, problem.space), "mask": sha256(models.mask)}
+        return cls(options, models, task, known, identity | {"round": models.round, "code": code_version()})
 
     def row(self, model: str | int) -> Tensor:
         """Read a model (P,)."""
         if model not in self.known:
-            self.known[model] = local_row(self.models, int(model)).cpu()
+            self.known[model] = local_row(self.models, int(model))
         return self.known[model]
 
     def split(self, data: str, samples: int | None) -> Split:
@@ -169,14 +170,10 @@ def data_hash(split: Split) -> str:
     return found.hexdigest()
 
 
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
 def _rest(net: nn.Module, space: ParamSpace) -> str:
     """Hash what of a network is no coordinate: frozen parameters, and buffers."""
     rest = {name: value for name, value in net.state_dict().items() if name not in space.names}
-    text = json.dumps({name: _hash(value.reshape(-1)) for name, value in rest.items()}, sort_keys=True)
+    text = json.dumps({name: sha256(value.reshape(-1)) for name, value in rest.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -185,20 +182,6 @@ def _dealt(problem: Problem) -> Split:
     index = torch.from_numpy(np.unique(np.concatenate([np.asarray(part, dtype=np.int64) for part in problem.parts])))
     train = problem.dataset.train
     return train if len(index) == len(train.y) else Split(train.x[index], train.y[index])
-
-
-def _check_client(problem: Problem, client: int) -> None:
-    """Refuse a client that does not exist or holds nothing.
-
-    Raises:
-        ValueError: one line.
-
-    """
-    count = len(problem.parts)
-    if client >= count:
-        raise ValueError(f"{CLIENT}{client} is none of the {count} clients, 0 to {count - 1}")
-    if not len(problem.parts[client]):
-        raise ValueError(f"{CLIENT}{client} holds no data, so that it has neither a model nor a loss of its own")
 
 
 def _check_reference(folder: str, own: Problem, other: Problem) -> None:

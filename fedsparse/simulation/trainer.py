@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fedsparse.simulation.artifacts import Artifacts, started
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.simulation.csv_logger import RoundCSV
-from fedsparse.simulation.devices import device_of
+from fedsparse.simulation.devices import device_of, fabric_of
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.personal import Personal
 from fedsparse.simulation.precision import DoublePrecision, HalfPrecision
@@ -166,6 +167,12 @@ def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], ro
         enable_progress_bar=False,
         log_every_n_steps=1,
     )
+
+
+def as_trained(session: Session) -> AbstractContextManager[None]:
+    """Enter the precision in which the Trainer calls a training step."""
+    plugin = _precision_plugin(session)
+    return fabric_of(session.accelerator, session.precision).autocast() if plugin is None else plugin.forward_context()
 
 
 def _precision_plugin(session: Session) -> Precision | None:

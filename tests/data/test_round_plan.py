@@ -67,7 +67,7 @@ def test_each_client_is_a_cohort_unless_more_may_train_together():
 )
 def test_cohorts_by_hand(clients, bound, processes, alone, wanted):
     for process in range(processes):
-        plan = plan_of(clients, cohort=bound, processes=processes, process=process, alone=alone)
+        plan = plan_of(clients, cohort=bound, processes=processes, process=process, separate=alone)
         cohorts = plan.cohorts(0)
         assert [cohort.clients for cohort in cohorts] == wanted[process]
         assert plan.number_of_cohorts(0) == len(wanted[process])

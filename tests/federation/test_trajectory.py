@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from small import Small, small_data, small_net, uneven_parts
 
+from fedsparse import run
 from fedsparse.federation.trajectory import Layout, Trajectory, read_rounds, read_row
 
 
@@ -72,21 +73,36 @@ def test_a_row_counts_once_it_is_whole(tmp_path):
         read_row(path, 3)
 
 
-def test_a_run_that_is_given_more_rounds_keeps_the_rows_of_before(tmp_path):
-    seen, path = fitted(tmp_path, 2)
-    longer = Trajectory(path, 5)
-    longer._write(3, torch.full_like(seen[0], 7.0))
-    assert read_rounds(path) == [0, 1, 2, 3]
-    assert all(torch.equal(read_row(path, closed), seen[closed]) for closed in range(3))
-    assert bool((read_row(path, 3) == 7).all())
-    assert load_file(path)["rows"].shape == (6, len(seen[0]))
-    assert [item.name for item in tmp_path.glob("*.old")] == []
+SHORT = ["model=mlp", "model.hidden=8", "mask_rule=random", "logger=csv", "pictures=false", "calibration.cache=null"]
+
+
+def test_a_run_that_is_given_more_rounds_keeps_the_rows_of_before_and_no_bit_changes(run_in):
+    plain, _ = run_in("plain", *SHORT, "federation.rounds=4")
+    whole, held = run_in("whole", *SHORT, "federation.rounds=4", "trajectory=global")
+    _, folder = run_in("stopped", *SHORT, "federation.rounds=2", "trajectory=global")
+    assert read_rounds(folder / "trajectory.safetensors") == [0, 1, 2]
+    again = run([f"resume={folder}", "federation.rounds=4"])
+    assert again["global_sha256"] == whole["global_sha256"] == plain["global_sha256"]
+    first, other = (load_file(path / "trajectory.safetensors") for path in (held, folder))
+    assert first["rounds"].tolist() == other["rounds"].tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(first["rows"], other["rows"])
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    _, path = fitted(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"the trajectory .* is damaged \(SafetensorError\); remove it"):
+        read_rounds(path)
+    path.unlink()
+    with pytest.raises(ValueError, match="is damaged"):
+        read_row(path, 0)
 
 
 def test_without_a_path_nothing_is_written(tmp_path):
-    watcher = Trajectory(None, 3)
-    watcher._write(0, torch.zeros(3))
-    assert list(tmp_path.iterdir()) == []
+    small = Small(small_net(), small_data(), uneven_parts())
+    small.given["watchers"] = [Trajectory(None, 1)]
+    small.fit(1, tmp_path)
+    assert not list(tmp_path.glob("**/trajectory*"))
 
 
 def test_several_global_models_are_refused(tmp_path):

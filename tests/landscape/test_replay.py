@@ -34,13 +34,16 @@ def recorded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [[], ["objective=fedprox"], ["objective=scaffold", "mask_rule=dense"], ["mask.owner=client"], ["model.local=[2.*]"],
-     ["exchange=topk", "mask_rule=dense"]],
-    ids=["masked", "fedprox", "scaffold", "own masks", "local", "topk"],
+     ["exchange=topk", "mask_rule=dense"], ["trainer.precision=bf16-mixed"], ["trainer.precision=16-mixed"],
+     ["trainer.precision=64-true"]],
+    ids=["masked", "fedprox", "scaffold", "own masks", "local", "topk", "bf16", "half", "double"],
 )  # fmt: skip
 def test_a_client_of_the_last_round_has_the_bits_that_it_had(recorded, options):
     folder, values = recorded(*options)
     models = load(folder)
     assert models.round == 3
+    network = models.assembly.problem.net
+    assert torch.equal(models.assembly.problem.space.read(network), models.global_row)
     taking_part = [client for number, client in values if number == 2]
     assert taking_part
     for client in taking_part:
@@ -49,6 +52,7 @@ def test_a_client_of_the_last_round_has_the_bits_that_it_had(recorded, options):
         assert torch.equal(row[~models.mask], models.global_row[~models.mask])
     (idle, *_) = set(range(6)) - set(taking_part)
     assert not torch.equal(local_row(models, idle), models.global_row)
+    assert torch.equal(models.assembly.problem.space.read(network), models.global_row)  # which no replay has changed
 
 
 def test_the_mean_of_the_local_changes_is_the_step_of_the_global_model(recorded):
@@ -61,13 +65,32 @@ def test_the_mean_of_the_local_changes_is_the_step_of_the_global_model(recorded)
     torch.testing.assert_close(before.global_row + step.float(), models.global_row, rtol=0, atol=1e-7)
 
 
-def test_of_an_earlier_round_by_the_trajectory(recorded):
-    folder, values = recorded("trajectory=global")
+@pytest.mark.parametrize("owner", ["global", "client"])
+def test_of_an_earlier_round_by_the_trajectory(recorded, owner):
+    folder, values = recorded("trajectory=global", f"mask.owner={owner}")
     (folder / CHECKPOINTS / PREVIOUS).unlink()
     for number in (1, 2, 3):
         models = load(folder, round=number)
         for client in [client for closed, client in values if closed == number - 1]:
             assert torch.equal(local_row(models, client)[models.mask], values[number - 1, client])
+
+
+def test_an_exploration_ends_without_models_of_its_clients(recorded):
+    folder, values = recorded("trajectory=global", "mask_rule=autoflip", "explore.steps=2")
+    assert load(folder).round == 4
+    with pytest.raises(ValueError, match=r"clients explore in round 1, and end it without a model; take a later round"):
+        local_row(load(folder, round=1), 0)
+    client = next(client for number, client in values if number == 2)
+    assert torch.equal(local_row(load(folder), client)[load(folder).mask], values[2, client])
+
+
+def test_a_run_that_stopped_early_has_the_rounds_that_it_closed(recorded):
+    stop = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "optimizer.lr=1e-6"]
+    folder, values = recorded(*stop, "federation.rounds=9", "trajectory=global")
+    models = load(folder)
+    assert 1 < models.round < 9
+    client = next(client for number, client in values if number == models.round - 1)
+    assert torch.equal(local_row(models, client)[models.mask], values[models.round - 1, client])
 
 
 def test_what_cannot_be_trained_again_is_refused_in_a_line(recorded):
