@@ -15,7 +15,7 @@ from fedsparse import run
 from fedsparse.core import files
 from fedsparse.core.lines import RoundLines
 from fedsparse.federation.stores.store import FileStore
-from fedsparse.job.sweep import held
+from fedsparse.job.sweep import locked
 from fedsparse.simulation.csv_logger import RoundCSV, read_rows
 
 OPTIONS = ["model=mlp", "logger=csv", "pictures=false", "calibration.head_steps=4"]
@@ -150,7 +150,7 @@ def test_a_folder_that_is_a_link_is_refused(tmp_path, name):
     (tmp_path / "outside").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(ValueError, match=f"run/{name} is a link"), held(tmp_path / "run"):
+    with pytest.raises(ValueError, match=f"run/{name} is a link"), locked(tmp_path / "run"):
         pass
     assert os.listdir(tmp_path / "outside") == []
 
@@ -160,7 +160,7 @@ def test_the_lock_empties_no_file_outside(tmp_path, link):
     (tmp_path / "outside").write_text("mine")
     (tmp_path / "run").mkdir()
     link(tmp_path / "outside", tmp_path / "run" / ".lock")
-    with pytest.raises(OSError, match="link") if link is os.symlink else nullcontext(), held(tmp_path / "run"):
+    with pytest.raises(OSError, match="link") if link is os.symlink else nullcontext(), locked(tmp_path / "run"):
         pass
     assert (tmp_path / "outside").read_text() == "mine"
 
