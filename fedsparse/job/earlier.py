@@ -81,7 +81,7 @@ MOVES: Mapping[str, str] = {
 # choices of groups that had one option and no longer exist
 CHOICES = tuple(f"{group}=default" for group in ("calibration", "explore", "federation", "head", "mask", "trainer"))
 # by old key, a value that is dropped: keys of the exchange now imply the filters
-SAID: Mapping[str, str] = {
+IMPLIED: Mapping[str, str] = {
     "exchange.build.filters.attack._target_": "fedsparse.federation.exchange.sign_flip",
     "exchange.build.filters.feedback._target_": "fedsparse.federation.exchange.feedback",
     "exchange.build.filters.precision._target_": "fedsparse.federation.exchange.precision",
@@ -140,7 +140,7 @@ def _moved(cfg: dict[str, Any]) -> dict[str, Any]:
 
     A second value for one key, or one that would replace a key of the job, stays, and is later refused by its old key.
     """
-    leaves = _without_said({place: _referring(value) for place, value in _leaves(cfg, ())})
+    leaves = _without_implied({place: _referring(value) for place, value in _leaves(cfg, ())})
     moving = {place: there for place in leaves if len(there := _place_of_now(place)) > 1 and there != place}
     kept = {place: value for place, value in leaves.items() if place not in moving}
     moved: dict[Place, Any] = {}
@@ -157,9 +157,9 @@ def _of_the_job(place: Place) -> bool:
     return group in ("model", "data") and key in JOBS[group] and key not in SHARED[group]
 
 
-def _without_said(leaves: Mapping[Place, Any]) -> dict[Place, Any]:
+def _without_implied(leaves: Mapping[Place, Any]) -> dict[Place, Any]:
     """Drop implied values: targets of filters, and the plain exchange where its rule is now the target."""
-    implied: dict[Place, Any] = {tuple(key.split(".")): value for key, value in SAID.items()}
+    implied: dict[Place, Any] = {tuple(key.split(".")): value for key, value in IMPLIED.items()}
     if any(place[:3] == ("exchange", "build", "rule") for place in leaves):
         target, is_partial = (("exchange", "build", key) for key in ("_target_", "_partial_"))
         implied |= {target: _PLAIN, is_partial: leaves.get(target) == _PLAIN}

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from fedsparse import repeat, run
 from fedsparse.analysis.folders import read_runs
-from fedsparse.job.earlier import KEYS, SAID, TARGETS, renewed, typed_now
+from fedsparse.job.earlier import IMPLIED, KEYS, TARGETS, renewed, typed_now
 from fedsparse.job.keys import JOBS
 from fedsparse.job.trust import shipped
 from fedsparse.job.unread import check_keys
@@ -65,7 +65,7 @@ def test_a_run_of_before_exchanges_were_one_class_goes_on(run_in):
 def test_the_names_of_now_are_those_of_conf():
     for target, keys in KEYS.items():
         assert set(keys) <= shipped().arguments[target]
-    assert set(TARGETS.values()) <= {*shipped().arguments, *SAID.values()}
+    assert set(TARGETS.values()) <= {*shipped().arguments, *IMPLIED.values()}
 
 
 def composed_then(**parts):
