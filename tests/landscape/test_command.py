@@ -208,8 +208,10 @@ def test_what_is_kept_is_not_computed_again(folder, monkeypatch):
         pytest.fail("computed again")
 
     monkeypatch.setattr(points, "evaluate_plane", again)
-    for name in ("evaluate", "lanczos", "sketch", "sam", "mean_rise", "sigma"):
-        monkeypatch.setattr(figures_of, name, again)
+    monkeypatch.setattr(figures_of, "evaluate", again)
+    monkeypatch.setattr(figures_of, "lanczos", again)
+    monkeypatch.setattr(figures_of, "sam", again)
+    monkeypatch.setattr(figures_of, "sigma", again)
     monkeypatch.setattr(scene, "local_row", again)
     assert drawn(folder, *typed) == before
     assert json.loads((folder / "landscape" / "landscape.json").read_text()) == before
