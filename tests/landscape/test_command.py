@@ -362,3 +362,17 @@ def test_a_reference_of_another_model_is_refused(folder, tmp_path):
     run([*small, "calibration.head_steps=1", f"hydra.run.dir={other}"])
     with pytest.raises(ValueError, match="reference=.*other is a run of another model; no line joins the two"):
         drawn(folder, f"reference={other}")
+
+
+def test_the_wandb_run_gets_the_pictures(tmp_path, capsys):
+    folder = tmp_path / "run"
+    small = ["model=mlp", "model.hidden=8", "logger=wandb", "pictures=false", "federation.rounds=1"]
+    run([*small, "calibration.head_steps=1", f"hydra.run.dir={folder}"])
+    (before,) = folder.glob("wandb/offline-run-*")
+    capsys.readouterr()
+    landscape(folder, Options.read(["data=[test]", *FEW.values()]))
+    (after,) = set(folder.glob("wandb/offline-run-*")) - {before}
+    assert after.name.split("-")[-1] == before.name.split("-")[-1] == (folder / ".run_id").read_text()
+    sent = {path.name.rsplit("_", 2)[0] for path in after.glob("files/media/images/landscape/*.png")}
+    assert sent == {"contour_test", "surface_test", "lines"}
+    assert f"wandb sync {after}" in capsys.readouterr().out
