@@ -366,7 +366,7 @@ def test_a_reference_of_another_model_is_refused(folder, tmp_path):
 
 def test_the_wandb_run_gets_the_pictures(tmp_path, capsys):
     folder = tmp_path / "run"
-    small = ["model=mlp", "model.hidden=8", "logger=wandb", "pictures=false", "federation.rounds=1"]
+    small = ["model=mlp", "model.hidden=8", "logger=wandb", "pictures=false", "federation.rounds=2"]
     run([*small, "calibration.head_steps=1", f"hydra.run.dir={folder}"])
     (before,) = folder.glob("wandb/offline-run-*")
     capsys.readouterr()
