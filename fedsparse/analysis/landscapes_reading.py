@@ -17,7 +17,6 @@ from fedsparse.analysis.statistics import DASH
 
 FEWEST = 6  # runs of which a correlation is shown
 _DRAWS = 1999
-_NOTHING = 1e-9  # part of the variance of ranks below which residuals are rounding
 _TEXT = (
     "Does a figure of the last round's landscape go with test accuracy? Spearman's rank correlation over runs says "
     "how far. The training loss orders runs by how far they have come, and most figures follow it: only the partial "
@@ -174,11 +173,9 @@ def _centred(values: np.ndarray) -> np.ndarray:
 
 
 def _left(values: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Residuals of (..., R) after regression on ``given`` (R,), both centred; 0 where that is all but exact."""
+    """Residuals of (..., R) after regression on ``given`` (R,), both centred; sums of ranks have no rounding."""
     square = (given * given).sum()
-    left = values - (values @ given / square)[..., None] * given if square else values
-    whole = (values * values).sum(-1, keepdims=True)
-    return np.where((left * left).sum(-1, keepdims=True) > _NOTHING * whole, left, 0.0)
+    return values - (values @ given / square)[..., None] * given if square else values
 
 
 def _cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -126,6 +126,25 @@ def test_figures_of_several_lines_are_averaged(tmp_path):
     assert one.figures[landscapes.DISTANCE] == 4.0
 
 
+def test_distances_between_clients_are_averaged(tmp_path):
+    pairs = {
+        "client 0 to client 1": 1.0,
+        "client 0 to client 2": 4.0,
+        "global to client 0": 9.0,
+        "client 1 to client 2": None,
+    }
+    a_landscape(a_run(tmp_path / "r"), models={"distances": pairs})
+    assert landscapes.read(read_runs([tmp_path])[0])[0][0].figures[landscapes.DISTANCE] == 2.5
+
+
+def test_the_file_of_the_last_round_is_that_of_the_folder_itself(tmp_path):
+    run = a_run(tmp_path / "r")
+    a_landscape(run, 3, last=False, loss=9.0)
+    a_landscape(run, 3, loss=1.0)
+    ((one,), problems) = landscapes.read(read_runs([tmp_path])[0])
+    assert (one.figures[landscapes.LOSS], problems) == (1.0, [])
+
+
 def test_runs_of_another_learning_rate_are_read_but_not_in_the_tables(tmp_path):
     for i in range(7):
         worse = i > 4
@@ -195,6 +214,34 @@ def test_central_is_compared_within_its_model_and_mask_alone(study):
     ]
 
 
+def test_differences_are_against_iid_wherever_its_name_stands(tmp_path):
+    for deal in ("dirichlet01", "iid", "unbalanced"):
+        groups = {"trajectory": {"every": 1}} if deal == "iid" else {}
+        a_landscape(a_run(tmp_path / deal, partition=deal, deal={"_target_": deal}, **groups))
+    ((first, others),) = landscapes_table.pairs(settings_of(tmp_path))
+    assert (first.partition, [one.partition for one in others]) == ("iid", ["dirichlet01", "unbalanced"])
+
+
+def test_central_may_have_batches_of_another_size_but_not_other_data(tmp_path):
+    for i, (clients, data) in enumerate([(10, {}), (1, {"batch_size": 8}), (1, {"augment": "flip"})]):
+        groups = {"data": {"batch_size": 32, "augment": "none"} | data, "federation": {"num_clients": clients}}
+        a_landscape(a_run(tmp_path / f"r{i}", "dense", **groups))
+    ((_, (central,)),) = landscapes_table.pairs(settings_of(tmp_path))
+    assert central.row.settings["data.batch_size"] == "8"
+
+
+def test_learning_rates_that_differ_are_said(tmp_path):
+    a_landscape(a_run(tmp_path / "a", lr=0.1))
+    b = a_run(tmp_path / "b", lr=0.3, partition="noniid_nc1")
+    a_landscape(b)
+    ((_, *body),) = tables_of(sections_of(tmp_path)["Loss landscapes by partition"]).values()
+    assert body[-2] == ["learning rates", "0.3 and 0.1"]
+    shutil.rmtree(b)
+    a_landscape(a_run(tmp_path / "c", lr=0.1, partition="noniid_nc1"))
+    ((_, *body),) = tables_of(sections_of(tmp_path)["Loss landscapes by partition"]).values()
+    assert "learning rates" not in [line[0] for line in body]
+
+
 # ---- over rounds
 
 
@@ -212,6 +259,15 @@ def test_a_line_is_the_mean_and_its_band_goes_from_lowest_to_highest(study):
     assert len(panels["distance between clients"].lines) == 2
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["central", "iid", "noniid_nc1"]
+
+
+def test_an_axis_is_logarithmic_where_positive_values_lie_far_apart(tmp_path):
+    run = a_run(tmp_path / "r")
+    a_landscape(run, 1, last=False, loss=0.1, scale=0.1, curvature={"eigenvalues": [-5.0], "trace": 1.0})
+    a_landscape(run, 3, loss=1.0, scale=10.0, curvature={"eigenvalues": [5000.0], "trace": 19.0})
+    panels = {axes.get_title(): axes.get_yscale() for axes in rounds_figure(settings_of(tmp_path)).axes}
+    scales = [panels[name] for name in ("training loss", "lambda_1", "trace", "SAM rise")]
+    assert scales == ["linear", "linear", "linear", "log"]
 
 
 def test_one_round_alone_is_no_picture(tmp_path):
