@@ -28,7 +28,7 @@ from fedsparse.landscape.points import shared
 from fedsparse.landscape.scene import Scene
 from fedsparse.landscape.store import FIGURES, Store
 from fedsparse.landscape.table import print_landscape
-from fedsparse.simulation.trainer import log_pictures
+from fedsparse.simulation.trainer import log_landscape
 
 
 def landscape(folder: Path, options: Options, trusted: Sequence[str] = ()) -> tuple[dict[str, Any], list[Path]]:
@@ -53,8 +53,9 @@ def landscape(folder: Path, options: Options, trusted: Sequence[str] = ()) -> tu
         frames = film(scene, store, points) if options.gif else {}
         measured = measure(scene, store, points)
         pictures = draw(store.folder, measured, frames)
-    log_pictures(models.assembly.session.loggers, folder, {f"landscape/{path.stem}": path for path in pictures})
-    return measured.figures, [*pictures, store.folder / FIGURES]
+    written = [*pictures, store.folder / FIGURES]
+    log_landscape(models.assembly.session.loggers, folder, written)
+    return measured.figures, written
 
 
 def draw(folder: Path, measured: Measured, frames: Mapping[str, Sequence[Frame]]) -> list[Path]:

@@ -102,7 +102,7 @@ class Team:
 
         """
         if not self.ends:
-            self.ends = [self._start() for _ in range(self.processes)]
+            self.ends = [self.start() for _ in range(self.processes)]
         rows = [tensor.cpu().numpy() for tensor in (plane.origin, plane.first, plane.second)]
         chunks = list(zip(a.split(self.size), b.split(self.size), strict=True))
         try:
@@ -122,7 +122,7 @@ class Team:
         except (EOFError, ConnectionError) as error:
             raise RuntimeError("a process that evaluates points ended; set processes=1 to see why") from error
 
-    def _start(self) -> Connection:
+    def start(self) -> Connection:
         """Start a process: this end of its pipe."""
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()

@@ -24,7 +24,7 @@ from fedsparse.core.precisions import HALF
 from fedsparse.core.weights import load_weights
 from fedsparse.federation.client.training import LOSS_SCALE, Clients
 from fedsparse.federation.federation import Federation
-from fedsparse.federation.trajectory import read_row
+from fedsparse.federation.trajectory import client_file, read_rounds, read_row
 from fedsparse.job.assemble import assemble
 from fedsparse.job.finished import check_finished
 from fedsparse.job.parts import Assembly, Problem
@@ -97,7 +97,7 @@ def load(folder: Path, round: int | None = None, trusted: Sequence[str] = ()) ->
 
 
 def local_row(models: Models, client: int) -> Tensor:
-    """Train a client again in the round that ends with ``models``: its row (P,), on the CPU.
+    """Read a client's row (P,) of the round that ends with ``models``, or train it again; on the CPU.
 
     Raises:
         ValueError: no such client, one without data, or what it started from is not kept.
@@ -107,6 +107,9 @@ def local_row(models: Models, client: int) -> Tensor:
     check_client(assembly.problem, client)
     if assembly.course.phases.explores(number):
         raise ValueError(f"clients explore in round {models.round}, and end it without a model; take a later round")
+    stored = client_file(models.folder / TRAJECTORY, client)
+    if stored.is_file() and models.round in read_rounds(stored):
+        return read_row(stored, models.round).to(models.global_row.dtype)
     federation, clients = _before(models)
     plan, number_of_kind = assembly.course.phased.at(number)
     cohort, round = plan.cohort_of(number_of_kind, client).to(clients.theta.device), federation.open(number)
@@ -197,5 +200,5 @@ def _check_stateless(models: Models, module: ClientModule) -> None:
     if held:
         raise ValueError(
             f"clients of {models.folder} cannot be trained again in round {models.round}: {', '.join(held)}; take the "
-            "last round, of which the checkpoint before it is kept"
+            "last round, of which the checkpoint before it is kept, or keep them with trajectory.clients=[0]"
         )

@@ -18,7 +18,7 @@ from fedsparse.core.precisions import DOUBLE, HALF
 from fedsparse.federation.phases import Phases
 from fedsparse.masks import Mask
 from fedsparse.simulation import strategy
-from fedsparse.simulation.artifacts import Artifacts, send_pictures, started
+from fedsparse.simulation.artifacts import Artifacts, send_landscape, started
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.simulation.csv_logger import RoundCSV
@@ -145,19 +145,19 @@ def build_loggers(chosen: Mapping[str, Callable[..., Any]], folder: Path, group:
     return [table, *(logger for logger in built if started(logger))]
 
 
-def log_pictures(chosen: Mapping[str, Callable[..., Any]], folder: Path, pictures: Mapping[str, Path]) -> None:
-    """Add pictures to the W&B run of a folder, if it has one; a failure is a warning.
+def log_landscape(chosen: Mapping[str, Callable[..., Any]], folder: Path, files: Sequence[Path]) -> None:
+    """Add the files of a landscape to the W&B run of a folder, if it has one; a failure is a warning.
 
     Args:
         chosen: by name, builders of a logger in a folder.
         folder: the run folder.
-        pictures: files by name.
+        files: pictures and figures.
 
     """
     if "wandb" in chosen and (folder / RUN_ID).is_file():
         logger = chosen["wandb"](save_dir=str(folder), **_run(folder))
         if started(logger):
-            send_pictures(logger, pictures)
+            send_landscape(logger, files)
 
 
 def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:

@@ -208,8 +208,10 @@ def test_what_is_kept_is_not_computed_again(folder, monkeypatch):
         pytest.fail("computed again")
 
     monkeypatch.setattr(points, "evaluate_plane", again)
-    for name in ("evaluate", "lanczos", "sketch", "sam", "mean_rise", "sigma"):
-        monkeypatch.setattr(figures_of, name, again)
+    monkeypatch.setattr(figures_of, "evaluate", again)
+    monkeypatch.setattr(figures_of, "lanczos", again)
+    monkeypatch.setattr(figures_of, "sam", again)
+    monkeypatch.setattr(figures_of, "sigma", again)
     monkeypatch.setattr(scene, "local_row", again)
     assert drawn(folder, *typed) == before
     assert json.loads((folder / "landscape" / "landscape.json").read_text()) == before
@@ -360,3 +362,17 @@ def test_a_reference_of_another_model_is_refused(folder, tmp_path):
     run([*small, "calibration.head_steps=1", f"hydra.run.dir={other}"])
     with pytest.raises(ValueError, match="reference=.*other is a run of another model; no line joins the two"):
         drawn(folder, f"reference={other}")
+
+
+def test_the_wandb_run_gets_the_pictures(tmp_path, capsys):
+    folder = tmp_path / "run"
+    small = ["model=mlp", "model.hidden=8", "logger=wandb", "pictures=false", "federation.rounds=2"]
+    run([*small, "calibration.head_steps=1", f"hydra.run.dir={folder}"])
+    (before,) = folder.glob("wandb/offline-run-*")
+    capsys.readouterr()
+    landscape(folder, Options.read(["data=[test]", *FEW.values()]))
+    (after,) = set(folder.glob("wandb/offline-run-*")) - {before}
+    assert after.name.split("-")[-1] == before.name.split("-")[-1] == (folder / ".run_id").read_text()
+    sent = {path.name.rsplit("_", 2)[0] for path in after.glob("files/media/images/landscape/*.png")}
+    assert sent == {"contour_test", "surface_test", "lines"}
+    assert f"wandb sync {after}" in capsys.readouterr().out

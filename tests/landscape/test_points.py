@@ -31,14 +31,14 @@ def test_processes_change_nothing_beyond_rounding(folder):
 
 
 def test_a_process_that_ends_is_an_error_of_one_line(folder, monkeypatch):
-    start = points.Team._start
+    start = points.Team.start
 
     def ended(team):
         end = start(team)
         end.send_bytes(b"no pickle")
         return end
 
-    monkeypatch.setattr(points.Team, "_start", ended)
+    monkeypatch.setattr(points.Team, "start", ended)
     with pytest.raises(RuntimeError, match="a process that evaluates points ended; set processes=1 to see why"):
         drawn(folder, "grid=7", "processes=2", *FAST)
 
