@@ -33,14 +33,11 @@ _PATHS: Mapping[str, tuple[str | int, ...]] = {
     "path norm": ("sharpness", "path_norm", "value"),
 }
 _PARTS = ("models", "curvature", "sharpness")
+WORST = "at the worst point"
 _BARRIERS = {"loss": "loss_barrier", "accuracy": "accuracy_barrier"}
 _ABOVE = {
-    "loss": {"above_chord": "above the chord", "above_worse_end": "above the worse end", "worst": "at the worst point"},
-    "accuracy": {
-        "above_chord": "below the chord",
-        "above_worse_end": "below the worse end",
-        "worst": "at the worst point",
-    },
+    "loss": {"above_chord": "above the chord", "above_worse_end": "above the worse end", "worst": WORST},
+    "accuracy": {"above_chord": "below the chord", "above_worse_end": "below the worse end", "worst": WORST},
 }
 # the figures of a barrier, as columns
 BARRIER = tuple(f"{kind}, {words}" for kind, found in _ABOVE.items() for words in found.values())

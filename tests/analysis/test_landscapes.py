@@ -367,6 +367,13 @@ def test_what_says_more_than_the_training_loss_is_named(tmp_path):
     assert "no figure goes beyond" not in section.text
 
 
+def test_worst_points_of_lines_on_the_test_set_are_not_read(tmp_path):
+    """On a line that ends at the global model they hold its own accuracy."""
+    section = some_runs(tmp_path, [(0.1 * i, 0.9 - 0.1 * i, 1.0 + i % 4) for i in range(8)])
+    lines = [line[0] for line in tables_of(section)["digits, mlp"][1:] if " to " in line[0]]
+    assert lines == [f"{line}, test: loss, above the chord" for line in ("global to client", "client to client")]
+
+
 def test_few_runs_are_not_read(tmp_path):
     section = some_runs(tmp_path, [(0.1 * i, 0.9 - 0.1 * i, 1.0 + i) for i in range(5)])
     assert section.blocks == []
