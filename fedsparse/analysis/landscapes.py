@@ -13,9 +13,8 @@ from fedsparse.analysis.files import finite, json_of, short
 from fedsparse.analysis.folders import Problem, Run
 from fedsparse.analysis.statistics import Interval
 from fedsparse.analysis.table import Row
-from fedsparse.core.folder import LANDSCAPE
+from fedsparse.core.folder import LANDSCAPE, LANDSCAPE_FIGURES
 
-_FILE = "landscape.json"
 LOSS, ACCURACY, DISTANCE = "training loss", "test accuracy, %", "distance between clients"
 RISE, FIRST, REST = "SAM rise", "SAM rise, first order", "SAM rise, beyond first order"
 # figure -> the keys and places that lead to it
@@ -182,15 +181,15 @@ def read(runs: Iterable[Run]) -> tuple[list[Landscape], list[Problem]]:
 
 def _paths(folder: Path) -> Iterator[Path]:
     """Find the file of the last round, then those of others by their names."""
-    rounds = sorted(folder.glob(f"round_*/{_FILE}")) if folder.is_dir() else []
-    yield from (path for path in (folder / _FILE, *rounds) if path.exists() or path.is_symlink())
+    rounds = sorted(folder.glob(f"round_*/{LANDSCAPE_FIGURES}")) if folder.is_dir() else []
+    yield from (path for path in (folder / LANDSCAPE_FIGURES, *rounds) if path.exists() or path.is_symlink())
 
 
 def _why(error: Exception) -> str:
     """Say in one line why a file cannot be read, without the place where it lies."""
     if isinstance(error, OSError):
-        return f"{_FILE} cannot be read: {error.strerror}"
-    return f"{_FILE} is damaged: it is not JSON" if isinstance(error, RecursionError) else str(error)
+        return f"{LANDSCAPE_FIGURES} cannot be read: {error.strerror}"
+    return f"{LANDSCAPE_FIGURES} is damaged: it is not JSON" if isinstance(error, RecursionError) else str(error)
 
 
 def _read(run: Run, path: Path) -> Landscape:
@@ -199,14 +198,14 @@ def _read(run: Run, path: Path) -> Landscape:
     closed: Any = tree.get("round")
     rounds: Any = run.summary.get("rounds")
     if not (finite(closed) and closed >= 0 and float(closed).is_integer()):
-        raise ValueError(f"{_FILE} is damaged: it holds no round")
+        raise ValueError(f"{LANDSCAPE_FIGURES} is damaged: it holds no round")
     if path.parent.name not in (LANDSCAPE, f"round_{int(closed)}"):
-        raise ValueError(f"{_FILE} is of another folder: it is of round {int(closed)}")
+        raise ValueError(f"{LANDSCAPE_FIGURES} is of another folder: it is of round {int(closed)}")
     if finite(rounds) and closed > rounds:
-        raise ValueError(f"{_FILE} is of another run: it is of round {int(closed)}, the run has {rounds:g}")
+        raise ValueError(f"{LANDSCAPE_FIGURES} is of another run: it is of round {int(closed)}, the run has {rounds:g}")
     wrong = [name for name in tree if (name in _PARTS or _DATA.fullmatch(name)) and not isinstance(tree[name], Mapping)]
     if wrong:
-        raise ValueError(f"{_FILE} is damaged: its {', '.join(wrong)} holds no keys")
+        raise ValueError(f"{LANDSCAPE_FIGURES} is damaged: its {', '.join(wrong)} holds no keys")
     last = closed == rounds if finite(rounds) else path.parent.name == LANDSCAPE
     lines = dict(chain.from_iterable(_lines(name, part) for name, part in tree.items() if _DATA.fullmatch(name)))
     barriers = {barrier_name(*line, figure): value for line, found in lines.items() for figure, value in found.items()}
@@ -218,7 +217,7 @@ def _figures(tree: Mapping[str, Any]) -> dict[str, float]:
     found = {name: value for name, path in _PATHS.items() if finite(value := _at(tree, path))}
     if ACCURACY in found:
         if not 0 <= found[ACCURACY] <= 1:
-            raise ValueError(f"{_FILE} is damaged: it holds no number from 0 to 1 for the test accuracy")
+            raise ValueError(f"{LANDSCAPE_FIGURES} is damaged: it holds no number from 0 to 1 for the test accuracy")
         found[ACCURACY] *= 100
     if RISE in found and FIRST in found:
         found[REST] = found[RISE] - found[FIRST]
