@@ -114,10 +114,11 @@ def canary() -> str:
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
-    """Rows of metrics.csv, without what no two runs share."""
+    """Rows of metrics.csv, without what no two runs share, and without columns that came after the freeze."""
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{key: float(value) for key, value in row.items() if key not in UNCOUNTED and value} for row in rows]
+    kept = [{key: value for key, value in row.items() if value and not key.startswith("personal/")} for row in rows]
+    return [{key: float(value) for key, value in row.items() if key not in UNCOUNTED} for row in kept]
 
 
 def result(name: str, folder: Path) -> dict[str, object]:

@@ -42,6 +42,7 @@ from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import choose_checkpoint, read_checkpoint
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.own_models import OwnModels
 from fedsparse.simulation.tracking import hand_on
 from fedsparse.simulation.trainer import Callbacks, Trainer, build_callbacks, build_loggers, build_trainer
 
@@ -190,6 +191,7 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start) -> 
         assembly.session,
         rounds,
         Evaluation(problem.tests, problem.dataset.own, rounds.group),
+        OwnModels(rounds) if bool(problem.space.local.any()) or module.buffer_policy == "local" else None,
         lambda round: len(assembly.course.phased.sample(round)),
         phases,
         lambda: choice.mask,

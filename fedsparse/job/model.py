@@ -46,7 +46,7 @@ def build_net(
         frozen: ``head.frozen``: whether the head does not train.
 
     Raises:
-        ValueError: a parameter cannot be part of a row, or no parameter trains.
+        ValueError: a parameter cannot be part of a row, no parameter trains, or ``local`` matches none.
 
     """
     net = built.to(dtype=dtype)
@@ -55,7 +55,20 @@ def build_net(
     builder_frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
     check_frozen_head(init, head, builder_frozen)
     chosen = trainable_filter(trainable, head, names, builder_frozen)
+    check_local(local, names)
     return net, ParamSpace.of(net, _without(chosen, head, names) if frozen else chosen, list(local))
+
+
+def check_local(local: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a pattern of ``model.local`` that matches no parameter: with a typing error all would be shared.
+
+    Raises:
+        ValueError: one line with the pattern and some names.
+
+    """
+    for pattern in local:
+        if not any(matches(name, pattern) for name in names):
+            raise ValueError(f"model.local={pattern} matches no parameter of the model, such as {', '.join(names[:3])}")
 
 
 def make_net(arguments: Mapping[str, Any]) -> nn.Module:

@@ -197,6 +197,8 @@ def at_chance(summary: Mapping[str, Any]) -> str:
 def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Format the rows of the table: labels and values."""
     percent = {
+        "accuracy of clients' own models, mean": "personal/acc_mean",
+        "accuracy of clients' own models, worst tenth": "personal/acc_worst10",
         "test accuracy": "test/acc",
         "test accuracy, best round by validation": "test/acc_best",
         "accuracy per client, mean": "client/acc_mean",

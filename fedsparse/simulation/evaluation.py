@@ -35,12 +35,21 @@ def client_figures(correct: np.ndarray, tests: Sequence[np.ndarray], groups: Seq
     models = np.repeat([groups[client] if groups else 0 for client in holders], sizes)
     right = correct[np.concatenate([tests[client] for client in holders]), models]
     hits = np.add.reduceat(right.astype(np.float64), sizes.cumsum() - sizes)
-    accuracies = np.sort(hits / sizes)
-    worst = accuracies[: max(1, len(accuracies) // 10)]
+    return spread("client/acc", hits / sizes)
+
+
+def spread(name: str, values: np.ndarray) -> dict[str, float]:
+    """Compute mean, mean of the lowest tenth, and standard deviation of clients' figures.
+
+    >>> spread("acc", np.array([0.5, 1.0]))
+    {'acc_mean': 0.75, 'acc_worst10': 0.5, 'acc_std': 0.25}
+    """
+    ordered = np.sort(values)
+    lowest = ordered[: max(1, len(ordered) // 10)]
     return {
-        "client/acc_mean": float(accuracies.mean()),
-        "client/acc_worst10": float(worst.mean()),
-        "client/acc_std": float(accuracies.std()),
+        f"{name}_mean": float(ordered.mean()),
+        f"{name}_worst10": float(lowest.mean()),
+        f"{name}_std": float(ordered.std()),
     }
 
 

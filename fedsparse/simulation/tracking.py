@@ -17,6 +17,7 @@ from fedsparse.core import parallel
 from fedsparse.core.signals import CLUSTER, TERMINAL, Stopped, stopped
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.evaluation import Evaluation
+from fedsparse.simulation.own_models import OwnModels
 from fedsparse.simulation.personal import Personal
 
 SIGNALS = CLUSTER  # passed on to the handlers that were set before the training
@@ -28,6 +29,7 @@ class RoundLog(lightning.Callback):
     Args:
         rounds: give loss, learning rate and bytes.
         evaluation: gives the figures of the last evaluation.
+        own: gives the figures of the clients' own models; None without.
         personal: gives the figures of each client; None without.
 
     Attributes:
@@ -37,8 +39,14 @@ class RoundLog(lightning.Callback):
 
     """
 
-    def __init__(self, rounds: FederatedRounds, evaluation: Evaluation, personal: Personal | None = None) -> None:
-        self.rounds, self.evaluation, self.personal = rounds, evaluation, personal
+    def __init__(
+        self,
+        rounds: FederatedRounds,
+        evaluation: Evaluation,
+        own: OwnModels | None = None,
+        personal: Personal | None = None,
+    ) -> None:
+        self.rounds, self.evaluation, self.own, self.personal = rounds, evaluation, own, personal
         self.row: dict[str, float] = {}
         self.seconds = 0.0
         self.open = False
@@ -67,12 +75,13 @@ class RoundLog(lightning.Callback):
         if len(federation.phases.rounds) > 1:
             training["phase"] = federation.phases.rounds.index(rounds.phase)
         personal = {} if self.personal is None else self.personal.figures
+        own = {} if self.own is None else self.own.figures
         counted = federation.ledger.figures() | {
             "client_steps": federation.ledger.client_steps,
             "dropped_updates": len(federation.dropped),
         }
         watched = {name: value for watcher in federation.watchers for name, value in watcher.figures().items()}
-        return training | self.evaluation.figures | personal | counted | watched
+        return training | self.evaluation.figures | own | personal | counted | watched
 
     def state_dict(self) -> dict[str, Any]:
         """Training seconds so far."""

@@ -24,6 +24,7 @@ from fedsparse.simulation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.simulation.csv_logger import RoundCSV
 from fedsparse.simulation.devices import device_of, fabric_of
 from fedsparse.simulation.evaluation import Evaluation
+from fedsparse.simulation.own_models import OwnModels
 from fedsparse.simulation.personal import Personal
 from fedsparse.simulation.precision import DoublePrecision, HalfPrecision
 from fedsparse.simulation.progress import RoundProgress
@@ -76,7 +77,8 @@ class Callbacks:
     def listed(self) -> list[lightning.Callback]:
         """List the callbacks in the order of their calls: ``FederatedRounds`` first, checkpoints last."""
         before, after = ([], []) if self.personal is None else ([self.personal.before], [self.personal])
-        watching = [self.log.evaluation, self.log, self.stop, self.artifacts]
+        own = [] if self.log.own is None else [self.log.own]
+        watching = [self.log.evaluation, *own, self.log, self.stop, self.artifacts]
         return [*before, self.rounds, *after, *watching, *self.others]
 
 
@@ -84,6 +86,7 @@ def build_callbacks(
     session: Session,
     rounds: FederatedRounds,
     evaluation: Evaluation,
+    own: OwnModels | None,
     clients: Callable[[int], int],
     phases: Phases,
     mask: Callable[[], Mask],
@@ -96,6 +99,7 @@ def build_callbacks(
         session: options of the run.
         rounds: runs the rounds.
         evaluation: of the global models.
+        own: evaluates the clients' own models; None where nothing stays with the clients.
         clients: counts the clients of a round.
         phases: of the run.
         mask: gives the present mask.
@@ -109,7 +113,7 @@ def build_callbacks(
     if session.personal is not None:
         personal = session.personal(path=folder / CLIENTS if parallel.process() == 0 else None, rounds=rounds)
     checkpoints = build_checkpoints(folder / CHECKPOINTS, rounds, phases, session.checkpoint_every)
-    log, stop = RoundLog(rounds, evaluation, personal), GracefulStop(session.max_time)
+    log, stop = RoundLog(rounds, evaluation, own, personal), GracefulStop(session.max_time)
     return Callbacks(rounds, log, stop, artifacts, [progress, *session.callbacks, *checkpoints], personal)
 
 

@@ -241,6 +241,7 @@ BAD_EXCHANGE = [
         "optimizer.betas is .*; it must be two numbers of 0 or more and below 1",
     ),
     ("optimizer=adamw optimizer.eps=0", "optimizer.eps is 0.*; it must be a finite number above 0"),
+    ("model.local=[hiden.*]", r"model.local=hiden.\* matches no parameter of the model, such as "),
     ("objective=fedprox objective.mu=-1", "objective.mu is -1; it must be a finite number of 0 or more"),
     (f"{KRUM}.attackers=8", "attackers, of 10 clients in a round, is 8; it must be a whole number from 0 to 7"),
     (f"{KRUM}.attackers=1.5", "aggregation.average.attackers, of 10 clients in a round, is 1.5"),

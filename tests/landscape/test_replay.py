@@ -33,8 +33,8 @@ def recorded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["objective=fedprox"], ["objective=scaffold", "mask_rule=dense"], ["mask.owner=client"], ["model.local=[2.*]"],
-     ["exchange=topk", "mask_rule=dense"], ["trainer.precision=bf16-mixed"], ["trainer.precision=16-mixed"],
+    [[], ["objective=fedprox"], ["objective=scaffold", "mask_rule=dense"], ["mask.owner=client"],
+     ["model.local=[head.*]"], ["exchange=topk", "mask_rule=dense"], ["trainer.precision=bf16-mixed"], ["trainer.precision=16-mixed"],
      ["trainer.precision=64-true"]],
     ids=["masked", "fedprox", "scaffold", "own masks", "local", "topk", "bf16", "half", "double"],
 )  # fmt: skip
@@ -112,7 +112,7 @@ def test_what_cannot_be_trained_again_is_refused_in_a_line(recorded):
 
 @pytest.mark.parametrize(
     "options",
-    [["objective=scaffold", "mask_rule=dense"], ["model.local=[2.*]"], ["exchange=topk", "mask_rule=dense"]],
+    [["objective=scaffold", "mask_rule=dense"], ["model.local=[head.*]"], ["exchange=topk", "mask_rule=dense"]],
     ids=["scaffold", "local", "topk"],
 )
 def test_clients_that_were_kept_have_their_bits_in_every_round(recorded, options):

@@ -12,6 +12,7 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.core.seeding import Purpose, generator, number
 from fedsparse.job import config
+from fedsparse.job.execute import quiet
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.progress import RoundProgress, human_bytes
 from fedsparse.simulation.tracking import RoundLog
@@ -19,6 +20,7 @@ from fedsparse.simulation.tracking import RoundLog
 
 def watch(tmp_path, terminal, shared=False):
     """Run two rounds and return what the bar wrote."""
+    quiet()
     small = Small(small_net(), small_data(), uneven_parts())
     evaluation, screen = Evaluation(), io.StringIO()
     console = Console(file=screen, force_terminal=terminal, width=150)
