@@ -27,9 +27,9 @@ from fedsparse.analysis.statistics import Interval
 from fedsparse.core.folder import DEVIATION
 from fedsparse.core.signals import command
 from fedsparse.job.earlier import renewed
+from fedsparse.landscape.scale import at_start
 from fedsparse.masks.scores import fisher_per_sample
 from fedsparse.preparation.preparation import Preparation
-from fedsparse.studies.scale import at_start
 
 Figures = Mapping[str, float]
 Group = tuple[str, str, str]  # model, partition, optimizer

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+from fedsparse.landscape.scale import at_start
 from fedsparse.studies import correlations
-from fedsparse.studies.scale import at_start
 
 
 def test_figures_by_hand():

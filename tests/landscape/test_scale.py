@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from fedsparse import report
 from fedsparse.data.datasets import digits
+from fedsparse.landscape import scale
 from fedsparse.models.vision import mlp
-from fedsparse.studies import scale
 
 
 def by_hand(folder, alpha, split):
