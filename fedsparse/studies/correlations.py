@@ -85,7 +85,7 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 def measure(run: Run) -> dict[str, float]:
     """Relate what a run's clients explored to its start, which is built again."""
-    preparation = at_start(run.folder)
+    _, preparation = at_start(run.folder)
     space, stored = preparation.space, load_file(run.folder / DEVIATION)
     numbers = {
         name: torch.full(shape, i) for i, (name, shape) in enumerate(zip(space.names, space.shapes, strict=True))
