@@ -98,7 +98,7 @@ def json_of(path: Path) -> dict[str, Any]:
         tree = json.loads(_text(path))
     except NotPlain:
         raise
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path.name} is damaged: it is not JSON") from None
     return dict(_keys(path, tree))
 
@@ -109,6 +109,8 @@ class NotPlain(ValueError):
 
 def _text(path: Path, largest: int = LARGEST) -> str:
     """Read a plain file of a sensible size: no pipe, which would be waited for, and nothing without an end."""
+    if path.is_dir():  # which can be opened, and is then called by the number of its descriptor
+        raise NotPlain(f"{path.name} is no plain file")
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
         kind = os.fstat(descriptor)
