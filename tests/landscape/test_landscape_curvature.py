@@ -113,6 +113,18 @@ def test_products_over_batches_are_the_explicit_hessians(trained, batch, largest
     for _ in range(2):
         torch.testing.assert_close(products(vectors), vectors @ explicit, rtol=1e-10, atol=1e-13)
     assert max(sizes) == largest_batch
+    assert sum(sizes) == (300 if retain else 600)  # graphs of all batches are kept, or made again by each product
+
+
+@pytest.mark.parametrize(("samples", "batches"), [(128, [64, 64]), (130, [44, 43, 43])])
+def test_batches_have_64_samples_at_most_and_no_graph_is_kept_unasked(trained, samples, batches):
+    net, split, row, _ = trained
+    sizes = []
+    task = Task(net, ParamSpace.of(net), losses, inputs=lambda x: sizes.append(len(x)) or x)
+    products = MeanLoss(task, Split(split.x[:samples], split.y[:samples])).hessian(row)
+    assert sizes == []
+    products(torch.ones(1, 610, dtype=torch.float64))
+    assert sizes == batches
 
 
 @pytest.mark.parametrize("names", ["2.*", "*.bias", None])
@@ -183,6 +195,26 @@ def test_lanczos_finds_the_explicit_hessians_eigenvalues_as_scipy_does(trained):
     operator = LinearOperator((610, 610), matvec=lambda v: explicit.numpy() @ v, dtype=np.float64)
     scipys = eigsh(operator, k=5, which="LM", return_eigenvectors=False)
     np.testing.assert_allclose(np.sort(values.numpy()), np.sort(scipys), atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_eigenvalues_scale_as_the_matrix_does(trained, scale):
+    explicit = trained[3]
+    plain, other = (lanczos(lambda v, m=matrix: m @ v, 610, 5, 40, gen()) for matrix in (explicit, scale * explicit))
+    torch.testing.assert_close(other[0], scale * plain[0], rtol=1e-10, atol=0)
+    assert other[1].max() < 1e-8 * scale
+
+
+def test_twenty_five_products_give_five_eigenvalues_and_the_bounds_of_fifteen_say_that_they_may_not(trained):
+    explicit = trained[3]
+    expected = largest(explicit, 5)
+    for seed in range(5):
+        values, bounds = lanczos(lambda v: explicit @ v, 610, 5, 25, gen(seed))
+        torch.testing.assert_close(values, expected, rtol=1e-11, atol=0)
+        assert bounds.max() < 1e-4 * float(expected[0])
+        values, bounds = lanczos(lambda v: explicit @ v, 610, 5, 15, gen(seed))
+        found = (values / expected - 1).abs().max() < 1e-4
+        assert found or bounds.max() > 1e-3 * float(expected[0])
 
 
 def test_twenty_eigenvalues_need_sixty_products_and_the_bounds_of_forty_say_so(trained):
@@ -272,10 +304,35 @@ def test_hutchpp_is_nearer_the_trace_than_hutchinson_and_its_error_is_honest(tra
     assert abs(plus.mean()) < 4 * plus.std() / math.sqrt(200)
     stated = np.sqrt(np.mean([f.trace_error**2 for f in found])) / trace
     assert stated == pytest.approx(np.sqrt((plus**2).mean()), rel=0.25)
+    few = np.array([hutchpp(lambda v: v @ explicit, 610, 30, gen(seed))[0] for seed in range(200)]) / trace - 1
+    rough = np.array([hutchinson(explicit, 30, seed) for seed in range(200)]) / trace - 1
+    assert np.sqrt((few**2).mean()) < 0.05 < np.sqrt((rough**2).mean())
     norms = np.array([f.frobenius for f in found])
     assert norms.mean() == pytest.approx(norm, rel=0.01)
     stated = np.sqrt(np.mean([f.frobenius_error**2 for f in found]))
     assert stated == pytest.approx(norms.std(), rel=0.4)
+
+
+def test_the_error_of_a_norm_is_that_of_its_square_over_twice_the_norm():
+    """By hand, in numpy, from the same signs: two thirds go into the space and its products."""
+    size, products, root = 40, 18, np.random.default_rng(0)
+    matrix = root.normal(size=(size, size))
+    matrix = torch.from_numpy(matrix + matrix.T)
+    calls = []
+
+    def noted(vectors):
+        calls.append(vectors.numpy().copy())
+        return vectors @ matrix
+
+    found = sketch(noted, size, products, gen())
+    drawn = calls[2] @ matrix.numpy()
+    squares = (drawn**2).sum(1)
+    square = ((calls[1] @ matrix.numpy()) ** 2).sum() + squares.mean()
+    assert found.frobenius == pytest.approx(math.sqrt(square), rel=1e-12)
+    assert found.frobenius_error == pytest.approx(
+        squares.std(ddof=1) / math.sqrt(len(squares)) / (2 * math.sqrt(square)), rel=1e-10
+    )
+    assert sketch(lambda v: 0 * v, size, products, gen()) == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_a_sketch_makes_no_more_products_than_it_may(trained):
@@ -371,6 +428,25 @@ def test_nothing_to_differentiate_is_refused(trained):
         MeanLoss(task, Split(split.x[:0], split.y[:0]))
     with pytest.raises(ValueError, match="batch is 0; it must be a whole number of 1 or more"):
         MeanLoss(task, split, batch=0)
+
+
+class Draws(nn.Module):
+    """A layer that draws in eval mode too."""
+
+    def forward(self, x):
+        return x * (1 + 0.1 * torch.randn_like(x))
+
+
+def test_curvature_of_a_network_that_draws_leaves_the_random_state_alone(trained):
+    _, split, _, _ = trained
+    net = nn.Sequential(Draws(), nn.Linear(64, 10)).double()
+    space = ParamSpace.of(net)
+    loss, row, vectors = MeanLoss(Task(net, space, losses), split), space.read(net), torch.ones(1, space.size).double()
+    calls = [lambda: loss(row), lambda: loss.gradient(row), lambda: loss.hessian(row)(vectors)]
+    for call in [*calls, lambda: loss.hessian(row, retain=True)]:
+        before = torch.get_rng_state()
+        call()
+        assert torch.equal(before, torch.get_rng_state())
 
 
 def test_curvature_leaves_the_network_and_the_random_state_alone(trained):
