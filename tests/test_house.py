@@ -233,6 +233,7 @@ BY_HAND = {  # what begins a refusal that is worded by hand, and why no function
     "sparsity.always_train": "glob patterns",
     "sparsity.schedule": "a node of options",
     "trainer.max_time": "a time, or a mapping",
+    "trajectory.clients": "a list of ids",
     "{key}": "clients of a round: a count if an integer, a fraction if a float",
     "{option}": "a list of models, or of splits",
 }

@@ -125,7 +125,7 @@ class MaskSchedule(Watcher):
         server = round.federation.server
         self.mean = ClientMean(server.subspace.size, server.rows.device) if informed else None
 
-    def receive(self, round: Round, received: Update) -> None:
+    def receive(self, round: Round, trained: Update, received: Update) -> None:
         """Add the updates of a cohort."""
         if self.mean is not None:
             rows = self.rule.of_update(received.rows, received.start_values)

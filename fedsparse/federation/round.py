@@ -81,7 +81,7 @@ class Round:
         received = f.exchange.decode(payload, cohort.weight)
         f.aggregation.add(self.tally, received, group)
         for watcher in f.watchers:
-            watcher.receive(self, received)
+            watcher.receive(self, payload.update, received)
         kept = payload.update.kept | payload.kept
         if received.variates is not None:
             kept[VARIATES] = (received.clients, received.variates)  # as received: both sides keep equal variates

@@ -19,8 +19,15 @@ class Watcher:
     def open(self, round: Round) -> None:
         """Called when a round opens, after its mask is chosen."""
 
-    def receive(self, round: Round, received: Update) -> None:
-        """Called with each decoded update of a cohort of this process."""
+    def receive(self, round: Round, trained: Update, received: Update) -> None:
+        """Called with each update of a cohort of this process.
+
+        Args:
+            round: the round.
+            trained: as the clients computed it; only a simulation has it.
+            received: as the server decoded it.
+
+        """
 
     def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
         """Called when a round closes, after the server's step.
@@ -31,3 +38,7 @@ class Watcher:
             change: the mean change; of an exploration its rows are empty.
 
         """
+
+    def figures(self) -> dict[str, float]:
+        """Figures of the last closed round, for the log."""
+        return {}

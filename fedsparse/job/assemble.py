@@ -187,17 +187,18 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         make_server=instantiate(target_of("server", cfg.server)),
         untouched=cfg.server.untouched,
         schedule=instantiate(cfg.schedule),
-        trajectory=_trajectory(cfg.get("trajectory"), course.phases.total),
+        trajectory=_trajectory(cfg.get("trajectory"), course.phases.total, problem),
         link=instantiate(cfg.link),
         store=cfg.federation.store,
     )
 
 
-def _trajectory(options: DictConfig | None, rounds: int) -> Callable[..., Trajectory] | None:
+def _trajectory(options: DictConfig | None, rounds: int, problem: Problem) -> Callable[..., Trajectory] | None:
     """Build the constructor of the trajectory; None without one, as in older stored runs."""
     if not options:
         return None
-    make = partial(instantiate(options), total=rounds)
+    sample = problem.inputs(problem.dataset.train.x[torch.arange(1)])
+    make = partial(instantiate(options), total=rounds, population=len(problem.parts), shape=sample.shape[1:])
     make(path=None)  # checks the options before training
     return make
 

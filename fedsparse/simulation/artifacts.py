@@ -122,17 +122,43 @@ class Artifacts(lightning.Callback):
             logger.log_hyperparams(self.config | {"density": self.logged})
 
     def _log(self, logger: WandbLogger) -> None:
-        import wandb
-
-        run = logger.experiment
         for name, file in FILES.items():
             if (self.folder / file).exists():
-                artifact = wandb.Artifact(f"{name}-{run.id}", type=name)
-                artifact.add_file(str(self.folder / file))
-                run.log_artifact(artifact)
-        if run.offline:
-            print(f"W&B is offline; to sync this run: wandb sync {run.settings.sync_dir}")
-        run.finish()
+                _send(logger.experiment, name, [self.folder / file])
+        _finish(logger.experiment)
+
+
+def send_landscape(logger: WandbLogger, files: Sequence[Path]) -> None:
+    """Log the pictures of a landscape and an artifact of all its files, and end the W&B run; a failure is a warning."""
+    _Forgiving(logger, _log_landscape)(logger, files)
+    _end_failed()
+
+
+def _log_landscape(logger: WandbLogger, files: Sequence[Path]) -> None:
+    import wandb
+
+    run, kinds = logger.experiment, {".gif": wandb.Video, ".png": wandb.Image}
+    named = {f"landscape/{path.stem}": (kinds[path.suffix], str(path)) for path in files if path.suffix in kinds}
+    run.log({name: kind(path) for name, (kind, path) in named.items()})
+    _send(run, "landscape", files)
+    _finish(run)
+
+
+def _send(run: Any, name: str, files: Sequence[Path]) -> None:
+    """Log files as an artifact of a run."""
+    import wandb
+
+    artifact = wandb.Artifact(f"{name}-{run.id}", type=name)
+    for path in files:
+        artifact.add_file(str(path))
+    run.log_artifact(artifact)
+
+
+def _finish(run: Any) -> None:
+    """End a run, and print how an offline one is synced."""
+    if run.offline:
+        print(f"W&B is offline; to sync this run: wandb sync {run.settings.sync_dir}")
+    run.finish()
 
 
 def _end_failed() -> None:

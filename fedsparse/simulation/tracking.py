@@ -61,7 +61,7 @@ class RoundLog(lightning.Callback):
             logger.save()
 
     def figures(self) -> dict[str, float]:
-        """Collect the figures of the round: loss, learning rate, evaluation; bytes and dropped updates so far."""
+        """Collect the figures of the round: loss, rate, evaluation, watchers; bytes and dropped updates so far."""
         rounds, federation = self.rounds, self.rounds.federation
         training = {"train/loss": rounds.loss, "lr": rounds.lr}
         if len(federation.phases.rounds) > 1:
@@ -71,7 +71,8 @@ class RoundLog(lightning.Callback):
             "client_steps": federation.ledger.client_steps,
             "dropped_updates": len(federation.dropped),
         }
-        return training | self.evaluation.figures | personal | counted
+        watched = {name: value for watcher in federation.watchers for name, value in watcher.figures().items()}
+        return training | self.evaluation.figures | personal | counted | watched
 
     def state_dict(self) -> dict[str, Any]:
         """Training seconds so far."""

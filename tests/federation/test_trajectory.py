@@ -1,7 +1,9 @@
 """trajectory.safetensors: the rows are those that the federation had, whatever is killed or added."""
 
+import csv
 import struct
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,6 +11,10 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse import run
 from fedsparse.federation.trajectory import Layout, Trajectory, read_rounds, read_row
+
+SMALL = ["model=mlp", "model.hidden=8", "mask_rule=random", "logger=csv", "pictures=false", "calibration.head_steps=1"]
+SMALL += ["federation.rounds=2", "federation.num_clients=4", "federation.clients_per_round=1.0", "federation.cohort=1"]
+SMALL += ["trajectory=global"]
 
 
 class Two:
@@ -120,3 +126,46 @@ def test_several_global_models_are_refused(tmp_path):
 def test_what_cannot_be_meant_is_refused(tmp_path, options, said):
     with pytest.raises(ValueError, match=said):
         Trajectory(tmp_path / "t", 2, **options)
+
+
+def test_clients_are_written_by_the_process_that_leads(tmp_path):
+    """Each of two processes trains some of the clients; all rows lie in the one folder."""
+    run([*SMALL, "trainer.devices=2", "trajectory.clients=[0,1,2,3]", f"hydra.run.dir={tmp_path / 'two'}"])
+    run([*SMALL, "trajectory.clients=[0,1,2,3]", f"hydra.run.dir={tmp_path / 'one'}"])
+    for client in range(4):
+        one, two = (tmp_path / name / f"trajectory.client_{client}.safetensors" for name in ("one", "two"))
+        assert read_rounds(one) == read_rounds(two) == [1, 2]
+        assert torch.equal(read_row(one, 2), read_row(two, 2))
+
+
+def test_the_path_norm_is_logged_after_every_round(tmp_path):
+    run([*SMALL, "trajectory.path_norm=true", "trajectory.every=2", f"hydra.run.dir={tmp_path}"])
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    row = read_row(tmp_path / "trajectory.safetensors", 2).double().numpy() ** 2
+    w1, b1, w2, b2 = np.split(row, np.cumsum([64 * 8, 8, 80]))
+    hidden = w1.reshape(8, 64).sum(1) + b1
+    assert len(rows) == 2
+    assert all(float(one["path_norm"]) > 0 for one in rows)
+    assert float(rows[1]["path_norm"]) == pytest.approx(np.sqrt((w2.reshape(10, 8) @ hidden + b2).sum()), rel=1e-5)
+    assert rows[0]["path_norm"] != rows[1]["path_norm"]
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("trajectory.clients=[9]", "trajectory.clients is 9; it must be a whole number from 0 to 3"),
+        ("trajectory.clients=[-1]", "trajectory.clients is -1; it must be a whole number from 0 to 3"),
+        ("trajectory.clients=3", "trajectory.clients is 3; it must be a list of clients"),
+        ("trajectory.path_norm=maybe", "trajectory.path_norm is 'maybe'"),
+    ],
+)
+def test_options_of_the_trajectory_are_checked_before_training(tmp_path, option, line):
+    with pytest.raises(ValueError, match=line):
+        run([*SMALL, option, f"hydra.run.dir={tmp_path}"])
+
+
+def test_a_model_without_a_path_norm_is_refused_by_name(tmp_path):
+    options = [*SMALL[2:], "model=vit_digits", "trajectory.path_norm=true", f"hydra.run.dir={tmp_path}"]
+    with pytest.raises(ValueError, match=r"LayerNorm, for which there is no path norm; set trajectory.path_norm=false"):
+        run(options)

@@ -107,7 +107,9 @@ def test_what_cannot_be_trained_again_is_refused_in_a_line(recorded):
     models = load(folder)
     with pytest.raises(ValueError, match=r"client:9 is none of the 6 clients, 0 to 5"):
         local_row(models, 9)
-    with pytest.raises(ValueError, match=r"cannot be trained again in round 2: objective=scaffold"):
+    with pytest.raises(
+        ValueError, match=r"cannot be trained again in round 2: objective=scaffold .* trajectory.clients=\[0\]"
+    ):
         local_row(load(folder, round=2), 0)
     (folder / TRAJECTORY).unlink()
     with pytest.raises(ValueError, match=r"keeps no global model after 1 rounds; a run with trajectory=global"):
@@ -115,3 +117,22 @@ def test_what_cannot_be_trained_again_is_refused_in_a_line(recorded):
     (folder / "summary.json").unlink()
     with pytest.raises(ValueError, match=r"holds no finished run"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["objective=scaffold", "mask_rule=dense"], ["model.local=[2.*]"], ["exchange=topk", "mask_rule=dense"]],
+    ids=["scaffold", "local", "topk"],
+)
+def test_clients_that_were_kept_have_their_bits_in_every_round(recorded, options):
+    """Of top-k what was kept is the client's model, of which it sent a part."""
+    every = ["federation.clients_per_round=1.0", "trajectory=global", "trajectory.clients=[0,1,2]"]
+    folder, values = recorded(*options, *every)
+    (folder / CHECKPOINTS / PREVIOUS).unlink()
+    chosen = [(number, client) for number, client in values if client in (0, 1, 2)]
+    assert {number for number, _ in chosen} == {0, 1, 2}
+    for number, client in chosen:
+        models = load(folder, round=number + 1)
+        row = local_row(models, client)
+        assert torch.equal(row[models.mask], values[number, client])
+        assert torch.equal(row[~models.mask], models.global_row[~models.mask])
