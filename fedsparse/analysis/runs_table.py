@@ -37,9 +37,9 @@ def table(folders: Iterable[str | os.PathLike[str]], renewed: Callable[[Any], An
         - the option of each group, such as ``data``, ``model``, ``partition``, ``mask_rule``, ``exchange``;
         - the seed and what summary.json holds, under its names, such as ``test/acc`` and ``bytes_total``. ``sparsity``
           is the fraction there, not the option;
-        - of landscape/landscape.json, which is of the last round: ``landscape/trace``, ``landscape/lambda_1``,
-          ``landscape/<data>/<line>/loss_barrier/above_chord`` and the others of barriers, ``landscape/sharpness/...``,
-          ``landscape/<model>/<data>/loss`` and ``landscape/distance/...``.
+        - of landscape/landscape.json, which is of the last round: ``landscape/round``, ``landscape/trace``,
+          ``landscape/lambda_1``, ``landscape/<data>/<line>/loss_barrier/above_chord`` and other figures of barriers,
+          ``landscape/sharpness/...``, ``landscape/<model>/<data>/loss``, ``landscape/distance/...``.
 
     Raises:
         ValueError: a folder holds no run.
@@ -113,7 +113,8 @@ def _figures(tree: Values) -> Iterator[tuple[str, float]]:
     curvature = _inner(tree, "curvature")
     values = curvature.get("eigenvalues")
     first = values[0] if isinstance(values, list) and values else None
-    yield from _numbers({"lambda_1": first, **{key: curvature.get(key) for key in _CURVATURE}})
+    yield from _numbers({"round": tree.get("round"), "lambda_1": first})
+    yield from _numbers({key: curvature.get(key) for key in _CURVATURE})
     for part in tree:
         kind, _, data = part.partition(" ")
         for line, found in _inner(tree, part, "lines").items() if kind == "lines" else ():

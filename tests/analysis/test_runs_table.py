@@ -66,6 +66,7 @@ LANDSCAPE = {
     "sharpness": {"rho": 0.05, "sam": {"rise": 0.75, "first_order": 0.5}, "path_norm": {"value": None, "why": "a"}},
 }
 OF_LANDSCAPE = {
+    "landscape/round": 3,
     "landscape/lambda_1": -9.0,
     "landscape/trace": 12.5,
     "landscape/trace_error": 0.5,
