@@ -274,6 +274,18 @@ def test_products_in_float32_give_the_values_to_float32(trained):
     assert 1e-9 < bounds.max() < 1e-5
 
 
+def test_a_basis_in_float32_gives_values_to_the_square_of_its_rounding(trained):
+    """A Rayleigh quotient errs by the square of its vector's error, if the vector has length 1."""
+    explicit = trained[3]
+    values, bounds = lanczos(lambda v: explicit @ v, 610, 5, 40, gen(), dtype=torch.float32)
+    torch.testing.assert_close(values, largest(explicit, 5), rtol=1e-11, atol=0)
+    assert 1e-9 < bounds.max() < 1e-5
+    tied = torch.tensor([5.0, 5.0, 5.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    values, bounds = lanczos(lambda v: tied * v, 6, 4, 6, gen(), dtype=torch.float32)
+    torch.testing.assert_close(values, tied[:4], rtol=1e-11, atol=0)
+    assert bounds.max() < 1e-5
+
+
 def test_what_lanczos_refuses():
     for k, steps, line in (
         (4, 10, "curvature.k is 4; it must be a whole number from 1 to 3"),
@@ -282,8 +294,9 @@ def test_what_lanczos_refuses():
     ):
         with pytest.raises(ValueError, match=line):
             lanczos(by_diagonal, 3, k, steps, gen())
-    with pytest.raises(ValueError, match="not finite: the model has diverged"):
-        lanczos(lambda v: v * torch.tensor([1.0, math.nan, 1.0]), 3, 1, 2, gen())
+    for steps in (1, 2):
+        with pytest.raises(ValueError, match="not finite: the model has diverged"):
+            lanczos(lambda v: v * torch.tensor([1.0, math.nan, 1.0]), 3, 1, steps, gen())
     with pytest.raises(ValueError, match="curvature.products is 5; it must be a whole number of 6 or more"):
         hutchpp(by_diagonal, 3, 5, gen())
 
