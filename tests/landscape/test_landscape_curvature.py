@@ -127,6 +127,46 @@ def test_batches_have_64_samples_at_most_and_no_graph_is_kept_unasked(trained, s
     assert sizes == batches
 
 
+def bytes_of_a_sample(net, split):
+    """Bytes that each further sample adds to what the graph of the gradient keeps, by plain autograd on 10 and 20."""
+    kept = []
+    for count in (10, 20):
+        storages, parameters = {}, list(net.parameters())
+
+        def note(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = losses(net, split.x[:count].clone(), split.y[:count].clone()).sum()
+            torch.autograd.grad(loss, parameters, create_graph=True)
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+    return (kept[1] - kept[0]) // 10
+
+
+def test_a_batch_is_fitted_into_the_room_that_graphs_may_take(trained):
+    net, split, row, explicit = trained
+    task, each = Task(net, ParamSpace.of(net), losses), bytes_of_a_sample(copy.deepcopy(net), split)
+    whole = MeanLoss(task, split, batch=10**9)
+    assert whole.fitted(row)[0].batch == 2**30 // each
+    for room, batch, together in (
+        (each * 300, 300, True),
+        (each * 300 - 1, 299, False),
+        (each * 7, 7, False),
+        (1, 1, False),
+    ):
+        loss, fits = whole.fitted(row, room)
+        assert (loss.batch, fits) == (batch, together)
+        vectors = torch.ones(1, 610, dtype=torch.float64)
+        torch.testing.assert_close(loss.hessian(row)(vectors), vectors @ explicit, rtol=1e-9, atol=1e-12)
+    assert MeanLoss(task, split).fitted(row)[0].batch == 64
+    linear = Task(net, task.space, lambda forward, x, y: forward(x).sum(1))  # whose gradient keeps no sample
+    biases = task.space.where("2.bias")
+    assert MeanLoss(linear, split, biases).fitted(row, room=10)[0].batch == 10
+    one = MeanLoss(task, Split(split.x[:1], split.y[:1]), batch=10**9)
+    assert one.fitted(row, each * 9)[0].batch == 9
+
+
 @pytest.mark.parametrize("names", ["2.*", "*.bias", None])
 def test_inside_and_outside_a_mask(trained, names):
     net, split, row, explicit = trained
