@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedsparse.analysis import convergence, equal_steps, exchange_table, overlap, pareto, tables
+from fedsparse.analysis import convergence, equal_steps, exchange_table, landscapes_table, overlap, pareto, tables
 from fedsparse.analysis.files import short
 from fedsparse.analysis.folders import Problem, Run, read_runs
 from fedsparse.analysis.page import Picture, Section, Table, markdown, page, png
@@ -72,6 +72,7 @@ def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) 
     table = rows(runs)
     known = [row for row in table if not row.exchange]  # without a choice in the exchange: bytes are known in advance
     overlaps, unread = overlap.section(table)
+    landscapes, torn = landscapes_table.sections(table, runs)
     return [
         tables.overview(table),
         tables.by_partition(table),
@@ -83,8 +84,9 @@ def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) 
         convergence.target_section(table, target),
         *overlaps,
         *overlap.within(table),
+        *landscapes,
         *tables.scaled(runs),
-        *tables.missing(sorted([*problems, *apart, *unread]), repeated),
+        *tables.missing(sorted([*problems, *apart, *unread, *torn]), repeated),
     ]
 
 

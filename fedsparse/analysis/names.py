@@ -15,6 +15,7 @@ _IDLE = (
     "exchange._target_",  # says what the other keys of the exchange say
     "exchange._partial_",
     "link",  # moves no bit
+    "trajectory",
     "resume",
     "logger",
     "pictures",

@@ -110,7 +110,12 @@ def difference(row: Row, dense: Row | None, key: str) -> str:
     if dense is None or dense is row:
         return DASH
     found = row.against(dense, key)
-    return _mark(found.percent("+"), found)
+    return mark(found.percent("+"), found)
+
+
+def mark(text: str, difference: Interval) -> str:
+    """Set a text in bold, with an arrow, where a difference lies above or below 0."""
+    return Bold(f"{text} {'▲' if difference.mean > 0 else '▼'}") if difference.excludes_zero else text
 
 
 def share(sparsity: float) -> str:
@@ -140,10 +145,6 @@ def _worst(row: Row, table: Sequence[Row]) -> str:
     return difference(row, dense_of(row, table), "client/acc_worst10")
 
 
-def _mark(text: str, difference: Interval) -> str:
-    return Bold(f"{text} {'▲' if difference.mean > 0 else '▼'}") if difference.excludes_zero else text
-
-
 def _cross(
     shown: Sequence[Row], table: Sequence[Row], columns: Sequence[str], column: Callable[[Row], str], caption: str
 ) -> Table:
@@ -157,7 +158,7 @@ def _cross(
 def _against(row: Row, table: Sequence[Row]) -> str:
     dense = dense_of(row, table)
     difference = Interval(math.nan, math.nan) if dense is None else row.against(dense, _ACCURACY)
-    return _mark(row.over_seeds(_ACCURACY).percent(), difference)
+    return mark(row.over_seeds(_ACCURACY).percent(), difference)
 
 
 def _scale(run: Run) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ CHECKPOINTS, LAST, PREVIOUS, BEST = "checkpoints", "last.ckpt", "last.previous.c
 # written at the end
 WEIGHTS, SUMMARY, CURVES, DEVIATION = "model.safetensors", "summary.json", "curves.png", "guidance.safetensors"
 # written by other commands
-SCALE, EXPORT, LANDSCAPE = "scale.json", "export", "landscape"
+SCALE, EXPORT, LANDSCAPE, LANDSCAPE_FIGURES = "scale.json", "export", "landscape", "landscape.json"
 # files of a run that reached its first round, or of a calibration
 TRACES = (SUMMARY, METRICS, CHECKPOINTS, CALIBRATION)
 

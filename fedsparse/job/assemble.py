@@ -89,7 +89,7 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         local_test=cfg.data.get("local_test"),
     )
     dtype, head = dtype_of(cfg.trainer.precision), cfg.model.head
-    builder = _with_sizes(target_of("model", cfg.model), dataset)
+    builder = _adapted(_with_sizes(target_of("model", cfg.model), dataset), cfg.get("lora"))
     net, space = build_net(
         instantiate(builder),
         dtype,
@@ -291,6 +291,14 @@ def _with_sizes(builder: DictConfig, dataset: Dataset) -> DictConfig:
     """Set those arguments of a network that are null and follow from the data."""
     sizes = {key: value for key, value in of_data(dataset).items() if key in builder and builder[key] is None}
     return OmegaConf.merge(builder, sizes)  # type: ignore[return-value]
+
+
+def _adapted(builder: DictConfig, lora: DictConfig | None) -> DictConfig:
+    """Build the network with adapters around the network of a builder; as it is without, as in older stored runs."""
+    if not lora:
+        return builder
+    adapters: dict[str, Any] = OmegaConf.to_container(lora, resolve=True)  # type: ignore[assignment]
+    return OmegaConf.create({**adapters, "_partial_": False, "net": builder})
 
 
 def streaming(data: Any) -> dict[str, Any]:

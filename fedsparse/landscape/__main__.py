@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedsparse.core.folder import LANDSCAPE_FIGURES
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.job import trust
 from fedsparse.job.command import on_command_line
@@ -26,7 +27,7 @@ from fedsparse.landscape.options import Options
 from fedsparse.landscape.pictures import animation, contour_figure, lines_figure, surface_figure
 from fedsparse.landscape.points import shared
 from fedsparse.landscape.scene import Scene
-from fedsparse.landscape.store import FIGURES, Store
+from fedsparse.landscape.store import Store
 from fedsparse.landscape.table import print_landscape
 from fedsparse.simulation.trainer import log_landscape
 
@@ -53,7 +54,7 @@ def landscape(folder: Path, options: Options, trusted: Sequence[str] = ()) -> tu
         frames = film(scene, store, points) if options.gif else {}
         measured = measure(scene, store, points)
         pictures = draw(store.folder, measured, frames)
-    written = [*pictures, store.folder / FIGURES]
+    written = [*pictures, store.folder / LANDSCAPE_FIGURES]
     log_landscape(models.assembly.session.loggers, folder, written)
     return measured.figures, written
 

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from fedsparse.core import files
-from fedsparse.core.folder import LANDSCAPE
+from fedsparse.core.folder import LANDSCAPE, LANDSCAPE_FIGURES
 from fedsparse.landscape.surface import Evaluated
 
-FIGURES = "landscape.json"
 POINT = 2 * 8  # bytes of a point in a partial surface: loss and accuracy, float64
 
 
@@ -104,7 +103,7 @@ class Store:
     def __init__(self, run: Path, round: int | None = None) -> None:
         self.folder = run / LANDSCAPE if round is None else run / LANDSCAPE / f"round_{round}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.earlier = _read(self.folder / FIGURES)
+        self.earlier = _read(self.folder / LANDSCAPE_FIGURES)
 
     def part(self, name: str, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Take a part's figures if they have this key, else compute and write them."""
@@ -169,7 +168,7 @@ class Store:
         return asked
 
     def _write(self, figures: Mapping[str, Any]) -> None:
-        files.write(self.folder / FIGURES, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+        files.write(self.folder / LANDSCAPE_FIGURES, json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 def numbers(values: Tensor) -> np.ndarray:

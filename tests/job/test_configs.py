@@ -57,7 +57,8 @@ def build_all(node):
     return [built for value in values for built in build_all(value)]
 
 
-EMPTY = ("logger/csv", "callbacks/none", "evaluation/global", "trajectory/none")  # nothing beside what a run has anyway
+# nothing beside what a run has anyway
+EMPTY = ("logger/csv", "callbacks/none", "evaluation/global", "trajectory/none", "lora/none")
 
 
 def test_there_are_options():

@@ -1,0 +1,85 @@
+"""Low-rank adapters beside a network's linear layers, by PEFT (Hu et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from torch import nn
+
+from fedsparse.core.checks import check_flag, check_number, check_whole
+from fedsparse.core.space import Patterns, matches
+from fedsparse.models.vision import seeded
+
+
+def lora(
+    net: nn.Module,
+    r: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.05,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    rslora: bool = False,
+    head: Patterns = (),
+    seed: int = 0,
+) -> nn.Module:
+    """Put an adapter beside each target: W x becomes W x + scale B A x, with B = 0 at the start.
+
+    The network's own parameters are frozen, but for the head. A layer ``q`` has then the parameters
+    ``q.base_layer.weight``, ``q.lora_A.default.weight`` (r, in) and ``q.lora_B.default.weight`` (out, r).
+
+    Args:
+        net: the network, which is changed.
+        r: rank.
+        alpha: the scale is alpha / r.
+        dropout: of the adapters' input.
+        targets: last parts of the layers' names, such as ``q_proj`` or ``attn.qkv``.
+        rslora: the scale is alpha / sqrt(r) (Kalajdzievski 2023).
+        head: glob patterns of the parameters that train beside the adapters.
+        seed: decides A.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: PEFT is not installed, a target matches no linear layer, or an option is out of range.
+
+    """
+    if find_spec("peft") is None:
+        raise ValueError("lora needs PEFT: pip install 'fedsparse[lora]'")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    check_whole("lora.r", r, 1)
+    check_whole("lora.alpha", alpha, 1)
+    check_number("lora.dropout", dropout, least=0, below=1)
+    check_flag("lora.rslora", rslora)
+    chosen = targeted(net, targets)
+    narrow = min(chosen, key=lambda name: min(chosen[name].weight.shape))
+    check_number("lora.r", r, whole=True, least=1, most=min(chosen[narrow].weight.shape))
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(chosen), use_rslora=rslora, bias="none"
+    )
+    trains = [name for name, parameter in net.named_parameters() if parameter.requires_grad and matches(name, head)]
+    adapted: nn.Module = seeded(lambda: inject_adapter_in_model(config, net), seed)
+    for name in trains:
+        adapted.get_parameter(name).requires_grad_(True)
+    return adapted
+
+
+def targeted(net: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """Find the linear layers whose names end in a target, by name.
+
+    Raises:
+        ValueError: a target matches none; lists the last parts of names that there are.
+
+    """
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    found = dict[str, nn.Linear]()
+    for target in targets:
+        ends = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
+        if not ends:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ValueError(f"lora.targets={target} matches no linear layer of the model; it has {known}")
+        found |= ends
+    if not found:
+        raise ValueError("lora.targets is empty; it must be a list of ends of layers' names, such as [query,value]")
+    return found
