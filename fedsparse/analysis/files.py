@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -109,8 +110,8 @@ class NotPlain(ValueError):
 
 def _text(path: Path, largest: int = LARGEST) -> str:
     """Read a plain file of a sensible size: no pipe, which would be waited for, and nothing without an end."""
-    if path.is_dir():  # which can be opened, and is then called by the number of its descriptor
-        raise NotPlain(f"{path.name} is no plain file")
+    if path.is_dir():  # opened below, its error would name the number of a descriptor
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
         kind = os.fstat(descriptor)

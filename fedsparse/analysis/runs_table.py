@@ -13,9 +13,8 @@ from typing import Any
 
 from fedsparse.analysis.files import finite, json_of, plain_yaml, short, yaml_of
 from fedsparse.analysis.folders import Found, as_stored, choices, find_runs, problem_line
-from fedsparse.core.folder import CONFIG, LANDSCAPE, OVERRIDES
+from fedsparse.core.folder import CONFIG, LANDSCAPE, LANDSCAPE_FIGURES, OVERRIDES
 
-_LANDSCAPE = f"{LANDSCAPE}/landscape.json"
 _CURVATURE = ("trace", "trace_error", "frobenius", "frobenius_error")
 _BARRIERS = ("loss_barrier", "accuracy_barrier")
 Values = Mapping[str, Any]
@@ -100,7 +99,7 @@ def _overrides(folder: Path) -> str | None:
 
 def _landscape(folder: Path) -> tuple[Values, Sequence[str]]:
     """Read the figures of a landscape, and say what is wrong with them; neither where none was measured."""
-    path = folder / _LANDSCAPE
+    path = folder / LANDSCAPE / LANDSCAPE_FIGURES
     try:
         figures = dict(_figures(json_of(path))) if os.path.lexists(path) else {}
     except Exception as error:  # whatever a damaged file leads to, the others are read

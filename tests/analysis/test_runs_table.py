@@ -221,7 +221,7 @@ DAMAGES = {  # of a finished run with a landscape -> what its row says, and whet
     ),
     "a folder for a landscape": (
         lambda folder: ((folder / "landscape/landscape.json").unlink(), os.mkdir(folder / "landscape/landscape.json")),
-        "landscape.json is no plain file",
+        "landscape.json cannot be read: Is a directory",
         True,
     ),
     "other shapes": (
