@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from os import PathLike
 from os.path import join
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "Sparsity",
     "Topology",
     "run",
+    "runs",
 ]
 
 if TYPE_CHECKING:
@@ -70,6 +72,25 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     from fedsparse import train  # here, so that ``import fedsparse`` costs nothing
 
     return train.run(overrides)
+
+
+def runs(folders: str | PathLike[str] | Iterable[str | PathLike[str]]) -> Any:
+    """Read runs as a table: one row a run, finished or not; see ``fedsparse.analysis.runs_table.table``.
+
+    Args:
+        folders: run folders, or folders that hold some at any depth, such as those of several machines; or one folder.
+
+    Returns:
+        A pandas DataFrame where pandas is installed, else a list of dicts; never one and then the other.
+
+    Raises:
+        ValueError: a folder holds no run.
+
+    """
+    from fedsparse.analysis.runs_table import table  # here, so that ``import fedsparse`` costs nothing
+    from fedsparse.job.earlier import renewed
+
+    return table([folders] if isinstance(folders, str | PathLike) else folders, renewed)
 
 
 def _interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:

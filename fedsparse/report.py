@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failed = 0
     if options.scale:
         from fedsparse.job import trust  # here: only --scale imports what builds models
-        from fedsparse.studies import scale
+        from fedsparse.landscape import scale
 
         failed = scale.measure(options.folders, trust.checked(options.trust))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -98,7 +99,7 @@ def json_of(path: Path) -> dict[str, Any]:
         tree = json.loads(_text(path))
     except NotPlain:
         raise
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path.name} is damaged: it is not JSON") from None
     return dict(_keys(path, tree))
 
@@ -109,6 +110,8 @@ class NotPlain(ValueError):
 
 def _text(path: Path, largest: int = LARGEST) -> str:
     """Read a plain file of a sensible size: no pipe, which would be waited for, and nothing without an end."""
+    if path.is_dir():  # opened below, its error would name the number of a descriptor
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
         kind = os.fstat(descriptor)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsparse.analysis.files import finite, flatten, json_of, short, yaml_of
-from fedsparse.core.folder import CONFIG, METRICS, SUMMARY
+from fedsparse.core.folder import CONFIG, HYDRA, METRICS, SUMMARY
 from fedsparse.simulation.csv_logger import read_rows
 
 _LARGEST, _WIDEST = 1 << 28, 5000  # bytes and columns of a metrics.csv that is read
@@ -56,12 +56,31 @@ class Problem:
     reason: str
 
 
-def _as_stored(config: Any) -> Any:
+@dataclass(frozen=True)
+class Found:
+    """A run folder, finished or not.
+
+    Attributes:
+        name: relative to the folder that was asked for.
+        folder: where it lies.
+        run: what it holds; None where it does not count.
+        reasons: why it does not count, or what it cannot contribute.
+
+    """
+
+    name: str
+    folder: Path
+    run: Run | None
+    reasons: tuple[str, ...]
+
+
+def as_stored(config: Any) -> Any:
+    """Leave a stored configuration as it is."""
     return config
 
 
-def read_runs(folders: Iterable[Path], renewed: Callable[[Any], Any] = _as_stored) -> tuple[list[Run], list[Problem]]:
-    """Read every run below some folders, each once, in an order that depends on names alone.
+def read_runs(folders: Iterable[Path], renewed: Callable[[Any], Any] = as_stored) -> tuple[list[Run], list[Problem]]:
+    """Read every finished run below some folders, each once, in an order that depends on names alone.
 
     Args:
         folders: run folders, or folders that hold some at any depth.
@@ -76,18 +95,35 @@ def read_runs(folders: Iterable[Path], renewed: Callable[[Any], Any] = _as_store
 
     """
     listed = [Path(folder) for folder in folders]
-    runs: list[Run] = []
-    problems: list[Problem] = []
-    for name, folder in sorted(_names(listed).items()):
-        try:
-            runs.append(_read(name, folder, renewed))
-            problems += [Problem(name, reason) for reason in _doubts(runs[-1])]
-        except Exception as error:  # whatever a damaged folder leads to, the others are read
-            problems.append(Problem(name, _line(error)))
+    found = find_runs(listed, renewed)
+    runs = [one.run for one in found if one.run is not None]
+    problems = [Problem(one.name, reason) for one in found for reason in one.reasons]
     if not runs:
         why = "".join(f"; {problem.name}: {problem.reason}" for problem in problems[:1])
         raise ValueError(f"no finished run (summary.json) below {', '.join(map(str, listed))}{why}")
     return runs, sorted(problems)
+
+
+def find_runs(folders: Iterable[Path], renewed: Callable[[Any], Any] = as_stored) -> list[Found]:
+    """Read every run folder below some folders, finished or not; arguments and order as in ``read_runs``."""
+    found: list[Found] = []
+    for name, folder in sorted(_names([Path(folder) for folder in folders]).items()):
+        try:
+            run = _read(name, folder, renewed)
+            found.append(Found(name, folder, run, tuple(_doubts(run))))
+        except Exception as error:  # whatever a damaged folder leads to, the others are read
+            found.append(Found(name, folder, None, (problem_line(error),)))
+    return found
+
+
+def choices(folder: Path) -> dict[str, str]:
+    """Read the option of every group from Hydra's own file; nothing where older folders lack it, or it is damaged."""
+    try:
+        stored = dict(yaml_of(folder / HYDRA)["hydra"]["runtime"]["choices"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return {}
+    chosen = {str(group): str(option) for group, option in stored.items() if option is not None}
+    return {short(group): short(o) for group, o in chosen.items() if "/" not in group and o not in ("None", "null")}
 
 
 def _names(folders: list[Path]) -> dict[str, Path]:
@@ -136,10 +172,7 @@ def _checked(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _choice(group: str, folder: Path, summary: Mapping[str, Any]) -> str:
     """Find a group's option: summary.json names it; older folders keep it in Hydra's own file, or not at all."""
-    try:
-        stored = summary.get(group) or yaml_of(folder / ".hydra/hydra.yaml")["hydra"]["runtime"]["choices"][group]
-    except (ValueError, KeyError, TypeError, OSError):
-        return ""
+    stored = summary.get(group) or choices(folder).get(group)
     return "" if stored in (None, "None") else short(str(stored))
 
 
@@ -195,7 +228,7 @@ def _doubts(run: Run) -> Iterable[str]:
         yield f"metrics.csv is damaged: it ends after round {last} of {rounds}"
 
 
-def _line(error: BaseException) -> str:
+def problem_line(error: BaseException) -> str:
     """Say it in one line, without the place where the folder happens to lie."""
     if isinstance(error, OSError):
         return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedsparse.core.space import ParamSpace, Patterns
 from fedsparse.core.weights import distinct
 from fedsparse.data.datamodule import FederatedDataModule
-from fedsparse.data.datasets import Dataset
+from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.images import Inputs, TokenInputs
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import RoundPlan
@@ -73,6 +73,13 @@ class Problem:
     def eligible(self) -> list[int]:
         """Clients that hold data."""
         return [client for client, part in enumerate(self.parts) if len(part)]
+
+    @property
+    def dealt(self) -> Split:
+        """The training samples that clients hold, each once."""
+        train, parts = self.dataset.train, [np.asarray(part, dtype=np.int64) for part in self.parts]
+        index = torch.from_numpy(np.unique(np.concatenate(parts)))
+        return train if len(index) == len(train.y) else Split(train.x[index], train.y[index])
 
     @property
     def model_length(self) -> int:

@@ -27,9 +27,9 @@ from fedsparse.analysis.statistics import Interval
 from fedsparse.core.folder import DEVIATION
 from fedsparse.core.signals import command
 from fedsparse.job.earlier import renewed
+from fedsparse.landscape.scale import at_start
 from fedsparse.masks.scores import fisher_per_sample
 from fedsparse.preparation.preparation import Preparation
-from fedsparse.studies.scale import at_start
 
 Figures = Mapping[str, float]
 Group = tuple[str, str, str]  # model, partition, optimizer
@@ -85,7 +85,7 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 def measure(run: Run) -> dict[str, float]:
     """Relate what a run's clients explored to its start, which is built again."""
-    preparation = at_start(run.folder)
+    _, preparation = at_start(run.folder)
     space, stored = preparation.space, load_file(run.folder / DEVIATION)
     numbers = {
         name: torch.full(shape, i) for i, (name, shape) in enumerate(zip(space.names, space.shapes, strict=True))

@@ -13,7 +13,7 @@ from test_report import a_run
 from fedsparse import report
 from fedsparse.analysis.files import finite, short
 from fedsparse.analysis.folders import read_runs
-from fedsparse.studies import scale
+from fedsparse.landscape import scale
 
 
 def changed(folder, **figures):

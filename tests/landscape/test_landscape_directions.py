@@ -192,6 +192,28 @@ def test_models_are_collinear_by_their_angle_whatever_their_distance(angle, span
             Plane.pca(trajectory)
 
 
+@pytest.mark.parametrize(("angle", "spanned"), [(1.2e-5, True), (0.8e-5, False)])
+def test_the_bound_of_an_angle_is_a_hundred_thousandth(angle, spanned):
+    rows = torch.zeros(3, 50, dtype=torch.float64)
+    rows[1, 0], rows[2, 0], rows[2, 1] = 1, 1, angle
+    if spanned:
+        assert Plane.through(rows).distance(rows).max() < 1e-12
+    else:
+        with pytest.raises(ValueError, match="collinear"):
+            Plane.through(rows)
+
+
+def test_a_trajectory_that_stands_still_is_refused():
+    with pytest.raises(ValueError, match="the trajectory is collinear"):
+        Plane.pca(models(1).expand(4, -1))
+
+
+def test_pca_of_small_steps_far_from_the_origin_is_scikit_learns_in_float64():
+    rows = (1000 + 0.01 * models(8).cumsum(0)).float()
+    oracle = PCA(2, svd_solver="full").fit(rows.double().numpy())
+    np.testing.assert_allclose(Plane.pca(rows).shares, oracle.explained_variance_ratio_, rtol=1e-9)
+
+
 def test_pca_of_three_rows_is_their_plane_with_signs_of_its_own():
     rows = models(3)
     for trajectory in (rows, rows.flip(1), 3 - rows):
@@ -241,6 +263,10 @@ def test_the_three_figures_of_a_barrier():
     assert uneven == pytest.approx((0.0, 0.0, 4.0))
     accuracy = barrier(torch.tensor([0.8, 0.1, 0.6]), higher_is_better=True)
     assert accuracy == pytest.approx((0.6, 0.5, 0.1))
+
+
+def test_values_on_their_chord_have_no_barrier_but_rounding():
+    assert barrier(torch.linspace(0, 3, 4, dtype=torch.float64)).above_chord == pytest.approx(0, abs=1e-15)
 
 
 def test_a_barrier_of_nothing_above_the_chord_still_names_a_client_at_loss_55():

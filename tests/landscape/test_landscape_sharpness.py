@@ -64,6 +64,14 @@ def test_sam_on_a_quadratic_is_its_slope_and_its_curvature():
     assert sam(Quadratic(), torch.zeros(3, dtype=torch.float64)) == Rise(0.0, 0.0)
 
 
+def test_defaults_are_those_that_are_documented():
+    row = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    assert sam(Quadratic(), row) == sam(Quadratic(), row, 0.05, adaptive=False)
+    net, space, split = relu_task()
+    task, row = Task(net, space, losses), space.read(net)
+    assert mean_rise(task, row, split, gen()) == mean_rise(task, row, split, gen(), radius=0.1, draws=20)
+
+
 def test_adaptive_sam_scales_by_the_weights():
     row = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     scaled = torch.tensor([4.0, 12.0, 9.0])  # |w| g
@@ -121,6 +129,8 @@ def test_the_mean_rise_is_a_loop_over_directions_both_ways():
         d = filter_normalise(torch.randn(space.size, generator=g, dtype=torch.float64), row, space, mask)
         rises.append((loss(row + 0.2 * d) + loss(row - 0.2 * d)) / 2 - loss(row))
     assert found == pytest.approx((np.mean(rises), np.std(rises, ddof=1) / math.sqrt(6)), rel=1e-9)
+    rise, error = mean_rise(task, row, split, gen(7), radius=0.2, draws=2, mask=mask)
+    assert (rise, error) == pytest.approx((np.mean(rises[:2]), np.std(rises[:2], ddof=1) / math.sqrt(2)), rel=1e-9)
     diverged = mean_rise(task, row * math.inf, split, gen(7))
     assert all(math.isnan(value) for value in diverged)
     with pytest.raises(ValueError, match="sharpness.draws is 1"):
@@ -154,6 +164,12 @@ def test_sigma_is_the_root_of_the_mean_over_its_own_draws(target):
     assert seen[0].shape == (3,)
 
 
+def test_sigma_where_the_rise_is_the_target_is_not_above_it():
+    assert sigma(lambda p: 0.25, 3, 0.25, draws=2, generator=gen()) == 0.5
+    once = sigma(rise_of_quadratic, 3, low=0.1, high=0.3, steps=1, generator=gen())
+    assert once in (pytest.approx(0.15), pytest.approx(0.25))
+
+
 def test_sigma_at_the_ends_of_its_range():
     assert sigma(lambda p: 1e6, 3, generator=gen()) == 1e-3
     assert sigma(lambda p: 0.0, 3, generator=gen()) == 0.5
@@ -176,6 +192,8 @@ def test_the_pac_bayes_bound_by_hand():
     assert pac_bayes(0.2, 9.0, 0.5, 100, 7) == pytest.approx(0.2 + math.sqrt((18 + math.log(2800)) / 200))
     assert pac_bayes(0.2, 9.0, 0.5, 100, 7) == pytest.approx(0.2 + 0.360121, abs=1e-6)
     assert pac_bayes(0.2, 9.0, 0.5, 100, 7, 0.5) == pytest.approx(0.2 + math.sqrt((18 + math.log(280)) / 200))
+    assert pac_bayes(0.0, 0.0, 0.5, 1, 1, 0.5) == pytest.approx(math.sqrt(math.log(4) / 2))  # the least of each
+    assert pac_bayes(1.0, 0.5, 0.5, 1, 1, 0.5) == pytest.approx(1 + math.sqrt((1 + math.log(4)) / 2))
     for wrong in ((1.1, 9, 0.5, 100, 7), (0.2, -1, 0.5, 100, 7), (0.2, 9, 0, 100, 7), (0.2, 9, 0.5, 0, 7)):
         with pytest.raises(ValueError, match="it must be"):
             pac_bayes(*wrong)
@@ -300,10 +318,20 @@ def test_a_square_that_is_negative_or_not_finite_is_refused():
 
     with pytest.raises(ValueError, match="the path norm's square is -.*the activations are no ReLU"):
         path_norm(nn.Sequential(nn.Linear(3, 2), Minus()), (3,))
-    net = nn.Sequential(nn.Linear(3, 2))
+    net = nn.Sequential(nn.Linear(3, 2)).double()
+    net[0].weight.data[0, 0] = 1e200  # the output is finite, its square is not
+    with pytest.raises(ValueError, match="the path norm's square is inf.*the model diverged"):
+        path_norm(net, (3,))
     net[0].weight.data[0, 0] = math.nan
     with pytest.raises(ValueError, match="the path norm's square is nan|cannot be folded"):
         path_norm(net, (3,))
+
+
+def test_a_network_of_zeros_has_the_path_norm_0():
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    assert path_norm(net, (3,)) == 0
 
 
 def test_the_models_of_fedland_have_a_path_norm():
@@ -348,7 +376,7 @@ def test_a_rough_surface_is_evaluated_more_finely_until_it_holds_or_whole():
     found = refine(evaluate, grid=31, generator=np.random.default_rng(0))
     assert (found.coarse, calls) == (31, [40, 121, 320, 961])
     assert found.evaluated == 40 + 441 + 961
-    assert not found.errors.any()
+    assert found.errors.tolist() == [0.0, 0.0]
     a, b = np.meshgrid(found.axis, found.axis, indexing="ij")
     assert np.array_equal(found.values, evaluate(a.ravel(), b.ravel()).reshape(31, 31, 2))
 
@@ -373,3 +401,51 @@ def test_no_spline_goes_through_a_gap_and_a_small_grid_needs_none():
     ):
         with pytest.raises(ValueError, match=line):
             refine(evaluate, generator=np.random.default_rng(0), **options)
+
+
+def test_a_surface_is_refined_by_default_to_a_hundredth_on_51_points_from_minus_1_to_1():
+    evaluate, calls = waves(7.5)  # on 11 x 11 points the error is 1.7 %
+    found = refine(evaluate, generator=np.random.default_rng(0))
+    assert calls == [40, 121, 320]
+    assert found.errors[0] < 0.01
+    np.testing.assert_allclose(found.axis, np.linspace(-1, 1, 51))
+    coarser = refine(evaluate, generator=np.random.default_rng(0), tolerance=0.02)
+    assert coarser.coarse == 11
+    assert 0.01 < coarser.errors[0] <= 0.02
+    same = refine(evaluate, generator=np.random.default_rng(0), tolerance=float(coarser.errors[0]))
+    assert same.coarse == 11  # an error that equals the tolerance holds
+
+
+@pytest.mark.parametrize("unit", [0.01, 100.0])
+def test_an_error_is_a_part_of_the_range_whatever_the_unit(unit):
+    evaluate, _ = waves(7.5)
+    options = {"coarse": 11, "tolerance": 0.02}
+    plain = refine(evaluate, generator=np.random.default_rng(0), **options)
+    other = refine(lambda a, b: unit * evaluate(a, b), generator=np.random.default_rng(0), **options)
+    np.testing.assert_allclose(other.errors[0], plain.errors[0], rtol=1e-9)
+    np.testing.assert_allclose(other.values, unit * plain.values, rtol=1e-9, atol=1e-12 * unit)
+
+
+def test_a_fine_grid_that_is_the_coarse_one_needs_no_spline_and_one_held_out_point_is_enough():
+    evaluate, calls = waves(2.0)
+    assert refine(evaluate, grid=11, generator=np.random.default_rng(0)).evaluated == 121
+    assert calls == [121]
+    found = refine(evaluate, grid=21, held_out=1, tolerance=0.1, generator=np.random.default_rng(0))
+    assert calls == [121, 1, 121]
+    assert found.evaluated == 122
+
+
+@pytest.mark.parametrize("where", ["grid", "held_out"])
+def test_a_gap_in_the_grid_alone_or_between_its_points_alone_is_not_bridged(where):
+    seen = []
+
+    def holed(a, b):
+        gap = (np.abs(a) == 1) if where == "grid" else (np.abs(a - 0.05) < 0.04)
+        seen.append(gap.any())
+        return np.where(gap, np.nan, a + b)[:, None]
+
+    found = refine(holed, grid=51, generator=np.random.default_rng(0))
+    assert seen == ([False, True, True] if where == "grid" else [True, False, True])
+    assert found.coarse == 51
+    expected = (np.abs(found.axis) == 1) if where == "grid" else (np.abs(found.axis - 0.05) < 0.04)
+    assert np.array_equal(np.isnan(found.values[..., 0]), np.broadcast_to(expected[:, None], (51, 51)))

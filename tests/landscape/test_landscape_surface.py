@@ -50,7 +50,7 @@ def by_state_dicts(net, rows, split, training=None):
         weights = {n: part.view_as(net.get_parameter(n)) for n, part in zip(names, parts, strict=True)}
         net.load_state_dict(net.state_dict() | weights)
         if training is not None:
-            update_bn([training.x[i : i + 250] for i in (0, 250)], net)
+            update_bn(training.x.tensor_split(-(-len(training.y) // 256)), net)
         logits = net.eval()(split.x)
         right = (logits.argmax(1) == split.y).double().mean()
         found.append([float(cross_entropy(logits.double(), split.y)), float(right)])
@@ -116,6 +116,18 @@ def test_rows_are_evaluated_in_chunks_and_batches_of_the_sizes_given(form, sizes
     found = evaluate_rows(whole, rows, split, form=form, points=3, **SIZES)
     assert noted.sizes == sizes
     torch.testing.assert_close(found.loss, by_state_dicts(net, rows, split)[0], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", ["stacked", "single"])
+def test_chunks_batches_and_cohorts_change_nothing_beyond_rounding(form):
+    net, split = NETS["conv"](), of_images(30)
+    rows = rows_around(net, 7)
+    expected = evaluate_rows(federation(net, per_sample=True), rows, split, form=form)
+    for cohort, points, samples, stacked in ((1, 1, 500, 3000), (3, 2, 7, 5), (2, 5, 30, 90), (1, 7, 1, 1)):
+        options = {"points": points, "samples": samples, "stacked": stacked}
+        found = evaluate_rows(federation(net, cohort=cohort, per_sample=True), rows, split, form=form, **options)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=2e-6, atol=0)
+        assert torch.equal(found.accuracy, expected.accuracy)
 
 
 @pytest.mark.parametrize("size", ["points", "samples", "stacked"])
@@ -194,6 +206,10 @@ def test_batchnorm_is_computed_again_at_every_point_on_training_data():
     assert (found.loss / by_state_dicts(net, rows, split)[0] - 1).abs().min() > 0.01  # with statistics as they are
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert net[1].momentum == 0.3
+    more = of_images(600, seed=4)  # three batches of 200, where two of 300 would be too large
+    torch.testing.assert_close(
+        evaluate_rows(whole, rows, split, more).loss, by_state_dicts(net, rows, split, more)[0], rtol=1e-6, atol=0
+    )
     again = evaluate_rows(whole, rows.flip(0), split, training)
     assert torch.equal(again.loss.flip(0), found.loss)  # no point sees the one before
 
@@ -243,6 +259,12 @@ def test_points_that_are_not_finite_are_gaps_and_the_others_stay(form):
     assert found.accuracy.isnan().tolist() == [False, True, True, False, True]
     assert found.gaps == 3
     torch.testing.assert_close(found.loss[[0, 3]], by_state_dicts(net, rows[[0, 3]], split)[0], rtol=1e-6, atol=0)
+    few = Split(split.x[split.y < 9], split.y[split.y < 9])  # nobody has the last class: the loss stays finite
+    unused = copy.deepcopy(net)
+    unused.head.bias.data[-1] = -math.inf
+    assert cross_entropy(unused(few.x), few.y).isfinite()
+    found = evaluate_rows(federation(net, per_sample=True), rows[3:], few, form=form)
+    assert found.loss.isnan().tolist() == [False, True]
 
 
 def test_a_surface_is_its_points_chunk_by_chunk():
@@ -255,6 +277,67 @@ def test_a_surface_is_its_points_chunk_by_chunk():
     assert [len(chunk.loss) for chunk in chunks] == [3, 3, 1]
     expected = by_state_dicts(net, plane.point(a, b), split)[0]
     torch.testing.assert_close(joined(chunks).loss, expected, rtol=1e-6, atol=0)
+
+
+def test_as_many_coordinates_of_one_axis_as_of_the_other():
+    net, split = mlp(64, 16, 10), of_images(30)
+    space = ParamSpace.of(net)
+    plane = Plane.random(space.read(net), space, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="shorter"):
+        list(evaluate_plane(Task(net, space, losses), plane, torch.ones(6), torch.ones(3), split, points=3))
+
+
+def test_a_chunk_holds_16_points_or_as_many_as_fit_into_128_mib():
+    def task(*shape):
+        net = nn.Linear(*shape, bias=False, device="meta")
+        return Task(net, ParamSpace.of(net), losses)
+
+    assert chunk_size(task(64, 10)) == 16
+    assert chunk_size(task(64, 10), 1) == 1
+    assert chunk_size(task(2048, 2048)) == 8  # of 16 MiB each
+    assert chunk_size(task(8192, 8192)) == 1  # of 256 MiB
+
+
+@pytest.mark.parametrize(
+    ("form", "points", "samples", "sizes"),
+    [
+        ("single", 1, 1000, [500] * 2),
+        ("single", 1, 1001, [333, 334, 334]),
+        ("stacked", 1, 3000, [3000]),
+        ("stacked", 1, 3001, [1500, 1501]),
+        ("stacked", 3, 1000, [1000]),
+    ],
+)
+def test_batches_hold_500_samples_of_a_point_or_3000_of_a_stack(form, points, samples, sizes):
+    net, noted = mlp(64, 16, 10), Noted()
+    task = Task(net, ParamSpace.of(net), losses, inputs=noted, per_sample=True)
+    list(evaluate(task, [rows_around(net, points)], of_images(samples), form))
+    assert sorted(noted.sizes[form == "stacked" :]) == sizes  # stacking is tried on two samples
+
+
+def test_a_chunk_of_one_point_is_not_evaluated_twice():
+    net, split, noted = mlp(64, 16, 10), of_images(30), Noted()
+    task = Task(net, ParamSpace.of(net), losses, inputs=noted, per_sample=True)
+    list(evaluate(task, rows_around(net, 3).split(1), split))
+    assert noted.sizes == [2, 30, 30, 30]
+
+
+def test_a_stack_of_more_points_than_it_may_hold_has_one_sample_of_each():
+    net, split, noted = mlp(64, 16, 10), of_images(4), Noted()
+    task, rows = Task(net, ParamSpace.of(net), losses, inputs=noted, per_sample=True), rows_around(net, 3)
+    found = joined(evaluate(task, [rows], split, "stacked", stacked=1))
+    assert noted.sizes == [2, 1, 1, 1, 1]
+    torch.testing.assert_close(found.loss, by_state_dicts(net, rows, split)[0], rtol=2e-6, atol=0)
+
+
+def test_a_network_of_one_tensor_without_batchnorm_makes_no_use_of_training_samples():
+    torch.manual_seed(0)
+    net, noted = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False)), Noted()
+    task = Task(net, ParamSpace.of(net), losses, inputs=noted, training=of_images(40))
+    rows, split = rows_around(net, 2), of_images(30)
+    found = joined(evaluate(task, [rows], split))
+    torch.testing.assert_close(found.loss, by_state_dicts(net, rows, split)[0], rtol=2e-6, atol=0)
+    assert noted.sizes == [30, 30]
 
 
 def test_frozen_parameters_stay_the_networks_own():

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+from fedsparse.landscape.scale import at_start
 from fedsparse.studies import correlations
-from fedsparse.studies.scale import at_start
 
 
 def test_figures_by_hand():
@@ -64,7 +64,7 @@ def test_a_run_saves_what_its_clients_explored_and_is_measured(run_in, tmp_path,
     (row,) = [line.split("│")[1:-1] for line in lines if "mlp" in line]
     assert [cell.strip() for cell in row[:3]] == ["mlp", "noniid_nc2", "SGDM"]
 
-    preparation = at_start(folder)
+    _, preparation = at_start(folder)
     net, train = preparation.net.eval(), preparation.dataset.train
     total = torch.zeros(preparation.space.size, dtype=torch.float64)
     for part in preparation.parts:

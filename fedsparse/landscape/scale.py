@@ -1,19 +1,23 @@
 """How far along its own way a finished run is best: theta_0 + alpha (theta_T - theta_0), alpha chosen on validation.
 
-Task arithmetic (Ilharco et al. 2023) on the change that the federation made. The start is made again from the stored
-configuration: model and head depend on it and the seed alone.
+A landscape of one dimension: task arithmetic (Ilharco et al. 2023) on the change that the federation made. The start is
+made again from the stored configuration: model and head depend on it and the seed alone. BatchNorm's statistics are
+computed again at every point.
+
+Shapes: P coordinates, M values of alpha.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from fedsparse.core import files
 from fedsparse.core.folder import SCALE, SUMMARY, WEIGHTS
@@ -23,12 +27,16 @@ from fedsparse.data.files import printable
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.job.assemble import assemble
 from fedsparse.job.command import one_line
+from fedsparse.job.parts import Assembly
 from fedsparse.job.prepare import build_preparation, start_head
 from fedsparse.job.resume import read_job
-from fedsparse.models.modes import evaluating
+from fedsparse.landscape.interpolation import between
+from fedsparse.landscape.surface import chunk_size, evaluate, joined
+from fedsparse.landscape.task import Task
 from fedsparse.preparation.preparation import Preparation
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(16))  # 0 to 1.5
+POINTS = 4  # of a chunk; the first one is evaluated in both forms
 
 
 def measure(folders: Iterable[Path], trusted: Sequence[str] = ()) -> int:
@@ -62,52 +70,54 @@ def scaled(folder: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
 
     Returns:
         ``alpha`` (the one with the best validation accuracy, the nearest to 1 of equals), ``val/acc`` and ``test/acc``
-        there, ``test/acc_at_1``, and all ``alphas`` with their ``val``.
+        there, ``test/acc_at_1``, and all ``alphas`` with their ``val``; None where a loss is not finite.
+
+    Raises:
+        ValueError: the configuration may not be read, or no loss is finite.
 
     """
-    preparation, start, end = _start_and_end(folder, trusted)
+    assembly, preparation = at_start(folder, trusted)
     space, net, data = preparation.space, preparation.net, preparation.dataset
+    start = space.read(net)
+    net.load_state_dict(load_weights(folder / WEIGHTS))
+    end = space.read(net)
+    clients = assembly.module().to(preparation.device).form()
+    task = Task.of(clients, assembly.problem.dealt)
+    clients.release()
 
-    def at(alpha: float, split: Split) -> float:
-        space.write(net, start + alpha * (end - start))
-        return accuracy(preparation, split)
-
-    val = [at(alpha, data.val) for alpha in ALPHAS]
+    val = accuracies(task, start, end, ALPHAS, data.val)
     best = best_alpha(ALPHAS, val)
-    test, there = data.common_test, max(val)
-    facts = {"alpha": best, "val/acc": there, "test/acc": at(best, test), "test/acc_at_1": at(1.0, test)}
+    there, at_1 = accuracies(task, start, end, (best, 1.0), data.common_test)
+    facts = {"alpha": best, "val/acc": val[ALPHAS.index(best)], "test/acc": there, "test/acc_at_1": at_1}
     return facts | {"alphas": list(ALPHAS), "val": val}
 
 
-def best_alpha(alphas: Sequence[float], val: Sequence[float]) -> float:
+def accuracies(task: Task, start: Tensor, end: Tensor, alphas: Sequence[float], split: Split) -> list[float | None]:
+    """Evaluate the models start + alpha (end - start), rows (P,): M accuracies, None where a loss is not finite."""
+    at = torch.tensor(alphas, dtype=torch.float64)
+    chunks = (between(start, end, part) for part in at.split(chunk_size(task, POINTS)))
+    found = joined(evaluate(task, chunks, split)).accuracy
+    return [None if math.isnan(accuracy) else accuracy for accuracy in found.tolist()]
+
+
+def best_alpha(alphas: Sequence[float], val: Sequence[float | None]) -> float:
     """Alpha of the best validation accuracy; of equals the nearest to 1, where the run itself stands.
 
-    >>> best_alpha([0.5, 0.9, 1.2], [0.8, 0.9, 0.9])
+    Raises:
+        ValueError: no accuracy is given.
+
+    >>> best_alpha([0.5, 0.9, 1.2, 1.4], [0.8, 0.9, 0.9, None])
     0.9
     """
-    return max(zip(alphas, val, strict=True), key=lambda pair: (pair[1], -abs(pair[0] - 1)))[0]
+    given = [(alpha, accuracy) for alpha, accuracy in zip(alphas, val, strict=True) if accuracy is not None]
+    if not given:
+        raise ValueError("no model on the way from the start to the end has a finite loss")
+    return max(given, key=lambda pair: (pair[1], -abs(pair[0] - 1)))[0]
 
 
-def at_start(folder: Path, trusted: Sequence[str] = ()) -> Preparation:
-    """Build a run's data and its model as it was before the first round, from the stored configuration."""
+def at_start(folder: Path, trusted: Sequence[str] = ()) -> tuple[Assembly, Preparation]:
+    """Build a run's parts, with its model as it was before the first round, from the stored configuration."""
     assembly = assemble(read_job(folder, trusted=trusted).cfg)
     preparation = build_preparation(assembly, assembly.module(), Ledger())
     start_head(assembly, preparation, assembly.method.calibration.head_steps)
-    return preparation
-
-
-def _start_and_end(folder: Path, trusted: Sequence[str]) -> tuple[Preparation, torch.Tensor, torch.Tensor]:
-    """Build the run's model as it was before its first round, and read it after its last: rows (P,)."""
-    preparation = at_start(folder, trusted)
-    start = preparation.space.read(preparation.net)
-    preparation.net.load_state_dict(load_weights(folder / WEIGHTS))
-    return preparation, start, preparation.space.read(preparation.net)
-
-
-@torch.no_grad()
-def accuracy(preparation: Preparation, split: Split) -> float:
-    """Share of a split that the network classifies rightly, in eval mode."""
-    batches = preparation.batches(split, np.arange(len(split.y)))
-    with evaluating(preparation.net):
-        right = sum(int((preparation.net(x).argmax(1) == y).sum()) for x, y in batches)
-    return right / len(split.y)
+    return assembly, preparation
