@@ -123,7 +123,7 @@ EXPORTED = {
         "fedsparse.landscape.task": "MeanLoss Task",
         "fedsparse.landscape.curvature": "Sketch frobenius hutchpp hvp lanczos sketch",
         "fedsparse.landscape.sharpness": "Rise mean_rise pac_bayes sam sigma",
-        "fedsparse.landscape.pathnorm": "path_norm",
+        "fedsparse.models.pathnorm": "path_norm",
         "fedsparse.landscape.refinement": "Refined refine",
     },
 }

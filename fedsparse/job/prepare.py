@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -93,10 +94,20 @@ def timed(phase: str) -> Iterator[None]:
 
 
 def picture(path: Path, draw: Callable[[], Figure]) -> None:
-    """Draw and write a figure; an error is logged in one line, and does not end the run."""
+    """Draw and write a figure as PNG; an error is logged in one line, and does not end the run."""
+
+    def content() -> bytes:
+        found = io.BytesIO()
+        draw().savefig(found, format="png", dpi=120)
+        return found.getvalue()
+
+    illustration(path, content)
+
+
+def illustration(path: Path, content: Callable[[], bytes]) -> None:
+    """Make and write the content of a picture; an error is logged in one line, and does not end the run."""
     try:
-        figure = draw()
-        files.write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+        files.write(path, content())
     except Exception as error:
         log.warning("%s is left out (%s: %s)", path.name, type(error).__name__, " ".join(str(error).split()))
 

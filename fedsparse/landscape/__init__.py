@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from fedsparse.landscape.curvature import Sketch, frobenius, hutchpp, hvp, lanczos, sketch
     from fedsparse.landscape.directions import Plane, filter_normalise, random_direction
     from fedsparse.landscape.interpolation import Barrier, barrier, between
-    from fedsparse.landscape.pathnorm import path_norm
     from fedsparse.landscape.refinement import Refined, refine
     from fedsparse.landscape.sharpness import Rise, mean_rise, pac_bayes, sam, sigma
     from fedsparse.landscape.surface import Evaluated, chunk_size, evaluate, evaluate_plane, evaluate_rows, joined
     from fedsparse.landscape.task import MeanLoss, Task
+    from fedsparse.models.pathnorm import path_norm
 else:  # a barrier needs no curvature
     _HOMES = {
         "Barrier": "fedsparse.landscape.interpolation",
@@ -70,7 +70,7 @@ else:  # a barrier needs no curvature
         "lanczos": "fedsparse.landscape.curvature",
         "mean_rise": "fedsparse.landscape.sharpness",
         "pac_bayes": "fedsparse.landscape.sharpness",
-        "path_norm": "fedsparse.landscape.pathnorm",
+        "path_norm": "fedsparse.models.pathnorm",
         "random_direction": "fedsparse.landscape.directions",
         "refine": "fedsparse.landscape.refinement",
         "sam": "fedsparse.landscape.sharpness",

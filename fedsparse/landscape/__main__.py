@@ -1,32 +1,34 @@
 """Loss landscapes of a finished run: ``python -m fedsparse.landscape <run folder> grid=25 data=[test,client:0]``.
 
-The folder ``landscape`` in the run folder gets ``landscape.json``, ``surface_<data>.npz`` and the pictures. Keys:
-plane=random|models|pca grid range seed models=[global,0,1] round data=[test,train,client:0] mask=all|inside|outside
-reference=<run folder> samples curvature sharpness, and trust=[<package>].
+The folder ``landscape`` in the run folder gets ``landscape.json``, ``surface_<data>.npz`` and the pictures; of an
+earlier round ``landscape/round_<round>``. Keys: plane=random|models|pca grid range seed models=[global,0,1] round
+data=[test,train,client:0] mask=all|inside|outside reference=<run folder> samples surface refine tolerance gif curvature
+sharpness sigma.of=accuracy|loss processes, and trust=[<package>].
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.job import trust
 from fedsparse.job.command import on_command_line
 from fedsparse.job.execute import quiet
-from fedsparse.job.prepare import picture
+from fedsparse.job.prepare import illustration, picture
 from fedsparse.job.sweep import locked
-from fedsparse.landscape.measure import Measured, measure
+from fedsparse.landscape.film import Frame, film
+from fedsparse.landscape.measure import Measured, file_name, measure
 from fedsparse.landscape.options import Options
-from fedsparse.landscape.pictures import contour_figure, lines_figure, surface_figure
+from fedsparse.landscape.pictures import animation, contour_figure, lines_figure, surface_figure
+from fedsparse.landscape.points import shared
 from fedsparse.landscape.scene import Scene
 from fedsparse.landscape.store import FIGURES, Store
 from fedsparse.landscape.table import print_landscape
+from fedsparse.simulation.trainer import log_pictures
 
 
 def landscape(folder: Path, options: Options, trusted: Sequence[str] = ()) -> tuple[dict[str, Any], list[Path]]:
@@ -45,28 +47,33 @@ def landscape(folder: Path, options: Options, trusted: Sequence[str] = ()) -> tu
 
     """
     scene = Scene.of(folder, options, trusted)
-    with locked(folder), made_in(dtype_of(scene.models.assembly.problem.precision)):
-        store = Store(folder)
-        measured = measure(scene, store)
-        pictures = draw(store.folder, measured)
+    models, problem = scene.models, scene.models.assembly.problem
+    with locked(folder), made_in(dtype_of(problem.precision)), shared(scene, trusted) as points:
+        store = Store(folder, None if models.round == models.last else models.round)
+        frames = film(scene, store, points) if options.gif else {}
+        measured = measure(scene, store, points)
+        pictures = draw(store.folder, measured, frames)
+    log_pictures(models.assembly.session.loggers, folder, {f"landscape/{path.stem}": path for path in pictures})
     return measured.figures, [*pictures, store.folder / FIGURES]
 
 
-def draw(folder: Path, measured: Measured) -> list[Path]:
+def draw(folder: Path, measured: Measured, frames: Mapping[str, Sequence[Frame]]) -> list[Path]:
     """Draw all pictures into a folder; one that cannot be drawn is a warning."""
     found = list[Path]()
 
-    def add(name: str, make: Callable[[], Figure]) -> None:
+    def add(name: str, make: Callable[[Path], None]) -> None:
         (folder / name).unlink(missing_ok=True)  # what shows other figures
-        picture(folder / name, make)
+        make(folder / name)
         found.extend([folder / name] if (folder / name).is_file() else [])
 
     for data, surface in measured.surfaces.items():
-        name = data.replace(":", "_")
-        add(f"contour_{name}.png", partial(contour_figure, surface, f"loss, {data}"))
-        add(f"surface_{name}.png", partial(surface_figure, surface, f"loss, {data}"))
+        name, title = file_name(data), f"loss, {data}"
+        add(f"contour_{name}.png", partial(picture, draw=partial(contour_figure, surface, title)))
+        add(f"surface_{name}.png", partial(picture, draw=partial(surface_figure, surface, title)))
     if lines := {name.removeprefix("lines "): part for name, part in measured.figures.items() if "lines " in name}:
-        add("lines.png", partial(lines_figure, lines))
+        add("lines.png", partial(picture, draw=partial(lines_figure, lines)))
+    for data, shots in frames.items():
+        add(f"rounds_{file_name(data)}.gif", partial(illustration, content=partial(animation, shots, data)))
     return found
 
 

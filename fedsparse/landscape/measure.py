@@ -1,32 +1,22 @@
-"""All figures of a landscape: surfaces, lines and their barriers, curvature, sharpness; what is kept is not repeated.
+"""All that a landscape was asked for: surfaces, and figures of models; what is kept is not computed again.
 
 Shapes: A and B points of the axes, M models, P coordinates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fedsparse.data.datasets import Split
-from fedsparse.landscape.curvature import lanczos, sketch
-from fedsparse.landscape.directions import Plane
-from fedsparse.landscape.interpolation import barrier, between
-from fedsparse.landscape.options import GLOBAL, title
-from fedsparse.landscape.scene import CURVATURE, SHARPNESS, Scene, data_hash
-from fedsparse.landscape.sharpness import mean_rise, sam
+from fedsparse.landscape import figures as one
+from fedsparse.landscape.grid import Grid
+from fedsparse.landscape.points import Points
+from fedsparse.landscape.scene import HELD_OUT, Scene, data_hash
 from fedsparse.landscape.store import Store, Surface, numbers
-from fedsparse.landscape.surface import Evaluated, chunk_size, evaluate, evaluate_plane, joined
-from fedsparse.landscape.task import MeanLoss
-
-K, STEPS, PRODUCTS, LOCAL_SAMPLES = 5, 40, 30, 256  # of curvature and sharpness
-RHO, RADIUS, DRAWS = 0.05, 0.1, 20  # of sharpness
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,7 @@ class Measured:
 
     Attributes:
         surfaces: by data.
-        figures: what landscape.json holds.
+        figures: of them; landscape.json also holds those of earlier calls on the same models.
 
     """
 
@@ -43,8 +33,13 @@ class Measured:
     figures: dict[str, Any]
 
 
-def measure(scene: Scene, store: Store) -> Measured:
+def measure(scene: Scene, store: Store, points: Points) -> Measured:
     """Compute what is not kept, and write landscape.json.
+
+    Args:
+        scene: models, data and losses.
+        store: of what was computed before.
+        points: evaluates points of a plane.
 
     Raises:
         ValueError: a client cannot be trained again, or models or directions span no plane.
@@ -52,42 +47,69 @@ def measure(scene: Scene, store: Store) -> Measured:
     """
     options = scene.options
     surfaces, figures = dict[str, Surface](), dict[str, Any]()
+    train, test = (scene.split(data, options.samples) for data in ("train", "test"))
+    key = scene.key(train, "models", list(options.models), data_hash(test))
+    figures["models"] = store.part("models", key, lambda: one.of_models(scene, {"train": train, "test": test}))
     for data in options.data:
-        split, name = scene.split(data, options.samples), data.replace(":", "_")
-        surfaces[data] = surface_of(scene, store, split, f"surface_{name}")
-        figures[f"surface {data}"] = {"key": str(surfaces[data].key), **surfaces[data].figures()}
+        split = scene.split(data, options.samples)
+        if options.surface:
+            surfaces[data] = surface_of(scene, store, points, data, f"surface_{file_name(data)}")
+            figures[f"surface {data}"] = {"key": str(surfaces[data].key), **surfaces[data].figures()}
         if pairs := options.pairs():
             key = scene.key(split, "lines", pairs, options.grid)
-            figures[f"lines {data}"] = store.part(f"lines {data}", key, partial(lines, scene, split))
-    local = scene.split("train", LOCAL_SAMPLES)
+            figures[f"lines {data}"] = store.part(f"lines {data}", key, partial(one.of_lines, scene, split))
+    local = scene.split("train", one.LOCAL_SAMPLES)
     if options.curvature:
-        key = scene.key(local, "curvature", options.mask, options.seed, K, STEPS, PRODUCTS)
-        figures["curvature"] = store.part("curvature", key, lambda: curvature(scene, local))
+        key = scene.key(local, "curvature", options.mask, options.seed, one.K, one.STEPS, one.PRODUCTS)
+        figures["curvature"] = store.part("curvature", key, lambda: one.of_curvature(scene, local))
     if options.sharpness:
-        key = scene.key(local, "sharpness", options.mask, options.seed, RHO, RADIUS, DRAWS)
-        figures["sharpness"] = store.part("sharpness", key, lambda: sharpness(scene, local))
+        asked = (options.mask, options.seed, options.sigma_of, one.RHO, one.RADIUS, one.DRAWS, data_hash(train))
+        key = scene.key(local, "sharpness", *asked)
+        figures["sharpness"] = store.part("sharpness", key, lambda: one.of_sharpness(scene, local, train))
     said = {"round": scene.models.round, "options": dict(vars(options)), **scene.identity}
-    return Measured(surfaces, store.write(said | figures))
+    return Measured(surfaces, store.finish(said, figures))
 
 
-def surface_of(scene: Scene, store: Store, split: Split, name: str) -> Surface:
-    """Take a surface from the store, or evaluate it."""
-    options = scene.options
+def file_name(data: str) -> str:
+    """Name data in the names of files.
+
+    >>> file_name("client:3")
+    'client_3'
+    """
+    return data.replace(":", "_")
+
+
+def surface_of(scene: Scene, store: Store, points: Points, data: str, name: str) -> Surface:
+    """Take a surface on some data from the store, or evaluate it.
+
+    Args:
+        scene: models and losses.
+        store: of surfaces.
+        points: evaluates points of a plane.
+        data: as in the options.
+        name: of the surface's file.
+
+    """
+    options, split = scene.options, scene.split(data, scene.options.samples)
     asked = (options.plane, options.grid, options.range, options.seed, options.mask, list(options.models))
-    key = scene.key(split, "surface", *asked, scene.rounds() if options.plane == "pca" else None)
+    finer = options.tolerance if options.refine else None
+    key = scene.key(split, "surface", *asked, finer, scene.rounds() if options.plane == "pca" else None)
 
     def compute() -> Surface:
         plane, marked = scene.plane(), scene.marked()
         rows = torch.stack(list(marked.values()))
         coordinates = plane.coordinates(rows)
         a, b = scene.axes(coordinates)
-        loss, accuracy = _on_grid(scene, store, plane, (a, b), split, name, key)
-        own = evaluated(scene, rows, split)
+        grid = Grid(store, name, key, a, b, partial(points, plane, data))
+        values = grid.refined(options.tolerance, scene.numpy_generator(HELD_OUT)) if options.refine else grid.whole()
+        own = one.evaluated(scene, rows, split)
         return Surface(
             a=numbers(a),
             b=numbers(b),
-            loss=numbers(loss),
-            accuracy=numbers(accuracy),
+            loss=values.loss,
+            accuracy=values.accuracy,
+            errors=values.errors,
+            evaluated=np.array(values.evaluated),
             models=np.array(list(marked)),
             coordinates=numbers(coordinates),
             distance=numbers(plane.distance(rows)),
@@ -101,63 +123,3 @@ def surface_of(scene: Scene, store: Store, split: Split, name: str) -> Surface:
         )
 
     return store.surface(name, key, compute)
-
-
-def _on_grid(
-    scene: Scene, store: Store, plane: Plane, axes: tuple[Tensor, Tensor], split: Split, name: str, key: str
-) -> Evaluated:
-    """Evaluate the points of a grid: (A, B)."""
-    first, second = (grid.reshape(-1) for grid in torch.meshgrid(*axes, indexing="ij"))
-
-    def rest(done: int) -> Iterable[Evaluated]:
-        return evaluate_plane(scene.task, plane, first[done:], second[done:], split)
-
-    found = store.points(name, key, len(first), rest)
-    shape = tuple(map(len, axes))
-    return Evaluated(found.loss.view(shape), found.accuracy.view(shape))
-
-
-def evaluated(scene: Scene, rows: Tensor, split: Split) -> Evaluated:
-    """Evaluate models (M, P)."""
-    return joined(evaluate(scene.task, rows.split(chunk_size(scene.task)), split))
-
-
-def lines(scene: Scene, split: Split) -> dict[str, Any]:
-    """Evaluate the lines between models, and measure their barriers."""
-    at = torch.linspace(0, 1, scene.options.grid, dtype=torch.float64)
-    found = dict[str, Any]()
-    for start, end in scene.options.pairs():
-        values = evaluated(scene, between(scene.row(start), scene.row(end), at), split)
-        found[f"{title(start)} to {title(end)}"] = {
-            "loss": values.loss.tolist(),
-            "accuracy": values.accuracy.tolist(),
-            "gaps": values.gaps,
-            "loss_barrier": barrier(values.loss, at)._asdict(),
-            "accuracy_barrier": barrier(values.accuracy, at, higher_is_better=True)._asdict(),
-        }
-    return {"at": at.tolist(), "lines": found}
-
-
-def curvature(scene: Scene, split: Split) -> dict[str, Any]:
-    """Measure the Hessian of the training loss at the global row, over what moves."""
-    loss, generator = MeanLoss(scene.task, split, scene.mask), scene.generator(CURVATURE)
-    size, products = loss.subspace.size, loss.hessian(scene.row(GLOBAL), retain=True)
-    count = min(K, size)
-    values, bounds = lanczos(lambda vector: products(vector.unsqueeze(0))[0], size, count, STEPS, generator)
-    found = {"samples": len(split.y), "coordinates": size, "eigenvalues": values.tolist(), "bounds": bounds.tolist()}
-    return found | sketch(products, size, PRODUCTS, generator)._asdict()
-
-
-def sharpness(scene: Scene, split: Split) -> dict[str, Any]:
-    """Measure the rise of the training loss near the global row, over what moves."""
-    loss, row = MeanLoss(scene.task, split, scene.mask), scene.row(GLOBAL)
-    steps = {"sam": sam(loss, row, RHO), "adaptive_sam": sam(loss, row, RHO, adaptive=True)}
-    rise, error = mean_rise(
-        scene.task, row, split, scene.generator(SHARPNESS), radius=RADIUS, draws=DRAWS, mask=scene.mask
-    )
-    return {
-        "samples": len(split.y),
-        "rho": RHO,
-        **{name: {"rise": step.rise, "first_order": step.first_order} for name, step in steps.items()},
-        "mean_rise": {"radius": RADIUS, "rise": rise, "standard_error": error},
-    }

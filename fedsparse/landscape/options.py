@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from fedsparse.core.checks import check_choice, check_flag, check_whole, finite
+from fedsparse.core.checks import check_choice, check_flag, check_positive, check_whole, finite
 
 GLOBAL, REFERENCE = "global", "reference"  # models that are no client
+SIGMA_OF = "sigma.of"  # as it is typed; the field is called sigma_of
 CLIENT = "client:"  # before the number of a client whose data is meant
 
 
@@ -32,8 +33,14 @@ class Options:
         mask: whether ``all`` coordinates move, or those ``inside`` or ``outside`` the run's mask. Lines move all.
         reference: folder of a run of the same model.
         samples: of each split, drawn once; None: all.
+        surface: whether the plane is evaluated and drawn.
+        refine: whether few points of the plane are evaluated and the others interpolated by a cubic spline.
+        tolerance: of the spline, largest error at held-out points as a part of the range of the loss.
+        gif: whether the plane of every kept round is drawn, on fixed axes.
         curvature: whether eigenvalues and trace of the Hessian are measured.
-        sharpness: whether the rise of the loss nearby is measured.
+        sharpness: whether the rise of the loss nearby is measured, and what follows from it.
+        sigma_of: whether the ``accuracy`` falls or the ``loss`` rises by 0.1 under noise of standard deviation sigma.
+        processes: that share the points of a plane.
 
     Raises:
         ValueError: an option that cannot be meant; one line with the key.
@@ -50,16 +57,26 @@ class Options:
     mask: str = "all"
     reference: str | None = None
     samples: int | None = None
+    surface: bool = True
+    refine: bool = False
+    tolerance: float = 0.01
+    gif: bool = False
     curvature: bool = True
     sharpness: bool = False
+    sigma_of: str = "accuracy"
+    processes: int = 1
 
     def __post_init__(self) -> None:
         check_choice("plane", self.plane, "random", "models", "pca")
         check_whole("grid", self.grid, 3)
         check_whole("seed", self.seed, 0)
         check_choice("mask", self.mask, "all", "inside", "outside")
-        check_flag("curvature", self.curvature)
-        check_flag("sharpness", self.sharpness)
+        flags = {"surface": self.surface, "refine": self.refine, "gif": self.gif}
+        for key, flag in {**flags, "curvature": self.curvature, "sharpness": self.sharpness}.items():
+            check_flag(key, flag)
+        check_positive("tolerance", self.tolerance)
+        check_choice(SIGMA_OF, self.sigma_of, "accuracy", "loss")
+        check_whole("processes", self.processes, 1)
         for key, value, least in (("round", self.round, 0), ("samples", self.samples, 1)):
             if value is not None:
                 check_whole(key, value, least)
@@ -72,6 +89,8 @@ class Options:
             raise ValueError(f"models is {list(self.models)}; its reference needs reference=<run folder>")
         if self.round == 0 and any(isinstance(model, int) for model in self.models):
             raise ValueError("round=0 is the start, before any client has trained; set models=[global]")
+        if self.gif and not self.surface:
+            raise ValueError("gif=true draws surfaces; it does not go with surface=false")
         if self.plane == "models" and len(self.models) < 3:
             raise ValueError(f"models is {list(self.models)}; plane=models must have three")
 
@@ -83,15 +102,16 @@ class Options:
             ValueError: an unknown or repeated key, no YAML, or a value that cannot be meant.
 
         """
-        keys, found = [field.name for field in fields(cls)], dict[str, Any]()
+        keys = {SIGMA_OF if field.name == "sigma_of" else field.name: field.name for field in fields(cls)}
+        found = dict[str, Any]()
         for word in typed:
             key, _, value = word.partition("=")
             if key not in keys:
                 raise ValueError(f"{word} is no option of a landscape; its keys are {', '.join(keys)}, trust")
-            if key in found:
+            if keys[key] in found:
                 raise ValueError(f"{key} is given twice")
             try:
-                found[key] = yaml.safe_load(value)
+                found[keys[key]] = yaml.safe_load(value)
             except yaml.YAMLError as error:
                 raise ValueError(f"{word} is no YAML; a list is written as data=[test,client:0]") from error
         return cls(**found)

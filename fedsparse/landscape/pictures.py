@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 from fedsparse.analysis.style import legend, panels, percent, plain
+from fedsparse.landscape.film import Frame
 from fedsparse.landscape.store import Surface
 
 LEVELS = 14
@@ -24,15 +27,24 @@ COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#0
 MAP, ROUND = "viridis", (1, 2, 5, 10)
 
 
-def contour_figure(surface: Surface, title: str) -> Figure:
+def contour_figure(surface: Surface, title: str, losses: np.ndarray | None = None) -> Figure:
     """Draw the loss as contours, with models and what path leads through them.
 
     A model off the plane is hollow, and the legend says how far off: the colour under it is not its loss.
+
+    Args:
+        surface: to draw.
+        title: of the picture.
+        losses: that the colours are to range over; by default the surface's own.
+
+    Raises:
+        ValueError: no point has a finite loss.
+
     """
     high = float(np.ptp(surface.b) / np.ptp(surface.a))
     figure = Figure(figsize=(6.2, 1.2 + 4.2 * min(max(high, 0.4), 1.5)), layout="constrained")
     axes = figure.subplots()
-    levels, norm = _levels(surface.loss)
+    levels, norm = _levels(surface.loss if losses is None else losses)
     loss = np.ma.masked_invalid(surface.loss).T
     filled = axes.contourf(surface.a, surface.b, loss, levels=levels, norm=norm, cmap=MAP)
     axes.contour(surface.a, surface.b, loss, levels=levels, norm=norm, colors="white", linewidths=0.4, alpha=0.6)
@@ -51,6 +63,28 @@ def contour_figure(surface: Surface, title: str) -> Figure:
     axes.set_facecolor("#d9d9d9")  # gaps
     (_path if surface.shares.size else _points)(axes, surface)
     return figure
+
+
+def animation(frames: Sequence[Frame], data: str) -> bytes:
+    """Draw a contour of each round with the same colours: a GIF of two frames a second, the last one longer.
+
+    Raises:
+        ValueError: no point has a finite loss.
+
+    """
+    losses = np.concatenate([frame.surface.loss.ravel() for frame in frames])
+    drawn = list[Image.Image]()
+    for frame in frames:
+        content = io.BytesIO()
+        contour_figure(frame.surface, f"loss, {data}, round {frame.round}", losses).savefig(
+            content, format="png", dpi=100
+        )
+        drawn.append(Image.open(content).convert("RGB"))
+    palette = drawn[-1].quantize(256)  # one for all frames: colours do not flicker
+    pages = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in drawn]
+    whole, times = io.BytesIO(), [*[500] * (len(pages) - 1), 2000]
+    pages[0].save(whole, "GIF", save_all=True, append_images=pages[1:], duration=times, loop=0, optimize=False)
+    return whole.getvalue()
 
 
 def surface_figure(surface: Surface, title: str) -> Figure:

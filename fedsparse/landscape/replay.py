@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,34 @@ class Models:
     Attributes:
         folder: the run folder.
         assembly: the parts of the run; the network holds the last global model.
+        last: rounds of the run.
         round: rounds closed.
         global_row: (P,).
         mask: bool (P,), what trained last.
+        start: (P,), the network as it was built, before its head saw data.
 
     """
 
     folder: Path
     assembly: Assembly
+    last: int
     round: int
     global_row: Tensor
     mask: Tensor
+    start: Tensor
+
+    def at(self, round: int) -> Models:
+        """Take the models of another round.
+
+        Raises:
+            ValueError: its row was not kept.
+
+        """
+        if round == self.round:
+            return self
+        if round == self.last:
+            return replace(self, round=round, global_row=self.assembly.problem.space.read(self.assembly.problem.net))
+        return replace(self, round=round, global_row=kept_row(self.folder, round).to(self.global_row.dtype))
 
 
 def load(folder: Path, round: int | None = None, trusted: Sequence[str] = ()) -> Models:
@@ -72,11 +89,11 @@ def load(folder: Path, round: int | None = None, trusted: Sequence[str] = ()) ->
     check_finished(folder)
     assembly = assemble(read_job(folder, trusted=trusted).cfg)
     problem, closed = assembly.problem, int(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["rounds"])
+    start = problem.space.read(problem.net)
     problem.net.load_state_dict(load_weights(folder / WEIGHTS))
     mask, row = Mask.load(folder / MASK).row(problem.space), problem.space.read(problem.net)
-    if round is not None and round != closed:
-        row = _kept(folder, round).to(row.dtype)
-    return Models(folder, assembly, closed if round is None else round, row, mask)
+    models = Models(folder, assembly, closed, closed, row, mask, start)
+    return models if round is None else models.at(round)
 
 
 def local_row(models: Models, client: int) -> Tensor:
@@ -126,7 +143,7 @@ def _before(models: Models) -> tuple[Federation, Clients]:
         module.load_state_dict(state["state_dict"])
     else:
         _check_stateless(models, module)
-        assembly.problem.space.write(module.net, _kept(models.folder, closed))
+        assembly.problem.space.write(module.net, kept_row(models.folder, closed))
         path = models.folder / CLIENT_MASKS
         module.set_mask(models.mask, load_file(path)["bitmaps"] if path.is_file() else None)
     device, data = device_of(session.accelerator), assembly.datamodule()
@@ -148,7 +165,7 @@ def _checkpoint(models: Models) -> dict[str, Any] | None:
     return state if state["epoch"] + 1 == models.round - 1 else None
 
 
-def _kept(folder: Path, closed: int) -> Tensor:
+def kept_row(folder: Path, closed: int) -> Tensor:
     """Read the global row (P,) after so many rounds from the trajectory.
 
     Raises:

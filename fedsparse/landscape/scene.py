@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.core.folder import TRAJECTORY
-from fedsparse.core.seeding import Purpose, torch_generator
+from fedsparse.core.seeding import Purpose, generator, torch_generator
 from fedsparse.core.space import ParamSpace
 from fedsparse.data.datasets import Split
 from fedsparse.federation.trajectory import read_rounds, read_row
@@ -30,7 +30,7 @@ from fedsparse.landscape.task import Task
 from fedsparse.preparation.cache import code_version
 from fedsparse.simulation.devices import device_of
 
-PLANE, SAMPLES, CURVATURE, SHARPNESS = range(4)  # streams of random numbers
+PLANE, SAMPLES, CURVATURE, SHARPNESS, SIGMA, HELD_OUT = range(6)  # streams of random numbers
 MARGIN = 0.3  # around models, as a part of their extent
 HASHED = 4096  # samples that are read at once
 
@@ -81,7 +81,8 @@ class Scene:
         clients.release()
         hashes = {name: sha256(row) for name, row in known.items()}
         identity = {"rows": hashes, "rest": _rest(task.net, problem.space), "mask": sha256(models.mask)}
-        return cls(options, models, task, known, identity | {"round": models.round, "code": code_version()})
+        run = {"start": sha256(models.start), "round": models.round, "code": code_version()}
+        return cls(options, models, task, known, identity | run)
 
     def row(self, model: str | int) -> Tensor:
         """Read a model (P,)."""
@@ -105,6 +106,24 @@ class Scene:
     def generator(self, stream: int) -> torch.Generator:
         """Build a generator of the seed."""
         return torch_generator(self.options.seed, Purpose.LANDSCAPE, stream)
+
+    def numpy_generator(self, stream: int) -> np.random.Generator:
+        """Build NumPy's generator of the seed."""
+        return generator(self.options.seed, Purpose.LANDSCAPE, stream)
+
+    def at(self, round: int) -> Scene:
+        """Take the models of another round; the reference stays.
+
+        Raises:
+            ValueError: its row was not kept.
+
+        """
+        models = self.models.at(round)
+        known: dict[str | int, Tensor] = {GLOBAL: models.global_row}
+        known |= {name: row for name, row in self.known.items() if name == REFERENCE}
+        hashes = {name: sha256(row) for name, row in known.items()}
+        identity = self.identity | {"rows": hashes, "round": round}
+        return replace(self, models=models, known=known, identity=identity)
 
     @property
     def mask(self) -> Tensor | None:

@@ -35,6 +35,9 @@ class Surface:
         b: of the second axis, float64 (B,).
         loss: float64 (A, B); NaN is a gap.
         accuracy: float64 (A, B).
+        errors: of a spline through fewer points, largest error of loss and accuracy at held-out points, as a part of
+            their range (2,); 0 where all points were evaluated.
+        evaluated: points.
         models: names (M,).
         coordinates: of the models, float64 (M, 2).
         distance: of the models from the plane, float64 (M,): the surface under one off the plane is not its loss.
@@ -52,6 +55,8 @@ class Surface:
     b: np.ndarray
     loss: np.ndarray
     accuracy: np.ndarray
+    errors: np.ndarray
+    evaluated: np.ndarray
     models: np.ndarray
     coordinates: np.ndarray
     distance: np.ndarray
@@ -79,6 +84,7 @@ class Surface:
         }
         low, high = (float(present.min()), float(present.max())) if len(present) else (math.nan, math.nan)
         figures = {"points": self.loss.size, "gaps": self.gaps, "lowest_loss": low, "highest_loss": high}
+        figures |= {"evaluated": int(self.evaluated), "errors": self.errors.tolist()}
         return figures | {"shares": self.shares.tolist(), "data_sha256": str(self.data_hash), "models": models}
 
 
@@ -87,6 +93,7 @@ class Store:
 
     Args:
         run: the run folder.
+        round: rounds closed, of an earlier round than the last; it gets a folder of its own.
 
     Attributes:
         folder: where everything lies.
@@ -94,9 +101,9 @@ class Store:
 
     """
 
-    def __init__(self, run: Path) -> None:
-        self.folder = run / LANDSCAPE
-        self.folder.mkdir(exist_ok=True)
+    def __init__(self, run: Path, round: int | None = None) -> None:
+        self.folder = run / LANDSCAPE if round is None else run / LANDSCAPE / f"round_{round}"
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.earlier = _read(self.folder / FIGURES)
 
     def part(self, name: str, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -105,7 +112,7 @@ class Store:
         if isinstance(kept, dict) and kept.get("key") == key:
             return kept
         self.earlier[name] = {"key": key, **_without_gaps(compute())}
-        self.write(self.earlier)
+        self._write(self.earlier)
         return self.earlier[name]
 
     def surface(self, name: str, key: str, compute: Callable[[], Surface]) -> Surface:
@@ -144,11 +151,25 @@ class Store:
         values = torch.from_numpy(np.frombuffer(path.read_bytes(), dtype=np.float64).reshape(count, 2).copy())
         return Evaluated(values[:, 0], values[:, 1])
 
-    def write(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """Write landscape.json: what it holds, with None for gaps."""
-        written: dict[str, Any] = _without_gaps(figures)
-        files.write(self.folder / FIGURES, json.dumps(written, indent=2, allow_nan=False) + "\n")
-        return written
+    def finish(self, said: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Write landscape.json: these figures, and those of earlier calls if they are of the same models.
+
+        Args:
+            said: the options, and hashes of all that every figure depends on.
+            figures: parts by name.
+
+        Returns:
+            What this call was asked for, with None for gaps.
+
+        """
+        same = all(self.earlier.get(name, value) == value for name, value in said.items() if name != "options")
+        kept = {name: part for name, part in self.earlier.items() if isinstance(part, dict) and "key" in part and same}
+        asked: dict[str, Any] = _without_gaps({**said, **figures})
+        self._write({**kept, **asked})
+        return asked
+
+    def _write(self, figures: Mapping[str, Any]) -> None:
+        files.write(self.folder / FIGURES, json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
 def numbers(values: Tensor) -> np.ndarray:

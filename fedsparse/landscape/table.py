@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def print_landscape(figures: Mapping[str, Any], written: Sequence[Path], console: Console | None = None) -> None:
-    """Print models, barriers, curvature and sharpness, and the files that show them.
+    """Print models, surfaces, barriers, curvature and sharpness, and the files that show them.
 
     Args:
         figures: what landscape.json holds.
@@ -26,11 +26,11 @@ def print_landscape(figures: Mapping[str, Any], written: Sequence[Path], console
     table.add_column("figure")
     for name in ("loss", "accuracy"):
         table.add_column(name, justify="right")
-    for row in [*_surfaces(figures), *_lines(figures)]:
+    for row in [*_models(figures), *_surfaces(figures), *_lines(figures)]:
         table.add_row(*row)
     console.print(table)
-    if rows := [*_curvature(figures), *_sharpness(figures)]:
-        table = Table("at the global model, training loss", "value")
+    if rows := [*_distances(figures), *_curvature(figures), *_sharpness(figures)]:
+        table = Table("training loss at the global model, and distances", "value")
         for pair in rows:
             table.add_row(*pair)
         console.print(table)
@@ -51,14 +51,23 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def _models(figures: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Rows of the models on training and test data."""
+    for name, model in figures["models"]["models"].items():
+        for data in ("train", "test"):
+            yield f"{data}, {name}", number(model[data]["loss"]), _percent(model[data]["accuracy"])
+
+
 def _surfaces(figures: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Rows of the surfaces and of the models that are marked in them."""
+    """Rows of the surfaces."""
     for data, found in _of("surface", figures):
         gaps = f", {found['gaps']} not finite" if found["gaps"] else ""
         ends = f"{number(found['lowest_loss'])} to {number(found['highest_loss'])}"
-        yield f"{data}, {found['points']} points{gaps}", ends, ""
-        for name, model in found["models"].items():
-            yield f"{data}, {name}", number(model["loss"]), _percent(model["accuracy"])
+        yield f"{data}, surface of {found['points']} points{gaps}", ends, ""
+        if found["evaluated"] != found["points"]:
+            loss, accuracy = found["errors"]
+            text = f"{data}, a spline through {found['evaluated']} points errs by at most, of the range"
+            yield text, _percent(loss), _percent(accuracy)
 
 
 def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -70,6 +79,13 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             loss, accuracy = line["loss_barrier"], line["accuracy_barrier"]
             for key, word in words.items():
                 yield f"{data}, {name}{gaps}: {word}", number(loss[key]), _percent(accuracy[key])
+
+
+def _distances(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, model in figures["models"]["models"].items():
+        yield f"distance, {name} from the network as built", number(model["from_start"])
+    for pair, apart in figures["models"]["distances"].items():
+        yield f"distance, {pair}", number(apart)
 
 
 def _curvature(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -90,6 +106,12 @@ def _sharpness(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         rise = found["mean_rise"]
         text = f"{number(rise['rise'])} ± {number(rise['standard_error'])}"
         yield f"mean rise along random directions, radius {rise['radius']}", text
+        sigma, bound, paths = found["sigma"], found["pac_bayes"], found["path_norm"]
+        word = {"accuracy": "accuracy falls", "loss": "loss rises"}[sigma["of"]]
+        yield f"sigma, noise at which the {word} by {sigma['target']}", number(sigma["value"])
+        error = f"the error is {_percent(bound['train_error'])} under this noise"
+        yield f"PAC-Bayes bound of the error ({error})", _percent(bound["bound"])
+        yield "path norm", paths["why"] or number(paths["value"])
 
 
 def _of(kind: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

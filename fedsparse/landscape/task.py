@@ -26,6 +26,7 @@ from fedsparse.models.copies import copied
 from fedsparse.models.units import compute_all_units
 
 BATCH = 64  # samples whose graph of the gradient is kept
+ROOM = 1 << 30  # bytes of such graphs
 
 
 class Task:
@@ -134,7 +135,7 @@ class MeanLoss:
             raise ValueError("a loss needs at least one sample")
         self.task, self.split, self.batch = task, split, batch
         marks = torch.ones(task.space.size, dtype=torch.bool) if mask is None else mask
-        self.subspace = Subspace(marks.to(task.device))
+        self.subspace, self._marks = Subspace(marks.to(task.device)), marks
         self.moved = {name for name, part in task.space.unflatten(marks).items() if bool(part.any())}
         if not self.moved:
             raise ValueError("no coordinate lies inside the mask: there is nothing to differentiate")
@@ -184,6 +185,37 @@ class MeanLoss:
             return total
 
         return products
+
+    def fitted(self, row: Tensor, room: int = ROOM) -> tuple[MeanLoss, bool]:
+        """Fit the batch into memory: what a sample adds to the graph of the gradient is measured on one and two.
+
+        Args:
+            row: any model (P,).
+            room: bytes of graphs at once.
+
+        Returns:
+            The loss with a batch that fits, and whether the graphs of all batches fit together.
+
+        """
+        one, two = (self._graph_bytes(row, samples) for samples in (1, 2))
+        fitting = room // max(1, two - one)
+        loss = MeanLoss(self.task, self.split, self._marks, batch=max(1, min(self.batch, fitting)))
+        return loss, len(self.split.y) <= fitting
+
+    def _graph_bytes(self, row: Tensor, samples: int) -> int:
+        """Count the bytes that the graph of the gradient of a few samples keeps."""
+        kept = dict[int, int]()
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        index = torch.arange(samples) % len(self.split.y)
+        few = Split(self.split.x[index], self.split.y[index])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            MeanLoss(self.task, few, self._marks).hessian(row, retain=True)
+        return sum(kept.values())
 
     def _state(self, row: Tensor) -> dict[str, Tensor]:
         """All that the network computes with at a row, by name."""

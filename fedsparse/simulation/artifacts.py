@@ -135,6 +135,21 @@ class Artifacts(lightning.Callback):
         run.finish()
 
 
+def send_pictures(logger: WandbLogger, pictures: Mapping[str, Path]) -> None:
+    """Log pictures by name, and end the W&B run; a failure is a warning."""
+    _Forgiving(logger, _log_pictures)(logger, pictures)
+    _end_failed()
+
+
+def _log_pictures(logger: WandbLogger, pictures: Mapping[str, Path]) -> None:
+    import wandb
+
+    run = logger.experiment
+    for name, path in pictures.items():
+        run.log({name: wandb.Video(str(path)) if path.suffix == ".gif" else wandb.Image(str(path))})
+    run.finish()
+
+
 def _end_failed() -> None:
     """Mark an open W&B run as failed and end it."""
     import wandb

@@ -18,7 +18,7 @@ from fedsparse.core.precisions import DOUBLE, HALF
 from fedsparse.federation.phases import Phases
 from fedsparse.masks import Mask
 from fedsparse.simulation import strategy
-from fedsparse.simulation.artifacts import Artifacts, started
+from fedsparse.simulation.artifacts import Artifacts, send_pictures, started
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.simulation.csv_logger import RoundCSV
@@ -140,9 +140,24 @@ def build_loggers(chosen: Mapping[str, Callable[..., Any]], folder: Path, group:
     """
     table = RoundCSV(folder)
     table.drop_from(round + 1)
-    options = {"wandb": {"group": group, "id": _run_id(folder), "resume": "allow"}} if "wandb" in chosen else {}
+    options = {"wandb": {"group": group, **_run(folder)}} if "wandb" in chosen else {}
     built = [build(save_dir=str(folder), **options.get(name, {})) for name, build in chosen.items()]
     return [table, *(logger for logger in built if started(logger))]
+
+
+def log_pictures(chosen: Mapping[str, Callable[..., Any]], folder: Path, pictures: Mapping[str, Path]) -> None:
+    """Add pictures to the W&B run of a folder, if it has one; a failure is a warning.
+
+    Args:
+        chosen: by name, builders of a logger in a folder.
+        folder: the run folder.
+        pictures: files by name.
+
+    """
+    if "wandb" in chosen and (folder / RUN_ID).is_file():
+        logger = chosen["wandb"](save_dir=str(folder), **_run(folder))
+        if started(logger):
+            send_pictures(logger, pictures)
 
 
 def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:
@@ -180,6 +195,11 @@ def _precision_plugin(session: Session) -> Precision | None:
     if session.precision == HALF:
         return HalfPrecision(device_of(session.accelerator))
     return DoublePrecision() if session.precision == DOUBLE else None
+
+
+def _run(folder: Path) -> dict[str, str]:
+    """Give W&B the run's id, so that a resume continues the run."""
+    return {"id": _run_id(folder), "resume": "allow"}
 
 
 def _run_id(folder: Path) -> str:

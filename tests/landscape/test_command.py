@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from landscapes import FEW, by_hand, drawn, global_row, net_of, surface
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -18,64 +19,13 @@ from torch.nn.functional import cross_entropy
 
 from fedsparse import run
 from fedsparse.data.datasets import digits
-from fedsparse.landscape import measure, scene
+from fedsparse.landscape import figures as figures_of
+from fedsparse.landscape import points, scene
 from fedsparse.landscape.__main__ import landscape, main
 from fedsparse.landscape.options import Options
 from fedsparse.landscape.replay import load, local_row
 from fedsparse.landscape.scene import Scene
 from fedsparse.models.vision import mlp
-
-FEW = {"grid": "grid=3", "curvature": "curvature=false"}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A finished run, and its summary."""
-    folder = tmp_path_factory.mktemp("landscape") / "run"
-    options = [
-        "model=mlp",
-        "logger=csv",
-        "pictures=false",
-        "federation.rounds=2",
-        "calibration.head_steps=4",
-        "trajectory=global",
-    ]
-    return folder, run([*options, "trajectory=global", f"hydra.run.dir={folder}"])
-
-
-@pytest.fixture
-def folder(made, tmp_path, monkeypatch):
-    """A copy of the run, without pictures: those have a test of their own."""
-    monkeypatch.setattr("fedsparse.landscape.__main__.draw", lambda *_: [])
-    return shutil.copytree(made[0], tmp_path / "run")
-
-
-def drawn(folder, *typed):
-    few = [word for key, word in FEW.items() if not any(one.startswith(f"{key}=") for one in typed)]
-    figures, _ = landscape(folder, Options.read([*few, *typed]))
-    return figures
-
-
-def surface(folder, data="test"):
-    with np.load(folder / "landscape" / f"surface_{data}.npz") as file:
-        return {name: file[name] for name in file.files}
-
-
-def net_of(row):
-    net = mlp(64, 64, 10, seed=1)
-    torch.nn.utils.vector_to_parameters(row, net.parameters())
-    return net
-
-
-@torch.no_grad()
-def by_hand(row, x, y):
-    logits = net_of(row)(x)
-    return float(cross_entropy(logits.double(), y)), float((logits.argmax(1) == y).double().mean())
-
-
-def global_row(folder):
-    tensors = load_file(folder / "model.safetensors")
-    return torch.cat([tensors[name].flatten() for name, _ in mlp(64, 64, 10, seed=0).named_parameters()])
 
 
 def rows_of(folder):
@@ -257,11 +207,9 @@ def test_what_is_kept_is_not_computed_again(folder, monkeypatch):
     def again(*_, **__):
         pytest.fail("computed again")
 
-    monkeypatch.setattr(measure, "evaluate", again)
-    monkeypatch.setattr(measure, "evaluate_plane", again)
-    monkeypatch.setattr(measure, "lanczos", again)
-    monkeypatch.setattr(measure, "sam", again)
-    monkeypatch.setattr(measure, "mean_rise", again)
+    monkeypatch.setattr(points, "evaluate_plane", again)
+    for name in ("evaluate", "lanczos", "sketch", "sam", "mean_rise", "sigma"):
+        monkeypatch.setattr(figures_of, name, again)
     monkeypatch.setattr(scene, "local_row", again)
     assert drawn(folder, *typed) == before
     assert json.loads((folder / "landscape" / "landscape.json").read_text()) == before
@@ -283,7 +231,7 @@ def test_a_changed_model_or_split_is_computed_again(folder):
 @pytest.mark.parametrize("torn", [b"", b"12345"])
 def test_a_kill_loses_one_chunk(folder, monkeypatch, torn):
     typed = ["grid=5", "data=[test]", "models=[global]"]
-    whole, count = measure.evaluate_plane, []
+    whole, count = points.evaluate_plane, []
 
     def killed(*args):
         yield next(iter(whole(*args)))
@@ -295,14 +243,14 @@ def test_a_kill_loses_one_chunk(folder, monkeypatch, torn):
 
     wanted = (drawn(folder, *typed, "seed=3"), surface(folder)["loss"])[1]
     shutil.rmtree(folder / "landscape")
-    monkeypatch.setattr(measure, "evaluate_plane", killed)
+    monkeypatch.setattr(points, "evaluate_plane", killed)
     with pytest.raises(KeyboardInterrupt):
         drawn(folder, *typed, "seed=3")
     (part,) = (folder / "landscape").glob("*.part")
     assert part.stat().st_size == 16 * 16
     with part.open("ab") as file:
         file.write(torn)
-    monkeypatch.setattr(measure, "evaluate_plane", counted)
+    monkeypatch.setattr(points, "evaluate_plane", counted)
     drawn(folder, *typed, "seed=3")
     assert count == [25 - 16]
     assert surface(folder)["loss"] == pytest.approx(wanted, rel=1e-5)
