@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow fuzz mutate lint format bench bench-peers grid exchange attack autoflip weights weights-text wheel clean
+.PHONY: help setup train test test-slow fuzz mutate lint format bench bench-peers grid exchange attack autoflip fedland landscapes weights weights-text wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -158,6 +158,30 @@ autoflip: $(READY) ## mask rules at equal client steps with and without AutoFLIP
 	$(GUIDANCE) model=vit_digits head.init=probe optimizer.lr=0.1 hydra.sweep.dir=$(AUTOFLIP_AT)/guidance/vit_sgdm
 	$(GUIDANCE) model=vit_digits head.init=probe optimizer=adam hydra.sweep.dir=$(AUTOFLIP_AT)/guidance/vit_adam
 	$(BIN)/python -m fedsparse.studies.correlations $(AUTOFLIP_AT)/guidance
+
+# ten clients, all in every round; central: one that holds everything and takes as many steps
+FEDLAND_AT ?= runs/fedland
+FEDLAND = $(SWEEP) pictures=false experiment=fedland_digits
+CENTRAL = $(SWEEP) pictures=false experiment=fedland_digits_central
+QUEUE = $(FEDLAND_AT)/$(MODEL)
+
+fedland: $(READY) ## Fedland's queue on digits: IID, unbalanced and one class a client, five seeds, and central twins; MODEL=vit_digits
+	@echo "20 runs of 2200 client steps each, JOBS=$(JOBS) at a time: about 1.2 minutes of CPU time for mlp, 13 for vit_digits"
+	@echo "What is finished in $(QUEUE) is skipped, what was stopped goes on."
+	$(FEDLAND) partition=iid,ratios_ten,noniid_nc1 model=$(MODEL) seed=0,1,2,3,4 hydra.sweep.dir=$(QUEUE)/federated
+	$(CENTRAL) model=$(MODEL) seed=0,1,2,3,4 hydra.sweep.dir=$(QUEUE)/central
+	$(BIN)/python -m fedsparse.report $(QUEUE) --out $(QUEUE)/report
+
+LANDSCAPES_AT ?= runs/landscapes
+LANDSCAPES_OF = model=mlp,vit_digits seed=0,1,2 trajectory=global
+
+landscapes: $(READY) ## landscapes of mlp and vit_digits over their rounds: IID, one class a client, central, three seeds
+	@echo "18 runs of 2200 client steps each and 72 landscapes, JOBS=$(JOBS) at a time: about 45 minutes of CPU time, so 25 on two idle cores"
+	@echo "What is finished in $(LANDSCAPES_AT) is skipped, what was stopped goes on."
+	$(FEDLAND) partition=iid,noniid_nc1 $(LANDSCAPES_OF) hydra.sweep.dir=$(LANDSCAPES_AT)/federated
+	$(CENTRAL) $(LANDSCAPES_OF) hydra.sweep.dir=$(LANDSCAPES_AT)/central
+	OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.studies.landscapes $(LANDSCAPES_AT) --rounds 1 3 10 25 --jobs $(JOBS)
+	$(BIN)/python -m fedsparse.report $(LANDSCAPES_AT) --out $(LANDSCAPES_AT)/report
 
 weights: $(READY) ## pre-train the embedded model again; weights-text: that of texts
 	$(BIN)/python -m fedsparse.studies.pretrain $(ARGS)

@@ -55,10 +55,17 @@ class Row:
     n: int
     figures: Mapping[str, float]
 
-    def line(self, round: int, metrics: Sequence[str]) -> str:
-        """Format the CSV line of a closed round, counted from 1; a metric without a value is left empty."""
+    def line(self, round: int, metrics: Sequence[str], more: Sequence[str] = ()) -> str:
+        """Format the CSV line of a closed round, counted from 1; a metric without a value is left empty.
+
+        Args:
+            round: its number.
+            metrics: in the order of the columns.
+            more: cells of further columns.
+
+        """
         values = [f"{self.figures[name]:.7g}" if name in self.figures else "" for name in metrics]
-        return ",".join([str(round), str(self.client), self.group, self.model, str(self.n), *values]) + "\n"
+        return ",".join([str(round), str(self.client), self.group, self.model, str(self.n), *values, *more]) + "\n"
 
     @property
     def sort_key(self) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from fedsparse.core.checks import check_choice, check_flag
 from fedsparse.core.precisions import dtype_of
 from fedsparse.core.seeding import Purpose
 from fedsparse.data.augment import augment
+from fedsparse.data.balance import Balance
 from fedsparse.data.checks import checked_integer
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset
@@ -68,7 +69,8 @@ def assemble(cfg: DictConfig) -> Assembly:
     save = cfg.explore.get("save", False)  # older stored runs lack the key
     check_flag("explore.save", save)
     check_phases(course.phases, method, keep_model=cfg.explore.keep_model)
-    return Assembly(problem, course, method, assemble_session(cfg, config), make_data, config, cfg.pictures, save)
+    session = assemble_session(cfg, config, problem)
+    return Assembly(problem, course, method, session, make_data, config, cfg.pictures, save)
 
 
 def assemble_problem(cfg: DictConfig) -> Problem:
@@ -244,7 +246,7 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
     return make
 
 
-def assemble_session(cfg: DictConfig, config: dict[str, Any]) -> Session:
+def assemble_session(cfg: DictConfig, config: dict[str, Any], problem: Problem) -> Session:
     """Build the session: trainer, loggers, callbacks, evaluation by client.
 
     Raises:
@@ -254,8 +256,10 @@ def assemble_session(cfg: DictConfig, config: dict[str, Any]) -> Session:
     evaluation = cfg.get("evaluation")  # older stored runs lack the key
     if evaluation and "_target_" not in evaluation:
         raise ValueError(f"evaluation.{next(iter(evaluation))} needs evaluation=per_client")
-    personal = partial(instantiate(evaluation, _convert_="all"), seed=cfg.seed) if evaluation else None
-    if personal is not None:
+    personal = None
+    if evaluation:
+        balance = Balance.of(problem.parts, problem.dataset.train.y.numpy(), problem.dataset.classes)
+        personal = partial(instantiate(evaluation, _convert_="all"), seed=cfg.seed, balance=balance)
         personal()  # checks the options before training
     return Session(
         trainer=instantiate(cfg.trainer),

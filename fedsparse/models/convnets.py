@@ -1,4 +1,4 @@
-"""Builders of the convolutional nets of other federated experiments; each starts at random, from its seed.
+"""Builders of the nets of other federated experiments; each starts at random, from its seed.
 
 None carries ``pretrained_cfg``: images come at the data's own size, normalised by the data's own constants.
 
@@ -46,6 +46,20 @@ def resnet18_gn(
         options = {"norm_layer": GroupNorm, "zero_init_last": False}
         net: nn.Module = ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_chans, **options)  # type: ignore[arg-type]
         return _small_stem(net, in_chans) if stem == "cifar" else net
+
+    return _started(build, "fc", num_classes, head_std, seed)
+
+
+def resnet_small(num_classes: int, in_chans: int = 3, head_std: float = 0.02, seed: int = 0) -> nn.Module:
+    """Build the small ResNet of Fedland: (N, C, H, W) of any size -> (N, num_classes); the head is ``fc``.
+
+    One block of 64, 128, 256 and 512 channels each, a 3 x 3 stem without pooling, BatchNorm: 4,903,242 parameters for
+    coloured images and 10 classes. BatchNorm trains one client at a time: ``federation.cohort=1``.
+    """
+
+    def build() -> nn.Module:
+        net: nn.Module = ResNet(BasicBlock, (1, 1, 1, 1), num_classes, in_chans, zero_init_last=False)  # type: ignore[arg-type]
+        return _small_stem(net, in_chans)
 
     return _started(build, "fc", num_classes, head_std, seed)
 
@@ -103,6 +117,27 @@ def fednet(
             layers[f"relu{i}"] = nn.ReLU()
             layers[f"pool{i}"] = nn.MaxPool2d(2)
         return nn.Sequential(layers | _classifier(64 * (img_size // 8) ** 2, num_classes, dropout))
+
+    return _started(build, "head", num_classes, head_std, seed)
+
+
+def fednet_mlp(
+    num_classes: int, in_features: int, dropout: float = 0.5, head_std: float = 0.02, seed: int = 0
+) -> nn.Sequential:
+    """Build the fully connected FedNet of Fedland: (N, C, H, W) of ``in_features`` values -> (N, num_classes).
+
+    Layers of 64 and 32, with dropout after the first: 52,650 parameters for 784 values and 10 classes. Its ReLU on the
+    logits is left out: it was there so that a path norm could not be negative, and a class whose logit is 0 for all
+    samples has no gradient.
+    """
+
+    def build() -> nn.Sequential:
+        layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten(), hidden1=nn.Linear(in_features, 64))
+        layers["relu1"] = nn.ReLU()
+        if dropout:
+            layers["dropout"] = nn.Dropout(dropout)
+        layers |= {"hidden2": nn.Linear(64, 32), "relu2": nn.ReLU(), "head": nn.Linear(32, num_classes)}
+        return nn.Sequential(layers)
 
     return _started(build, "head", num_classes, head_std, seed)
 

@@ -15,6 +15,7 @@ from fedsparse.core import parallel
 from fedsparse.core.checks import check_choice, check_number
 from fedsparse.core.lines import RoundLines
 from fedsparse.core.seeding import Purpose, generator
+from fedsparse.data.balance import Balance
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.figures import (
     AVERAGES,
@@ -53,6 +54,7 @@ class Personal(lightning.Callback):
         fraction: of the non-participants, in (0, 1]; drawn for each evaluation.
         seed: the run's seed.
         path: of the table of clients; None writes none.
+        balance: of the clients' classes, for further columns of that table; None: it has none.
         rounds: the federation's rounds; explorations are not evaluated. None: the network has the one global model.
 
     Attributes:
@@ -74,13 +76,15 @@ class Personal(lightning.Callback):
         seed: int = 0,
         path: Path | None = None,
         rounds: FederatedRounds | None = None,
+        balance: Balance | None = None,
     ) -> None:
         _check_some("metrics", metrics, METRICS)
         _check_some("who", who, GROUPS)
         _check(average, every, fraction)
         self.metrics, self.average, self.every = [m for m in METRICS if m in metrics], average, every
-        self.who, self.fraction, self.seed, self.rounds = who, fraction, seed, rounds
-        self.table = RoundLines(",".join(["round,client,group,model,n", *self.metrics]), path)
+        self.who, self.fraction, self.seed, self.rounds, self.balance = who, fraction, seed, rounds, balance
+        more = [] if balance is None else balance.columns
+        self.table = RoundLines(",".join(["round,client,group,model,n", *self.metrics, *more]), path)
         self.before = BeforeClosing(self)
         self.figures: dict[str, float] = {}
         self.due = False
@@ -155,7 +159,8 @@ class Personal(lightning.Callback):
     def _close(self, round: int) -> None:
         """Gather the rows of all processes, sort and write them, and compute the figures."""
         rows = sorted((row for rows in parallel.gather(self.found) for row in rows), key=lambda row: row.sort_key)
-        self.table.append(row.line(round, self.metrics) for row in rows)
+        more = {row.client: [] if self.balance is None else self.balance.cells(row.client) for row in rows}
+        self.table.append(row.line(round, self.metrics, more[row.client]) for row in rows)
         self.figures = columns(rows, self.metrics)
 
 

@@ -30,6 +30,12 @@ OTHERS = {
     **{f"autoflip_{data}": (data, "two_cnn") for data in ("cifar10", "cifar100", "mnist")},
     "autoflip_femnist": ("femnist", "femnist_cnn"),
     "autoflip_shakespeare": ("shakespeare", "next_char_lstm"),
+    "fedland_digits": ("digits", "mlp"),
+    "fedland_digits_central": ("digits", "mlp"),
+    "fedland_mnist": ("mnist", "fednet_mlp"),
+    **{f"fedland_cifar10{what}": ("cifar10", "fednet") for what in ("", "_fedopt", "_imbalanced", "_noniid")},
+    "fedland_cifar10_noniid_imbalanced": ("cifar10", "fednet"),
+    **{f"fedland_cifar10_{n}": ("cifar10", "resnet_small") for n in ("two", "two_noniid_imbalanced", "three")},
 }
 NAMES = sorted(path.stem for path in Path(conf_dir(), "experiment").glob("*.yaml"))
 

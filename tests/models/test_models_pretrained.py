@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fedsparse.core.space import ParamSpace, matches
 from fedsparse.job.keys import target_of
-from fedsparse.models.convnets import fednet, femnist_cnn, resnet18_gn, two_cnn
+from fedsparse.models.convnets import fednet, fednet_mlp, femnist_cnn, resnet18_gn, resnet_small, two_cnn
 from fedsparse.models.pretrained import head_pattern, timm_model
 from fedsparse.models.trainable import trainable_filter
 
@@ -294,6 +294,8 @@ BUILDERS = {
     "femnist_cnn": (lambda seed: femnist_cnn(5, 1, hidden=8, seed=seed), (1, 28, 28)),
     "fednet": (lambda seed: fednet(5, 3, 32, seed=seed), (3, 32, 32)),
     "fednet, digits": (lambda seed: fednet(5, 1, 8, dropout=0, seed=seed), (1, 8, 8)),
+    "fednet_mlp": (lambda seed: fednet_mlp(5, 64, seed=seed), (1, 8, 8)),
+    "resnet_small": (lambda seed: resnet_small(5, 3, seed=seed), (3, 32, 32)),
 }
 
 
@@ -301,7 +303,9 @@ def head_weight(net):
     return next(p for key, p in net.named_parameters() if key in ("head.weight", "fc.weight"))
 
 
-@pytest.mark.parametrize("name", ["timm", "resnet18_gn", "two_cnn", "femnist_cnn", "fednet"])
+@pytest.mark.parametrize(
+    "name", ["timm", "resnet18_gn", "two_cnn", "femnist_cnn", "fednet", "fednet_mlp", "resnet_small"]
+)
 def test_builders_are_pure(name):
     build, _ = BUILDERS[name]
     before = torch.get_rng_state()
@@ -413,10 +417,13 @@ def test_refusals_of_the_reference_nets():
 # ------------------------------------------------------------------------------------------------------------ conf
 
 
-@pytest.mark.parametrize("name", ["resnet18_gn", "two_cnn", "femnist_cnn", "fednet", "dino_vits16", "timm"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18_gn", "two_cnn", "femnist_cnn", "fednet", "fednet_mlp", "resnet_small", "dino_vits16", "timm"],
+)
 def test_model_yaml_builds(name):
     cfg = composed(f"model={name}", "seed=2")
-    found = {"num_classes": 4, "in_chans": 1, "img_size": 8}
+    found = {"num_classes": 4, "in_chans": 1, "img_size": 8, "in_features": 64}
     for key in [key for key, value in cfg.model.items() if value is None and key != "checkpoint"]:
         cfg.model[key] = found[key]
     if name in ("dino_vits16", "timm"):
@@ -429,4 +436,4 @@ def test_model_yaml_builds(name):
     assert [n.rpartition(".")[2] for n in names if head(n)] == ["weight", "bias"]
     assert torch.equal(head_weight(instantiate(target_of("model", cfg.model))), head_weight(net))
     side = {"dino_vits16": 224, "timm": 160}.get(name, 8)
-    assert net(torch.zeros(2, cfg.model.in_chans, side, side)).shape == (2, 4)
+    assert net(torch.zeros(2, cfg.model.get("in_chans", 1), side, side)).shape == (2, 4)
