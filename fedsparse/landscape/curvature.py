@@ -97,9 +97,8 @@ def lanczos(
         basis[step] = _orthonormal(following, basis[:step], generator)
         following = _product(matvec, basis[step]).to(dtype)
         projected[step, : step + 1] = basis[: step + 1] @ following
-    vectors = torch.linalg.eigh(projected).eigenvectors.T  # of the lower triangle
-    quotients = ((vectors @ (projected + projected.tril(-1).T)) * vectors).sum(1)
-    found = [_rayleigh(matvec, vectors[i].to(dtype) @ basis) for i in quotients.abs().argsort(descending=True)[:k]]
+    ritz, vectors = torch.linalg.eigh(projected)  # of the lower triangle
+    found = [_rayleigh(matvec, vectors[:, i].to(dtype) @ basis) for i in ritz.abs().argsort(descending=True)[:k]]
     values, bounds = torch.tensor(found, dtype=torch.float64).T
     order = values.abs().argsort(descending=True)
     return values[order], bounds[order]

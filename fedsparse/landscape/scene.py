@@ -77,7 +77,7 @@ class Scene:
             known[REFERENCE] = other.global_row
         module = models.assembly.module().to(device_of(models.assembly.session.accelerator))
         clients = module.form()
-        task = Task.of(clients, _dealt(problem))
+        task = Task.of(clients, problem.dealt)
         clients.release()
         hashes = {name: sha256(row) for name, row in known.items()}
         identity = {"rows": hashes, "rest": _rest(task.net, problem.space), "mask": sha256(models.mask)}
@@ -97,7 +97,7 @@ class Scene:
             index = torch.from_numpy(np.asarray(problem.parts[client], dtype=np.int64))
             whole = Split(problem.dataset.train.x[index], problem.dataset.train.y[index])
         else:
-            whole = _dealt(problem) if data == "train" else problem.dataset.common_test
+            whole = problem.dealt if data == "train" else problem.dataset.common_test
         if samples is None or samples >= len(whole.y):
             return whole
         drawn = torch.randperm(len(whole.y), generator=self.generator(SAMPLES))[:samples].sort().values
@@ -194,13 +194,6 @@ def _rest(net: nn.Module, space: ParamSpace) -> str:
     rest = {name: value for name, value in net.state_dict().items() if name not in space.names}
     text = json.dumps({name: sha256(value.reshape(-1)) for name, value in rest.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _dealt(problem: Problem) -> Split:
-    """Gather the training samples that clients hold, each once."""
-    index = torch.from_numpy(np.unique(np.concatenate([np.asarray(part, dtype=np.int64) for part in problem.parts])))
-    train = problem.dataset.train
-    return train if len(index) == len(train.y) else Split(train.x[index], train.y[index])
 
 
 def _check_reference(folder: str, own: Problem, other: Problem) -> None:
