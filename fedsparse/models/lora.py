@@ -11,13 +11,15 @@ from fedsparse.core.checks import check_flag, check_number, check_whole
 from fedsparse.core.space import Patterns, matches
 from fedsparse.models.vision import seeded
 
+USUAL = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))  # attention projections, as models name them
+
 
 def lora(
     net: nn.Module,
     r: int = 8,
     alpha: int = 16,
     dropout: float = 0.05,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
+    targets: Sequence[str] | None = None,
     rslora: bool = False,
     head: Patterns = (),
     seed: int = 0,
@@ -32,7 +34,7 @@ def lora(
         r: rank.
         alpha: the scale is alpha / r.
         dropout: of the adapters' input.
-        targets: last parts of the layers' names, such as ``q_proj`` or ``attn.qkv``.
+        targets: last parts of the layers' names, such as ``attn.qkv``; None: the first of ``USUAL`` that there is.
         rslora: the scale is alpha / sqrt(r) (Kalajdzievski 2023).
         head: glob patterns of the parameters that train beside the adapters.
         seed: decides A.
@@ -65,7 +67,7 @@ def lora(
     return adapted
 
 
-def targeted(net: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def targeted(net: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Linear]:
     """Find the linear layers whose names end in a target, by name.
 
     Raises:
@@ -74,6 +76,9 @@ def targeted(net: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """
     layers = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     found = dict[str, nn.Linear]()
+    if targets is None:
+        ends_of = {name.rpartition(".")[2] for name in layers}
+        targets = next((usual for usual in USUAL if ends_of.issuperset(usual)), USUAL[0])
     for target in targets:
         ends = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
         if not ends:
@@ -81,5 +86,7 @@ def targeted(net: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
             raise ValueError(f"lora.targets={target} matches no linear layer of the model; it has {known}")
         found |= ends
     if not found:
-        raise ValueError("lora.targets is empty; it must be a list of ends of layers' names, such as [query,value]")
+        raise ValueError(
+            "lora.targets is empty; it must be null or a list of ends of layers' names, such as [query,value]"
+        )
     return found

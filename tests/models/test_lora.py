@@ -137,7 +137,7 @@ def test_only_adapters_and_head_travel(tmp_path):
     ("options", "line"),
     [
         ({"targets": ["q_proj"]}, "lora.targets=q_proj matches no linear layer of the model; it has .*qkv"),
-        ({"targets": []}, "lora.targets is empty"),
+        ({"targets": []}, "lora.targets is empty; it must be null or a list"),
         ({"r": 0}, "lora.r is 0; it must be a whole number of 1 or more"),
         ({"r": 500}, "lora.r is 500; it must be a whole number from 1 to"),
         ({"alpha": 0}, "lora.alpha is 0"),
