@@ -40,6 +40,7 @@ from fedsparse.job.parts import Assembly, Course, Method, Problem
 from fedsparse.job.shards import deal_shards
 from fedsparse.masks import Sparsity
 from fedsparse.models.attention import attentions
+from fedsparse.models.lora import adapters
 from fedsparse.preparation.calibration import Calibration
 from fedsparse.preparation.head import Head
 from fedsparse.simulation.devices import accelerator
@@ -111,7 +112,18 @@ def assemble_problem(cfg: DictConfig) -> Problem:
     check_fit(net, dataset, inputs, cfg.trainer.precision, cfg.model.name, "size" in cfg.data)
     arguments: dict[str, Any] = OmegaConf.to_container(builder)  # type: ignore[assignment]
     return Problem(
-        dataset, parts, tests, net, space, head, inputs, arguments, cfg.trainer.precision, cfg.data.batch_size, cfg.seed
+        dataset,
+        parts,
+        tests,
+        net,
+        space,
+        head,
+        inputs,
+        arguments,
+        cfg.trainer.precision,
+        cfg.data.batch_size,
+        cfg.seed,
+        adapters(net) if cfg.get("lora") else {},
     )
 
 

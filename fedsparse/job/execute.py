@@ -18,15 +18,18 @@ from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 from fedsparse.core import parallel, signals
-from fedsparse.core.folder import CHECKPOINTS, LAST, MASK, MASK_PICTURE, TRAFFIC, TRAJECTORY, WEIGHTS
+from fedsparse.core.folder import ADAPTERS, CHECKPOINTS, LAST, MASK, MASK_PICTURE, TRAFFIC, TRAJECTORY, WEIGHTS
 from fedsparse.core.folder import store as store_file
+from fedsparse.core.lines import RoundLines
 from fedsparse.core.weights import save_weights
 from fedsparse.data.datamodule import FederatedDataModule
+from fedsparse.federation.adapters import COLUMNS, AdapterTable
 from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.masking import MaskSchedule, zero
 from fedsparse.federation.reports import Diverged
 from fedsparse.federation.stores.store import ClientStore, make_store
+from fedsparse.federation.watcher import Watcher
 from fedsparse.job.assemble import assemble
 from fedsparse.job.checks import check_names
 from fedsparse.job.cohorts import fastest
@@ -226,9 +229,21 @@ def _rounds(
         ledger=ledger,
         traffic=traffic,
         model_length=assembly.problem.model_length,
-        watchers=[] if method.trajectory is None else [method.trajectory(path=folder / TRAJECTORY if leads else None)],
+        watchers=_watchers(folder if leads else None, assembly, closed),
     )
     return FederatedRounds(federate)
+
+
+def _watchers(folder: Path | None, assembly: Assembly, closed: int) -> list[Watcher]:
+    """Build what writes rows and tables of adapters; only the process that leads has a folder."""
+    trajectory, problem, found = assembly.method.trajectory, assembly.problem, list[Watcher]()
+    if trajectory is not None:
+        found.append(trajectory(path=folder and folder / TRAJECTORY))
+    if problem.adapters:
+        table = RoundLines(COLUMNS, folder and folder / ADAPTERS)
+        table.drop_from(closed + 1)
+        found.append(AdapterTable(table, problem.adapters, problem.space))
+    return found
 
 
 def _store(kind: str, folder: Path, name: str) -> ClientStore:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any
 
@@ -30,6 +30,7 @@ from fedsparse.federation.server.server import MakeOptimizer
 from fedsparse.federation.server.topology import Topology
 from fedsparse.federation.trajectory import Trajectory
 from fedsparse.masks import MaskRule, Sparsity
+from fedsparse.models.lora import Adapter
 from fedsparse.preparation.calibration import Calibration
 from fedsparse.preparation.head import Head
 from fedsparse.simulation.module import ClientModule
@@ -54,6 +55,7 @@ class Problem:
         precision: ``trainer.precision``.
         batch_size: samples of a local step.
         seed: the run's seed.
+        adapters: of the network, by layer.
 
     """
 
@@ -68,6 +70,7 @@ class Problem:
     precision: str
     batch_size: int
     seed: int
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @property
     def eligible(self) -> list[int]:

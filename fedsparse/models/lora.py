@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from torch import nn
 
@@ -65,6 +66,34 @@ def lora(
     for name in trains:
         adapted.get_parameter(name).requires_grad_(True)
     return adapted
+
+
+class Adapter(NamedTuple):
+    """Names of an adapter's factors, and the scale of their product.
+
+    Attributes:
+        down: of A (r, in).
+        up: of B (out, r).
+        scale: alpha / r.
+
+    """
+
+    down: str
+    up: str
+    scale: float
+
+
+def adapters(net: nn.Module) -> dict[str, Adapter]:
+    """Find the adapters of a network that ``lora`` has changed, by layer."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        layer: Adapter(
+            f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight", float(module.scaling["default"])
+        )
+        for layer, module in net.named_modules()
+        if isinstance(module, LoraLayer) and "default" in module.lora_A
+    }
 
 
 def targeted(net: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Linear]:
