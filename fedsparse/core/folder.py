@@ -10,7 +10,7 @@ PARTITION, MASK, CLIENT_MASKS = "partition.png", "mask.safetensors", "client_mas
 MASK_PICTURE, CALIBRATION = "mask.png", "calibration.json"
 # written in each round
 METRICS, TRAFFIC, CLIENTS = "metrics.csv", "traffic.csv", "clients.csv"
-TRAJECTORY, ADAPTERS = "trajectory.safetensors", "lora.csv"
+TRAJECTORY, ADAPTERS, CLUSTERS = "trajectory.safetensors", "lora.csv", "clusters.jsonl"
 CHECKPOINTS, LAST, PREVIOUS, BEST = "checkpoints", "last.ckpt", "last.previous.ckpt", "best.ckpt"
 # written at the end
 WEIGHTS, SUMMARY, CURVES, DEVIATION = "model.safetensors", "summary.json", "curves.png", "guidance.safetensors"

@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     EXPLORE = 11
     PERSONAL = 12
     LANDSCAPE = 13
+    CLUSTERS = 14
 
 
 def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:

@@ -19,8 +19,10 @@ from fedsparse.federation.lowrank import Pair
 
 Layers = Mapping[str, Pair]
 A, A_START, B, BA = REPRESENTATIONS = ("A", "A-start", "B", "BA")
+ROW = "row"  # the change of all that trains, with or without adapters
 COSINE, EUCLIDEAN = METRICS = ("cosine", "euclidean")
 SILHOUETTE, ELBOW = CHOICES = ("silhouette", "elbow")
+METHODS = ("kmeans", "agglomerative")
 
 
 def gram(members: Sequence[Layers], of: str, start: Layers | None = None) -> Tensor:
@@ -36,9 +38,9 @@ def gram(members: Sequence[Layers], of: str, start: Layers | None = None) -> Ten
         ValueError: an unknown representation, or no start where one is needed.
 
     """
-    check_choice("topology.cluster.of", of, *REPRESENTATIONS)
+    check_choice("mixing.of", of, *REPRESENTATIONS)
     if of == A_START and start is None:
-        raise ValueError("topology.cluster.of=A-start needs the factors that training began with")
+        raise ValueError("mixing.of=A-start needs the factors that training began with")
     found = torch.zeros(len(members), len(members), dtype=torch.float64)
     for layer in members[0]:
         pairs = [member[layer] for member in members]
@@ -70,14 +72,14 @@ def embed(gram: Tensor, metric: str = EUCLIDEAN) -> np.ndarray:
         ValueError: a member is not finite, or is zero under cosine.
 
     """
-    check_choice("topology.cluster.metric", metric, *METRICS)
+    check_choice("mixing.metric", metric, *METRICS)
     if not bool(gram.isfinite().all()):
         raise ValueError("adapters of a department are not finite: clustering cannot go on")
     if metric == COSINE:
         zero = (gram.diagonal() <= 0).nonzero().flatten().tolist()
         if zero:
             line = f"adapters of department {zero[0]} are zero and have no direction"
-            raise ValueError(f"{line}; set topology.cluster.metric=euclidean")
+            raise ValueError(f"{line}; set mixing.metric=euclidean")
         gram = cosines(gram)
     values, vectors = torch.linalg.eigh(gram)
     points: np.ndarray = (vectors * values.clamp(min=0).sqrt()).numpy()
@@ -122,15 +124,15 @@ def cluster(
         ValueError: an unknown option, or more clusters than points.
 
     """
-    check_choice("topology.cluster.method", method, "kmeans", "agglomerative")
+    check_choice("mixing.method", method, *METHODS)
     members = len(points)
     if isinstance(k, int) and not isinstance(k, bool):
-        check_number("topology.cluster.k", k, whole=True, least=1, most=members)
+        check_number("mixing.k", k, whole=True, least=1, most=members)
         return _of(points, _labels(points, method, k, seed), {})
-    check_choice("topology.cluster.k", k, *CHOICES)
+    check_choice("mixing.k", k, *CHOICES)
     for bound in k_range:
-        check_whole("topology.cluster.k_range", bound, 2)
-    candidates = range(k_range[0], min(k_range[1], members - 1) + 1)
+        check_whole("mixing.k_range", bound, 2)
+    candidates = range(k_range[0], min(k_range[1], members - 1, distinct(points)) + 1)
     if not candidates:
         return _of(points, (0,) * members, {})
     tried = {count: _labels(points, method, count, seed) for count in candidates}
@@ -159,16 +161,25 @@ def elbow(inertias: Sequence[float]) -> int:
     return int(bends.argmax()) + 2
 
 
+def distinct(points: np.ndarray) -> int:
+    """Count points that differ by more than rounding: k-means finds no more clusters than there are.
+
+    >>> distinct(np.array([[1.0, 0.0], [1.0, 1e-12], [0.0, 1.0]]))
+    2
+    """
+    scale = float(np.abs(points).max()) or 1.0
+    return len(np.unique((points / scale).round(6), axis=0))
+
+
 def _labels(points: np.ndarray, method: str, k: int, seed: int) -> tuple[int, ...]:
     """Cluster into so many, and number the clusters by their first members."""
     from sklearn.cluster import AgglomerativeClustering, KMeans
 
+    k = min(k, distinct(points))
     if k == 1:
         return (0,) * len(points)
     made: Any = (
-        KMeans(min(k, len(points)), n_init=10, random_state=seed)
-        if method == "kmeans"
-        else AgglomerativeClustering(min(k, len(points)), linkage="average")
+        KMeans(k, n_init=10, random_state=seed) if method == "kmeans" else AgglomerativeClustering(k, linkage="average")
     )
     first = dict[int, int]()
     return tuple(first.setdefault(int(label), len(first)) for label in made.fit_predict(points))

@@ -28,6 +28,7 @@ from fedsparse.federation.reports import Dropped, Report, named
 from fedsparse.federation.round import Round
 from fedsparse.federation.schedule import Schedule, constant
 from fedsparse.federation.server.aggregation import Aggregation, Change, WeightedMean
+from fedsparse.federation.server.mixing import Mixing
 from fedsparse.federation.server.server import MakeOptimizer, Server
 from fedsparse.federation.server.topology import Flat, Topology
 from fedsparse.federation.stores.store import ClientStore, MemoryStore, Part, read
@@ -52,6 +53,7 @@ class Federation:
         exchange: encodes and decodes updates; by default all trained coordinates are sent.
         aggregation: combines updates into one change; by default the weighted mean.
         topology: which global row each client starts from and adds to; by default one for all.
+        mixing: mixes the rows of groups after the server's step; None: they stay apart.
         make_server: builds the server's optimizer; by default SGD with learning rate 1, which is FedAvg.
         untouched: rule for coordinates that no client sent; see ``Server``.
         phases: of the run; by default all rounds are learning rounds.
@@ -83,6 +85,7 @@ class Federation:
         topology: Topology | None = None,
         make_server: MakeOptimizer = FEDAVG,
         *,
+        mixing: Mixing | None = None,
         untouched: str = "hold",
         phases: Phases | None = None,
         schedule: Schedule = constant,
@@ -100,6 +103,7 @@ class Federation:
         self.exchange = Exchange(subspace.mask, local, space=clients.space) if exchange is None else exchange
         self.aggregation = WeightedMean() if aggregation is None else aggregation
         self.topology = topology = Flat() if topology is None else topology
+        self.mixing = mixing
         self.objective, self.buffers, self.schedule, self.choice = clients.objective, clients.buffers, schedule, choice
         _check_groups(topology, choice, self.phases)
         self.exchange.follow(subspace.mask)

@@ -16,6 +16,7 @@ from fedsparse.federation.exchange.update import Payload, Start, Update, finite_
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import Diverged, EveryUpdateDropped, Report
 from fedsparse.federation.server.aggregation import Change
+from fedsparse.federation.server.mixing import Mixed
 
 if TYPE_CHECKING:
     from fedsparse.federation.federation import Federation
@@ -52,12 +53,14 @@ class Round:
     Attributes:
         reports: of the cohorts of this process, so far.
         tally: sums of their updates.
+        mixed: the global rows after they were mixed; None before, and where they are not.
 
     """
 
     def __init__(self, federation: Federation, number: int, phase: Phase, lr: float) -> None:
         self.federation, self.number, self.phase, self.lr = federation, number, phase, lr
         self.reports: list[Report] = []
+        self.mixed: Mixed | None = None
         f, size = federation, 0 if phase.explores else federation.server.subspace.size
         self.tally = f.aggregation.zero(
             f.topology.groups, size, f.buffers.size, f.server.rows.device, f.exchange.per_coordinate
@@ -116,6 +119,9 @@ class Round:
         change = f.aggregation.finish(f.aggregation.merge(self.tally))
         if change is not None:
             f.server.step(change)
+            if f.mixing is not None:
+                self.mixed = f.mixing(f.server.rows, self.number)
+                f.server.put(f.server.subspace.of(self.mixed.rows))
             f.buffers.step(change.buffers, change.sent)
             if not all(finite_rows(f.server.values)):
                 raise Diverged(

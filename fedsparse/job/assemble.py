@@ -30,7 +30,9 @@ from fedsparse.federation.exchange.build import exchange_of
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.schedule import check_schedule
+from fedsparse.federation.server.mixing import Mixing
 from fedsparse.federation.server.sampling import participants, uniform
+from fedsparse.federation.server.topology import Topology
 from fedsparse.federation.trajectory import Trajectory
 from fedsparse.job.checks import check_augmentation, check_method, check_phases
 from fedsparse.job.keys import JOBS, target_of
@@ -188,6 +190,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         optional = {"masks": masks} if own_masks else {}
         return exchange(trained=trained, local=problem.space.local, space=problem.space, **optional)
 
+    topology = instantiate(cfg.topology, _convert_="all")
     return Method(
         rule=instantiate(cfg.mask_rule),
         sparsity=_sparsity(cfg.sparsity, problem.net),
@@ -197,7 +200,8 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         make_module=_module_maker(cfg, problem),
         make_exchange=make_exchange,
         aggregation=instantiate(cfg.aggregation),
-        topology=instantiate(cfg.topology),
+        topology=topology,
+        mixing=_mixing(cfg.get("mixing"), topology, problem),
         make_server=instantiate(target_of("server", cfg.server)),
         untouched=cfg.server.untouched,
         schedule=instantiate(cfg.schedule),
@@ -215,6 +219,22 @@ def _trajectory(options: DictConfig | None, rounds: int, problem: Problem) -> Ca
     make = partial(instantiate(options), total=rounds, population=len(problem.parts), shape=sample.shape[1:])
     make(path=None)  # checks the options before training
     return make
+
+
+def _mixing(options: DictConfig | None, topology: Topology, problem: Problem) -> Mixing | None:
+    """Build what mixes the rows of groups; None without, as in older stored runs.
+
+    Raises:
+        ValueError: there is one group.
+
+    """
+    if not options:
+        return None
+    if topology.groups < 2:
+        raise ValueError("mixing joins departments, and topology=flat has one group: set topology=departments")
+    start = problem.space.read(problem.net)
+    made: Mixing = instantiate(options, _convert_="all")(problem.space, problem.adapters, start)
+    return made
 
 
 def _exchange_of(options: DictConfig) -> Callable[..., Exchange]:

@@ -18,13 +18,24 @@ from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 from fedsparse.core import parallel, signals
-from fedsparse.core.folder import ADAPTERS, CHECKPOINTS, LAST, MASK, MASK_PICTURE, TRAFFIC, TRAJECTORY, WEIGHTS
+from fedsparse.core.folder import (
+    ADAPTERS,
+    CHECKPOINTS,
+    CLUSTERS,
+    LAST,
+    MASK,
+    MASK_PICTURE,
+    TRAFFIC,
+    TRAJECTORY,
+    WEIGHTS,
+)
 from fedsparse.core.folder import store as store_file
 from fedsparse.core.lines import RoundLines
 from fedsparse.core.weights import save_weights
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation.adapters import COLUMNS, AdapterTable
 from fedsparse.federation.client.training import LOCAL
+from fedsparse.federation.clustering import ClusterTable
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.masking import MaskSchedule, zero
 from fedsparse.federation.reports import Diverged
@@ -243,6 +254,8 @@ def _watchers(folder: Path | None, assembly: Assembly, closed: int) -> list[Watc
         table = RoundLines(COLUMNS, folder and folder / ADAPTERS)
         table.drop_from(closed + 1)
         found.append(AdapterTable(table, problem.adapters, problem.space))
+    if assembly.method.mixing is not None:
+        found.append(ClusterTable(folder and folder / CLUSTERS, closed))
     return found
 
 

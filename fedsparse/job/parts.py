@@ -26,6 +26,7 @@ from fedsparse.federation.federation import Federation
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.schedule import Schedule
 from fedsparse.federation.server.aggregation import Aggregation
+from fedsparse.federation.server.mixing import Mixing
 from fedsparse.federation.server.server import MakeOptimizer
 from fedsparse.federation.server.topology import Topology
 from fedsparse.federation.trajectory import Trajectory
@@ -142,6 +143,7 @@ class Method:
         make_exchange: builds the exchange of the trained coordinates, bool (P,), and the clients' own masks.
         aggregation: averages updates to one change.
         topology: assigns clients to global rows.
+        mixing: mixes the rows of groups; None: they stay apart.
         make_server: builds the server's optimizer.
         untouched: treatment of coordinates that no client sent; see ``Server``.
         schedule: factor of the clients' learning rate, by round.
@@ -160,6 +162,7 @@ class Method:
     make_exchange: MakeExchange
     aggregation: Aggregation
     topology: Topology
+    mixing: Mixing | None
     make_server: MakeOptimizer
     untouched: str
     schedule: Schedule
@@ -186,6 +189,7 @@ class Method:
             exchange=exchange,
             aggregation=self.aggregation,
             topology=self.topology,
+            mixing=self.mixing,
             make_server=self.make_server,
             untouched=self.untouched,
             phases=phases,

@@ -16,6 +16,9 @@ def conf_dir() -> Path:
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
 
+WHOLE = ("experiment", "method")  # groups whose options set keys of all groups
+
+
 @cache
 def groups() -> tuple[str, ...]:
     """List the config groups."""
@@ -64,7 +67,7 @@ def settable() -> tuple[str, ...]:
     """List all groups, and all keys of any option that may be set."""
     names = [key for key in main() if key not in ("defaults", "hydra")] + list(groups())
     names += [f"{section}.{key}" for section, values in sections().items() for key in values]
-    chosen = [group for group in groups() if group != "experiment"]
+    chosen = [group for group in groups() if group not in WHOLE]
     names += [f"{group}.{key}" for group in chosen for option in options(group) for key in keys(group, option)]
     return tuple(dict.fromkeys(key for key in names if "._" not in key))
 

@@ -32,7 +32,7 @@ from fedsparse.simulation.progress import human_bytes
 
 # the config groups whose chosen options are in the summary
 CHOICES = (
-    *("mask_rule", "partition", "data", "model", "experiment"),
+    *("mask_rule", "partition", "data", "model", "experiment", "method"),
     *("exchange", "aggregation", "server", "objective", "link"),
 )
 NEAR = 0.02  # above chance: accuracy within it counts as having learned nothing

@@ -23,7 +23,7 @@ from fedsparse.analysis.files import BYTES, plain_yaml, yaml_of, yaml_text
 from fedsparse.core.folder import OVERRIDES
 from fedsparse.job import earlier
 from fedsparse.job.keys import JOBS
-from fedsparse.job.shipped import conf_dir
+from fedsparse.job.shipped import WHOLE, conf_dir
 from fedsparse.job.targets import imported
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
@@ -58,7 +58,7 @@ def shipped() -> Shipped:
     resolvers: set[str] = set()
     for path in sorted(conf_dir().rglob("*.yaml")):
         group = path.relative_to(conf_dir()).parts[0]
-        top = () if group in ("train.yaml", "experiment") else (group,)
+        top = () if group in ("train.yaml", *WHOLE) else (group,)
         for place, node in nodes(yaml_of(path), top):
             if place[:1] == ("hydra",):
                 continue

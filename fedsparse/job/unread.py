@@ -14,7 +14,7 @@ from fedsparse.job.earlier import MOVES
 from fedsparse.job.keys import JOBS, taken
 from fedsparse.job.targets import imported
 
-FREE = ("phases", "callbacks", "logger", "experiment")  # their keys are names that the user chooses
+FREE = ("phases", "callbacks", "logger", *shipped.WHOLE)  # their keys are names that the user chooses
 
 
 def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:

@@ -117,15 +117,15 @@ def test_b_tells_families_that_share_a():
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        (lambda: gram(members(2), "C"), "topology.cluster.of is 'C'; it must be A, A-start, B or BA"),
+        (lambda: gram(members(2), "C"), "mixing.of is 'C'; it must be A, A-start, B or BA"),
         (lambda: gram(members(2), "A-start"), "needs the factors that training began with"),
         (lambda: embed(torch.zeros(3, 3), "cosine"), "adapters of department 0 are zero and have no direction"),
         (lambda: embed(torch.full((2, 2), float("nan"))), "adapters of a department are not finite"),
-        (lambda: embed(torch.eye(2), "angle"), "topology.cluster.metric is 'angle'"),
-        (lambda: cluster(np.eye(3), k=4), "topology.cluster.k is 4; it must be a whole number from 1 to 3"),
-        (lambda: cluster(np.eye(3), k="gap"), "topology.cluster.k is 'gap'; it must be silhouette or elbow"),
-        (lambda: cluster(np.eye(3), "dbscan"), "topology.cluster.method is 'dbscan'"),
-        (lambda: cluster(np.eye(3), k_range=(1, 2)), "topology.cluster.k_range is 1"),
+        (lambda: embed(torch.eye(2), "angle"), "mixing.metric is 'angle'"),
+        (lambda: cluster(np.eye(3), k=4), "mixing.k is 4; it must be a whole number from 1 to 3"),
+        (lambda: cluster(np.eye(3), k="gap"), "mixing.k is 'gap'; it must be silhouette or elbow"),
+        (lambda: cluster(np.eye(3), "dbscan"), "mixing.method is 'dbscan'"),
+        (lambda: cluster(np.eye(3), k_range=(1, 2)), "mixing.k_range is 1"),
     ],
 )
 def test_what_cannot_be_clustered_is_refused(call, line):

@@ -50,6 +50,7 @@ TYPED = [  # what it needs, and the key with another value
     ("sparsity=shira", "sparsity.rank=1"),
     ("sparsity=gradual80", "sparsity.schedule.begin=3"),
     ("sparsity=gradual80", "sparsity.schedule.every=2"),
+    ("topology=departments topology.of=2 mixing=clusters mixing.of=row", "mixing.k_range=[2,3]"),
     ("trajectory=global", "trajectory.dtype=float16"),
     ("trajectory=global", "trajectory.every=3"),
 ]
@@ -77,7 +78,7 @@ def leaves(held, group):
 
 def keys():
     """Every key that a person may type, with a value of its own."""
-    chosen = [group for group in shipped.groups() if group != "experiment"]
+    chosen = [group for group in shipped.groups() if group not in shipped.WHOLE]
     found = {key for group in chosen for o in shipped.options(group) for key in leaves(shipped.keys(group, o), group)}
     found |= {key for name, held in shipped.sections().items() for key in leaves(held, name)}
     return found | {key for key, value in shipped.main().items() if isinstance(value, PLAIN) and key != "defaults"}
@@ -108,7 +109,7 @@ CALLED = [
     (group, option)
     for group in shipped.groups()
     for option in shipped.options(group)
-    if group != "experiment" and "_target_" in shipped.keys(group, option) and arguments(group, option)
+    if group not in shipped.WHOLE and "_target_" in shipped.keys(group, option) and arguments(group, option)
 ]
 
 
@@ -146,6 +147,7 @@ def part_of(assembly, place):
         "link": lambda: assembly.method.link,
         "logger": lambda: assembly.session.loggers[inner[0]],
         "mask_rule": lambda: assembly.method.rule,
+        "mixing": lambda: assembly.method.mixing,
         "model": lambda: assembly.problem.arguments,
         "optimizer": lambda: module.make_optimizer,
         "phases": lambda: phases[inner[0]],

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from fedsparse.job.config import register_resolvers
 from fedsparse.job.keys import JOBS, target_of
-from fedsparse.job.shipped import conf_dir
+from fedsparse.job.shipped import WHOLE, conf_dir
 
 CONF = conf_dir()
 OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("*/*.yaml"))
@@ -36,7 +36,7 @@ COMPOSED_ONLY = {
     "model/bert_base",
 }
 # groups of plain values: nothing in them is built by itself
-PLAIN = ("phases", "experiment")
+PLAIN = ("phases", *WHOLE)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def build_all(node):
 
 
 # nothing beside what a run has anyway
-EMPTY = ("logger/csv", "callbacks/none", "evaluation/global", "trajectory/none", "lora/none")
+EMPTY = ("logger/csv", "callbacks/none", "evaluation/global", "trajectory/none", "lora/none", "mixing/none")
 
 
 def test_there_are_options():
@@ -87,4 +87,4 @@ def test_every_option_passes_the_gate_of_stored_configurations(composed, option)
 
 def test_every_group_has_a_default(composed):
     groups = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
-    assert groups - {"experiment", "hydra"} <= set(composed())
+    assert groups - {*WHOLE, "hydra"} <= set(composed())

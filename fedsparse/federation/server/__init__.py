@@ -1,6 +1,7 @@
 """The server: global rows, sampling of clients, and aggregation of updates."""
 
 from fedsparse.federation.server.aggregation import Aggregation, Change, FedNova, Robust, WeightedMean
+from fedsparse.federation.server.mixing import ClusterMixing, Mixing
 from fedsparse.federation.server.robust import (
     coordinate_mean,
     geometric_median,
@@ -12,13 +13,16 @@ from fedsparse.federation.server.robust import (
 )
 from fedsparse.federation.server.sampling import everyone, uniform
 from fedsparse.federation.server.server import Server
-from fedsparse.federation.server.topology import Flat, Topology
+from fedsparse.federation.server.topology import Departments, Flat, Topology
 
 __all__ = [
     "Aggregation",
     "Change",
+    "ClusterMixing",
+    "Departments",
     "FedNova",
     "Flat",
+    "Mixing",
     "Robust",
     "Server",
     "Topology",

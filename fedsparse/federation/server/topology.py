@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from fedsparse.core.checks import check_number, check_whole
+
 
 class Topology(Protocol):
     """Groups of clients, each with one global row."""
@@ -25,3 +27,42 @@ class Flat:
     def group(self, clients: Sequence[int]) -> tuple[int, ...]:
         """Map all clients to row 0."""
         return (0,) * len(clients)
+
+
+class Departments:
+    """Groups of clients with a global row each.
+
+    Args:
+        of: department of each client, from 0; or the number of departments, which clients then make up in even blocks.
+        num_clients: number of clients.
+
+    Attributes:
+        groups: number of departments.
+
+    Raises:
+        ValueError: not one department for each client, or a department without a client.
+
+    >>> Departments(2, 5).group([0, 2, 3, 4])
+    (0, 0, 1, 1)
+    """
+
+    def __init__(self, of: int | Sequence[int], num_clients: int) -> None:
+        if isinstance(of, int):
+            check_number("topology.of", of, whole=True, least=1, most=num_clients)
+            self.members = tuple(client * of // num_clients for client in range(num_clients))
+        else:
+            self.members = tuple(of)
+            for department in self.members:
+                check_whole("topology.of", department, 0)
+        if len(self.members) != num_clients:
+            raise ValueError(
+                f"topology.of lists the departments of {len(self.members)} clients, and there are {num_clients} "
+                "(federation.num_clients)"
+            )
+        self.groups = max(self.members) + 1
+        if empty := sorted(set(range(self.groups)) - set(self.members)):
+            raise ValueError(f"topology.of gives department {empty[0]} no client; number them from 0 without a gap")
+
+    def group(self, clients: Sequence[int]) -> tuple[int, ...]:
+        """Map clients to their departments; padding rows, below 0, to department 0."""
+        return tuple(self.members[client] if client >= 0 else 0 for client in clients)
