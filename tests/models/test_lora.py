@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedsparse import run
+from fedsparse.federation.trajectory import read_row
 from fedsparse.models.lora import lora
 from fedsparse.models.vision import vit_digits
 
@@ -148,3 +149,28 @@ def test_only_adapters_and_head_travel(tmp_path):
 def test_what_cannot_be_adapted_is_refused(options, line):
     with pytest.raises(ValueError, match=line):
         adapted(**options)
+
+
+def rows_after(tmp_path, method, rounds=1):
+    folder = tmp_path / method
+    some = ["model=vit_digits", f"method={method}", f"federation.rounds={rounds}", "trajectory=global"]
+    run([*FAST, *some, f"hydra.run.dir={folder}"])
+    tensors = load_file(folder / "model.safetensors")
+    return tensors, [read_row(folder / "trajectory.safetensors", closed) for closed in (0, rounds)]
+
+
+def test_residual_goes_nine_tenths_of_the_way(tmp_path):
+    _, (start, mean) = rows_after(tmp_path, "fedit")
+    _, (again, damped) = rows_after(tmp_path, "residual")
+    assert torch.equal(start, again)
+    torch.testing.assert_close(damped, start + 0.9 * (mean - start), rtol=1e-5, atol=1e-7)
+    assert not torch.equal(damped, mean)
+
+
+def test_hfl_drops_b_and_so_learns_no_update(tmp_path):
+    """As the original's departments, whose test scores its own files show unchanged."""
+    tensors, (start, end) = rows_after(tmp_path, "hfl", rounds=3)
+    assert not torch.equal(start, end)
+    ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
+    assert ups
+    assert not any(bool(up.any()) for up in ups)
