@@ -48,7 +48,7 @@ def measure(scene: Scene, store: Store, points: Points) -> Measured:
     options = scene.options
     surfaces, figures = dict[str, Surface](), dict[str, Any]()
     train, test = (scene.split(data, options.samples) for data in ("train", "test"))
-    key = scene.key(train, "models", list(options.models), data_hash(test))
+    key = scene.key(train, "models", scene.named(options.models), data_hash(test))
     figures["models"] = store.part("models", key, lambda: one.of_models(scene, {"train": train, "test": test}))
     for data in options.data:
         split = scene.split(data, options.samples)
@@ -56,7 +56,7 @@ def measure(scene: Scene, store: Store, points: Points) -> Measured:
             surfaces[data] = surface_of(scene, store, points, data, f"surface_{file_name(data)}")
             figures[f"surface {data}"] = {"key": str(surfaces[data].key), **surfaces[data].figures()}
         if pairs := options.pairs():
-            key = scene.key(split, "lines", pairs, options.grid)
+            key = scene.key(split, "lines", [scene.named(pair) for pair in pairs], options.grid)
             figures[f"lines {data}"] = store.part(f"lines {data}", key, partial(one.of_lines, scene, split))
     local = scene.split("train", one.LOCAL_SAMPLES)
     if options.curvature:
@@ -91,7 +91,7 @@ def surface_of(scene: Scene, store: Store, points: Points, data: str, name: str)
 
     """
     options, split = scene.options, scene.split(data, scene.options.samples)
-    asked = (options.plane, options.grid, options.range, options.seed, options.mask, list(options.models))
+    asked = (options.plane, options.grid, options.range, options.seed, options.mask, scene.named(options.models))
     finer = options.tolerance if options.refine else None
     key = scene.key(split, "surface", *asked, finer, scene.rounds() if options.plane == "pca" else None)
 

@@ -79,8 +79,11 @@ class Scene:
         clients = module.form()
         task = Task.of(clients, problem.dealt)
         clients.release()
-        hashes = {name: sha256(row) for name, row in known.items()}
-        identity = {"rows": hashes, "rest": _rest(task.net, problem.space), "mask": sha256(models.mask)}
+        identity = {
+            "global": sha256(models.global_row),
+            "rest": _rest(task.net, problem.space),
+            "mask": sha256(models.mask),
+        }
         run = {"start": sha256(models.start), "round": models.round, "code": code_version()}
         return cls(options, models, task, known, identity | run)
 
@@ -121,8 +124,7 @@ class Scene:
         models = self.models.at(round)
         known: dict[str | int, Tensor] = {GLOBAL: models.global_row}
         known |= {name: row for name, row in self.known.items() if name == REFERENCE}
-        hashes = {name: sha256(row) for name, row in known.items()}
-        identity = self.identity | {"rows": hashes, "round": round}
+        identity = self.identity | {"global": sha256(models.global_row), "round": round}
         return replace(self, models=models, known=known, identity=identity)
 
     @property
@@ -136,6 +138,10 @@ class Scene:
         """Hash all that figures on a split depend on."""
         text = json.dumps([self.identity, data_hash(split), *words], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def named(self, models: Sequence[str | int]) -> list[Any]:
+        """List models for a key; a reference by its hash, since another run may have the folder's name."""
+        return [sha256(self.row(model)) if model == REFERENCE else model for model in models]
 
     def rounds(self) -> list[int]:
         """Rounds of the trajectory up to the one that is drawn."""

@@ -376,3 +376,23 @@ def test_the_wandb_run_gets_the_pictures(tmp_path, capsys):
     sent = {path.name.rsplit("_", 2)[0] for path in after.glob("files/media/images/landscape/*.png")}
     assert sent == {"contour_test", "surface_test", "lines"}
     assert f"wandb sync {after}" in capsys.readouterr().out
+
+
+def test_a_line_to_a_reference_leaves_the_other_figures_as_they_were(folder, tmp_path, monkeypatch):
+    """A reference is no part of the run: its line is computed, and the curvature is not again."""
+    before = drawn(folder, "curvature=true", "data=[test]", "surface=false")
+    other = shutil.copytree(folder, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, other / "model.safetensors")
+    monkeypatch.setattr(figures_of, "lanczos", lambda *_, **__: pytest.fail("computed again"))
+    after = drawn(folder, "curvature=true", "data=[test]", "surface=false", f"reference={other}")
+    assert after["curvature"] == before["curvature"]
+    line = after["lines test"]["lines"]["global to reference"]
+    test, row = digits().test, global_row(folder)
+    wanted = [by_hand(row * factor, test.x, test.y)[0] for factor in (1, 1.5, 2)]
+    assert line["loss"] == pytest.approx(wanted, rel=1e-5)
+    save_file({name: 3 * tensor for name, tensor in tensors.items()}, other / "model.safetensors")
+    again = drawn(folder, "curvature=true", "data=[test]", "surface=false", f"reference={other}")
+    assert again["lines test"]["lines"]["global to reference"]["loss"][-1] == pytest.approx(
+        by_hand(3 * row, test.x, test.y)[0], rel=1e-5
+    )
