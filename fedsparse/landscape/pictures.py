@@ -124,6 +124,8 @@ def lines_figure(found: Mapping[str, Any]) -> Figure:
         left.set_ylabel(f"loss, {data}")
         right.set_ylabel(f"accuracy, {data}")
         percent(right)
+        low, high = right.get_ylim()
+        right.set_ylim(low, min(high, 1.02))  # no accuracy lies above
     for panel in axes[-1]:
         panel.set_xlabel("fraction of the way")
     legend(figure, list(handles.values()))

@@ -26,6 +26,7 @@ from fedsparse.federation.client.training import LOSS_SCALE, Clients
 from fedsparse.federation.federation import Federation
 from fedsparse.federation.trajectory import client_file, read_rounds, read_row
 from fedsparse.job.assemble import assemble
+from fedsparse.job.config import register_resolvers
 from fedsparse.job.finished import check_finished
 from fedsparse.job.parts import Assembly, Problem
 from fedsparse.job.resume import read_job
@@ -86,6 +87,7 @@ def load(folder: Path, round: int | None = None, trusted: Sequence[str] = ()) ->
         ValueError: the run is not finished, the row was not kept, or the mask is of another model.
 
     """
+    register_resolvers()  # for a program of one's own: the commands have done it
     check_finished(folder)
     assembly = assemble(read_job(folder, trusted=trusted).cfg)
     problem, closed = assembly.problem, int(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["rounds"])
