@@ -25,6 +25,7 @@ def test_what_a_seed_means_never_changes():
         "EXPLORE": 11,
         "PERSONAL": 12,
         "LANDSCAPE": 13,
+        "CLUSTERS": 14,
     }
 
 
