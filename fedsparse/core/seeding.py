@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     PERSONAL = 12
     LANDSCAPE = 13
     CLUSTERS = 14
+    ADAPTERS = 15
 
 
 def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:

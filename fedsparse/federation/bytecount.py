@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fedsparse.core.subspace import Carry, Subspace
@@ -13,6 +14,7 @@ from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.exchange.wire.message import HEADER, Size, bitmap_size, known_size
 from fedsparse.federation.reports import Report
 from fedsparse.federation.server.aggregation import Change
+from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class ByteCount(Watcher):
         groups: G.
         model_length: bytes of the first model.
         prunes: whether frozen coordinates are zero, so that the mask implies their values.
+        merging: what is merged into frozen weights travels down as factors; None: these stay.
 
     Attributes:
         travelling: bool (n,), trained coordinates that travel; None if all do.
@@ -49,8 +52,9 @@ class ByteCount(Watcher):
         groups: int = 1,
         model_length: int = 0,
         prunes: bool = False,
+        merging: Merging | None = None,
     ) -> None:
-        self.ledger, self.traffic, self.local = ledger, traffic, local
+        self.ledger, self.traffic, self.local, self.merging = ledger, traffic, local, merging
         self.model_length, self.mask_length, self.prunes = model_length, mask_length(subspace), prunes
         self.downlinks = [Downlink() for _ in range(groups)]
         self.travelling = self._travelling(subspace)
@@ -86,6 +90,9 @@ class ByteCount(Watcher):
         pairs = [pair for report in reports for pair in zip(report.clients, report.group, strict=True)]
         for group, downlink in enumerate(self.downlinks):
             after, members = self._of(round.federation.server.values[group]), [c for c, g in pairs if g == group]
+            if self.merging is not None:
+                drawn = self._of(round.federation.server.subspace.of(self.merging.drawn.to(after.device)))
+                after = torch.where(drawn, self.start[group], after)
             downlink.close(round.number, self.start[group], after, members)
         self.start = []
         self.traffic.write(round.number + 1, self.ledger.close())
@@ -99,6 +106,8 @@ class ByteCount(Watcher):
         ledger.mask([client], self.mask_length)
         setup = ledger.bytes_setup_down - setup
         more = trained.size * federation.objective.messages * (not round.phase.explores)  # SCAFFOLD's c
+        if self.merging is not None and not first:
+            more += self.merging.since(self.downlinks[group].holds.get(client, 0))
         if first:
             down = known_size(0, more, row.dtype) if more else NOTHING
         else:

@@ -28,6 +28,7 @@ from fedsparse.federation.reports import Dropped, Report, named
 from fedsparse.federation.round import Round
 from fedsparse.federation.schedule import Schedule, constant
 from fedsparse.federation.server.aggregation import Aggregation, Change, WeightedMean
+from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.server.mixing import Mixing
 from fedsparse.federation.server.server import MakeOptimizer, Server
 from fedsparse.federation.server.topology import Flat, Topology
@@ -53,6 +54,7 @@ class Federation:
         exchange: encodes and decodes updates; by default all trained coordinates are sent.
         aggregation: combines updates into one change; by default the weighted mean.
         topology: which global row each client starts from and adds to; by default one for all.
+        merging: merges low-rank updates into frozen weights; None: these stay.
         mixing: mixes the rows of groups after the server's step; None: they stay apart.
         make_server: builds the server's optimizer; by default SGD with learning rate 1, which is FedAvg.
         untouched: rule for coordinates that no client sent; see ``Server``.
@@ -85,6 +87,7 @@ class Federation:
         topology: Topology | None = None,
         make_server: MakeOptimizer = FEDAVG,
         *,
+        merging: Merging | None = None,
         mixing: Mixing | None = None,
         untouched: str = "hold",
         phases: Phases | None = None,
@@ -103,7 +106,7 @@ class Federation:
         self.exchange = Exchange(subspace.mask, local, space=clients.space) if exchange is None else exchange
         self.aggregation = WeightedMean() if aggregation is None else aggregation
         self.topology = topology = Flat() if topology is None else topology
-        self.mixing = mixing
+        self.mixing, self.merging = mixing, merging
         self.objective, self.buffers, self.schedule, self.choice = clients.objective, clients.buffers, schedule, choice
         _check_groups(topology, choice, self.phases)
         self.exchange.follow(subspace.mask)
@@ -111,7 +114,7 @@ class Federation:
         rows = clients.space.read(clients.net).repeat(topology.groups, 1)
         self.server = Server(rows, make_server, subspace, untouched)
         self.ledger, traffic = Ledger() if ledger is None else ledger, Traffic() if traffic is None else traffic
-        self.bytes = ByteCount(self.ledger, traffic, subspace, local, topology.groups, model_length, prunes)
+        self.bytes = ByteCount(self.ledger, traffic, subspace, local, topology.groups, model_length, prunes, merging)
         updated = [choice] if choice is not None and choice.scores_updates else []
         self.watchers: list[Watcher] = [*[self.bytes] * count_bytes, *updated, *watchers]
         store = MemoryStore() if store is None else store
@@ -130,6 +133,8 @@ class Federation:
             self.train_only(mask.row(self.clients.space), number)
         factor = 1.0 if phase.explores else self.schedule(number_in_phase, phase.rounds)
         lr = self.clients.lr * factor if phase.lr is None else phase.lr
+        if self.merging is not None:
+            self.merging.open()
         round = (Explore if phase.explores else Round)(self, number, phase, lr)
         for watcher in self.watchers:
             watcher.open(round)
@@ -183,6 +188,7 @@ class Federation:
             "choice": None if self.choice is None else self.choice.state_dict(),
             "phases": self.phases.closed(self.closed),
             "server": self.server.state_dict(),
+            "merging": None if self.merging is None else self.merging.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -200,6 +206,8 @@ class Federation:
             self.choice.load_state_dict(state["choice"])
         self.objective.load_state_dict(state["objective"])
         self.server.load_state_dict(state["server"])
+        if self.merging is not None:
+            self.merging.load_state_dict(state["merging"])
         for name, store in self.stores.items():
             store.load_state_dict(state["stores"][name])
 

@@ -83,6 +83,8 @@ class Round:
         f, group = self.federation, self.federation.topology.group(cohort.clients)
         received = f.exchange.decode(payload, cohort.weight)
         f.aggregation.add(self.tally, received, group)
+        if f.merging is not None:
+            f.merging.receive(received, f.server.rows[0], f.server.subspace)
         for watcher in f.watchers:
             watcher.receive(self, payload.update, received)
         kept = payload.update.kept | payload.kept
@@ -119,6 +121,8 @@ class Round:
         change = f.aggregation.finish(f.aggregation.merge(self.tally))
         if change is not None:
             f.server.step(change)
+            if f.merging is not None:
+                f.server.put(f.server.subspace.of(f.merging.close(self.number, f.server.rows[0]).unsqueeze(0)))
             if f.mixing is not None:
                 self.mixed = f.mixing(f.server.rows, self.number)
                 f.server.put(f.server.subspace.of(self.mixed.rows))

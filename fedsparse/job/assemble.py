@@ -30,6 +30,7 @@ from fedsparse.federation.exchange.build import exchange_of
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.schedule import check_schedule
+from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.server.mixing import Mixing
 from fedsparse.federation.server.sampling import participants, uniform
 from fedsparse.federation.server.topology import Topology
@@ -202,6 +203,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         aggregation=instantiate(cfg.aggregation),
         topology=topology,
         mixing=_mixing(cfg.get("mixing"), topology, problem),
+        merging=_merging(cfg, topology, problem),
         make_server=instantiate(target_of("server", cfg.server)),
         untouched=cfg.server.untouched,
         schedule=instantiate(cfg.schedule),
@@ -235,6 +237,24 @@ def _mixing(options: DictConfig | None, topology: Topology, problem: Problem) ->
     start = problem.space.read(problem.net)
     made: Mixing = instantiate(options, _convert_="all")(problem.space, problem.adapters, start)
     return made
+
+
+def _merging(cfg: DictConfig, topology: Topology, problem: Problem) -> Callable[[nn.Module], Merging] | None:
+    """Build the constructor of what merges adapters; None without, as in older stored runs.
+
+    Raises:
+        ValueError: there are several global models, or rows of a trajectory would lack what is merged.
+
+    """
+    if not cfg.get("merging"):
+        return None
+    if topology.groups > 1:
+        raise ValueError("merging changes the one model of all clients: set topology=flat")
+    if cfg.get("trajectory"):
+        raise ValueError("trajectory=global keeps what trains, and merging changes the rest: set trajectory=none")
+    make = partial(instantiate(cfg.merging), adapters=problem.adapters, space=problem.space)
+    make(problem.net)  # checks before training
+    return make
 
 
 def _exchange_of(options: DictConfig) -> Callable[..., Exchange]:

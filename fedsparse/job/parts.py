@@ -26,6 +26,7 @@ from fedsparse.federation.federation import Federation
 from fedsparse.federation.phases import Phases
 from fedsparse.federation.schedule import Schedule
 from fedsparse.federation.server.aggregation import Aggregation
+from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.server.mixing import Mixing
 from fedsparse.federation.server.server import MakeOptimizer
 from fedsparse.federation.server.topology import Topology
@@ -144,6 +145,7 @@ class Method:
         aggregation: averages updates to one change.
         topology: assigns clients to global rows.
         mixing: mixes the rows of groups; None: they stay apart.
+        merging: builds what merges adapters into the frozen weights of a network; None: these stay.
         make_server: builds the server's optimizer.
         untouched: treatment of coordinates that no client sent; see ``Server``.
         schedule: factor of the clients' learning rate, by round.
@@ -163,6 +165,7 @@ class Method:
     aggregation: Aggregation
     topology: Topology
     mixing: Mixing | None
+    merging: Callable[[nn.Module], Merging] | None
     make_server: MakeOptimizer
     untouched: str
     schedule: Schedule
@@ -185,7 +188,7 @@ class Method:
 
         """
         return partial(
-            Federation,
+            self._federation,
             exchange=exchange,
             aggregation=self.aggregation,
             topology=self.topology,
@@ -196,6 +199,10 @@ class Method:
             schedule=self.schedule,
             **given,
         )
+
+    def _federation(self, clients: Clients, **given: Any) -> Federation:
+        """Build the federation; what merges adapters changes the frozen weights of the clients' own network."""
+        return Federation(clients, merging=None if self.merging is None else self.merging(clients.net), **given)
 
 
 @dataclass(frozen=True)

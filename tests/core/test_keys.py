@@ -26,6 +26,7 @@ def test_what_a_seed_means_never_changes():
         "PERSONAL": 12,
         "LANDSCAPE": 13,
         "CLUSTERS": 14,
+        "ADAPTERS": 15,
     }
 
 

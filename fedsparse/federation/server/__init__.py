@@ -1,6 +1,7 @@
 """The server: global rows, sampling of clients, and aggregation of updates."""
 
 from fedsparse.federation.server.aggregation import Aggregation, Change, FedNova, Robust, WeightedMean
+from fedsparse.federation.server.merging import Merging, Stacking
 from fedsparse.federation.server.mixing import ClusterMixing, Mixing
 from fedsparse.federation.server.robust import (
     coordinate_mean,
@@ -22,9 +23,11 @@ __all__ = [
     "Departments",
     "FedNova",
     "Flat",
+    "Merging",
     "Mixing",
     "Robust",
     "Server",
+    "Stacking",
     "Topology",
     "WeightedMean",
     "coordinate_mean",
