@@ -107,7 +107,7 @@ class ByteCount(Watcher):
         setup = ledger.bytes_setup_down - setup
         more = trained.size * federation.objective.messages * (not round.phase.explores)  # SCAFFOLD's c
         if self.merging is not None and not first:
-            more += self.merging.since(self.downlinks[group].holds.get(client, 0))
+            more += self.merging.between(self.downlinks[group].holds.get(client, 0), round.number)
         if first:
             down = known_size(0, more, row.dtype) if more else NOTHING
         else:

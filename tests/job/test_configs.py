@@ -58,7 +58,7 @@ def build_all(node):
 
 
 # nothing beside what a run has anyway
-EMPTY = ("logger/csv", "callbacks/none", "evaluation/global", "trajectory/none", "lora/none", "mixing/none")
+EMPTY = ("logger/csv", "callbacks/none", "evaluation/global", "trajectory/none", "lora/none", "mixing/none", "merging/none")
 
 
 def test_there_are_options():

@@ -1,0 +1,165 @@
+"""Merging of low-rank updates into the frozen weights that they belong to, by the server and every client alike.
+
+Shapes: K clients of a cohort, P coordinates of the space; a pair is A (r, in), B (out, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsparse.core import parallel
+from fedsparse.core.seeding import Purpose, torch_generator
+from fedsparse.core.space import ParamSpace
+from fedsparse.core.subspace import Subspace
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.lowrank import Pair, residual, stack
+from fedsparse.models.lora import Adapter
+
+Factors = dict[str, dict[int, tuple[float, Pair]]]  # by layer and client
+
+
+class Merging:
+    """Adds what the mean of the factors lacks to the frozen weights after each round (FedEx-LoRA, Singhal et al. 2025).
+
+    The adapters stay averaged; their product and the merged residual are together the mean of the clients' updates. The
+    residual travels as factors, of ranks that add up over the clients of the round.
+
+    Args:
+        net: whose frozen weights change.
+        adapters: by layer; the frozen weight of one is ``<layer>.base_layer.weight``.
+        space: of the rows.
+        seed: the run's seed.
+
+    Attributes:
+        factors: weights and factors of this round's clients, by layer and client.
+        sent: values of the merged factors, by round.
+
+    Raises:
+        ValueError: there are no adapters, or a factor is not averaged.
+
+    """
+
+    name = "merging=fedex"
+
+    def __init__(self, net: nn.Module, adapters: Mapping[str, Adapter], space: ParamSpace, seed: int = 0) -> None:
+        local = {name for name, part in space.unflatten(space.local).items() if bool(part.any())}
+        shared = set(space.names) - local
+        if not adapters or not all({a.down, a.up} <= shared for a in adapters.values()):
+            raise ValueError(f"{self.name} merges adapters of which both factors are averaged: set lora=r8")
+        self.net, self.adapters, self.space, self.seed = net, adapters, space, seed
+        self.factors: Factors = {}
+        self.sent: dict[int, int] = {}
+
+    @property
+    def drawn(self) -> Tensor:
+        """Coordinates that each client draws itself after a round, bool (P,): they do not travel down."""
+        return torch.zeros(self.space.size, dtype=torch.bool)
+
+    def open(self) -> None:
+        """Forget the last round's factors."""
+        self.factors = {}
+
+    def receive(self, received: Update, row: Tensor, subspace: Subspace) -> None:
+        """Take the factors of a cohort as the server decoded them.
+
+        Args:
+            received: changes of the clients, and their weights.
+            row: the global row (P,) before the server's step.
+            subspace: what trains.
+
+        """
+        for k, weight in enumerate(received.weight):
+            if weight > 0:
+                whole = row.clone()
+                subspace.write(whole, subspace.of(row) + received.rows[k])
+                for layer, pair in self.pairs(whole).items():
+                    self.factors.setdefault(layer, {})[received.clients[k]] = (weight, pair)
+
+    def pairs(self, row: Tensor) -> dict[str, Pair]:
+        """Read the factors of a row (P,), the scale in B."""
+        tensors = self.space.unflatten(row)
+        return {layer: Pair(tensors[a.down], a.scale * tensors[a.up]) for layer, a in self.adapters.items()}
+
+    @torch.no_grad()
+    def close(self, number: int, row: Tensor) -> Tensor:
+        """Merge the round's factors into the frozen weights.
+
+        Args:
+            number: of the round, from 0.
+            row: the global row (P,) after the server's step.
+
+        Returns:
+            The row that the next round starts from.
+
+        """
+        everyone: Factors = {}
+        for part in parallel.gather(self.factors):
+            for layer, members in part.items():
+                everyone.setdefault(layer, {}).update(members)
+        values = 0
+        for layer, members in everyone.items():
+            weights, pairs = zip(*(members[client] for client in sorted(members)), strict=True)  # whoever trained them
+            merged = self.merged(list(pairs), list(weights))
+            base = self.net.get_parameter(f"{layer}.base_layer.weight")
+            base.addmm_(merged.B.to(base), merged.A.to(base))
+            values += merged.A.numel() + merged.B.numel()
+        self.sent[number], self.factors = values, {}
+        return self.restarted(number, row)
+
+    def merged(self, pairs: list[Pair], weights: list[float]) -> Pair:
+        """Factor what is added to the frozen weight of a layer."""
+        return residual(pairs, weights)
+
+    def restarted(self, number: int, row: Tensor) -> Tensor:
+        """Build the row that the next round starts from: the mean."""
+        return row
+
+    def between(self, held: int, number: int) -> int:
+        """Count the values of the factors that were merged at the ends of rounds ``held`` to before ``number``."""
+        return sum(values for round, values in self.sent.items() if held <= round < number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts of what was merged; the weights themselves are the network's."""
+        return {"sent": dict(self.sent)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load the counts of a checkpoint."""
+        self.sent = dict(state["sent"])
+
+
+class Stacking(Merging):
+    """Merges the mean of the clients' updates whole, and starts fresh adapters (FLoRA, Wang et al. 2024).
+
+    The new A is the same for all clients, drawn by (seed, round), and the new B is 0: neither travels down.
+    """
+
+    name = "merging=flora"
+
+    @property
+    def drawn(self) -> Tensor:
+        """Both factors of every layer."""
+        marks = torch.zeros(self.space.size, dtype=torch.bool)
+        tensors = self.space.unflatten(marks)
+        for adapter in self.adapters.values():
+            tensors[adapter.down].fill_(True)
+            tensors[adapter.up].fill_(True)
+        return marks
+
+    def merged(self, pairs: list[Pair], weights: list[float]) -> Pair:
+        """Stack the factors of all clients."""
+        return stack(pairs, weights)
+
+    def restarted(self, number: int, row: Tensor) -> Tensor:
+        """Draw A as PEFT does (Kaiming uniform with a = sqrt(5): within 1 / sqrt(in)), and set B to 0."""
+        fresh, generator = row.clone(), torch_generator(self.seed, Purpose.ADAPTERS, number)
+        tensors = self.space.unflatten(fresh)
+        for adapter in self.adapters.values():
+            down = tensors[adapter.down]
+            drawn = torch.rand(down.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            down.copy_(drawn / down.shape[1] ** 0.5)
+            tensors[adapter.up].zero_()
+        return fresh

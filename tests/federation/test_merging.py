@@ -1,0 +1,159 @@
+"""Adapters merged into frozen weights, against dense products of what the clients computed."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedsparse import run
+from fedsparse.federation.client.training import Clients
+from fedsparse.landscape.replay import load
+from fedsparse.models.vision import vit_digits
+
+CLIENTS, SCALE = 3, 2.0
+FAST = ["model=vit_digits", "logger=csv", "pictures=false", "federation.num_clients=3", "optimizer.lr=0.3"]
+FAST += ["federation.clients_per_round=1.0", "federation.local_steps=3", "calibration.head_steps=1"]
+FAST += ["partition=dirichlet01", "federation.cohort=1", "lora.dropout=0.0"]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Run, and note what each client ended each round with -> the folder, and {round: {client: values (n,)}}."""
+    train, values = Clients.train, {}
+
+    def noted(self, start, cohort):
+        update = train(self, start, cohort)
+        values.setdefault(cohort.round, {})[cohort.clients[0]] = update.values[0].clone()
+        return update
+
+    def go(*options):
+        with monkeypatch.context() as patch:
+            patch.setattr(Clients, "train", noted)
+            run([*FAST, *options, f"hydra.run.dir={tmp_path / 'run'}"])
+        return tmp_path / "run", values
+
+    return go
+
+
+def products(folder, values):
+    """Mean update of every layer, and the update of the mean factors, in float64."""
+    problem = load(folder).assembly.problem
+    sizes = torch.tensor([len(part) for part in problem.parts], dtype=torch.float64)
+    shares = sizes / sizes.sum()
+    clients = [
+        {name: t.double() for name, t in problem.space.unflatten(values[client]).items()} for client in range(CLIENTS)
+    ]
+    middle = {name: sum(w * c[name] for w, c in zip(shares, clients, strict=True)) for name in clients[0]}
+
+    def dense(tensors, layer):
+        return SCALE * tensors[f"{layer}.lora_B.default.weight"] @ tensors[f"{layer}.lora_A.default.weight"]
+
+    layers = [name for name, _ in problem.net.named_modules() if name.endswith("qkv")]
+    ideal = {layer: sum(w * dense(c, layer) for w, c in zip(shares, clients, strict=True)) for layer in layers}
+    return ideal, {layer: dense(middle, layer) for layer in layers}
+
+
+def merged(folder, layer):
+    """What was added to a frozen weight."""
+    before = vit_digits(10, 1, seed=0).get_parameter(f"{layer}.weight").detach().double()
+    return load_file(folder / "model.safetensors")[f"{layer}.base_layer.weight"].double() - before
+
+
+def test_flora_merges_the_mean_update_and_starts_anew(trained):
+    folder, values = trained("method=flora", "federation.rounds=1")
+    tensors = load_file(folder / "model.safetensors")
+    ideal, _ = products(folder, values[0])
+    for layer, wanted in ideal.items():
+        torch.testing.assert_close(merged(folder, layer), wanted, rtol=0, atol=1e-6)
+        assert float(wanted.abs().max()) > 1e-3
+        assert not bool(tensors[f"{layer}.lora_B.default.weight"].any())
+        down = tensors[f"{layer}.lora_A.default.weight"]
+        bound = down.shape[1] ** -0.5
+        assert 0.9 * bound < float(down.abs().max()) <= bound
+
+
+def test_fedex_merges_what_the_mean_factors_lack(trained):
+    folder, values = trained("method=fedex", "federation.rounds=1", "federation.local_steps=20")
+    ideal, of_means = products(folder, values[0])
+    tensors = load_file(folder / "model.safetensors")
+    for layer, wanted in ideal.items():
+        adapter = (
+            SCALE
+            * tensors[f"{layer}.lora_B.default.weight"].double()
+            @ tensors[f"{layer}.lora_A.default.weight"].double()
+        )
+        torch.testing.assert_close(adapter, of_means[layer], rtol=0, atol=1e-6)
+        torch.testing.assert_close(merged(folder, layer) + adapter, wanted, rtol=0, atol=1e-6)
+        assert float((wanted - of_means[layer]).abs().max()) > 5e-6
+
+
+def test_rounds_add_up(trained):
+    """After two rounds of FLoRA the frozen weights hold both means: the second one began from a fresh adapter."""
+    folder, values = trained("method=flora", "federation.rounds=2")
+    first, second = (products(folder, values[number])[0] for number in (0, 1))
+    for layer in first:
+        torch.testing.assert_close(merged(folder, layer), first[layer] + second[layer], rtol=0, atol=2e-6)
+
+
+def test_fresh_factors_differ_by_round_and_seed_alone(tmp_path):
+    downs = []
+    for rounds, seed in ((1, 0), (2, 0), (1, 1), (1, 0)):
+        folder = tmp_path / f"{len(downs)}"
+        run([*FAST, "method=flora", f"federation.rounds={rounds}", f"seed={seed}", f"hydra.run.dir={folder}"])
+        downs.append(load_file(folder / "model.safetensors")["blocks.0.attn.qkv.lora_A.default.weight"])
+    assert torch.equal(downs[0], downs[3])
+    assert not torch.equal(downs[0], downs[1])
+    assert not torch.equal(downs[0], downs[2])
+
+
+@pytest.mark.parametrize("method", ["fedex", "flora"])
+def test_resume_and_processes_change_no_bit(tmp_path, method):
+    found = []
+    for name, options in (("whole", []), ("two", ["trainer.devices=2"])):
+        run([*FAST, f"method={method}", "federation.rounds=3", *options, f"hydra.run.dir={tmp_path / name}"])
+        found.append(tmp_path / name)
+    run([*FAST, f"method={method}", "federation.rounds=2", f"hydra.run.dir={tmp_path / 'part'}"])
+    run([f"resume={tmp_path / 'part'}", "federation.rounds=3"])
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    for folder in (tmp_path / "two", tmp_path / "part"):
+        again = load_file(folder / "model.safetensors")
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+        assert (folder / "traffic.csv").read_text() == (tmp_path / "whole" / "traffic.csv").read_text()
+
+
+def down(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [int(float(row["bytes_down"])) for row in csv.DictReader(file)]
+
+
+def test_what_is_merged_travels_down_as_factors(tmp_path):
+    """All clients take part in every round, so each gets the factors of the round before: of three, rank 8 each."""
+    for method in ("fedit", "fedex", "flora"):
+        run([*FAST, f"method={method}", "federation.rounds=3", f"hydra.run.dir={tmp_path / method}"])
+    net = vit_digits(10, 1, seed=0)
+    wide, high, layers = net.embed_dim, 3 * net.embed_dim, len(net.blocks)
+    stacked = 4 * layers * CLIENTS * 8 * (wide + high)  # bytes of the factors of all three clients
+    own = 4 * layers * 8 * (wide + high)  # of the mean adapter, which FLoRA does not send
+    fedit, fedex, flora = (down(tmp_path / method) for method in ("fedit", "fedex", "flora"))
+    assert fedex == [fedit[0], fedit[1] + CLIENTS * stacked, fedit[2] + 2 * CLIENTS * stacked]
+    saved = [a - b for a, b in zip(fedex[1:], flora[1:], strict=True)]
+    # a message with some coordinates has their positions too, which the whole row needs not
+    assert CLIENTS * own * 0.95 < saved[0] <= CLIENTS * own
+    assert saved[1] == pytest.approx(2 * saved[0], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["lora=none"], "merging=flora merges adapters of which both factors are averaged: set lora=r8"),
+        (["model.local=[*lora_B*]"], "merging=flora merges adapters of which both factors are averaged"),
+        (["topology=departments", "topology.of=3"], "merging changes the one model of all clients: set topology=flat"),
+        (["trajectory=global"], "trajectory=global keeps what trains, and merging changes the rest"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, options, line):
+    with pytest.raises(ValueError, match=line):
+        run([*FAST[:-1], "method=flora", *options, f"hydra.run.dir={tmp_path}"])
