@@ -58,7 +58,8 @@ def build_all(node):
 
 
 # nothing beside what a run has anyway
-EMPTY = ("logger/csv", "callbacks/none", "evaluation/global", "trajectory/none", "lora/none", "mixing/none", "merging/none")
+EMPTY = ("logger/csv", "callbacks/none", "evaluation/global")
+EMPTY += tuple(f"{group}/none" for group in ("trajectory", "lora", "mixing", "merging"))
 
 
 def test_there_are_options():
