@@ -159,6 +159,7 @@ def without_pandas(*folders):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow  # it starts a process
 def test_without_pandas_it_is_the_list_of_rows(folders):
     found = without_pandas(*folders)
     assert found == expected()

@@ -26,7 +26,7 @@ def dense(tensors, layer):
     return 2 * tensors[f"{layer}.lora_B.default.weight"].double() @ tensors[f"{layer}.lora_A.default.weight"].double()
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_layer_has_the_distance_of_the_means_from_the_mean(tmp_path, devices):
     run([*FAST, "method=fedit", f"trainer.devices={devices}", f"hydra.run.dir={tmp_path}"])
     problem = load(tmp_path).assembly.problem

@@ -124,6 +124,7 @@ def test_a_resume_goes_on_with_the_same_bits(whole, tmp_path):
     assert tables(tmp_path) == tables(whole[0])
 
 
+@pytest.mark.slow  # it starts a process
 def test_two_processes_mix_the_same_rows(whole, tmp_path):
     found = run([*RUN, "federation.rounds=3", "trainer.devices=2", f"hydra.run.dir={tmp_path}"])
     assert found["global_sha256"] == whole[1]["global_sha256"]

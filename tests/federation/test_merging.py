@@ -109,6 +109,7 @@ def test_fresh_factors_differ_by_round_and_seed_alone(tmp_path):
     assert not torch.equal(downs[0], downs[2])
 
 
+@pytest.mark.slow  # it starts processes
 @pytest.mark.parametrize("method", ["fedex", "flora"])
 def test_resume_and_processes_change_no_bit(tmp_path, method):
     found = []

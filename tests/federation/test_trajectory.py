@@ -128,6 +128,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path, options, said):
         Trajectory(tmp_path / "t", 2, **options)
 
 
+@pytest.mark.slow  # it starts a process
 def test_clients_are_written_by_the_process_that_leads(tmp_path):
     """Each of two processes trains some of the clients; all rows lie in the one folder."""
     run([*SMALL, "trainer.devices=2", "trajectory.clients=[0,1,2,3]", f"hydra.run.dir={tmp_path / 'two'}"])

@@ -18,6 +18,7 @@ from fedsparse.landscape import points
 FAST = ("data=[test]", "models=[global]")
 
 
+@pytest.mark.slow  # it starts processes
 def test_processes_change_nothing_beyond_rounding(folder):
     drawn(folder, "grid=7", *FAST)
     here = surface(folder)
@@ -30,6 +31,7 @@ def test_processes_change_nothing_beyond_rounding(folder):
     assert str(shared["key"]) == str(here["key"])
 
 
+@pytest.mark.slow  # it starts processes
 def test_a_process_that_ends_is_an_error_of_one_line(folder, monkeypatch):
     start = points.Team.start
 
