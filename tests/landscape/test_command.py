@@ -397,3 +397,10 @@ def test_a_line_to_a_reference_leaves_the_other_figures_as_they_were(folder, tmp
     assert again["lines test"]["lines"]["global to reference"]["loss"][-1] == pytest.approx(
         by_hand(3 * row, test.x, test.y)[0], rel=1e-5
     )
+
+
+def test_a_mask_of_another_model_is_refused(folder):
+    tensors = load_file(folder / "mask.safetensors")
+    save_file({name: tensor[:1].contiguous() for name, tensor in tensors.items()}, folder / "mask.safetensors")
+    with pytest.raises(ValueError, match=r"the mask was made for another model: .*hidden.weight \(mask \(1, 64\)"):
+        drawn(folder)
