@@ -9,12 +9,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from fedsparse.core import parallel
 from fedsparse.core.lines import RoundLines
 from fedsparse.core.space import ParamSpace
 from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.factors import Factors
 from fedsparse.federation.lowrank import Pair, effective_rank, error, norm, stack
 from fedsparse.federation.reports import Report
 from fedsparse.federation.server.aggregation import Change
@@ -40,17 +39,14 @@ class AdapterTable(Watcher):
         space: of the rows.
 
     Attributes:
-        watched: adapters of which both factors are averaged.
+        factors: of the layers of which both are averaged.
         pairs: weights and factors of this round's clients, by group and layer.
         last: root of the summed squares of all layers' errors, and that as a part of the ideal's; empty before.
 
     """
 
     def __init__(self, table: RoundLines, adapters: Mapping[str, Adapter], space: ParamSpace) -> None:
-        local = {name for name, part in space.unflatten(space.local).items() if bool(part.any())}
-        shared = set(space.names) - local
-        self.table, self.space = table, space
-        self.watched = {layer: a for layer, a in adapters.items() if {a.down, a.up} <= shared}
+        self.table, self.factors = table, Factors(adapters, space)
         self.pairs: dict[tuple[int, str], list[tuple[float, Pair]]] = {}
         self.last: dict[str, float] = {}
 
@@ -60,20 +56,15 @@ class AdapterTable(Watcher):
 
     def receive(self, round: Round, trained: Update, received: Update) -> None:
         """Take the factors of each client that counts."""
-        if trained.values is None or not self.watched:
+        if trained.values is None or not self.factors.adapters:
             return
         server, groups = round.federation.server, round.federation.topology.group(received.clients)
         for values, weight, group in zip(trained.values, received.weight, groups, strict=True):
             if weight > 0:
                 row = server.rows[group].clone()
                 server.subspace.write(row, values)
-                for layer, pair in self._pairs(row).items():
+                for layer, pair in self.factors.of(row).items():
                     self.pairs.setdefault((group, layer), []).append((weight, pair))
-
-    def _pairs(self, row: Tensor) -> dict[str, Pair]:
-        """Read the factors of a row (P,), by layer."""
-        tensors = self.space.unflatten(row)
-        return {layer: Pair(tensors[a.down], a.scale * tensors[a.up]) for layer, a in self.watched.items()}
 
     def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
         """Measure and write the round."""

@@ -16,6 +16,7 @@ from fedsparse.core.folder import CONFIG, SUMMARY, WEIGHTS
 from fedsparse.core.weights import load_weights
 from fedsparse.job.assemble import assemble_problem
 from fedsparse.job.resume import read_job
+from fedsparse.models.lora import merged
 
 SAMPLES = 8  # random inputs, and as many of the test split
 
@@ -52,7 +53,7 @@ def check_finished(folder: Path) -> None:
 
 
 def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
-    """Read a finished run and build its model.
+    """Read a finished run and build its model, low-rank adapters merged.
 
     Args:
         folder: the run folder.
@@ -74,7 +75,10 @@ def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
         raise ValueError(f"{folder / WEIGHTS} is damaged or of another model ({type(error).__name__})") from error
     split = problem.dataset.test
     real = problem.inputs(split.x[torch.arange(min(SAMPLES, len(split.y)))])
-    return Finished(folder, problem.net.eval(), problem.arguments, real, str(cfg.sparsity.unit))
+    net, arguments = problem.net, problem.arguments
+    if problem.adapters:  # a program that loads the model needs no PEFT
+        net, arguments = merged(net), arguments["net"]
+    return Finished(folder, net.eval(), arguments, real, str(cfg.sparsity.unit))
 
 
 def inputs(run: Finished, seed: int) -> Tensor:

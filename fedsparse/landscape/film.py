@@ -97,17 +97,4 @@ def _reach(scenes: list[Scene]) -> tuple[float, float]:
 def _growing(scene: Scene, store: Store, points: Points, data: str) -> list[Frame]:
     """Take the plane of a trajectory, with its path up to each round."""
     whole, rounds = surface_of(scene, store, points, data, f"surface_{file_name(data)}"), scene.rounds()
-    return [
-        Frame(
-            rounds[last],
-            replace(
-                whole,
-                models=whole.models[: last + 1],
-                coordinates=whole.coordinates[: last + 1],
-                distance=whole.distance[: last + 1],
-                own_loss=whole.own_loss[: last + 1],
-                own_accuracy=whole.own_accuracy[: last + 1],
-            ),
-        )
-        for last in _evenly(len(rounds))
-    ]
+    return [Frame(rounds[last], whole.until(last + 1)) for last in _evenly(len(rounds))]

@@ -98,13 +98,28 @@ def load(folder: Path, round: int | None = None, trusted: Sequence[str] = ()) ->
     return models if round is None else models.at(round)
 
 
+def check_frozen(assembly: Assembly, folder: Path) -> None:
+    """Refuse a run whose frozen weights change, so that a row does not say which model it is.
+
+    Raises:
+        ValueError: one line.
+
+    """
+    if assembly.method.merging is not None:
+        raise ValueError(
+            f"{folder} merges adapters into frozen weights after each round (method=flora, fedex), so that the models "
+            "of two rounds differ in more than what trains: no line or plane joins them"
+        )
+
+
 def local_row(models: Models, client: int) -> Tensor:
     """Read a client's row (P,) of the round that ends with ``models``, or train it again; on the CPU.
 
     Raises:
-        ValueError: no such client, one without data, or what it started from is not kept.
+        ValueError: no such client, one without data, what it started from is not kept, or frozen weights change.
 
     """
+    check_frozen(models.assembly, models.folder)
     assembly, number = models.assembly, models.round - 1
     check_client(assembly.problem, client)
     if assembly.course.phases.explores(number):

@@ -31,6 +31,7 @@ from fedsparse.job.parts import Assembly
 from fedsparse.job.prepare import build_preparation, start_head
 from fedsparse.job.resume import read_job
 from fedsparse.landscape.interpolation import between
+from fedsparse.landscape.replay import check_frozen
 from fedsparse.landscape.surface import chunk_size, evaluate, joined
 from fedsparse.landscape.task import Task
 from fedsparse.preparation.preparation import Preparation
@@ -73,10 +74,11 @@ def scaled(folder: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
         there, ``test/acc_at_1``, and all ``alphas`` with their ``val``; None where a loss is not finite.
 
     Raises:
-        ValueError: the configuration may not be read, or no loss is finite.
+        ValueError: the configuration may not be read, frozen weights change, or no loss is finite.
 
     """
     assembly, preparation = at_start(folder, trusted)
+    check_frozen(assembly, folder)
     space, net, data = preparation.space, preparation.net, preparation.dataset
     start = space.read(net)
     net.load_state_dict(load_weights(folder / WEIGHTS))

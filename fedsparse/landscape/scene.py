@@ -25,7 +25,7 @@ from fedsparse.job.parts import Problem
 from fedsparse.job.summary import sha256
 from fedsparse.landscape.directions import Plane
 from fedsparse.landscape.options import GLOBAL, REFERENCE, Options, client_of, title
-from fedsparse.landscape.replay import Models, check_client, load, local_row
+from fedsparse.landscape.replay import Models, check_client, check_frozen, load, local_row
 from fedsparse.landscape.task import Task
 from fedsparse.preparation.cache import code_version
 from fedsparse.simulation.devices import device_of
@@ -59,13 +59,14 @@ class Scene:
         """Load a run, and its reference.
 
         Raises:
-            ValueError: the run is not finished, a row was not kept, a client is unknown or holds no data, or the
-                reference is of another model.
+            ValueError: the run is not finished, a row was not kept, frozen weights change, a client is unknown or
+                holds no data, or the reference is of another model.
 
         """
         if options.plane == "pca" and not (folder / TRAJECTORY).is_file():
             raise ValueError(f"plane=pca needs the {TRAJECTORY} that trajectory=global writes; {folder} has none")
         models = load(folder, options.round, trusted)
+        check_frozen(models.assembly, folder)
         problem = models.assembly.problem
         asked = [model for model in options.models if isinstance(model, int)]
         for client in [*asked, *(c for c in map(client_of, options.data) if c is not None)]:

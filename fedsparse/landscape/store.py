@@ -10,7 +10,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fedsparse.core import files
 from fedsparse.core.folder import LANDSCAPE, LANDSCAPE_FIGURES
 from fedsparse.landscape.surface import Evaluated
 
+OF_MODELS = ("models", "coordinates", "distance", "own_loss", "own_accuracy")
 POINT = 2 * 8  # bytes of a point in a partial surface: loss and accuracy, float64
 
 
@@ -66,6 +67,11 @@ class Surface:
     seed: np.ndarray
     data_hash: np.ndarray
     key: np.ndarray
+
+    def until(self, count: int) -> Surface:
+        """Take the same surface with the first models alone."""
+        marked = {name: vars(self)[name][:count] for name in OF_MODELS}
+        return replace(self, **marked)
 
     @property
     def gaps(self) -> int:

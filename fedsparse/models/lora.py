@@ -96,6 +96,18 @@ def adapters(net: nn.Module) -> dict[str, Adapter]:
     }
 
 
+def merged(net: nn.Module) -> nn.Module:
+    """Add every adapter to the layer beside which it stands: the network without adapters, which is changed."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(net.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, layer.base_layer)
+    return net
+
+
 def targeted(net: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Linear]:
     """Find the linear layers whose names end in a target, by name.
 

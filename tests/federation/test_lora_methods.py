@@ -1,7 +1,7 @@
 """What the methods of low-rank adapters do where every client has an own code for the classes, and where all share one.
 
 Four clients hold the same inputs; each permutes the labels. A shared product of factors can tell no client's code, so
-what is shared must leave room for what is not (arXiv 2410.01463 keeps B).
+what is shared must leave room for what is not.
 """
 
 from __future__ import annotations

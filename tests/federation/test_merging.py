@@ -6,11 +6,14 @@ import csv
 
 import pytest
 import torch
+from noted import noted
 from safetensors.torch import load_file
 
 from fedsparse import run
-from fedsparse.federation.client.training import Clients
-from fedsparse.landscape.replay import load
+from fedsparse.landscape.options import Options
+from fedsparse.landscape.replay import load, local_row
+from fedsparse.landscape.scale import scaled
+from fedsparse.landscape.scene import Scene
 from fedsparse.models.vision import vit_digits
 
 CLIENTS, SCALE = 3, 2.0
@@ -21,31 +24,22 @@ FAST += ["partition=dirichlet01", "federation.cohort=1", "lora.dropout=0.0"]
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """Run, and note what each client ended each round with -> the folder, and {round: {client: values (n,)}}."""
-    train, values = Clients.train, {}
-
-    def noted(self, start, cohort):
-        update = train(self, start, cohort)
-        values.setdefault(cohort.round, {})[cohort.clients[0]] = update.values[0].clone()
-        return update
+    """Run, and note what each client ended each round with -> the folder, and {(round, client): values (n,)}."""
 
     def go(*options):
-        with monkeypatch.context() as patch:
-            patch.setattr(Clients, "train", noted)
+        with noted(monkeypatch) as values:
             run([*FAST, *options, f"hydra.run.dir={tmp_path / 'run'}"])
         return tmp_path / "run", values
 
     return go
 
 
-def products(folder, values):
+def products(folder, values, number=0):
     """Mean update of every layer, and the update of the mean factors, in float64."""
     problem = load(folder).assembly.problem
     sizes = torch.tensor([len(part) for part in problem.parts], dtype=torch.float64)
     shares = sizes / sizes.sum()
-    clients = [
-        {name: t.double() for name, t in problem.space.unflatten(values[client]).items()} for client in range(CLIENTS)
-    ]
+    clients = [problem.space.unflatten(values[number, client].double()) for client in range(CLIENTS)]
     middle = {name: sum(w * c[name] for w, c in zip(shares, clients, strict=True)) for name in clients[0]}
 
     def dense(tensors, layer):
@@ -65,7 +59,7 @@ def merged(folder, layer):
 def test_flora_merges_the_mean_update_and_starts_anew(trained):
     folder, values = trained("method=flora", "federation.rounds=1")
     tensors = load_file(folder / "model.safetensors")
-    ideal, _ = products(folder, values[0])
+    ideal, _ = products(folder, values)
     for layer, wanted in ideal.items():
         torch.testing.assert_close(merged(folder, layer), wanted, rtol=0, atol=1e-6)
         assert float(wanted.abs().max()) > 1e-3
@@ -77,7 +71,7 @@ def test_flora_merges_the_mean_update_and_starts_anew(trained):
 
 def test_fedex_merges_what_the_mean_factors_lack(trained):
     folder, values = trained("method=fedex", "federation.rounds=1", "federation.local_steps=20")
-    ideal, of_means = products(folder, values[0])
+    ideal, of_means = products(folder, values)
     tensors = load_file(folder / "model.safetensors")
     for layer, wanted in ideal.items():
         adapter = (
@@ -93,7 +87,7 @@ def test_fedex_merges_what_the_mean_factors_lack(trained):
 def test_rounds_add_up(trained):
     """After two rounds of FLoRA the frozen weights hold both means: the second one began from a fresh adapter."""
     folder, values = trained("method=flora", "federation.rounds=2")
-    first, second = (products(folder, values[number])[0] for number in (0, 1))
+    first, second = (products(folder, values, number)[0] for number in (0, 1))
     for layer in first:
         torch.testing.assert_close(merged(folder, layer), first[layer] + second[layer], rtol=0, atol=2e-6)
 
@@ -158,3 +152,15 @@ def test_what_is_merged_travels_down_as_factors(tmp_path):
 def test_what_does_not_go_together_is_refused(tmp_path, options, line):
     with pytest.raises(ValueError, match=line):
         run([*FAST[:-1], "method=flora", *options, f"hydra.run.dir={tmp_path}"])
+
+
+def test_what_takes_frozen_weights_as_constant_is_refused(tmp_path):
+    """A client's row trained beside other frozen weights than the last ones: its loss beside these would be no loss."""
+    run([*FAST, "method=flora", "federation.rounds=2", f"hydra.run.dir={tmp_path}"])
+    line = "merges adapters into frozen weights after each round"
+    with pytest.raises(ValueError, match=line):
+        Scene.of(tmp_path, Options())
+    with pytest.raises(ValueError, match=line):
+        local_row(load(tmp_path), 0)
+    with pytest.raises(ValueError, match=line):
+        scaled(tmp_path)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from noted import noted
 
 from fedsparse import run
 from fedsparse.core.folder import CHECKPOINTS, PREVIOUS, TRAJECTORY
-from fedsparse.federation.client.training import Clients
 from fedsparse.landscape.replay import load, local_row
 
 SMALL = ["model=mlp", "model.hidden=8", "mask_rule=random", "logger=csv", "pictures=false", "calibration.cache=null"]
@@ -15,16 +15,9 @@ SMALL += ["federation.rounds=3", "federation.cohort=1", "calibration.head_steps=
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
     """Run, and note what each client ended each round with -> the folder, and {(round, client): values (n,)}."""
-    train, values = Clients.train, {}
-
-    def noted(self, start, cohort):
-        update = train(self, start, cohort)
-        values.update({(cohort.round, client): update.values[k].clone() for k, client in enumerate(cohort.clients)})
-        return update
 
     def go(*options):
-        with monkeypatch.context() as patch:
-            patch.setattr(Clients, "train", noted)
+        with noted(monkeypatch) as values:
             run([*SMALL, *options, f"hydra.run.dir={tmp_path / 'run'}"])
         return tmp_path / "run", values
 

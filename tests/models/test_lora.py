@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedsparse import run
+from fedsparse.export import export
+from fedsparse.export import load as load_export
 from fedsparse.federation.trajectory import read_row
 from fedsparse.models.lora import lora
 from fedsparse.models.vision import vit_digits
@@ -174,3 +176,20 @@ def test_hfl_drops_b_and_so_learns_no_update(tmp_path):
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
     assert ups
     assert not any(bool(up.any()) for up in ups)
+
+
+def test_an_export_is_the_plain_model_with_the_adapters_added(tmp_path):
+    """Weights by hand: the frozen ones plus 2 B A; what loads them knows of no adapter."""
+    run([*FAST, "model=vit_digits", "method=fedit", "optimizer.lr=0.3", f"hydra.run.dir={tmp_path}"])
+    trained = load_file(tmp_path / "model.safetensors")
+    export(tmp_path, ["safetensors"])
+    net = load_export(tmp_path / "export")
+    assert {name for name, _ in net.named_parameters()} == {name for name, _ in vit_digits(10, 1).named_parameters()}
+    for name, weight in net.named_parameters():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.base_layer.weight" not in trained:
+            assert torch.equal(weight, trained[name.replace("qkv.bias", "qkv.base_layer.bias")])
+            continue
+        down, up = (trained[f"{layer}.lora_{factor}.default.weight"] for factor in "AB")
+        assert bool(up.any())
+        torch.testing.assert_close(weight, trained[f"{layer}.base_layer.weight"] + 2 * up @ down)

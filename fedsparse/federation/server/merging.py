@@ -16,10 +16,11 @@ from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Subspace
 from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.factors import Factors
 from fedsparse.federation.lowrank import Pair, residual, stack
 from fedsparse.models.lora import Adapter
 
-Factors = dict[str, dict[int, tuple[float, Pair]]]  # by layer and client
+Received = dict[str, dict[int, tuple[float, Pair]]]  # by layer and client
 
 
 class Merging:
@@ -35,7 +36,8 @@ class Merging:
         seed: the run's seed.
 
     Attributes:
-        factors: weights and factors of this round's clients, by layer and client.
+        factors: of all layers.
+        received: weights and factors of this round's clients, by layer and client.
         sent: values of the merged factors, by round.
 
     Raises:
@@ -46,12 +48,11 @@ class Merging:
     name = "merging=fedex"
 
     def __init__(self, net: nn.Module, adapters: Mapping[str, Adapter], space: ParamSpace, seed: int = 0) -> None:
-        local = {name for name, part in space.unflatten(space.local).items() if bool(part.any())}
-        shared = set(space.names) - local
-        if not adapters or not all({a.down, a.up} <= shared for a in adapters.values()):
+        self.factors = Factors(adapters, space)
+        if not adapters or len(self.factors.adapters) < len(adapters):
             raise ValueError(f"{self.name} merges adapters of which both factors are averaged: set lora=r8")
         self.net, self.adapters, self.space, self.seed = net, adapters, space, seed
-        self.factors: Factors = {}
+        self.received: Received = {}
         self.sent: dict[int, int] = {}
 
     @property
@@ -61,7 +62,7 @@ class Merging:
 
     def open(self) -> None:
         """Forget the last round's factors."""
-        self.factors = {}
+        self.received = {}
 
     def receive(self, received: Update, row: Tensor, subspace: Subspace) -> None:
         """Take the factors of a cohort as the server decoded them.
@@ -76,13 +77,8 @@ class Merging:
             if weight > 0:
                 whole = row.clone()
                 subspace.write(whole, subspace.of(row) + received.rows[k])
-                for layer, pair in self.pairs(whole).items():
-                    self.factors.setdefault(layer, {})[received.clients[k]] = (weight, pair)
-
-    def pairs(self, row: Tensor) -> dict[str, Pair]:
-        """Read the factors of a row (P,), the scale in B."""
-        tensors = self.space.unflatten(row)
-        return {layer: Pair(tensors[a.down], a.scale * tensors[a.up]) for layer, a in self.adapters.items()}
+                for layer, pair in self.factors.of(whole).items():
+                    self.received.setdefault(layer, {})[received.clients[k]] = (weight, pair)
 
     @torch.no_grad()
     def close(self, number: int, row: Tensor) -> Tensor:
@@ -96,8 +92,8 @@ class Merging:
             The row that the next round starts from.
 
         """
-        everyone: Factors = {}
-        for part in parallel.gather(self.factors):
+        everyone: Received = {}
+        for part in parallel.gather(self.received):
             for layer, members in part.items():
                 everyone.setdefault(layer, {}).update(members)
         values = 0
@@ -107,7 +103,7 @@ class Merging:
             base = self.net.get_parameter(f"{layer}.base_layer.weight")
             base.addmm_(merged.B.to(base), merged.A.to(base))
             values += merged.A.numel() + merged.B.numel()
-        self.sent[number], self.factors = values, {}
+        self.sent[number], self.received = values, {}
         return self.restarted(number, row)
 
     def merged(self, pairs: list[Pair], weights: list[float]) -> Pair:

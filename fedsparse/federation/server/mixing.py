@@ -22,13 +22,12 @@ from fedsparse.federation.clusters import (
     REPRESENTATIONS,
     ROW,
     Clusters,
-    Layers,
     cluster,
     cosines,
     embed,
     gram,
 )
-from fedsparse.federation.lowrank import Pair
+from fedsparse.federation.factors import Factors
 from fedsparse.models.lora import Adapter
 
 SEEDS = 1 << 32  # of scikit-learn
@@ -102,15 +101,13 @@ class ClusterMixing:
         check_whole("mixing.every", every, 1)
         check_number("mixing.share", share, least=0, most=1)
         check_number("mixing.global_share", global_share, least=0, most=1)
-        local = {name for name, part in space.unflatten(space.local).items() if bool(part.any())}
-        held = set(space.names) - local
-        self.adapters = {layer: a for layer, a in adapters.items() if {a.down, a.up} <= held}
-        if of != ROW and not self.adapters:
+        self.factors = Factors(adapters, space)
+        if of != ROW and not self.factors.adapters:
             raise ValueError(
                 f"mixing.of={of} compares adapters of which both factors are averaged, and there are none: set "
                 "mixing.of=row, or lora=r8 with method=fedit"
             )
-        self.space, self.start, self.of, self.metric, self.method = space, start, of, metric, method
+        self.start, self.of, self.metric, self.method = start, of, metric, method
         self.k, self.k_range, self.every = k, (k_range[0], k_range[1]), every
         self.share, self.global_share, self.seed = share, global_share, seed
 
@@ -138,12 +135,7 @@ class ClusterMixing:
         """Compute the groups' inner products (G, G) by all that can be compared."""
         changes = (rows - self.start.to(rows)).double().cpu()
         found = {ROW: changes @ changes.T}
-        if self.adapters:
-            members, start = [self._pairs(row) for row in rows], self._pairs(self.start.to(rows))
+        if self.factors.adapters:
+            members, start = [self.factors.of(row) for row in rows], self.factors.of(self.start.to(rows))
             found |= {of: gram(members, of, start) for of in REPRESENTATIONS}
         return found
-
-    def _pairs(self, row: Tensor) -> Layers:
-        """Read the factors of a row (P,)."""
-        tensors = self.space.unflatten(row)
-        return {layer: Pair(tensors[a.down], a.scale * tensors[a.up]) for layer, a in self.adapters.items()}

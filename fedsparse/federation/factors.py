@@ -1,0 +1,36 @@
+"""Factors of low-rank adapters, as they lie in rows. Shapes: P coordinates of the space; A (r, in), B (out, r)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fedsparse.core.space import ParamSpace
+from fedsparse.federation.lowrank import Pair
+from fedsparse.models.lora import Adapter
+
+
+class Factors:
+    """Reads the factors of adapters from rows, of layers of which both are averaged.
+
+    Args:
+        adapters: of the network, by layer.
+        space: of the rows.
+
+    Attributes:
+        adapters: those of which neither factor stays with the clients, and both train.
+        space: of the rows.
+
+    """
+
+    def __init__(self, adapters: Mapping[str, Adapter], space: ParamSpace) -> None:
+        local = {name for name, part in space.unflatten(space.local).items() if bool(part.any())}
+        shared = set(space.names) - local
+        self.adapters = {layer: a for layer, a in adapters.items() if {a.down, a.up} <= shared}
+        self.space = space
+
+    def of(self, row: Tensor) -> dict[str, Pair]:
+        """Read the pairs of a row (P,) by layer, the scale in B; A is a view of the row."""
+        tensors = self.space.unflatten(row)
+        return {layer: Pair(tensors[a.down], a.scale * tensors[a.up]) for layer, a in self.adapters.items()}
