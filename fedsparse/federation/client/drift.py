@@ -16,9 +16,10 @@ from fedsparse.core.checks import check_number
 from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.client.bound import BoundRow
 from fedsparse.federation.client.stacked import StackedRows
+from fedsparse.federation.client.whole import WholeRow
 from fedsparse.federation.stores.store import ClientStore, Kept, MemoryStore, read
 
-Rows = BoundRow | StackedRows
+Rows = BoundRow | WholeRow | StackedRows
 VARIATES = "variates"
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedsparse.core.seeding import Purpose, number
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Carry, Subspace
+from fedsparse.core.transfer import read
 from fedsparse.data.images import unchanged
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.client.bound import BoundRow, Forward, Losses
@@ -30,7 +31,8 @@ from fedsparse.federation.client.drift import (
 )
 from fedsparse.federation.client.early_stopping import Counts, Patience
 from fedsparse.federation.client.stacked import StackedRows
-from fedsparse.federation.exchange.update import Start, Update, finite
+from fedsparse.federation.client.whole import WholeRow
+from fedsparse.federation.exchange.update import Start, Update, finite, row_sums
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim.index import LARGE, Block, blocks
 from fedsparse.optim.masked import MaskedOptimizer
@@ -45,7 +47,8 @@ MakeClientOptimizer = Callable[[list[Tensor]], MaskedOptimizer]
 class Clients:
     """Trains the clients of a cohort of K.
 
-    With K = 1 the network's parameters are views into the row, so that any module trains without a copy (``BoundRow``).
+    With K = 1 the network's parameters are views into the row, so that any module trains without a copy (``BoundRow``,
+    on a GPU ``WholeRow``).
     With K > 1 the rows train together (``StackedRows``).
 
     Args:
@@ -65,7 +68,7 @@ class Clients:
         per_sample: whether each loss depends on one sample only, so that stacked clients' batches may be joined.
         loss_scale: factor of the loss in half precision, so that gradients do not underflow.
         seed: the run's seed, for dropout.
-        large: coordinates from which a tensor is a block of its own (K = 1).
+        large: coordinates from which a tensor is a block of its own (K = 1, on a CPU).
 
     Attributes:
         theta: the rows (K, P).
@@ -128,7 +131,9 @@ class Clients:
         return local if bool(local.any()) else None
 
     def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
-        """Build one row in blocks, each with its mask, as the optimizer steps them."""
+        """Build one row: whole on a GPU, on a CPU in blocks, each with its mask, as the optimizer steps them."""
+        if self.theta.device.type != "cpu":
+            return WholeRow(self.net, self.space, self.theta, mask, self.losses, self.forward), [mask]
         whole = Block("", 0, (self.space.size,), mask)
         split = [whole] if len(self.bitmaps) else blocks(self.space, mask, self.large)
         rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self.forward)
@@ -165,23 +170,7 @@ class Clients:
         else:
             losses, taken = self._patiently(batches, Patience(taken, start.epochs, start.patience), correction)
         values = self.subspace.of(self.theta.detach())
-        if self.change.shape != values.shape or self.change.device != values.device:
-            self.change = torch.empty_like(values)  # reused: the next cohort overwrites it
-        update = finite(
-            Update(
-                cohort.clients,
-                torch.sub(values, start.values, out=self.change),
-                self.buffers.change(start.group) if self.buffers.size else values.new_zeros(len(values), 0),
-                processed(taken) if cohort.processed and start.patience else cohort.weight,
-                mean_losses(torch.stack(losses).view(-1, self.cohort).tolist(), taken),
-                start=start.values,
-                values=values,
-                round=cohort.round,
-                steps=step_weights(taken, self.optimizer),
-                local_steps=sum(n > 0 for step in taken for n in step),
-                clipped=int((torch.cat(self.factors) < 1).sum()) if self.factors else 0,
-            )
-        )
+        update = self._update(start, cohort, values, losses, taken)
         kept = correction.finish(update.rows, start.lr, update.steps)
         if self.buffers.space.size:
             kept |= self.buffers.kept(cohort.clients)
@@ -189,6 +178,39 @@ class Clients:
             kept[LOCAL] = (cohort.clients, values[:, self.local])
         variates = kept[VARIATES][1] if VARIATES in kept else None
         return replace(update, kept=kept, variates=variates) if kept else update
+
+    def _update(self, start: Start, cohort: Cohort, values: Tensor, losses: list[Tensor], taken: Counts) -> Update:
+        """Build the update of clients that have trained, refused where it is not finite; the host waits once.
+
+        Args:
+            start: what they started from.
+            cohort: the clients.
+            values: (K, n) after training.
+            losses: of S steps, (K,) each.
+            taken: [S][K] samples of each step.
+
+        """
+        if self.change.shape != values.shape or self.change.device != values.device:
+            self.change = torch.empty_like(values)  # reused: the next cohort overwrites it
+        change = torch.sub(values, start.values, out=self.change)
+        buffers = self.buffers.change(start.group) if self.buffers.size else values.new_zeros(len(values), 0)
+        clipped = [(torch.cat(self.factors) < 1).sum().view(1)] if self.factors else []
+        of_steps, sums, *counts = read(torch.stack(losses).view(-1), row_sums(change, buffers), *clipped)
+        steps = range(0, len(of_steps), self.cohort)
+        update = Update(
+            cohort.clients,
+            change,
+            buffers,
+            processed(taken) if cohort.processed and start.patience else cohort.weight,
+            mean_losses([of_steps[step : step + self.cohort] for step in steps], taken),
+            start=start.values,
+            values=values,
+            round=cohort.round,
+            steps=step_weights(taken, self.optimizer),
+            local_steps=sum(n > 0 for step in taken for n in step),
+            clipped=int(sum(map(sum, counts))),
+        )
+        return finite(update, sums)
 
     def start(self, start: Start, clients: Sequence[int]) -> GradientCorrection:
         """Set K clients to their start, with reset optimizer state, and with their masks if these differ."""

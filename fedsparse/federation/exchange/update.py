@@ -123,20 +123,29 @@ def counted(update: Update) -> list[int]:
     return [k for k, weight in enumerate(update.weight) if weight > 0]
 
 
-def finite(update: Update) -> Update:
-    """Refuse updates whose row, buffers or loss are not finite."""
-    pairs = enumerate(zip(finite_rows(update.rows, update.buffers), update.loss, strict=True))
+def finite(update: Update, sums: Sequence[float] | None = None) -> Update:
+    """Refuse updates whose row, buffers or loss are not finite; ``sums`` are those of ``row_sums``, if already read."""
+    pairs = enumerate(zip(finite_rows(update.rows, update.buffers, sums=sums), update.loss, strict=True))
     why = {k: NOT_FINITE for k, (good, loss) in pairs if not (good and math.isfinite(loss))}
     return refuse(update, why) if why else update
 
 
-def finite_rows(first: Tensor, *others: Tensor) -> list[bool]:
-    """Test which of K rows, in parts (K, *), are finite; the host waits for the device once if all sums are finite."""
+def row_sums(first: Tensor, *others: Tensor) -> Tensor:
+    """Sum each of K rows, in parts (K, *): (K,), which is finite only if the row is."""
     sums = first.sum(1)
     for part in others:
         sums = sums + part.sum(1) if part.shape[1] else sums
+    return sums
+
+
+def finite_rows(first: Tensor, *others: Tensor, sums: Sequence[float] | None = None) -> list[bool]:
+    """Test which of K rows, in parts (K, *), are finite.
+
+    The host waits for the device once if all sums are finite, and not at all if it has read them (``row_sums``).
+    """
     parts = (first, *others)  # huge values are finite one by one, and their sum may not be
-    return [math.isfinite(s) or all(bool(p[k].isfinite().all()) for p in parts) for k, s in enumerate(sums.tolist())]
+    known = row_sums(*parts).tolist() if sums is None else sums
+    return [math.isfinite(s) or all(bool(p[k].isfinite().all()) for p in parts) for k, s in enumerate(known)]
 
 
 def of_those(kept: Kept, update: Update, known: bool = False) -> Kept:
