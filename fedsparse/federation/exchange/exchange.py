@@ -6,7 +6,6 @@ only: no others can change. This module is independent of the simulator.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,7 @@ from fedsparse.core.checks import check_choice
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Carry, Subspace, where_true
 from fedsparse.federation.exchange.sparsifiers import Layout, Sender, Sparsifier
-from fedsparse.federation.exchange.update import Payload, Update, admit, finite, refuse
+from fedsparse.federation.exchange.update import Payload, Update, admit, finite, refuse, row_sums
 from fedsparse.federation.exchange.wire.message import (
     Message,
     check_sendable,
@@ -259,11 +258,11 @@ class Exchange:
             check_sendable(update.rows.dtype, update.dtype or update.rows.dtype, weight, steps)
         arrived, figures = self._arriving(update)
         fits, values, positions, before, after = figures.T.tolist()  # the only wait for the device
-        if self.filters and not _all_finite(before, update.loss) and (sound := finite(update)) is not update:
+        if self.filters and (sound := finite(update, before)) is not update:
             return self._chosen(sound)  # without NaN, which has no order, and no 8-bit steps
         if not all(fits):
             raise ValueError(UNFIT)
-        arrived = arrived if _all_finite(after, update.loss) else finite(arrived)
+        arrived = finite(arrived, after)
         dtypes, pairs = (update.dtype or update.rows.dtype, update.rows.dtype), zip(values, positions, strict=True)
         sizes = tuple(counted_size(int(count), int(places), update.extra, *dtypes) for count, places in pairs)
         return Payload(update, sizes, arrived=arrived)
@@ -291,7 +290,7 @@ class Exchange:
             variates=None if update.variates is None else update.variates.to(exact),
             steps=_steps(update),
         )
-        sums = torch.stack([(part.rows.sum(1) + part.buffers.sum(1)).double() for part in (update, arrived)], 1)
+        sums = torch.stack([row_sums(part.rows, part.buffers).double() for part in (update, arrived)], 1)
         return arrived, torch.cat([torch.stack([part[2] for part in parts]), sums], 1)
 
     def _arrive(self, sent: Sent, like: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -449,10 +448,6 @@ def _layout(space: ParamSpace | None, trained: Tensor) -> Layout:
 def _steps(update: Update) -> tuple[float, ...]:
     """Sums of step weights as a message has them: 0 if unknown."""
     return update.steps or (0.0,) * len(update.clients)
-
-
-def _all_finite(*numbers: Sequence[float]) -> bool:
-    return all(math.isfinite(number) for part in numbers for number in part)
 
 
 def _at(row: Tensor, index: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.core.space import Patterns, matches
+from fedsparse.core.transfer import on_device
 from fedsparse.federation.exchange.fractions import Fraction, check_fraction, fraction_of
 from fedsparse.federation.exchange.scores import TOLERANCE, at_least, kept, score, select
 from fedsparse.masks.topk import best
@@ -132,7 +133,7 @@ class RandomK:
         stream = torch_generator(self.seed, Purpose.EXCHANGE, sender.round, sender.client)
         marks = torch.zeros(len(theta), dtype=torch.bool)
         marks[torch.randperm(len(theta), generator=stream)[:k]] = True
-        return marks.to(theta.device)
+        return on_device(marks, theta.device)
 
 
 class Threshold:
@@ -196,7 +197,7 @@ class Layers:
             held = [size > 0 for size in layout.sizes]
             present = sum(held)
             k = min(present, max(1, math.ceil(present * self.percentage - TOLERANCE)))
-            ranked = torch.where(torch.tensor(held).to(drift.device), drift if self.more else -drift, -math.inf)
+            ranked = torch.where(on_device(torch.tensor(held), drift.device), drift if self.more else -drift, -math.inf)
             chosen = best(ranked, k, largest=True)
         return chosen[layout.owner]
 
@@ -206,7 +207,7 @@ def drifts(change: Tensor, layout: Layout, normalise: bool) -> Tensor:
     squares = change.new_zeros(len(layout.names), dtype=torch.float64)
     squares.index_add_(0, layout.owner, change.double() ** 2)
     norms = squares.sqrt()
-    return norms / norms.new_tensor(layout.sizes).clamp(min=1) if normalise else norms
+    return norms / on_device(torch.tensor(layout.sizes), norms.device).clamp(min=1) if normalise else norms
 
 
 class Pattern:
@@ -240,5 +241,5 @@ class Pattern:
 
     def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Mark all coordinates of the matching tensors; with a mask of each client there may be none."""
-        hits = torch.tensor([matches(name, self.names) for name in layout.names], device=theta.device)
+        hits = on_device(torch.tensor([matches(name, self.names) for name in layout.names]), theta.device)
         return hits[layout.owner]
