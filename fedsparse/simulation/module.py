@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fedsparse.core.precisions import HALF
 from fedsparse.core.space import ParamSpace
+from fedsparse.core.transfer import on_device
 from fedsparse.data.images import unchanged
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.client.bound import Forward
@@ -124,7 +125,8 @@ class ClientModule(lightning.LightningModule):
         """Unpack the masks of K clients, bool (K, P); None if all train the same coordinates."""
         if not len(bitmaps := torch.as_tensor(self.bitmaps)):
             return None
-        return unpack(bitmaps[torch.tensor([max(client, 0) for client in clients])], self.space.size)
+        chosen = on_device(torch.tensor([max(client, 0) for client in clients]), bitmaps.device)
+        return unpack(bitmaps[chosen], self.space.size)
 
     def keep_in(self, make: Callable[[str], ClientStore]) -> None:
         """Set the stores of buffers and of the drift correction, which ``make`` builds by name."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_choice, check_number
-from fedsparse.masks.topk import count, mark
+from fedsparse.masks.topk import best, count
 
 Score = Callable[[Tensor, Tensor], Tensor]
 TOLERANCE = 1e-9  # 0.1 * 30 is 3.0000000000000004, and its ceiling must be 3
@@ -63,7 +63,7 @@ def select(rule: str, theta: Tensor, start: Tensor, fraction: float) -> Tensor:
     scores = score(rule)(theta, start)
     k = kept(fraction, scores.shape[-1])
     rows = scores.reshape(-1, scores.shape[-1])
-    return torch.stack([mark([row], k, largest=True)[0][0] for row in rows]).view(scores.shape)
+    return torch.stack([best(row, k, largest=True) for row in rows]).view(scores.shape)
 
 
 def kept(fraction: float, n: int) -> int:
