@@ -37,28 +37,41 @@ class Captured:
         return self.outputs
 
 
-def capture(train: Train, x: Tensor, y: Tensor) -> Captured:
-    """Capture the training on samples, which is not carried out.
+def capture(train: Train, restart: Callable[[], None], x: Tensor, y: Tensor) -> Captured:
+    """Capture the training on samples, which is not carried out: what the rehearsals before it did is undone.
+
+    Kernels are chosen in the first rehearsal, and memory is taken. The second finds out whether an operation waits for
+    the device, which a capture does not survive: a generator of random numbers stays as it was in its midst.
 
     Raises:
-        RuntimeError: an operation cannot be captured, as it waits for the device.
+        RuntimeError: an operation waits for the device, or cannot be captured.
 
     """
-    graph, held = torch.cuda.CUDAGraph(), (x.clone(), y.clone())
+    held, mode = (x.clone(), y.clone()), torch.cuda.get_sync_debug_mode()
+    train(*held)
+    restart()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(*held)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    restart()
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = train(*held)
     return Captured(graph, *held, outputs)
 
 
-Capture = Callable[[Train, Tensor, Tensor], Captured]
+Capture = Callable[[Train, Callable[[], None], Tensor, Tensor], Captured]
 
 
 class Graphs:
-    """Replays local training. Of each kind the first is carried out, and the second captured; later ones are replayed.
+    """Replays local training: of each kind it is captured once, before the first clients of it train.
 
-    The first prepares what a capture may not: kernels are chosen, and memory is taken. What the host does between
-    kernels is not repeated: a network whose forward depends on values of the device is not captured, and trains as
-    before; one that changes Python numbers of its own is not to be replayed (``federation.graph=false``).
+    So the bits of a run do not depend on when it was resumed: a convolution may have others in a graph. A network
+    whose forward waits for the device, as it reads values there, is not captured, and trains step by step. One that
+    changes Python numbers of its own is not to be replayed (``federation.graph=false``): the host's work between
+    kernels is not repeated.
 
     Args:
         capture: captures a training; raises a RuntimeError where that is not possible.
@@ -70,33 +83,28 @@ class Graphs:
 
     def __init__(self, capture: Capture = capture) -> None:
         self.capture, self.works = capture, True
-        self.seen: set[Hashable] = set()
         self.captured: dict[Hashable, Captured] = {}
 
     def run(
-        self, train: Train, restart: Callable[[], None], x: Tensor, y: Tensor, kind: Hashable
+        self, train: Train, hold: Callable[[], Callable[[], None]], x: Tensor, y: Tensor, kind: Hashable
     ) -> tuple[Tensor, ...]:
         """Train on samples, by a graph where there is one.
 
         Args:
             train: the local training: (x, y) -> tensors of the device.
-            restart: undoes what a capture that fails has changed on the host.
+            hold: notes the state before a rehearsal; what it returns restores it.
             x: samples of all steps.
             y: their labels.
             kind: all else that decides which kernels run, and with which numbers.
 
         """
         key = (kind, x.shape, x.dtype, y.shape)
-        if (found := self.captured.get(key)) is not None:
-            return found.replay(x, y)
-        if not self.works or key not in self.seen or len(self.captured) >= MOST:
-            self.seen.add(key)
-            return train(x, y)
-        try:
-            self.captured[key] = self.capture(train, x, y)
-        except RuntimeError as error:  # as torch names what a capture does not allow
-            self.works = False
-            log.info("local steps are not replayed by a CUDA graph: %s", str(error).splitlines()[0])
+        if self.works and key not in self.captured and len(self.captured) < MOST:
+            restart = hold()
+            try:
+                self.captured[key] = self.capture(train, restart, x, y)
+            except RuntimeError as error:  # as torch names what a capture does not allow
+                self.works = False
+                log.info("local steps are not replayed by a CUDA graph: %s", str(error).splitlines()[0])
             restart()
-            return train(x, y)
-        return self.captured[key].replay(x, y)
+        return self.captured[key].replay(x, y) if key in self.captured else train(x, y)

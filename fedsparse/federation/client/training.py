@@ -170,7 +170,7 @@ class Clients:
         if start.patience is not None:
             losses, taken = self._patiently(x, y, Patience(taken, start.epochs, start.patience), correction)
         else:
-            losses = self._steps(x, y, cohort, start.lr, correction)
+            losses = self._steps(x, y, cohort, start, correction)
         values = self.subspace.of(self.theta.detach())
         update = self._update(start, cohort, values, losses, taken)
         kept = correction.finish(update.rows, start.lr, update.steps)
@@ -241,14 +241,20 @@ class Clients:
         if cohort.clients[0] >= 0:
             seed_dropout(self.theta.device, number(self.seed, Purpose.DROPOUT, cohort.round, cohort.clients[0]))
 
-    def _steps(self, x: Tensor, y: Tensor, cohort: Cohort, lr: float, correction: GradientCorrection) -> Tensor:
+    def _steps(self, x: Tensor, y: Tensor, cohort: Cohort, start: Start, correction: GradientCorrection) -> Tensor:
         """Take all local steps: losses (S * K,), step by step; on a GPU by a graph, where that is possible."""
         count = cohort.count
 
-        def restart() -> None:
-            self._seed(cohort)
-            self.optimizer.reset()
-            self.factors.clear()
+        def hold() -> Callable[[], None]:
+            counters = [(buffer, buffer.clone()) for buffer in self.net.buffers() if not buffer.is_floating_point()]
+
+            def restart() -> None:
+                self.start(start, cohort.clients)
+                self._seed(cohort)
+                for buffer, before in counters:
+                    buffer.copy_(before)
+
+            return restart
 
         def train(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
             steps = zip(self._batches(x, y), count, strict=True)
@@ -257,7 +263,7 @@ class Clients:
 
         if self.graphs is None or len(count) > LONGEST:
             return train(x, y)[0]
-        losses, *self.factors = self.graphs.run(train, restart, x, y, (count, lr))
+        losses, *self.factors = self.graphs.run(train, hold, x, y, (count, start.lr))
         return losses
 
     def _patiently(self, x: Tensor, y: Tensor, stop: Patience, correction: GradientCorrection) -> tuple[Tensor, Counts]:
