@@ -92,7 +92,7 @@ def best(scores: Tensor, k: int, *, largest: bool) -> Tensor:
         edge = scores.topk(n - k + 1, largest=not largest, sorted=False).values
         edge = edge.amax() if largest else edge.amin()
     sure, tied = scores > edge if largest else scores < edge, scores == edge
-    return sure | tied & (tied.cumsum(0) <= k - sure.sum())
+    return sure | tied & (tied.cumsum(0, dtype=torch.int32) <= k - sure.sum())
 
 
 def mark(parts: Sequence[Tensor], k: int, *, largest: bool) -> tuple[list[Tensor], int]:
