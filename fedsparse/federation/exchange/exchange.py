@@ -41,6 +41,9 @@ Send = Callable[[Update], Payload]
 class Filter:
     """Changes an update before it is sent. Filters are nested: the first of a list calls the next as its ``send``.
 
+    No message is written of what they make of it. A filter that needs real ones, as what they bring cannot be computed
+    otherwise, puts them into the payload: ``replace(payload, written=tuple(exchange.messages(payload)))`` is read.
+
     Attributes:
         carries: whether the unsent part of an update is carried over to the next round.
         stores: of the clients' rows that the filter needs, by name.
