@@ -259,6 +259,8 @@ class Exchange:
         """Choose, round and count, and read all numbers of the cohort at once."""
         for weight, steps in zip(update.weight, _steps(update), strict=True):
             check_sendable(update.rows.dtype, update.dtype or update.rows.dtype, weight, steps)
+        if self.filters and update.rows.device.type == "cpu":  # where testing first costs no wait
+            update = finite(update)
         arrived, figures = self._arriving(update)
         fits, values, positions, before, after = figures.T.tolist()  # the only wait for the device
         if self.filters and (sound := finite(update, before)) is not update:
