@@ -25,7 +25,7 @@ from fedsparse.federation.exchange.sparsifiers import Layers, Pattern, RandomK, 
 from fedsparse.federation.exchange.update import Payload, Update
 from fedsparse.federation.exchange.wire.message import split_size
 from fedsparse.federation.exchange.wire.positions import positions_size
-from fedsparse.masks.topk import best
+from fedsparse.masks.topk import best, top_fraction
 
 ORIGINAL = TopK("largest_final", 0.3, compat="original")
 RULES = {
@@ -257,6 +257,25 @@ def test_who_is_not_finite_is_refused_and_the_others_arrive(device, filters, num
         assert set(arrived.refused) == {1}
         assert content(arrived) == content(read_from_bytes(travels, found)) | {"refused": arrived.refused}
         assert all(kept[0] == (0, 2) for kept in found.kept.values())
+
+
+def test_a_rule_sees_numbers_alone():
+    """A user's rule may refuse NaN, which a filter made: it is refused before anything is chosen."""
+
+    class Strict:
+        shared = False
+
+        def mark(self, theta, start, layout, sender):
+            return top_fraction((theta - start).abs(), 0.5)
+
+    travels, update = case("topk", "attack", "change", "flat", 900, torch.float32, 0, 1)
+    travels = Exchange(
+        travels.sendable.subspace.mask,
+        torch.zeros(900, dtype=torch.bool),
+        rule=Strict(),
+        filters={"attack": SignFlip(1, float("1e45"))},  # infinite in float32, and NaN times a change of 0
+    )
+    assert set(travels.decode(travels.encode(update)).refused) == {0}
 
 
 @pytest.mark.parametrize("rule", ["topk", "all"])

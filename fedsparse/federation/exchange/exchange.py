@@ -41,6 +41,9 @@ Send = Callable[[Update], Payload]
 class Filter:
     """Changes an update before it is sent. Filters are nested: the first of a list calls the next as its ``send``.
 
+    No message is written of what they make of it. A filter that needs real ones, as what they bring cannot be computed
+    otherwise, puts them into the payload: ``replace(payload, written=tuple(exchange.messages(payload)))`` is read.
+
     Attributes:
         carries: whether the unsent part of an update is carried over to the next round.
         stores: of the clients' rows that the filter needs, by name.
@@ -256,6 +259,8 @@ class Exchange:
         """Choose, round and count, and read all numbers of the cohort at once."""
         for weight, steps in zip(update.weight, _steps(update), strict=True):
             check_sendable(update.rows.dtype, update.dtype or update.rows.dtype, weight, steps)
+        if self.filters and update.rows.device.type == "cpu":  # where testing first costs no wait
+            update = finite(update)
         arrived, figures = self._arriving(update)
         fits, values, positions, before, after = figures.T.tolist()  # the only wait for the device
         if self.filters and (sound := finite(update, before)) is not update:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedsparse.core import files
 from fedsparse.core.checks import check_choice
 from fedsparse.core.subspace import Carry
+from fedsparse.core.transfer import on_device
 
 KINDS = ("memory", "file")
 Kept = dict[str, tuple[tuple[int, ...], Tensor]]  # by the store's name: client ids, and a row each
@@ -70,7 +71,7 @@ class Part:
 
 def read(store: ClientStore, clients: Sequence[int], default: Tensor) -> Tensor:
     """Read rows (K, n) of K clients; of ``default`` (K, n) where a client has none."""
-    kept = [store.get(client, default[k]).to(default.device) for k, client in enumerate(clients)]
+    kept = [on_device(store.get(client, default[k]), default.device) for k, client in enumerate(clients)]
     return torch.stack(kept) if kept else default
 
 
