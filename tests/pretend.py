@@ -3,11 +3,17 @@
 ``with pretended():`` lets Lightning train on it. An operation that mixes its tensors with the CPU's raises ``Mixed``,
 as CUDA would: index tensors, and tensors without dimensions, may lie on the CPU. What is saved from it is tagged as a
 GPU's, so that loading it without ``map_location`` fails where there is none. Not covered: autocast, CUDA's own kernels.
+
+``with pretended() as counts:`` counts what a GPU's host would wait for, by the line of fedsparse that asked, and the
+kernels that it would launch.
 """
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import lightning.fabric.accelerators.cpu
 import lightning.fabric.strategies.single_device
@@ -23,6 +29,29 @@ aten = torch.ops.aten
 INDEXED = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put_.default, aten.index_put.default}
 INDEXED |= {aten._index_put_impl_.default, aten._unsafe_index_put.default}
 COPIES = {"_to_copy", "copy_", "copy", "set_", "_foreach_copy_", "is_same_size"}  # these may cross
+
+
+READ = {"nonzero", "masked_select", "unique", "_unique2", "unique_dim", "unique_consecutive", "bincount", "equal"}
+READ |= {"_local_scalar_dense", "is_nonzero", "multinomial", "allclose"}  # their result decides what the host does
+VIEWS = {"view", "_unsafe_view", "detach", "alias", "split", "split_with_sizes", "unbind", "select", "slice", "expand"}
+VIEWS |= {"permute", "t", "transpose", "unsqueeze", "squeeze", "as_strided", "_reshape_alias", "narrow", "lift_fresh"}
+VIEWS |= {"empty", "empty_like", "empty_strided", "new_empty", "unfold", "diagonal", "_local_scalar_dense"}
+
+
+@dataclass
+class Counts:
+    """What has been counted: waits by place, and launches in all and by operation."""
+
+    waits: Counter = field(default_factory=Counter)
+    launches: Counter = field(default_factory=Counter)
+
+    def clear(self):
+        """Begin again."""
+        self.waits.clear()
+        self.launches.clear()
+
+
+COUNTS = Counts()
 
 
 class Mixed(RuntimeError):
@@ -50,6 +79,7 @@ class Pretended(torch.Tensor):
         if name == "numpy":
             raise Mixed("a device's tensor has no numpy(): use Tensor.cpu()")
         if name == "tolist":
+            COUNTS.waits[_place()] += 1
             return args[0].held.tolist()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -74,6 +104,7 @@ def _run(func, args, kwargs):
     if not on_device and there != DEVICE:
         return func(*args, **kwargs)
     _check(func, name, args, leaves)
+    _count(func, name, args, kwargs, on_device)
     wrapped = {}
 
     def held(leaf):
@@ -97,6 +128,28 @@ def _run(func, args, kwargs):
     if name == "_to_copy" and out is getattr(args[0], "held", args[0]):
         out = out.clone()
     return tree_map(placed, out)
+
+
+def _count(func, name, args, kwargs, on_device):
+    """Count a launch, and a wait where the host reads, or copies without ``non_blocking``."""
+    if name not in VIEWS:
+        COUNTS.launches[name] += 1
+    marks = args[1] if func in INDEXED and len(args) > 1 else ()
+    by_bool = any(isinstance(mark, torch.Tensor) and mark.dtype is torch.bool for mark in marks)
+    target = kwargs.get("device")
+    crosses = name == "_to_copy" and target is not None and isinstance(args[0], Pretended) != (target == DEVICE)
+    crosses |= name == "copy_" and isinstance(args[0], Pretended) != isinstance(args[1], Pretended)
+    patient = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+    if (on_device and (name in READ or by_bool)) or (crosses and not (patient and not isinstance(args[-1], Pretended))):
+        COUNTS.waits[_place()] += 1
+
+
+def _place():
+    """Find the innermost line of fedsparse, or of what it calls where there is none."""
+    frame = sys._getframe(1)
+    while frame is not None and "/fedsparse/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_code.co_name}" if frame else "elsewhere"
 
 
 def _check(func, name, args, leaves):
@@ -147,6 +200,7 @@ def pretended():
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         try:
-            yield
+            COUNTS.clear()
+            yield COUNTS
         finally:
             torch._C._set_only_lift_cpu_tensors(before)

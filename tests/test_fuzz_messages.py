@@ -80,7 +80,8 @@ def cases():
                 for travels in exchanges(size):
                     payload = travels.encode(update)
                     known = replace(update, rows=torch.full_like(rows, math.nan), values=None)  # it sees no rows
-                    found.append((travels, Payload(known, payload.sizes, payload.written), travels.decode(payload)))
+                    written = tuple(travels.messages(payload))
+                    found.append((travels, Payload(known, payload.sizes, written), travels.decode(payload)))
     return found
 
 

@@ -83,6 +83,17 @@ class Carry:
         return replace(self, before=pair[0], after=pair[1])
 
 
+def where_true(marks: Tensor, count: int) -> Tensor:
+    """List the positions of ``count`` marks, bool (n,) -> int64 (count,); the host, which counted, does not wait.
+
+    >>> where_true(torch.tensor([False, True, True]), 2)
+    tensor([1, 2])
+    """
+    if marks.device.type == "cpu":
+        return marks.nonzero().squeeze(1)
+    return torch.searchsorted(marks.cumsum(0), torch.arange(1, count + 1, device=marks.device))
+
+
 def narrow(index: Tensor, total: int) -> Tensor:
     """Convert positions below ``total`` to int32, or to int64 if ``total`` needs it."""
     return index.to(torch.int32 if total < 1 << 31 else torch.int64)

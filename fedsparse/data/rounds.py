@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedsparse.core.checks import check_choice, check_number, check_whole
 from fedsparse.core.seeding import Purpose, generator
+from fedsparse.core.transfer import on_device
 
 WEIGHTS = ("held", "processed", "equal")  # of a client in an average
 PADDING = -1  # the client id of an unused row
@@ -44,7 +45,7 @@ class Cohort:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Cohort:
         """Move sample indices, and samples if gathered, to a device."""
-        samples = self.samples.to(device, non_blocking=non_blocking)
+        samples = on_device(self.samples, torch.device(device))
         if self.x is None:
             return replace(self, samples=samples)
         # Lightning sets non_blocking for tensors only; pinned samples are copied while the GPU computes

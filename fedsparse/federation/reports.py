@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedsparse.federation.exchange.update import NOT_FINITE, Update, of_those
+from fedsparse.federation.exchange.update import NOT_FINITE, Update
 from fedsparse.federation.exchange.wire.message import Size
 from fedsparse.federation.stores.store import Kept
 
@@ -44,7 +44,7 @@ class Report:
 
     @classmethod
     def of(cls, number: int, received: Update, group: tuple[int, ...], sizes: tuple[Size, ...], kept: Kept) -> Report:
-        """Build the report of an update as the server received it; padding rows are left out."""
+        """Build the report of an update as the server received it, and of what its clients store; without padding."""
         members = [k for k, client in enumerate(received.clients) if client >= 0]
         why = {k: received.refused[k] for k in members if k in received.refused}
         return cls(
@@ -52,10 +52,15 @@ class Report:
             tuple(group[k] for k in members),
             tuple(sizes[k] for k in members),
             tuple(Dropped(number, received.clients[k], reason) for k, reason in why.items()),
-            of_those(kept, received) if kept else {},
+            kept,
             received.local_steps,
             received.clipped,
         )
+
+    def on_cpu(self) -> Report:
+        """Copy the rows to the CPU, where other processes can read them."""
+        copied = {name: (clients, rows.to("cpu", copy=True)) for name, (clients, rows) in self.kept.items()}
+        return replace(self, kept=copied)
 
 
 class Diverged(RuntimeError):

@@ -12,7 +12,7 @@ from fedsparse.core import parallel
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.client.drift import VARIATES
 from fedsparse.federation.client.training import Clients
-from fedsparse.federation.exchange.update import Payload, Start, Update, finite_rows
+from fedsparse.federation.exchange.update import Payload, Start, Update, finite_rows, of_those
 from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import Diverged, EveryUpdateDropped, Report
 from fedsparse.federation.server.aggregation import Change
@@ -87,11 +87,15 @@ class Round:
             f.merging.receive(received, f.server.rows[0], f.server.subspace)
         for watcher in f.watchers:
             watcher.receive(self, payload.update, received)
-        kept = payload.update.kept | payload.kept
+        kept = dict(payload.update.kept)
         if received.variates is not None:
             kept[VARIATES] = (received.clients, received.variates)  # as received: both sides keep equal variates
+        if kept or payload.kept:
+            kept = of_those(kept, received) | of_those(payload.kept, received, known=True)
         report = Report.of(self.number, received, group, payload.sizes, kept)
-        self.reports.append(f.keep(report) if report.kept and not parallel.joined() else report)
+        if report.kept:
+            report = report.on_cpu() if parallel.joined() else f.keep(report)  # of other processes, when it closes
+        self.reports.append(report)
 
     def close(self) -> float:
         """Close the round: average, step the server, load the new model into the network, and close the watchers.

@@ -46,7 +46,7 @@ from fedsparse.models.attention import attentions
 from fedsparse.models.lora import adapters
 from fedsparse.preparation.calibration import Calibration
 from fedsparse.preparation.head import Head
-from fedsparse.simulation.devices import accelerator
+from fedsparse.simulation.devices import accelerator, device_of
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.trainer import Session
 
@@ -108,7 +108,7 @@ def assemble_problem(cfg: DictConfig) -> Problem:
     if cfg.sparsity.mode == "prune":
         check_parametrized(net)
     check_classes(net, head, dataset)
-    check_kind(net, dataset, cfg.federation.cohort)
+    check_kind(net, dataset, cohort_of(cfg))
     inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None, dtype)
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
@@ -145,13 +145,21 @@ def assemble_course(cfg: DictConfig, problem: Problem) -> Course:
         return sampler(round, eligible=eligible, count=count, seed=cfg.seed, purpose=purpose)
 
     work = LocalWork(cfg.data.batch_size, federation.local_steps, federation.local_epochs, federation.weight)
-    bound = 1 if federation.cohort == AUTO else federation.cohort
+    cohort = cohort_of(cfg)
+    bound = 1 if cohort == AUTO else cohort
     plan = RoundPlan(problem.parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())
     phases = Phases.of(OmegaConf.to_container(cfg.phases, resolve=True))  # type: ignore[arg-type]
     count_of = partial(participants, num_clients=federation.num_clients)
     plans = [_plan_of(phase, plan, eligible, count_of, federation.clients_per_round) for phase in phases.rounds]
     stages = [(p.rounds, stage_plan, phases.before(p)) for p, stage_plan in zip(phases.rounds, plans, strict=True)]
-    return Course(phases, plan, PhasedPlan(stages, plan), sample, federation.cohort == AUTO)
+    return Course(phases, plan, PhasedPlan(stages, plan), sample, cohort == AUTO)
+
+
+def cohort_of(cfg: DictConfig) -> Any:
+    """Look up ``federation.cohort``; null is the model's on a CPU, and ``auto`` on a GPU, where launches cost most."""
+    if cfg.federation.cohort is not None:
+        return cfg.federation.cohort
+    return AUTO if device_of(accelerator(cfg.trainer.accelerator)).type == "cuda" else cfg.model.cohort
 
 
 def _plan_of(
@@ -290,6 +298,7 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
             clip_norm=cfg.optimizer.clip_norm,
             inputs=problem.inputs,
             compile=cfg.federation.get("compile", False),
+            graph=cfg.federation.get("graph", False),
             objective=objective,
             buffers=cfg.federation.buffers,
             seed=cfg.seed,
@@ -317,6 +326,8 @@ def assemble_session(cfg: DictConfig, config: dict[str, Any], problem: Problem) 
         trainer=instantiate(cfg.trainer),
         accelerator=accelerator(cfg.trainer.accelerator),
         precision=cfg.trainer.precision,
+        deterministic=cfg.trainer.get("deterministic") or False,
+        tf32=cfg.federation.get("tf32", False),
         max_time=seconds_of(config["trainer"].get("max_time")),
         eval_every=cfg.federation.eval_every,
         checkpoint_every=cfg.federation.checkpoint_every,

@@ -1,4 +1,4 @@
-"""Measures the fastest size of cohorts, for ``federation.cohort=auto``."""
+"""Finds the fastest size of cohorts, for ``federation.cohort=auto``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedsparse.federation.exchange.update import Start
 from fedsparse.job.parts import Assembly
 from fedsparse.job.trial import obstacle
 from fedsparse.models.copies import copied
-from fedsparse.simulation.autotune import choose, measure
+from fedsparse.simulation.autotune import choose, largest, measure
 from fedsparse.simulation.devices import fabric_of
 from fedsparse.simulation.module import ClientModule
 
@@ -19,7 +19,7 @@ log = logging.getLogger("fedsparse")
 
 
 def fastest(assembly: Assembly, module: ClientModule) -> int:
-    """Measure a local step for several K, on copies of the network with the mask of ``module``; returns the best K."""
+    """Find the fastest K by local steps on copies of the network, with the mask of ``module``."""
     problem, session, plan = assembly.problem, assembly.session, assembly.course.plan
     if problem.dataset.tokens or not can_stack(problem.net) or len(torch.as_tensor(module.bitmaps)):
         return 1
@@ -37,7 +37,10 @@ def fastest(assembly: Assembly, module: ClientModule) -> int:
     batch = (split.x[few].to(fabric.device), split.y[few].to(fabric.device))
     if obstacle(module, problem.inputs(batch[0][:2]), batch[1][:2]):
         return 1
+    clients = -(-len(plan.sample(0)) // plan.processes)
     with fabric.autocast():
-        seconds = measure(trial, batch, -(-len(plan.sample(0)) // plan.processes))
+        if fabric.device.type == "cuda":
+            return largest(trial, batch, clients)
+        seconds = measure(trial, batch, clients)
     log.info("federation.cohort=auto, ms a client and step: %s", {k: round(1e3 * s, 2) for k, s in seconds.items()})
     return choose(seconds)

@@ -190,8 +190,13 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
         _check_count(key, OmegaConf.select(cfg, key))
     for key in OPTIONAL_COUNTS:
         _check_count(key, OmegaConf.select(cfg, key), null=True)
-    _check_count("federation.cohort", cfg.federation.cohort, word="auto")
+    _check_count("federation.cohort", cfg.federation.cohort, word="auto", null=True)
+    _check_count("model.cohort", cfg.model.cohort, word="auto")
     check_flag("federation.compile", cfg.federation.get("compile", False))
+    check_flag("federation.graph", cfg.federation.get("graph", False))
+    check_flag("federation.tf32", cfg.federation.get("tf32", False))
+    if (deterministic := cfg.trainer.get("deterministic")) not in (None, "warn"):
+        check_flag("trainer.deterministic", deterministic)
     for key in POSITIVE:
         check_positive(key, OmegaConf.select(cfg, key))
     check_number("optimizer.clip_norm", cfg.optimizer.clip_norm, above=0, null=True)

@@ -54,6 +54,7 @@ from fedsparse.preparation.calibration import Calibrated
 from fedsparse.simulation import processes
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import choose_checkpoint, read_checkpoint
+from fedsparse.simulation.devices import kernels
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.own_models import OwnModels
@@ -122,6 +123,12 @@ def execute(job: Job) -> dict[str, Any]:
 def _lead(job: Job) -> dict[str, Any]:
     assembly = assemble(job.cfg)
     parallel.share(job)  # after the data set's download, which the others then read
+    with kernels(assembly.session.deterministic, assembly.session.tf32):
+        return _complete(job, assembly)
+
+
+def _complete(job: Job, assembly: Assembly) -> dict[str, Any]:
+    """Prepare, train, and write the results; returns the summary."""
     module = assembly.module()
     start = _start(job, assembly, module)
     parallel.share(start)
@@ -157,13 +164,18 @@ def follow() -> None:
             start = parallel.share()
             if start is None:
                 return
-            assembly = replace(assembly, course=assembly.course.bounded(start.bound))
-            module = assembly.module()
-            assembly.problem.net.load_state_dict(start.net)
-            module.set_mask(start.found.mask.row(assembly.problem.space), start.found.bitmaps)
-            _train(job, assembly, module, start)
+            with kernels(assembly.session.deterministic, assembly.session.tf32):
+                _train_along(job, replace(assembly, course=assembly.course.bounded(start.bound)), start)
     except Diverged:
         return  # the leading process reports it
+
+
+def _train_along(job: Job, assembly: Assembly, start: Start) -> None:
+    """Train from what the leading process has prepared."""
+    module = assembly.module()
+    assembly.problem.net.load_state_dict(start.net)
+    module.set_mask(start.found.mask.row(assembly.problem.space), start.found.bitmaps)
+    _train(job, assembly, module, start)
 
 
 def _start(job: Job, assembly: Assembly, module: ClientModule) -> Start:

@@ -54,7 +54,7 @@ def top_fraction(scores: Tensor, fraction: float, *, largest: bool = True) -> Te
     if not scores.numel():
         return torch.zeros_like(scores, dtype=torch.bool)
     rows = scores.detach().reshape(-1, scores.shape[-1])
-    return torch.stack([mark([row], k, largest=largest)[0][0] for row in rows]).view(scores.shape)
+    return torch.stack([best(row, k, largest=largest) for row in rows]).view(scores.shape)
 
 
 def check(scores: Tensor) -> None:
@@ -68,6 +68,26 @@ def check(scores: Tensor) -> None:
         raise ValueError("scores need at least one dimension")
     if scores.isnan().any():
         raise ValueError("the scores hold NaN, which has no order; look for a loss or a weight that is not finite")
+
+
+def best(scores: Tensor, k: int, *, largest: bool) -> Tensor:
+    """Mark the k best of one tensor's scores, ties to the first; the host does not wait for their device.
+
+    Args:
+        scores: (n,), NaN-free.
+        k: how many to mark, from 0 to n.
+        largest: whether the largest scores are the best, or the smallest.
+
+    Returns:
+        bool (n,), k of them True.
+
+    """
+    n = len(scores)
+    if scores.device.type == "cpu" or k in (0, n):
+        return mark([scores], k, largest=largest)[0][0]
+    edge = kth(scores, n - k + 1 if largest else k)
+    sure, tied = scores > edge if largest else scores < edge, scores == edge
+    return sure | tied & (tied.cumsum(0, dtype=torch.int32) <= k - sure.sum())
 
 
 def mark(parts: Sequence[Tensor], k: int, *, largest: bool) -> tuple[list[Tensor], int]:
@@ -114,13 +134,21 @@ def smallest(parts: Sequence[Tensor], k: int, sample: int = SAMPLE, margin: floa
             if _number(parts, torch.lt, edge) < k <= _number(parts, torch.le, edge):
                 return edge
         if (below := _number(parts, torch.le, low)) < k <= _number(parts, torch.lt, high):
-            return _kth(torch.cat([part[(part > low) & (part < high)] for part in parts]), k - below)
-    return _kth(torch.cat(list(parts)), k)
+            return kth(torch.cat([part[(part > low) & (part < high)] for part in parts]), k - below)
+    return kth(torch.cat(list(parts)), k)
 
 
-def _kth(scores: Tensor, k: int) -> Tensor:
-    """Find the k-th smallest of flat scores, which are a copy; numpy needs no indices for it."""
-    if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
+def kth(scores: Tensor, k: int) -> Tensor:
+    """Find the k-th smallest of flat scores, a scalar where they are; on a CPU they lose their order: pass a copy.
+
+    numpy needs no indices for it. A GPU's ``topk`` shares a row out among many blocks; its ``kthvalue`` has one block
+    for it, and is refused where kernels are to be deterministic.
+    """
+    if scores.device.type != "cpu":
+        few = k <= len(scores) // 2
+        ends = scores.topk(k if few else len(scores) - k + 1, largest=not few, sorted=False).values
+        return ends.amax() if few else ends.amin()
+    if scores.dtype not in (torch.float32, torch.float64):
         return scores.kthvalue(k).values
     scores.numpy().partition(k - 1)
     return scores[k - 1].clone()

@@ -37,6 +37,26 @@ class _UnitGradient(torch.autograd.Function):
         return back, None, flat.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
+class _ReturnedUnitGradient(torch.autograd.Function):
+    """A linear map whose backward returns the weight's gradient, with zeros in the units that do not train."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, units: Tensor) -> Tensor:
+        """Map x (b, I) by weight (O, I) and bias (O,) to (b, O)."""
+        ctx.save_for_backward(x, weight, units)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+        """Gradient of x and bias as usual, and that of units (u,) of the weight."""
+        (x, weight, units), (grad,) = ctx.saved_tensors, grads
+        flat, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        rows = flat.index_select(1, units).t() @ inputs.to(grad.dtype)
+        slope = weight.new_zeros(weight.shape).index_copy_(0, units, rows.to(weight.dtype))
+        back = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return back, slope, flat.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
 class _StackedUnitGradient(torch.autograd.Function):
     """Linear maps of K clients whose backward computes the trained rows of the weights' gradient; the others are 0."""
 
@@ -90,10 +110,11 @@ def trained_units(net: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tens
     return {name: masks[name].flatten(1).any(1).nonzero().squeeze(1) for name in layers}
 
 
-def _forward(layer: nn.Linear, units: Tensor, x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, kind: type[torch.autograd.Function], units: Tensor, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or not layer.weight.requires_grad:
         return F.linear(x, layer.weight, layer.bias)
-    return _UnitGradient.apply(x, layer.weight, layer.bias, units)
+    mapped: Tensor = kind.apply(x, layer.weight, layer.bias, units)
+    return mapped
 
 
 def linear_layers(net: nn.Module, weights: Iterable[str]) -> dict[str, nn.Linear]:
@@ -102,16 +123,18 @@ def linear_layers(net: nn.Module, weights: Iterable[str]) -> dict[str, nn.Linear
     return {name: layer for name, layer in found.items() if type(layer) is nn.Linear}
 
 
-def compute_units_only(net: nn.Module, units: Mapping[str, Tensor]) -> None:
-    """Let linear layers compute the weight gradient of some units only; the weight needs a ``grad`` to add to.
+def compute_units_only(net: nn.Module, units: Mapping[str, Tensor], returned: bool = False) -> None:
+    """Let linear layers compute the weight gradient of some units only.
 
     Args:
         net: the network; its layers get a ``forward`` of their own until ``compute_all_units``.
         units: int64 (u,), the units that train, by the weight's name.
+        returned: whether autograd returns the gradient; else it is added to the weight's ``grad``, which there must be.
 
     """
+    kind = _ReturnedUnitGradient if returned else _UnitGradient
     for name, layer in linear_layers(net, units).items():
-        layer.forward = partial(_forward, layer, units[name])  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer, kind, units[name])  # type: ignore[method-assign]
 
 
 def compute_all_units(net: nn.Module) -> None:

@@ -1,4 +1,7 @@
-"""``federation.cohort=auto``: the number of clients that train stacked, measured with a few sizes for two seconds.
+"""``federation.cohort=auto``: the number of clients that train stacked.
+
+On a CPU a few sizes are measured for two seconds. On a GPU a step of many clients launches as many kernels as a step of
+one, so that the largest that fits in memory is taken: it is the same whenever a command runs, and so are the bits.
 
 Shapes: K clients of a cohort, B samples of a step, P coordinates.
 """
@@ -51,6 +54,20 @@ def sizes(clients: int) -> Iterator[int]:
     yield clients
 
 
+def largest(make: Make, batch: Batch, clients: int) -> int:
+    """Compute the largest cohort that fits in memory: a power of two, or all clients of a round.
+
+    Args:
+        make: builds ``Clients`` of a cohort size.
+        batch: x (B, ...) and y (B,) of one step.
+        clients: of a round.
+
+    """
+    room = SHARE * free_memory(batch[0].device)
+    fit = int(room) // client_bytes(make(1), batch)
+    return clients if fit >= clients else 1 << max(0, fit.bit_length() - 1)
+
+
 def measure(make: Make, batch: Batch, clients: int, budget: float = SECONDS) -> dict[int, float]:
     """Measure a local step with several cohort sizes: seconds a client, by size.
 
@@ -68,7 +85,7 @@ def measure(make: Make, batch: Batch, clients: int, budget: float = SECONDS) -> 
     needed, size_limit = 0, clients
     for size in sizes(clients):
         left = end - time.perf_counter()
-        if found and (3 * size * found[1] > left or size > size_limit):
+        if found and (3 * size * min(found.values()) > left or size > size_limit):
             break
         formed = make(size)
         if size == 1:

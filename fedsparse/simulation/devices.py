@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -20,6 +23,29 @@ def fabric_of(accelerator: str, precision: str) -> lightning.Fabric:
     """Build what computes as the Trainer will; half precision, whose steps are fedsparse's own, as float32."""
     wanted: Any = None if precision == HALF else precision
     return lightning.Fabric(accelerator=accelerator, devices=1, precision=wanted)
+
+
+@contextmanager
+def kernels(deterministic: bool | str, tf32: bool) -> Iterator[None]:
+    """Choose torch's kernels for a run, preparation included; the switches are the process's, and are restored.
+
+    Args:
+        deterministic: ``trainer.deterministic``: True, False, or ``warn``.
+        tf32: ``federation.tf32``.
+
+    """
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    products = torch.get_float32_matmul_precision()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's libraries start
+        torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
+    if tf32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.set_float32_matmul_precision(products)
 
 
 def accelerator(chosen: str) -> str:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fedsparse.core.precisions import HALF
 from fedsparse.core.space import ParamSpace
+from fedsparse.core.transfer import on_device
 from fedsparse.data.images import unchanged
 from fedsparse.data.rounds import Cohort
 from fedsparse.federation.client.bound import Forward
@@ -60,7 +61,8 @@ class ClientModule(lightning.LightningModule):
         objective: the drift correction; none by default.
         buffers: policy of float buffers; see ``Buffers``.
         seed: the run's seed, for dropout.
-        large: coordinates from which a tensor is a block of its own (K = 1).
+        large: coordinates from which a tensor is a block of its own (K = 1, on a CPU).
+        graph: whether a CUDA graph replays the local steps, where that is possible.
 
     Attributes:
         clients: exists once Lightning has moved the network to its device.
@@ -86,6 +88,7 @@ class ClientModule(lightning.LightningModule):
         buffers: str = "average",
         seed: int = 0,
         large: int = LARGE,
+        graph: bool = False,
     ) -> None:
         super().__init__()
         check_stackable(net, cohort)
@@ -94,6 +97,7 @@ class ClientModule(lightning.LightningModule):
         self.make_optimizer, self.inputs, self.compile_net = make_optimizer, inputs, compile
         self.objective = NoCorrection() if objective is None else objective
         self.buffer_policy, self.groups, self.seed, self.large = buffers, 1, seed, large
+        self.graph = graph
         self.buffer_store: ClientStore | None = None
         self.received: Start | None = None
         self.show: Callable[[int], None] = only_one
@@ -121,7 +125,8 @@ class ClientModule(lightning.LightningModule):
         """Unpack the masks of K clients, bool (K, P); None if all train the same coordinates."""
         if not len(bitmaps := torch.as_tensor(self.bitmaps)):
             return None
-        return unpack(bitmaps[torch.tensor([max(client, 0) for client in clients])], self.space.size)
+        chosen = on_device(torch.tensor([max(client, 0) for client in clients]), bitmaps.device)
+        return unpack(bitmaps[chosen], self.space.size)
 
     def keep_in(self, make: Callable[[str], ClientStore]) -> None:
         """Set the stores of buffers and of the drift correction, which ``make`` builds by name."""
@@ -159,6 +164,7 @@ class ClientModule(lightning.LightningModule):
             loss_scale=loss_scale,
             seed=self.seed,
             large=self.large,
+            graph=self.graph,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -41,6 +41,8 @@ class Session:
         trainer: builds Lightning's Trainer.
         accelerator: name of the Trainer's accelerator.
         precision: ``trainer.precision``.
+        deterministic: whether kernels give the same bits whenever a command runs; or ``warn``.
+        tf32: whether products of float32 matrices are in TF32 on a GPU.
         max_time: seconds after which the round is closed and saved; None: no limit.
         eval_every: rounds between evaluations.
         checkpoint_every: rounds between checkpoints.
@@ -54,6 +56,8 @@ class Session:
     trainer: Callable[..., lightning.Trainer]
     accelerator: str
     precision: str
+    deterministic: bool | str
+    tf32: bool
     max_time: float | None
     eval_every: int
     checkpoint_every: int

@@ -120,7 +120,7 @@ def test_what_clients_keep_is_finite_and_of_those_who_count():
 
 def forged(payload, k, **says):
     """The payload with another message of client k."""
-    written = list(payload.written)
+    written = exchange().messages(payload)
     written[k] = encode(torch.zeros(SIZE), **says)
     return replace(payload, written=tuple(written))
 

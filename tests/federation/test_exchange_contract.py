@@ -315,9 +315,10 @@ def test_what_arrives_is_what_was_sent(exchange, dtype):
     travels = EXACT[exchange](trained=torch.ones(SIZE, dtype=torch.bool), local=space.local, space=space)
     update = updates(dtype=dtype)
     payload = travels.encode(update)
-    wire = replace(payload, update=replace(payload.update, rows=torch.full_like(update.rows, 7.0)))
-    direct = travels.decode(payload)
-    read = direct if not payload.written else travels.decode(wire)  # the receiver does not see the rows
+    unseen = replace(payload.update, rows=torch.full_like(update.rows, 7.0))  # the receiver does not see the rows
+    wire = replace(payload, update=unseen, written=tuple(travels.messages(payload)), arrived=None)
+    direct, read = travels.decode(payload), travels.decode(wire)
+    assert torch.equal(direct.rows, read.rows)
     sent = torch.ones_like(update.rows, dtype=torch.bool) if read.sent is None else read.sent
     wanted = update.rows if travels.payload == "change" else update.start_values + update.rows - update.start_values
     if exchange == "flipped":

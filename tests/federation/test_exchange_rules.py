@@ -259,7 +259,7 @@ def test_compat_sends_what_fl4health_would_of_float32(seed):
     assert not torch.equal(start + update.rows, values)
     travels = travelling(TopK(fraction=0.3, compat="original"), payload="value", compat="original")
     payload = travels.encode(update)
-    for k, message in enumerate(payload.written):
+    for k, message in enumerate(travels.messages(payload)):
         said = read(message, 60)
         drift = (values[k] - start[k]).abs()
         least = drift.topk(math.ceil(0.3 * 60)).values[-1]

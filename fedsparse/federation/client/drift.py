@@ -16,9 +16,10 @@ from fedsparse.core.checks import check_number
 from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.client.bound import BoundRow
 from fedsparse.federation.client.stacked import StackedRows
+from fedsparse.federation.client.whole import WholeRow
 from fedsparse.federation.stores.store import ClientStore, Kept, MemoryStore, read
 
-Rows = BoundRow | StackedRows
+Rows = BoundRow | WholeRow | StackedRows
 VARIATES = "variates"
 
 
@@ -65,12 +66,14 @@ class DriftCorrection:
     """The drift correction of a run (``conf/objective``); this base class corrects nothing.
 
     Attributes:
+        corrects: whether gradients may be changed.
         messages: rows of values that travel each way beside the update, in the same message and never rounded.
         stores: of the clients' rows that the correction needs, by name.
 
     """
 
     messages = 0
+    corrects = True
 
     def __init__(self) -> None:
         self.stores: dict[str, ClientStore] = {}
@@ -102,6 +105,8 @@ class DriftCorrection:
 
 class NoCorrection(DriftCorrection):
     """No correction: clients minimise their loss."""
+
+    corrects = False
 
 
 class FedProx(DriftCorrection):

@@ -13,9 +13,12 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedsparse.core.space import ParamSpace
+from fedsparse.core.transfer import on_device
 from fedsparse.federation.client.bound import Forward, Losses
 from fedsparse.models.stacked import Stacked, stacks
 from fedsparse.models.units import trained_units
+
+KEPT = 64  # weights of a step's samples that are kept
 
 
 class StackedRows:
@@ -60,6 +63,7 @@ class StackedRows:
         self.trained = [self.leaves[name].requires_grad_(True) for name in trained]
         self.slots = [space.unflatten(theta.grad)[name] for name in trained]
         self.units = trained_units(net, space.unflatten(mask))
+        self.weights: dict[tuple[tuple[int, ...], int], Tensor] = {}
         self.stacked: Stacked | None = None
         self.chosen = False
         self.vmapped = vmap(self._client_losses, in_dims=(0, 0, 0), randomness="different")
@@ -92,11 +96,20 @@ class StackedRows:
 
         """
         losses = self._sample_losses(x, y)
-        weight = _weights(count, y.shape[1]).to(losses)
+        weight = self._weights(count, y.shape[1]).to(losses)
         losses = torch.where(weight > 0, losses, 0.0)
         scaled = weight if scale is None else weight * scale.unsqueeze(1)
         torch._foreach_copy_(self.slots, torch.autograd.grad(losses, self.trained, scaled, materialize_grads=True))
         return (losses.detach() * weight).sum(1)
+
+    def _weights(self, count: Sequence[int], samples: int) -> Tensor:
+        """Compute the weights (K, B) of samples on the device; those of the last few counts are kept, as most recur."""
+        key = (tuple(count), samples)
+        if key not in self.weights:
+            if len(self.weights) >= KEPT:
+                self.weights.clear()
+            self.weights[key] = on_device(_weights(count, samples), self.views[0].device)
+        return self.weights[key]
 
     def _sample_losses(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute the losses (K, B) of all samples."""

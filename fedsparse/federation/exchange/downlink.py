@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.subspace import Carry
-from fedsparse.federation.exchange.wire.message import HEADER, Size, known_size
-from fedsparse.federation.exchange.wire.positions import write_positions
+from fedsparse.federation.exchange.wire.message import Size, counted_size, known_size
+from fedsparse.federation.exchange.wire.positions import positions_size
 
 _NEVER = -1
 
@@ -61,9 +61,9 @@ class Downlink:
         return min(whole, self._some(last >= since, buffers, row), key=lambda size: size.total)
 
     def _some(self, marks: Tensor, buffers: int, row: Tensor) -> Size:
-        """Bytes of a message with these coordinates, bool (n,)."""
-        values = (int(marks.count_nonzero()) + buffers) * row.dtype.itemsize
-        return Size(HEADER.size, len(write_positions(marks.cpu().numpy())[1]), values)
+        """Bytes of a message with these coordinates, bool (n,); counted where they are, with one wait for both."""
+        count, positions = torch.stack([marks.count_nonzero(), positions_size(marks)]).tolist()
+        return counted_size(count, positions, buffers, row.dtype, row.dtype)
 
     def close(self, round: int, start: Tensor, after: Tensor, clients: Iterable[int] = ()) -> None:
         """Record which coordinates a round changed, and its clients.

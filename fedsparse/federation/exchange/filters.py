@@ -13,7 +13,7 @@ import torch
 
 from fedsparse.core.checks import check_choice, check_number
 from fedsparse.federation.exchange.exchange import Exchange, Filter, Send
-from fedsparse.federation.exchange.update import Payload, Update, counted
+from fedsparse.federation.exchange.update import Payload, Update, of_those
 from fedsparse.federation.stores.store import ClientStore, MemoryStore, read
 
 RESIDUAL = "residuals"
@@ -43,15 +43,18 @@ class ErrorFeedback(Filter):
         self.stores[RESIDUAL] = MemoryStore() if store is None else store
 
     def __call__(self, update: Update, send: Send, exchange: Exchange) -> Payload:
-        """Add the residual, send, and keep the difference to the decoded update as the new residual."""
+        """Add the residual, send, and keep the difference to the decoded update as the new residual, where it is.
+
+        It is finite where both are: what the exchange itself leaves out or rounds away is no larger than the value.
+        """
         carried = read(self.stores[RESIDUAL], update.clients, torch.zeros_like(update.rows))
         wanted = update.rows + self.decay * carried
         payload = send(replace(update, rows=wanted))
         arrived = exchange.decode(payload)
         left = torch.where(exchange.sendable.travels, wanted - arrived.rows, 0.0)
-        rows = counted(arrived)  # the residual of a dropped update stays as it was
-        kept = (tuple(arrived.clients[k] for k in rows), left[rows].cpu())
-        return replace(payload, kept=payload.kept | {RESIDUAL: kept})
+        changed = payload.update.rows is not wanted  # by a filter after this one, or because some were refused
+        kept = of_those({RESIDUAL: (arrived.clients, left)}, arrived, known=not changed)  # a dropped one's stays
+        return replace(payload, kept=payload.kept | kept)
 
 
 class Quantize(Filter):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_choice, check_number
-from fedsparse.masks.topk import count, mark
+from fedsparse.masks.topk import best, count, kth
 
 Score = Callable[[Tensor, Tensor], Tensor]
 TOLERANCE = 1e-9  # 0.1 * 30 is 3.0000000000000004, and its ceiling must be 3
@@ -63,7 +63,7 @@ def select(rule: str, theta: Tensor, start: Tensor, fraction: float) -> Tensor:
     scores = score(rule)(theta, start)
     k = kept(fraction, scores.shape[-1])
     rows = scores.reshape(-1, scores.shape[-1])
-    return torch.stack([mark([row], k, largest=True)[0][0] for row in rows]).view(scores.shape)
+    return torch.stack([best(row, k, largest=True) for row in rows]).view(scores.shape)
 
 
 def kept(fraction: float, n: int) -> int:
@@ -84,4 +84,4 @@ def at_least(scores: Tensor, fraction: float) -> Tensor:
     tensor([False,  True,  True,  True])
     """
     k = max(1, math.ceil(len(scores) * fraction - TOLERANCE))
-    return scores >= scores.kthvalue(len(scores) - k + 1).values
+    return scores >= kth(scores.clone(), len(scores) - k + 1)

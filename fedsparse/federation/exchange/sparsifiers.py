@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.core.space import Patterns, matches
+from fedsparse.core.transfer import on_device
 from fedsparse.federation.exchange.fractions import Fraction, check_fraction, fraction_of
 from fedsparse.federation.exchange.scores import TOLERANCE, at_least, kept, score, select
-from fedsparse.masks.topk import mark
+from fedsparse.masks.topk import best
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,11 @@ class Layout:
         """Restrict the layout to some positions; None keeps all."""
         return self if index is None else Layout(self.names, self.owner[index])
 
-    def sizes(self) -> Tensor:
-        """Count the coordinates of each tensor: int64 (T,)."""
-        return torch.bincount(self.owner, minlength=len(self.names))
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of coordinates of each of T tensors; the host waits once for the device of ``owner``."""
+        ends = torch.arange(len(self.names), device=self.owner.device)
+        return tuple(torch.searchsorted(self.owner, ends, right=True).diff(prepend=ends.new_zeros(1)).tolist())
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class TopK:
             return at_least(score(self.by)(theta, start), share) & (theta != 0)
         if self.scope == "global":
             return select(self.by, theta, start, share)
-        parts = [part.split(layout.sizes().tolist()) for part in (theta, start)]
+        parts = [part.split(layout.sizes) for part in (theta, start)]
         pairs = zip(*parts, strict=True)
         return torch.cat([select(self.by, now, start, share) for now, start in pairs if len(now)])
 
@@ -129,7 +133,7 @@ class RandomK:
         stream = torch_generator(self.seed, Purpose.EXCHANGE, sender.round, sender.client)
         marks = torch.zeros(len(theta), dtype=torch.bool)
         marks[torch.randperm(len(theta), generator=stream)[:k]] = True
-        return marks.to(theta.device)
+        return on_device(marks, theta.device)
 
 
 class Threshold:
@@ -185,17 +189,16 @@ class Layers:
 
     def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Mark all coordinates of the chosen tensors."""
-        sizes = layout.sizes()
         drift = drifts(theta - start, layout, self.normalise)
         if self.threshold is not None:
             chosen = (drift > self.threshold) == self.more
         else:
             assert self.percentage is not None
-            present = int((sizes > 0).sum())
+            held = [size > 0 for size in layout.sizes]
+            present = sum(held)
             k = min(present, max(1, math.ceil(present * self.percentage - TOLERANCE)))
-            worst = torch.tensor(-math.inf)
-            ranked = torch.where(sizes > 0, drift if self.more else -drift, worst.to(drift))
-            chosen = mark([ranked], k, largest=True)[0][0]
+            ranked = torch.where(on_device(torch.tensor(held), drift.device), drift if self.more else -drift, -math.inf)
+            chosen = best(ranked, k, largest=True)
         return chosen[layout.owner]
 
 
@@ -204,7 +207,7 @@ def drifts(change: Tensor, layout: Layout, normalise: bool) -> Tensor:
     squares = change.new_zeros(len(layout.names), dtype=torch.float64)
     squares.index_add_(0, layout.owner, change.double() ** 2)
     norms = squares.sqrt()
-    return norms / layout.sizes().clamp(min=1) if normalise else norms
+    return norms / on_device(torch.tensor(layout.sizes), norms.device).clamp(min=1) if normalise else norms
 
 
 class Pattern:
@@ -238,5 +241,5 @@ class Pattern:
 
     def mark(self, theta: Tensor, start: Tensor, layout: Layout, sender: Sender) -> Tensor:
         """Mark all coordinates of the matching tensors; with a mask of each client there may be none."""
-        hits = torch.tensor([matches(name, self.names) for name in layout.names], device=theta.device)
+        hits = on_device(torch.tensor([matches(name, self.names) for name in layout.names]), theta.device)
         return hits[layout.owner]

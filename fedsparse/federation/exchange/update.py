@@ -97,14 +97,17 @@ class Update:
 class Payload:
     """The messages of K clients.
 
-    If both sides have the positions and no value is rounded, no message is written, and the sizes are those that
-    messages would have: so a simulation does not copy every update to the host to count it.
+    Both ends of a simulation are in one process: it computes what the messages would bring, and counts their bytes, so
+    that no update is copied to the host to be written. Real messages, of ``Exchange.messages`` or from elsewhere, come
+    before that: where there are any, the receiver reads nothing else.
 
     Attributes:
-        update: the update; its rows are those that are sent if there are no messages.
+        update: the update as it is sent.
         sizes: bytes of each client's message.
-        written: the messages; empty if none are needed.
-        kept: rows that filters store, as ``Update.kept``.
+        written: the messages; empty if none were written.
+        kept: rows that filters store, as ``Update.kept``; all finite.
+        arrived: the update as the receiver decodes it, without NaN and infinity, before it judges weights; None where
+            only messages say it.
 
     """
 
@@ -112,6 +115,7 @@ class Payload:
     sizes: tuple[Size, ...]
     written: tuple[bytes, ...] = ()
     kept: Kept = field(default_factory=dict)
+    arrived: Update | None = None
 
 
 def counted(update: Update) -> list[int]:
@@ -119,30 +123,46 @@ def counted(update: Update) -> list[int]:
     return [k for k, weight in enumerate(update.weight) if weight > 0]
 
 
-def finite(update: Update) -> Update:
-    """Refuse updates whose row, buffers or loss are not finite."""
-    pairs = enumerate(zip(finite_rows(update.rows, update.buffers), update.loss, strict=True))
+def finite(update: Update, sums: Sequence[float] | None = None) -> Update:
+    """Refuse updates whose row, buffers or loss are not finite; ``sums`` are those of ``row_sums``, if already read."""
+    pairs = enumerate(zip(finite_rows(update.rows, update.buffers, sums=sums), update.loss, strict=True))
     why = {k: NOT_FINITE for k, (good, loss) in pairs if not (good and math.isfinite(loss))}
     return refuse(update, why) if why else update
 
 
-def finite_rows(first: Tensor, *others: Tensor) -> list[bool]:
-    """Test which of K rows, in parts (K, *), are finite; the host waits for the device once if all sums are finite."""
+def row_sums(first: Tensor, *others: Tensor) -> Tensor:
+    """Sum each of K rows, in parts (K, *): (K,), which is finite only if the row is."""
     sums = first.sum(1)
     for part in others:
         sums = sums + part.sum(1) if part.shape[1] else sums
+    return sums
+
+
+def finite_rows(first: Tensor, *others: Tensor, sums: Sequence[float] | None = None) -> list[bool]:
+    """Test which of K rows, in parts (K, *), are finite.
+
+    The host waits for the device once if all sums are finite, and not at all if it has read them (``row_sums``).
+    """
     parts = (first, *others)  # huge values are finite one by one, and their sum may not be
-    return [math.isfinite(s) or all(bool(p[k].isfinite().all()) for p in parts) for k, s in enumerate(sums.tolist())]
+    known = row_sums(*parts).tolist() if sums is None else sums
+    return [math.isfinite(s) or all(bool(p[k].isfinite().all()) for p in parts) for k, s in enumerate(known)]
 
 
-def of_those(kept: Kept, update: Update) -> Kept:
-    """Select the rows to store: the finite ones of clients with an admitted update, on the CPU."""
+def of_those(kept: Kept, update: Update, known: bool = False) -> Kept:
+    """Select the rows to store, where they are: the finite ones of clients with an admitted update.
+
+    Args:
+        kept: rows by the store's name.
+        update: as it was received.
+        known: whether all rows are known to be finite, so that the host need not wait for their device.
+
+    """
     those = {update.clients[k] for k in counted(update)}
     found = {}
     for name, (clients, rows) in kept.items():
-        rows = rows.cpu()
-        good = [k for k, whole in enumerate(finite_rows(rows)) if whole and clients[k] in those]
-        found[name] = (tuple(clients[k] for k in good), rows[good])
+        whole = [True] * len(clients) if known else finite_rows(rows)
+        good = [k for k, client in enumerate(clients) if whole[k] and client in those]
+        found[name] = (tuple(clients[k] for k in good), rows if len(good) == len(clients) else rows[good])
     return found
 
 

@@ -5,6 +5,7 @@ Shapes: K clients of the cohort, n values of a row.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -19,10 +20,12 @@ from torch import Tensor
 from fedsparse.core import files
 from fedsparse.core.checks import check_choice
 from fedsparse.core.subspace import Carry
+from fedsparse.core.transfer import on_device
 
 KINDS = ("memory", "file")
 Kept = dict[str, tuple[tuple[int, ...], Tensor]]  # by the store's name: client ids, and a row each
 DTYPES = ("float16", "float32", "float64")
+SHARE = 0.25  # of a GPU's memory, that the rows of one store may take
 _FIRST = 16  # rows of a new file; it doubles when they are used up
 
 
@@ -68,31 +71,48 @@ class Part:
 
 def read(store: ClientStore, clients: Sequence[int], default: Tensor) -> Tensor:
     """Read rows (K, n) of K clients; of ``default`` (K, n) where a client has none."""
-    kept = [store.get(client, default[k]).to(default.device) for k, client in enumerate(clients)]
+    kept = [on_device(store.get(client, default[k]), default.device) for k, client in enumerate(clients)]
     return torch.stack(kept) if kept else default
 
 
 class MemoryStore:
-    """Rows in memory; every checkpoint contains them."""
+    """Rows in memory, on the device where they were computed while they fit there; every checkpoint contains them.
 
-    def __init__(self) -> None:
+    Args:
+        most: bytes that rows may take on another device than the CPU, which holds the others; None: a share of
+            ``SHARE`` of a GPU's memory.
+
+    """
+
+    def __init__(self, most: int | None = None) -> None:
         self.rows: dict[int, Tensor] = {}
+        self.most = most
 
     def get(self, client: int, default: Tensor) -> Tensor:
         """Read the row of a client."""
         return self.rows.get(client, default)
 
     def write(self, clients: Sequence[int], rows: Tensor) -> None:
-        """Store copies on the CPU."""
-        self.rows |= {client: rows[k].detach().cpu().clone() for k, client in enumerate(clients) if client >= 0}
+        """Store copies where the rows are, or on the CPU if they do not fit there."""
+        for client, row in zip(clients, rows.detach(), strict=True):
+            if client >= 0:
+                self.rows.pop(client, None)
+                self.rows[client] = row.clone() if self._fits(row) else row.cpu().clone()
+
+    def _fits(self, row: Tensor) -> bool:
+        """Whether a row fits beside those that are on its device."""
+        if row.device.type == "cpu":
+            return True
+        held = sum(other.nbytes for other in self.rows.values() if other.device == row.device)
+        return held + row.nbytes <= (room(row.device) if self.most is None else self.most)
 
     def move(self, carry: Carry) -> None:
         """Carry every row over to another mask."""
         self.rows = {client: carry(row) for client, row in self.rows.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All rows."""
-        return {"rows": dict(self.rows)}
+        """All rows, on the CPU."""
+        return {"rows": {client: row.cpu() for client, row in self.rows.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the rows of a checkpoint."""
@@ -211,6 +231,15 @@ class FileStore:
         self.locked = {slot for slots in self.pinned for slot in slots}
         used = self.locked | set(self.slots.values())
         self.free = [slot for slot in range(self.shape[0] - 1, -1, -1) if slot not in used]
+
+
+def room(device: torch.device) -> float:
+    """Bytes that the rows of one store may take on a device: a share of a GPU's memory, all of another's.
+
+    >>> room(torch.device("cpu"))
+    inf
+    """
+    return SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 def make_store(kind: str, path: Path) -> ClientStore:

@@ -107,6 +107,11 @@ def known_size(count: int, extra: int, dtype: torch.dtype) -> Size:
     return Size(HEADER.size, 0, (count + extra) * dtype.itemsize)
 
 
+def counted_size(count: int, positions: int, extra: int, dtype: torch.dtype, row: torch.dtype) -> Size:
+    """Bytes of a message of so many values in a dtype, so many bytes of positions, and buffer values in the row's."""
+    return Size(HEADER.size, positions, values_size(dtype, count) + extra * row.itemsize)
+
+
 def length(*tensors: Tensor) -> int:
     """Bytes of the message with these tensors, of one dtype, as one row."""
     return len(encode(torch.cat([tensor.reshape(-1) for tensor in tensors])))
@@ -145,9 +150,7 @@ def encode(
 
     """
     dtype = dtype or row.dtype
-    _check_dtypes(row, dtype)
-    for name, number in (("weight", weight), ("steps", steps)):
-        check_number(name, number, least=0, double=True)
+    check_sendable(row.dtype, dtype, weight, steps)
     marks = _marks(row, sent, mask)
     values = _chosen(row.detach().cpu(), sent if sent is not None else mask)
     coding, positions = write_positions(marks)
@@ -202,6 +205,19 @@ def split_size(payload: bytes) -> Size:
     return Size(HEADER.size, len(payload) - HEADER.size - values, values)
 
 
+def check_sendable(row: torch.dtype, dtype: torch.dtype, weight: float, steps: float) -> None:
+    """Refuse what no header can say.
+
+    Raises:
+        ValueError: the row cannot be sent in this dtype, or weight or steps are negative or not finite.
+
+    """
+    if CODES.get(row) is None or row == torch.int8 or dtype not in CODES:
+        raise ValueError(f"a row of {row} cannot be sent as {dtype}; use float32, float64, float16, bfloat16")
+    for name, number in (("weight", weight), ("steps", steps)):
+        check_number(name, number, least=0, double=True)
+
+
 def _marks(row: Tensor, sent: Tensor | None, mask: Tensor | None) -> npt.NDArray[np.bool_]:
     """Mark the sent coordinates among the n within the mask: bool (n,)."""
     for name, given in (("sent", sent), ("mask", mask)):
@@ -221,11 +237,6 @@ def _chosen(row: Tensor, chosen: Tensor | None) -> Tensor:
         return row
     bits = row.contiguous().view(_BITS[row.dtype.itemsize]).numpy()[chosen.cpu().numpy()]
     return torch.from_numpy(bits).view(row.dtype)
-
-
-def _check_dtypes(row: Tensor, dtype: torch.dtype) -> None:
-    if CODES.get(row.dtype) is None or row.dtype == torch.int8 or dtype not in CODES:
-        raise ValueError(f"a row of {row.dtype} cannot be sent as {dtype}; use float32, float64, float16, bfloat16")
 
 
 def _seal(header: bytes, *body: bytes) -> bytes:

@@ -9,10 +9,13 @@ from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
+_SHIFTS = (7, 14, 21, 28)  # a gap of 2 ** 7 or more takes a second byte, and so on
 
 
 class Coding(IntEnum):
@@ -30,18 +33,33 @@ def write_positions(sent: Bools) -> tuple[Coding, bytes]:
     >>> write_positions(np.array([True, False, False, False, False, False, True]))
     (<Coding.BITMAP: 1>, b'A')
     """
-    if sent.all():
-        return Coding.ALL, b""
-    bitmap = -(-len(sent) // 8)
-    if np.count_nonzero(sent) >= bitmap:  # a gap takes a byte or more
-        return Coding.BITMAP, _write_bitmap(sent)
-    index = np.flatnonzero(sent)
-    gaps = _gaps(index)
-    sizes = {Coding.BITMAP: bitmap, Coding.FLAT: 4 * len(index), Coding.GAPS: int(_widths(gaps).sum(dtype=np.int64))}
-    coding = min(sizes, key=lambda name: sizes[name])  # of equal ones the first
-    if coding == Coding.BITMAP:
-        return coding, _write_bitmap(sent)
-    return coding, index.astype("<u4").tobytes() if coding == Coding.FLAT else _write_gaps(gaps)
+    coding, _, gaps = _cheapest(sent)
+    if coding == Coding.ALL:
+        return coding, b""
+    if coding == Coding.GAPS:
+        return coding, _write_gaps(gaps)
+    return coding, _write_bitmap(sent) if coding == Coding.BITMAP else np.flatnonzero(sent).astype("<u4").tobytes()
+
+
+def positions_size(sent: Tensor) -> Tensor:
+    """Count the bytes of ``write_positions`` where the marks are: bool (n,) -> int64 scalar, which no host waits for.
+
+    A gap takes ``2 ** bits`` coordinates or more if as many unsent ones end before a sent one: then the running count
+    of sent ones is the same at both ends. So no list of positions is needed, whose length only a host could read.
+
+    >>> positions_size(torch.tensor([True, False, False, False, False, False, True]))
+    tensor(1)
+    """
+    if sent.device.type == "cpu":  # numpy is several times as fast there, and nobody waits for anything
+        return torch.tensor(_cheapest(sent.numpy())[1])
+    n, wide = len(sent), torch.int32 if len(sent) < 1 << 31 else torch.int64
+    before = torch.nn.functional.pad(sent, (1, 0)).cumsum(0, dtype=wide)  # n + 1 counts of sent ones, from 0 on
+    count = gaps = before[-1].long()
+    for bits in _SHIFTS:
+        if 1 << bits < n:
+            gaps = gaps + (sent[1 << bits :] & (before[1 << bits : -1] == before[: n - (1 << bits)])).sum()
+    fewest = torch.minimum(gaps, 4 * count).clamp(max=-(-n // 8))
+    return torch.where(count == n, 0, fewest)
 
 
 def size_range(coding: Coding, n: int, count: int) -> tuple[int, int]:
@@ -78,6 +96,20 @@ def read_positions(coding: Coding, data: Bytes, n: int, count: int) -> Bools:
     return sent
 
 
+def _cheapest(sent: Bools) -> tuple[Coding, int, Ints]:
+    """Choose the coding of the fewest bytes, of equal ones the first: coding, bytes, and gaps if these were needed."""
+    nothing = np.zeros(0, dtype=np.int64)
+    if sent.all():
+        return Coding.ALL, 0, nothing
+    bitmap, count = -(-len(sent) // 8), int(np.count_nonzero(sent))
+    if count >= bitmap:  # a gap takes a byte or more
+        return Coding.BITMAP, bitmap, nothing
+    gaps = _gaps(np.flatnonzero(sent))
+    sizes = {Coding.BITMAP: bitmap, Coding.FLAT: 4 * count, Coding.GAPS: int(_widths(gaps).sum(dtype=np.int64))}
+    coding = min(sizes, key=lambda name: sizes[name])
+    return coding, sizes[coding], gaps
+
+
 def _write_bitmap(sent: Bools) -> bytes:
     return np.packbits(sent, bitorder="little").tobytes()
 
@@ -98,7 +130,7 @@ def _widths(gaps: Ints) -> npt.NDArray[np.uint8]:
     """Count the bytes of each gap."""
     widths = np.ones(len(gaps), dtype=np.uint8)
     if len(gaps) and int(gaps.max()) >= 1 << 7:
-        for bits in (7, 14, 21, 28):
+        for bits in _SHIFTS:
             widths += gaps >= 1 << bits
     return widths
 

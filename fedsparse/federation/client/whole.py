@@ -1,0 +1,95 @@
+"""The row of one client as one tensor, on a GPU: few launches, where ``BoundRow`` saves passes over a CPU's memory.
+
+Shapes: P coordinates, B samples of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedsparse.core.space import ParamSpace, always
+from fedsparse.federation.client.bound import Forward, Losses
+from fedsparse.models.units import compute_all_units, compute_units_only, trained_units
+
+
+class WholeRow:
+    """The row of a cohort of one, into which the network's parameters are views; the optimizer steps it whole.
+
+    Autograd returns the gradients, and one call copies them into the row's: nothing is added to zeros, and nothing is
+    cleared. Frozen tensors, and frozen units of linear layers, get no gradient; the row's stays zero there.
+
+    Args:
+        net: the network.
+        space: its federated tensors.
+        theta: the row (1, P), with its gradient of zeros.
+        mask: bool (P,), True where some client trains.
+        losses: of every sample of a batch: (forward, x, y) -> (B,).
+        forward: the network, or its compiled form.
+
+    Attributes:
+        views: the row, as a list.
+        gradients: of it, as a list.
+
+    """
+
+    def __init__(
+        self, net: nn.Module, space: ParamSpace, theta: Tensor, mask: Tensor, losses: Losses, forward: Forward
+    ) -> None:
+        assert theta.grad is not None
+        self.net, self.space, self.losses, self.forward = net, space, losses, forward
+        self.row, self.grad = theta[0], theta.grad[0]
+        self.row.grad = self.grad
+        self.views, self.gradients = [self.row], [self.grad]
+        marks = space.unflatten(mask)
+        self.trained = [name for name in space.names if bool(marks[name].any())]
+        self.units = trained_units(net, marks) if forward is net else {}  # compiled code has its own layers
+        slots = space.unflatten(self.grad)
+        self.slots = [slots[name] for name in self.trained]
+        self.bind()
+
+    def bind(self) -> None:
+        """Make the network's parameters views into the row, and its layers skip frozen units."""
+        self.space.bind(self.net, self.row, self.grad, set(self.trained).__contains__, apart=always)
+        compute_units_only(self.net, self.units, returned=True)
+        self.leaves = [self.net.get_parameter(name) for name in self.trained]
+        self.places = [leaf.data_ptr() for leaf in self.leaves]
+
+    def intact(self) -> bool:
+        """Whether the network's parameters are still views into the row; ``.to()`` may replace their data."""
+        return [leaf.data_ptr() for leaf in self.leaves] == self.places
+
+    def backward(self, x: Tensor, y: Tensor, count: Sequence[int], scale: Tensor | None) -> Tensor:
+        """Compute the gradient of the mean loss over the real samples.
+
+        Args:
+            x: inputs (B, ...).
+            y: labels (B,).
+            count: number of real samples of the one client.
+            scale: factor of the loss (1,), or None.
+
+        Returns:
+            The mean loss (), not scaled.
+
+        """
+        real = count[0]
+        if real < len(y):
+            x, y = x[:real], y[:real]
+        losses = self.losses(self.forward, x, y)
+        weight = losses.new_full((real,), 1 / real)
+        weight = weight if scale is None else weight * scale
+        torch._foreach_copy_(self.slots, torch.autograd.grad(losses, self.leaves, weight, materialize_grads=True))
+        return losses.detach().mean()
+
+    def parts(self, row: Tensor) -> list[Tensor]:
+        """View a row (P,) or (1, P) as ``views`` and ``gradients`` are: whole."""
+        return [row.view(-1)]
+
+    def clear(self) -> None:
+        """Do nothing: the next backward overwrites the gradients."""
+
+    def release(self) -> None:
+        """Restore the backward of the network's layers."""
+        compute_all_units(self.net)
