@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from fedsparse.masks.bitmaps import pack, unpack
 NET = "net."  # before the network's names in a checkpoint
 LEFT_OUT = "left_out"  # the checkpoint's entry about what it does not hold
 BUILT, ZERO = "built", "zero"  # what a coordinate is that the checkpoint does not hold
-WORTH = 0.75  # above this share of coordinates that differ, all are stored: no file then depends on the builder
+WORTH = 0.75  # above this share of coordinates that train or differ, all are stored: none depends on the builder
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by bytes of a number
 Print = tuple[str, tuple[int, ...], str]  # dtype, shape, SHA-256 of the bytes
 
@@ -69,15 +70,16 @@ class Origin:
     def packed(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out of a whole checkpoint what is as it was built; the mask is packed to bits."""
         state = dict(checkpoint["state_dict"])
-        mask = pack(state.pop("mask"))
+        mask = state.pop("mask").cpu()
         for name in self.still:
             del state[NET + name]
-        row = self._differing([state[NET + name] for name in self.space.names])
+        everything = int(mask.count_nonzero()) > WORTH * self.space.size
+        row = {"base": None} if everything else self._differing([state[NET + name] for name in self.space.names])
         for name, owner in self.owners.items() if row["base"] is not None else ():
             if owner in self.space.names:
                 del state[NET + name]
         known = {key: {name: self.prints[name] for name in names} for key, names in self._named().items()}
-        return {**checkpoint, "state_dict": state, LEFT_OUT: {"mask": mask, **known, **row}}
+        return {**checkpoint, "state_dict": state, LEFT_OUT: {"mask": pack(mask), **known, **row}}
 
     def _named(self) -> dict[str, list[str]]:
         return {"still": sorted(self.still), "federated": list(self.space.names)}
@@ -86,10 +88,11 @@ class Origin:
         """Find a base from which few coordinates differ, in bits, and their values (m,); no base if there is none."""
         flat = [tensor.detach().reshape(-1).cpu() for tensor in tensors]
         for base, parts in ((BUILT, self.row.split(self.space.sizes)), (ZERO, [t.new_zeros(()) for t in flat])):
-            marks = [_bits(now) != _bits(then) for now, then in zip(flat, parts, strict=True)]
-            if sum(int(mark.sum()) for mark in marks) <= WORTH * self.space.size:
-                values = torch.cat([now[mark] for now, mark in zip(flat, marks, strict=True)])
-                return {"base": base, "differs": pack(torch.cat(marks)), "values": values}
+            marks = torch.cat([_bits(now) != _bits(then) for now, then in zip(flat, parts, strict=True)])
+            if int(marks.count_nonzero()) <= WORTH * self.space.size:
+                index = [torch.from_numpy(np.flatnonzero(mark.numpy())) for mark in marks.split(self.space.sizes)]
+                values = torch.cat([now[at] for now, at in zip(flat, index, strict=True)])
+                return {"base": base, "differs": pack(marks), "values": values}
         return {"base": None}
 
     def check(self, checkpoint: Mapping[str, Any]) -> None:
