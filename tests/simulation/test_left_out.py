@@ -186,7 +186,7 @@ RUNS = {
     "head alone": ["model.trainable=head"],
     "frozen head": ["head.frozen=true", "head.init=closed_form"],
     "batch norm": ["model=resnet_small", "federation.cohort=1", "model.trainable=head"],
-    "frozen batch norm": ["model=resnet_small", "federation.cohort=1", "federation.buffers=frozen"],
+    "frozen batch norm": ["model=resnet_small", "federation.cohort=1", "federation.buffers=frozen", "mask_rule=random"],
     "departments": ["topology=departments", "topology.of=2"],
 }
 ADAPTED = {name: [*LORA, f"method={name}"] for name in ("fedit", "fedex", "flora")}
