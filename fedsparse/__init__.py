@@ -30,6 +30,7 @@ __all__ = [
     "Topology",
     "run",
     "runs",
+    "weights",
 ]
 
 if TYPE_CHECKING:
@@ -91,6 +92,28 @@ def runs(folders: str | PathLike[str] | Iterable[str | PathLike[str]]) -> Any:
     from fedsparse.job.earlier import renewed
 
     return table([folders] if isinstance(folders, str | PathLike) else folders, renewed)
+
+
+def weights(folder: str | PathLike[str], checkpoint: str = "last", trusted: Sequence[str] = ()) -> Any:
+    """Read the model of a checkpoint whole, as a state dict; a file holds only what differs from the built model.
+
+    Args:
+        folder: the run folder.
+        checkpoint: ``last``, ``best`` by validation, or ``previous``, the last but one.
+        trusted: packages whose code the run's configuration may name.
+
+    Returns:
+        The network's tensors by its names, on the CPU.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or the model is built with other weights now.
+
+    """
+    from pathlib import Path  # here, so that ``import fedsparse`` costs nothing
+
+    from fedsparse.job.finished import saved_weights
+
+    return saved_weights(Path(folder), checkpoint, trusted)
 
 
 def _interrupted(kind: type[BaseException], error: BaseException, trace: Any) -> None:

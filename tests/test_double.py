@@ -7,7 +7,7 @@ import torch
 from plain import plain_fedavg, replay
 from safetensors.torch import load_file
 
-from fedsparse import run
+from fedsparse import run, weights
 from fedsparse.core.folder import LAST
 from fedsparse.federation.exchange.wire.message import HEADER
 from fedsparse.job.assemble import assemble
@@ -60,7 +60,9 @@ def test_it_goes_on_to_the_same_bits(run_in, options):
     options = [*DOUBLE, *SMALL, "mask_rule=random", *options]
     whole, folder = run_in("whole", *options, "federation.rounds=4")
     _, short = run_in("short", *options, "federation.rounds=2")
-    state = torch.load(short / "checkpoints" / LAST, map_location="cpu", weights_only=True)["state_dict"]
+    state = weights(short)
+    stored = torch.load(short / "checkpoints" / LAST, weights_only=True)["left_out"]["values"]
+    assert stored.dtype == torch.float64
     assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float64}
     again = run([f"resume={short}", "federation.rounds=4"])
     assert again["global_sha256"] == whole["global_sha256"]

@@ -57,6 +57,7 @@ from fedsparse.simulation.checkpoint import choose_checkpoint, read_checkpoint
 from fedsparse.simulation.devices import kernels
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.origin import Origin
 from fedsparse.simulation.own_models import OwnModels
 from fedsparse.simulation.tracking import hand_on
 from fedsparse.simulation.trainer import Callbacks, Trainer, build_callbacks, build_loggers, build_trainer
@@ -130,11 +131,12 @@ def _lead(job: Job) -> dict[str, Any]:
 def _complete(job: Job, assembly: Assembly) -> dict[str, Any]:
     """Prepare, train, and write the results; returns the summary."""
     module = assembly.module()
-    start = _start(job, assembly, module)
+    origin = assembly.origin(module)  # before the head sees data
+    start = _start(job, assembly, module, origin)
     parallel.share(start)
     assembly = replace(assembly, course=assembly.course.bounded(start.bound))
     module.stack(assembly.course.cohort)
-    training = _train(job, assembly, module, start)
+    training = _train(job, assembly, module, start, origin)
     _stopped(job, training)
     save_weights(assembly.problem.net, job.folder / WEIGHTS)  # first, so that no error in a figure loses them
     if assembly.keep_deviation and training.choice.observed is not None:
@@ -173,14 +175,15 @@ def follow() -> None:
 def _train_along(job: Job, assembly: Assembly, start: Start) -> None:
     """Train from what the leading process has prepared."""
     module = assembly.module()
+    origin = assembly.origin(module)
     assembly.problem.net.load_state_dict(start.net)
     module.set_mask(start.found.mask.row(assembly.problem.space), start.found.bitmaps)
-    _train(job, assembly, module, start)
+    _train(job, assembly, module, start, origin)
 
 
-def _start(job: Job, assembly: Assembly, module: ClientModule) -> Start:
+def _start(job: Job, assembly: Assembly, module: ClientModule, origin: Origin) -> Start:
     """Prepare a run's first round, or read the state of a resumed run."""
-    problem, ledger, checkpoint = assembly.problem, Ledger(), _checkpoint(job, assembly)
+    problem, ledger, checkpoint = assembly.problem, Ledger(), _checkpoint(job, assembly, origin)
     if checkpoint is None:
         check_trainable(assembly, module.buffer_policy)
     found = prepare(job, assembly, module, ledger) if checkpoint is None else _stored(job, assembly, checkpoint)
@@ -195,7 +198,7 @@ def _start(job: Job, assembly: Assembly, module: ClientModule) -> Start:
     return Start(found, ledger, net, bound, checkpoint)
 
 
-def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start) -> Training:
+def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start, origin: Origin) -> Training:
     """Train to the last round.
 
     Raises:
@@ -227,7 +230,7 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start) -> 
     if callbacks.personal is not None:
         callbacks.personal.table.drop_from(closed + 1)
     loggers = build_loggers(assembly.session.loggers, job.folder, job.group, closed) if leads else []
-    trainer = build_trainer(assembly.session, callbacks, loggers, phases.total)
+    trainer = build_trainer(assembly.session, callbacks, loggers, phases.total, origin)
     trainer.fit(module, assembly.datamodule(), ckpt_path=start.checkpoint)
     return Training(trainer, rounds, callbacks, choice, assembly.config["trainer"].get("max_time"))
 
@@ -321,15 +324,21 @@ def _stored(job: Job, assembly: Assembly, checkpoint: Path) -> Calibrated:
     return Calibrated(Mask(space.unflatten(state["mask"]), metadata), state["bitmaps"], overlap)
 
 
-def _checkpoint(job: Job, assembly: Assembly) -> Path | None:
-    """Choose the checkpoint of a resumed run: the last one that can be read; None of a new run."""
+def _checkpoint(job: Job, assembly: Assembly, origin: Origin) -> Path | None:
+    """Choose the checkpoint of a resumed run: the last one that can be read; None of a new run.
+
+    Raises:
+        ValueError: none can be read, or data or weights are not those that the run began with.
+
+    """
     if not job.resumed:
         return None
     space = assembly.problem.space
     path, complaints = choose_checkpoint(job.folder / CHECKPOINTS, space)
     if path is not None:
-        stored = read_checkpoint(path, space)[FederatedDataModule.__qualname__]["fingerprint"]
-        _check_data(stored, assembly.problem.dataset.fingerprint)
+        stored = read_checkpoint(path, space)
+        _check_data(stored[FederatedDataModule.__qualname__]["fingerprint"], assembly.problem.dataset.fingerprint)
+        origin.check(stored)
     for complaint in complaints:
         log.warning("%s; the one before it is used", complaint)
     return path

@@ -1,4 +1,4 @@
-"""Reads a finished run from its folder: its model, and sample inputs."""
+"""Reads the models of a run from its folder: of its end, with sample inputs, and of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedsparse.core.folder import CONFIG, SUMMARY, WEIGHTS
+from fedsparse.core.checks import check_choice
+from fedsparse.core.folder import BEST, CHECKPOINTS, CONFIG, LAST, PREVIOUS, SUMMARY, WEIGHTS
 from fedsparse.core.weights import load_weights
+from fedsparse.federation.server.merging import again, base_of
 from fedsparse.job.assemble import assemble_problem
+from fedsparse.job.config import register_resolvers
 from fedsparse.job.resume import read_job
 from fedsparse.models.lora import merged
+from fedsparse.simulation.checkpoint import read_checkpoint, renewed
+from fedsparse.simulation.origin import NET, Origin
 
+SAVED = {"last": LAST, "best": BEST, "previous": PREVIOUS}  # checkpoints of a run folder
 SAMPLES = 8  # random inputs, and as many of the test split
 
 
@@ -79,6 +85,38 @@ def read_run(folder: Path, trusted: Sequence[str] = ()) -> Finished:
     if problem.adapters:  # a program that loads the model needs no PEFT
         net, arguments = merged(net), arguments["net"]
     return Finished(folder, net.eval(), arguments, real, str(cfg.sparsity.unit))
+
+
+def saved_weights(folder: Path, checkpoint: str = "last", trusted: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Read the model of a checkpoint whole: what it holds, and what stays as the model's builder makes it.
+
+    Args:
+        folder: the run folder, of a run that is finished or not.
+        checkpoint: ``last``, ``best`` by validation, or ``previous``, the last but one.
+        trusted: packages whose code the configuration may name.
+
+    Returns:
+        The network's state by its names, on the CPU; with several global models that of the first group.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or the builder makes other weights than the run began
+            with.
+
+    """
+    check_choice("checkpoint", checkpoint, *SAVED)
+    path = folder / CHECKPOINTS / SAVED[checkpoint]
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {CHECKPOINTS}/{SAVED[checkpoint]}; give a run folder that has one")
+    register_resolvers()  # for a program of one's own: the commands have done it
+    problem = assemble_problem(read_job(folder, trusted=trusted).cfg)
+    origin, found = Origin.of(problem.net, problem.space), renewed(read_checkpoint(path, problem.space))
+    origin.check(found)
+    whole = origin.whole(found)
+    state = {name[len(NET) :]: value for name, value in whole["state_dict"].items() if name.startswith(NET)}
+    merging = whole["callbacks"]["FederatedRounds"].get("merging") or {"layers": {}}
+    for layer, stored in merging["layers"].items():
+        again(state[base_of(layer)], stored)
+    return state
 
 
 def inputs(run: Finished, seed: int) -> Tensor:

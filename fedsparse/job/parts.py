@@ -36,6 +36,7 @@ from fedsparse.models.lora import Adapter
 from fedsparse.preparation.calibration import Calibration
 from fedsparse.preparation.head import Head
 from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.origin import Origin
 from fedsparse.simulation.trainer import Session
 
 MakeExchange = Callable[[Tensor, OwnMasks], Exchange]
@@ -237,3 +238,8 @@ class Assembly:
     def module(self) -> ClientModule:
         """Build the clients of the run's cohorts."""
         return self.method.make_module(self.problem.net, self.course.cohort)
+
+    def origin(self, module: ClientModule) -> Origin:
+        """Take the network as it has just been built; its head may still be fitted, and frozen buffers stay."""
+        problem, frozen = self.problem, module.buffer_policy == "frozen"
+        return Origin.of(problem.net, problem.space, problem.head, buffers=frozen)

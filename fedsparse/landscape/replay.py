@@ -35,6 +35,7 @@ from fedsparse.models.copies import copied
 from fedsparse.simulation.checkpoint import read_checkpoint, renewed
 from fedsparse.simulation.devices import device_of
 from fedsparse.simulation.module import ClientModule
+from fedsparse.simulation.origin import Origin
 from fedsparse.simulation.trainer import as_trained
 
 
@@ -159,6 +160,10 @@ def _before(models: Models) -> tuple[Federation, Clients]:
     module = method.make_module(copied(assembly.problem.net), 1)
     state = _checkpoint(models)
     if state is not None:
+        assembly.problem.space.write(module.net, models.start)
+        origin = Origin.of(module.net, assembly.problem.space)
+        origin.check(state)
+        state = origin.whole(state)
         module.bitmaps = state["state_dict"]["bitmaps"]
         module.load_state_dict(state["state_dict"])
     else:

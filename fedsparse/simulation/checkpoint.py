@@ -16,6 +16,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from fedsparse.core import files
 from fedsparse.core.folder import LAST, PREVIOUS
 from fedsparse.core.space import ParamSpace
+from fedsparse.federation.server.merging import base_of
+from fedsparse.simulation.origin import LEFT_OUT, NET, OfAnotherModel, Origin, opened
 
 
 def _never(round: int) -> bool:
@@ -31,28 +33,53 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning writes to the folder for temporary files, and copies if that is another file system: a kill during the
     copy leaves a partial file under the checkpoint's name.
+
+    Args:
+        origin: what a written checkpoint need not hold; None: it holds everything, and so must one that is loaded.
+
     """
+
+    def __init__(self, origin: Origin | None = None) -> None:
+        super().__init__()
+        self.origin = origin
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint; the file under ``path`` is complete at every moment."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         keep = target.with_name(PREVIOUS) if target.name == LAST else None
-        files.write(target, lambda file: torch.save(checkpoint, file), keep)
+        stored = checkpoint if self.origin is None else self.origin.packed(checkpoint)
+        files.write(target, lambda file: torch.save(stored, file), keep)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Load a checkpoint to the CPU, so that a GPU's loads without a GPU, and without unpickling objects."""
-        return renewed(torch.load(path, map_location="cpu", weights_only=True))
+        checkpoint = renewed(torch.load(path, map_location="cpu", weights_only=True))
+        if self.origin is None:
+            if LEFT_OUT in checkpoint:
+                raise ValueError(f"{path} holds only what has changed; load it by fedsparse.weights(<run folder>)")
+            return checkpoint
+        return self.origin.whole(opened(checkpoint, self.origin.space))
 
 
 def renewed(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Convert a checkpoint of an earlier version, in which Lightning stored the server's optimizer."""
+    """Convert a checkpoint of an earlier version.
+
+    Lightning stored the server's optimizer, and later the weights that adapters were merged into, with the network's.
+    """
     rounds = checkpoint.get("callbacks", {}).get("FederatedRounds")
-    if rounds is None or "server" in rounds:
+    if rounds is None:
         return checkpoint
-    server = {"optimizer": checkpoint["optimizer_states"][1], "rows": torch.zeros(0)}
-    kept = {**rounds, "server": server, "downlink": [rounds["downlink"]]}
-    return {**checkpoint, "optimizer_states": [], "callbacks": {**checkpoint["callbacks"], "FederatedRounds": kept}}
+    kept = dict(rounds)
+    if "server" not in rounds:
+        server = {"optimizer": checkpoint["optimizer_states"][1], "rows": torch.zeros(0)}
+        kept |= {"server": server, "downlink": [rounds["downlink"]]}
+        checkpoint = {**checkpoint, "optimizer_states": []}
+    if (merging := rounds.get("merging")) is not None and "layers" not in merging:
+        ends = NET, base_of("")
+        names = [name for name in checkpoint["state_dict"] if name.startswith(ends[0]) and name.endswith(ends[1])]
+        layers = {name[len(ends[0]) : -len(ends[1])]: {"weight": checkpoint["state_dict"][name]} for name in names}
+        kept["merging"] = {**merging, "layers": layers}
+    return {**checkpoint, "callbacks": {**checkpoint["callbacks"], "FederatedRounds": kept}}
 
 
 class RoundCheckpoint(ModelCheckpoint):
@@ -94,13 +121,12 @@ def _move(path: str, folder: str) -> str:
     return os.path.join(folder, name) if name.endswith(".ckpt") else ""
 
 
-def read_checkpoint(path: Path, space: ParamSpace, prefix: str = "net.") -> dict[str, Any]:
-    """Load and check a checkpoint.
+def read_checkpoint(path: Path, space: ParamSpace) -> dict[str, Any]:
+    """Load and check a checkpoint; what it leaves out of the network's state is filled in by ``Origin.whole``.
 
     Args:
         path: the file.
         space: the space of the run's model.
-        prefix: before the model's own names in the checkpoint.
 
     Raises:
         ValueError: the file is damaged, or of another model (names the tensors that differ).
@@ -111,18 +137,11 @@ def read_checkpoint(path: Path, space: ParamSpace, prefix: str = "net.") -> dict
             broken = archive.testzip()
         if broken:
             raise ValueError(f"the part {broken} fails its checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint["state_dict"]
+        return opened(torch.load(path, map_location="cpu", weights_only=True), space)
+    except OfAnotherModel as error:
+        raise ValueError(f"the checkpoint {path} {error}") from error
     except Exception as error:
         raise ValueError(f"the checkpoint {path} is damaged ({str(error).splitlines()[0]})") from error
-    different = [
-        name
-        for name, shape in zip(space.names, space.shapes, strict=True)
-        if prefix + name not in state or state[prefix + name].shape != shape
-    ]
-    if different:
-        raise ValueError(f"the checkpoint {path} is of another model: {', '.join(different[:4])} differ")
-    return checkpoint
 
 
 def choose_checkpoint(folder: Path, space: ParamSpace) -> tuple[Path | None, list[str]]:

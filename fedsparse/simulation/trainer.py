@@ -24,6 +24,7 @@ from fedsparse.simulation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.simulation.csv_logger import RoundCSV
 from fedsparse.simulation.devices import device_of, fabric_of
 from fedsparse.simulation.evaluation import Evaluation
+from fedsparse.simulation.origin import Origin
 from fedsparse.simulation.own_models import OwnModels
 from fedsparse.simulation.personal import Personal
 from fedsparse.simulation.precision import DoublePrecision, HalfPrecision
@@ -168,8 +169,10 @@ def log_landscape(chosen: Mapping[str, Callable[..., Any]], folder: Path, files:
             send_landscape(logger, files)
 
 
-def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], rounds: int) -> lightning.Trainer:
-    """Build the Trainer of the whole run, of so many rounds."""
+def build_trainer(
+    session: Session, callbacks: Callbacks, loggers: list[Any], rounds: int, origin: Origin
+) -> lightning.Trainer:
+    """Build the Trainer of the whole run, of so many rounds; its checkpoints leave out what is as in ``origin``."""
     plugin = _precision_plugin(session)
     several = {"strategy": strategy.CohortStrategy()} if parallel.joined() else {}
     found = [environment] if (environment := strategy.environment()) else []
@@ -182,7 +185,7 @@ def build_trainer(session: Session, callbacks: Callbacks, loggers: list[Any], ro
         check_val_every_n_epoch=session.eval_every,
         callbacks=callbacks.listed(),
         logger=loggers,
-        plugins=[AtomicCheckpointIO(), *found, *([] if plugin is None else [plugin])],
+        plugins=[AtomicCheckpointIO(origin), *found, *([] if plugin is None else [plugin])],
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,

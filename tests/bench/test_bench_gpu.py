@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fedsparse.bench.gpu import __main__ as gpu
 from fedsparse.bench.gpu import cases, command_line, prototypes, runs, sections
@@ -21,6 +22,7 @@ from fedsparse.bench.gpu.one_piece import OnePieceModule
 from fedsparse.bench.gpu.profile import described
 from fedsparse.bench.gpu.session import MARGIN, OutOfTime, Session
 from fedsparse.bench.gpu.waits import Waits
+from fedsparse.masks import Mask
 
 CPU = torch.device("cpu")
 
@@ -202,9 +204,9 @@ def test_waits_are_counted_by_place_from_a_round_on(monkeypatch):
 
 def write_run(folder, weight, kept=2):
     """Write what is read of a run."""
-    (folder / "checkpoints").mkdir(parents=True)
-    state = {"net.weight": torch.tensor([weight, 1.0]), "mask": torch.arange(2) < kept}
-    torch.save({"state_dict": state}, folder / "checkpoints" / "last.ckpt")
+    folder.mkdir()
+    save_file({"weight": torch.tensor([weight, 1.0])}, folder / "model.safetensors")
+    Mask({"weight": torch.arange(2) < kept}).save(folder / "mask.safetensors")
     (folder / "metrics.csv").write_text("round,train/loss\n1,2.5\n2,2.25\n")
 
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsparse import run
+from fedsparse import run, weights
 from fedsparse.core.folder import LAST
+from fedsparse.core.space import ParamSpace
+from fedsparse.job.finished import SAVED
 from fedsparse.masks import Mask
-from fedsparse.simulation.checkpoint import AtomicCheckpointIO
+from fedsparse.simulation.checkpoint import AtomicCheckpointIO, read_checkpoint
 from fedsparse.simulation.csv_logger import read_rows
 
 FAST = ["model=mlp", "logger=csv", "pictures=false", "calibration.cache=null", "calibration.head_steps=2"]
@@ -112,11 +114,14 @@ def pruned_is_zero(folder, prune):
     mask, model = Mask.load(folder / "mask.safetensors").tensors, load_file(folder / "model.safetensors")
     zero = {name: bool((model[name][~kept] == 0).all()) for name, kept in mask.items() if not kept.all()}
     assert all(zero.values()) == prune
-    for path in (folder / "checkpoints").glob("*.ckpt"):
-        state = torch.load(path, weights_only=True)["state_dict"]
-        net = torch.cat([state[f"net.{name}"].flatten() for name in mask])
-        if prune:
-            assert not bool(net[~state["mask"]].any())
+    for name in ("best", "last", "previous") if prune else ():
+        state, space = weights(folder, name), space_of(mask)
+        saved = read_checkpoint(folder / "checkpoints" / SAVED[name], space)
+        assert not bool(torch.cat([state[name].flatten() for name in mask])[~saved["state_dict"]["mask"]].any())
+
+
+def space_of(mask):
+    return ParamSpace(list(mask), [kept.shape for kept in mask.values()])
 
 
 @pytest.mark.parametrize("cohort", [1, 4])
@@ -124,9 +129,10 @@ def test_in_checkpoints_too_what_is_pruned_is_zero(tmp_path, monkeypatch, cohort
     monkeypatch.chdir(tmp_path)
     options = [*FAST, "mask_rule=autoflip", "sparsity.mode=prune", f"federation.cohort={cohort}"]
     stop_at(monkeypatch, 2, options, tmp_path / "killed")
-    state = torch.load(tmp_path / "killed/checkpoints" / LAST, weights_only=True)
     mask = Mask.load(tmp_path / "killed/mask.safetensors")
-    net = torch.cat([state["state_dict"][f"net.{name}"].flatten() for name in mask.tensors])
+    state = read_checkpoint(tmp_path / "killed/checkpoints" / LAST, space_of(mask.tensors))
+    held = weights(tmp_path / "killed")
+    net = torch.cat([held[name].flatten() for name in mask.tensors])
     row = torch.cat([tensor.flatten() for tensor in mask.tensors.values()])
     assert state["epoch"] == 1
     assert torch.equal(state["state_dict"]["mask"], row)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsparse import calibrate
+from fedsparse import calibrate, weights
 from fedsparse.core.seeding import Purpose
 from fedsparse.federation.server.sampling import uniform
 from fedsparse.masks import Mask
@@ -170,7 +170,8 @@ def test_what_was_there_before_the_mask_is_never_best(run_in):
     saved = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
     assert saved["epoch"] >= 1
     mask = Mask.load(folder / "mask.safetensors").tensors
-    assert not any(bool(saved["state_dict"][f"net.{name}"][~kept].any()) for name, kept in mask.items())
+    best = weights(folder, "best")
+    assert not any(bool(best[name][~kept].any()) for name, kept in mask.items())
 
 
 @pytest.mark.parametrize("options", [["data.stream=true", "data.workers=0"], ["federation.cohort=1"]])

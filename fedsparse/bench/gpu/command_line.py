@@ -16,7 +16,9 @@ from torch import Tensor
 
 from fedsparse.bench.gpu.runs import Job, Runs
 from fedsparse.bench.gpu.session import Figures, Session
-from fedsparse.core.folder import CHECKPOINTS, LAST, METRICS
+from fedsparse.core.folder import MASK, METRICS, WEIGHTS
+from fedsparse.core.weights import load_weights
+from fedsparse.masks import Mask
 from fedsparse.simulation.csv_logger import read_rows
 
 COLUMNS = ("train/loss", "val/acc", "test/acc", "seconds")
@@ -166,9 +168,9 @@ def differ(first: Path, second: Path) -> Figures:
 
 
 def _ended_with(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """Read the model, by the network's names, and the mask (P,) of a run's last checkpoint."""
-    state = torch.load(folder / CHECKPOINTS / LAST, map_location="cpu", weights_only=True)["state_dict"]
-    return {name: value for name, value in state.items() if name.startswith("net.")}, state["mask"]
+    """Read the model, by the network's names, and the mask (P,) that a run ended with."""
+    mask = Mask.load(folder / MASK).tensors
+    return load_weights(folder / WEIGHTS), torch.cat([kept.reshape(-1) for kept in mask.values()])
 
 
 def _last_row(folder: Path) -> dict[str, float]:

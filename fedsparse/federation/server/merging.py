@@ -37,6 +37,7 @@ class Merging:
 
     Attributes:
         factors: of all layers.
+        kept: merged factors of each layer, round by round, on the CPU; None once the weight itself has fewer values.
         received: weights and factors of this round's clients, by layer and client.
         sent: values of the merged factors, by round.
 
@@ -52,6 +53,7 @@ class Merging:
         if not adapters or len(self.factors.adapters) < len(adapters):
             raise ValueError(f"{self.name} merges adapters of which both factors are averaged: set lora=r8")
         self.net, self.adapters, self.space, self.seed = net, adapters, space, seed
+        self.kept: dict[str, list[Pair] | None] = {layer: [] for layer in adapters}
         self.received: Received = {}
         self.sent: dict[int, int] = {}
 
@@ -100,11 +102,21 @@ class Merging:
         for layer, members in everyone.items():
             weights, pairs = zip(*(members[client] for client in sorted(members)), strict=True)  # whoever trained them
             merged = self.merged(list(pairs), list(weights))
-            base = self.net.get_parameter(f"{layer}.base_layer.weight")
-            base.addmm_(merged.B.to(base), merged.A.to(base))
+            base = self.net.get_parameter(base_of(layer))
+            pair = Pair(merged.A.to(base).contiguous(), merged.B.to(base).contiguous())
+            base.addmm_(pair.B, pair.A)
+            self._keep(layer, pair, base.numel())
             values += merged.A.numel() + merged.B.numel()
         self.sent[number], self.received = values, {}
         return self.restarted(number, row)
+
+    def _keep(self, layer: str, pair: Pair, most: int) -> None:
+        """Keep a round's factors for checkpoints, while all of a layer are fewer values than its weight has."""
+        kept = self.kept[layer]
+        if kept is not None:
+            kept.append(Pair(*(factor.to("cpu", copy=True) for factor in pair)))
+            if sum(a.numel() + b.numel() for a, b in kept) >= most:
+                self.kept[layer] = None
 
     def merged(self, pairs: list[Pair], weights: list[float]) -> Pair:
         """Factor what is added to the frozen weight of a layer."""
@@ -119,12 +131,44 @@ class Merging:
         return sum(values for round, values in self.sent.items() if held <= round < number)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts of what was merged; the weights themselves are the network's."""
-        return {"sent": dict(self.sent)}
+        """Counts of what was merged, and of each layer its factors, round by round, or its weight."""
+        layers = {
+            layer: {"weight": self.net.get_parameter(base_of(layer)).detach().cpu()}
+            if kept is None
+            else {"A": [pair.A for pair in kept], "B": [pair.B for pair in kept]}
+            for layer, kept in self.kept.items()
+        }
+        return {"sent": dict(self.sent), "layers": layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the counts of a checkpoint."""
+        """Load the counts of a checkpoint, and merge into the network's weights, as built, what it holds."""
         self.sent = dict(state["sent"])
+        for layer, stored in state["layers"].items():
+            self.kept[layer] = None if "weight" in stored else list(map(Pair, stored["A"], stored["B"]))
+            again(self.net.get_parameter(base_of(layer)), stored)
+
+
+def base_of(layer: str) -> str:
+    """Name the frozen weight beside which a layer's adapter stands."""
+    return f"{layer}.base_layer.weight"
+
+
+@torch.no_grad()
+def again(weight: Tensor, stored: Mapping[str, Any]) -> None:
+    """Merge into a frozen weight (out, in), as it was built, what a checkpoint holds of its layer, in place.
+
+    The factors are added round by round, as they were: their stack, or a difference of weights, has other roundings.
+
+    Args:
+        weight: the layer's.
+        stored: ``A`` and ``B``, factors of each round, or ``weight``.
+
+    """
+    if "weight" in stored:
+        weight.copy_(stored["weight"])
+    else:
+        for a, b in zip(stored["A"], stored["B"], strict=True):
+            weight.addmm_(b.to(weight), a.to(weight))
 
 
 class Stacking(Merging):

@@ -110,15 +110,22 @@ class Server:
             moment.mul_(touched)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, and all rows but the first, which is stored as the network's weights."""
-        rows = self.rows[1:].cpu().clone()  # a clone, as a checkpoint would store the whole storage of a view
+        """The optimizer's state, and what trains of all rows but the first, which is stored as the network's weights.
+
+        What does not train is equal in all rows: the mask stays where there are several.
+        """
+        rows = self.values[1:].cpu().clone()  # a clone, as a checkpoint would store the whole storage of a view
         return {"optimizer": self.optimizer.state_dict(), "rows": rows}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load optimizer and rows of a checkpoint; the first row is loaded already, with the network."""
+        """Load optimizer and rows of a checkpoint; the first row is loaded already, with the network.
+
+        Earlier checkpoints hold whole rows (G - 1, P).
+        """
         self.optimizer.load_state_dict(state["optimizer"])
         if len(self.rows) > 1:
-            self.rows[1:] = state["rows"].to(self.rows.device)
+            rows = state["rows"].to(self.rows.device)
+            self.values[1:] = rows if rows.shape[1] == self.subspace.size else self.subspace.of(rows)
             if self.values is not self.rows:
-                self.values.copy_(self.subspace.of(self.rows))
+                self.subspace.write(self.rows, self.values)
