@@ -5,7 +5,7 @@ Shapes: K clients of the cohort, P coordinates of which n train, S local steps, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -165,12 +165,14 @@ class Clients:
         """
         correction = self.start(start, cohort.clients)
         taken: Counts = cohort.count
-        self._seed(cohort)
+        seed_dropout(self.theta.device, self.seed, cohort)
         x, y = self.fetch(cohort)
         if start.patience is not None:
             losses, taken = self._patiently(x, y, Patience(taken, start.epochs, start.patience), correction)
+        elif self.graphs is not None and len(taken) <= LONGEST:
+            losses = self._replayed(self.graphs, x, y, cohort, start, correction)
         else:
-            losses = self._steps(x, y, cohort, start, correction)
+            losses = self._steps(x, y, taken, correction)
         values = self.subspace.of(self.theta.detach())
         update = self._update(start, cohort, values, losses, taken)
         kept = correction.finish(update.rows, start.lr, update.steps)
@@ -232,46 +234,40 @@ class Clients:
         self.factors.clear()
         return correction
 
-    def _batches(self, x: Tensor, y: Tensor) -> Iterable[Batch]:
-        """Split samples (K, S, B, ...) by steps; of one client without the dimension of clients."""
-        return zip(x[0], y[0], strict=True) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1), strict=True)
+    def _steps(self, x: Tensor, y: Tensor, count: Counts, correction: GradientCorrection) -> Tensor:
+        """Take all local steps on samples (K, S, B, ...): losses (S * K,), step by step."""
+        steps = zip(*(x[0], y[0]) if self.cohort == 1 else (x.unbind(1), y.unbind(1)), count, strict=True)
+        return torch.stack([self.step(xs, ys, samples, correction) for xs, ys, samples in steps]).view(-1)
 
-    def _seed(self, cohort: Cohort) -> None:
-        """Seed dropout by the round and the first client."""
-        if cohort.clients[0] >= 0:
-            seed_dropout(self.theta.device, number(self.seed, Purpose.DROPOUT, cohort.round, cohort.clients[0]))
+    def _replayed(
+        self, graphs: Graphs, x: Tensor, y: Tensor, cohort: Cohort, start: Start, correction: GradientCorrection
+    ) -> Tensor:
+        """Take all local steps by a graph, where that is possible: losses (S * K,), step by step."""
 
-    def _steps(self, x: Tensor, y: Tensor, cohort: Cohort, start: Start, correction: GradientCorrection) -> Tensor:
-        """Take all local steps: losses (S * K,), step by step; on a GPU by a graph, where that is possible."""
-        count = cohort.count
+        def train(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+            return self._steps(x, y, cohort.count, correction), *self.factors
 
         def hold() -> Callable[[], None]:
             counters = [(buffer, buffer.clone()) for buffer in self.net.buffers() if not buffer.is_floating_point()]
 
             def restart() -> None:
                 self.start(start, cohort.clients)
-                self._seed(cohort)
+                seed_dropout(self.theta.device, self.seed, cohort)
                 for buffer, before in counters:
                     buffer.copy_(before)
 
             return restart
 
-        def train(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-            steps = zip(self._batches(x, y), count, strict=True)
-            losses = torch.stack([self.step(*batch, samples, correction) for batch, samples in steps])
-            return losses.view(-1), *self.factors
-
-        if self.graphs is None or len(count) > LONGEST:
-            return train(x, y)[0]
-        losses, *self.factors = self.graphs.run(train, hold, x, y, (count, start.lr))
+        losses, *self.factors = graphs.run(train, hold, x, y, (cohort.count, start.lr))
         return losses
 
     def _patiently(self, x: Tensor, y: Tensor, stop: Patience, correction: GradientCorrection) -> tuple[Tensor, Counts]:
         """Train until each client has stopped early or taken all steps: losses, and the samples [S][K] of the steps."""
         losses = list[Tensor]()
-        for batch, count in zip(self._batches(x, y), stop.counts, strict=True):
+        batches = zip(*(x[0], y[0]) if self.cohort == 1 else (x.unbind(1), y.unbind(1)), stop.counts, strict=True)
+        for xs, ys, count in batches:
             losses.append(
-                self.step(*batch, stop.allowed(count), correction).view(-1)
+                self.step(xs, ys, stop.allowed(count), correction).view(-1)
             )  # one client's loss has no dimension
             stop.update(losses[-1].tolist())
         return torch.cat(losses), stop.taken
@@ -406,8 +402,13 @@ def mean_losses(losses: Sequence[Sequence[float]], count: Sequence[Sequence[int]
     return tuple(sum(v * n for v, n in zip(*row, strict=True)) / max(1, sum(row[1])) for row in rows)
 
 
-def seed_dropout(device: torch.device, seed: int) -> None:
-    """Seed the device that trains; ``torch.manual_seed`` would seed all devices, and takes half a millisecond."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+def seed_dropout(device: torch.device, seed: int, cohort: Cohort) -> None:
+    """Seed the device that trains, by the run's seed, the round and the first client.
+
+    ``torch.manual_seed`` would seed all devices, and takes half a millisecond.
+    """
+    if cohort.clients[0] >= 0:
+        drawn = number(seed, Purpose.DROPOUT, cohort.round, cohort.clients[0])
+        torch.default_generator.manual_seed(drawn)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(drawn)

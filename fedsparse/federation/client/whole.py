@@ -48,14 +48,18 @@ class WholeRow:
         self.units = trained_units(net, marks) if forward is net else {}  # compiled code has its own layers
         slots = space.unflatten(self.grad)
         self.slots = [slots[name] for name in self.trained]
-        self.bind()
+        self.leaves, self.places = self._bound()
 
     def bind(self) -> None:
-        """Make the network's parameters views into the row, and its layers skip frozen units."""
+        """Bind the network again, after the data of its parameters was replaced."""
+        self.leaves, self.places = self._bound()
+
+    def _bound(self) -> tuple[list[nn.Parameter], list[int]]:
+        """Make the network's parameters views into the row, and its layers skip frozen units: leaves, and where."""
         self.space.bind(self.net, self.row, self.grad, set(self.trained).__contains__, apart=always)
         compute_units_only(self.net, self.units, returned=True)
-        self.leaves = [self.net.get_parameter(name) for name in self.trained]
-        self.places = [leaf.data_ptr() for leaf in self.leaves]
+        leaves = [self.net.get_parameter(name) for name in self.trained]
+        return leaves, [leaf.data_ptr() for leaf in leaves]
 
     def intact(self) -> bool:
         """Whether the network's parameters are still views into the row; ``.to()`` may replace their data."""
