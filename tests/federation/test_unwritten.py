@@ -338,11 +338,20 @@ def test_a_rule_sees_numbers_alone():
     assert set(travels.decode(travels.encode(update)).refused) == {0}
 
 
-@pytest.mark.parametrize("rule", ["topk", "all"])
-def test_a_loss_that_is_not_finite_is_refused(rule):
-    travels, update = case(rule, "half", "change", "flat", 7, torch.float32, 0, 1)
+@pytest.mark.parametrize(("rule", "filters"), [("topk", "none"), ("topk", "half"), ("all", "half")])
+def test_a_loss_that_is_not_finite_is_refused(rule, filters):
+    travels, update = case(rule, filters, "change", "flat", 7, torch.float32, 0, 1)
     found = travels.decode(travels.encode(replace(update, loss=(0.1, float("nan"), 0.2))))
     assert set(found.refused) == {1}
+
+
+def test_a_value_beyond_the_dtype_is_refused():
+    """Start and change are finite, their sum, which is sent, is not."""
+    travels, update = case("topk", "none", "value", "flat", 7, torch.float32, 0, 1)
+    update.rows[2, 3] = update.start[2, 3] = 3e38
+    found = travels.encode(replace(update, values=None))
+    assert set(travels.decode(found).refused) == {2}
+    assert content(travels.decode(found)) == content(read_from_bytes(travels, found))
 
 
 @pytest.mark.parametrize(("weight", "steps"), [(-1.0, 1.0), (1.0, float("inf"))])
