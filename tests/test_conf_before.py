@@ -22,12 +22,17 @@ DEFAULT = BEFORE.pop("")
 # where a target of then stood in its group
 NESTED = {"optimizer": "build", "server": "optimizer", "model": "net", "data": "source"}
 
+# keys that came since, which change no figure on a CPU
+SINCE = {"federation": {"graph": True, "tf32": False}, "trainer": {"deterministic": False}}
+
 
 def before(option):
     found = DEFAULT | BEFORE[option]
     if found["model"]["name"] == "dino_vits16":  # the one value that another takes over: the name that timm gives it
         found = found | {"model": found["model"] | {"name": found["model"]["net"]["name"]}}
-    return found
+    if found["federation"]["cohort"] == "${model.cohort}":  # as null is on a CPU
+        found = found | {"federation": found["federation"] | {"cohort": None}}
+    return found | {group: found[group] | keys for group, keys in SINCE.items()}
 
 
 def now(option):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import lightning
 import numpy as np
@@ -120,6 +121,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         self.dataset, self.plan, self.tests, self.eval_batch_size = dataset, plan, tests, eval_batch_size
         self.augment, self.workers = augment, workers
         self.x, self.y = dataset.train.x, dataset.train.y
+        self.evaluated: tuple[Split, ...] = (dataset.val, dataset.test)
         self.streams = stream or not isinstance(self.x, Tensor)
         self.stream: CohortStream | None = None
 
@@ -158,9 +160,10 @@ class FederatedDataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> list[SplitLoader]:
         """Build the loaders of the validation and the test split, in this order."""
-        splits = (self.dataset.val, self.dataset.test)
+        if self.trainer is not None:
+            self.to(self.trainer.strategy.root_device)
         place = (self.plan.process, self.plan.processes)
-        return [SplitLoader(split, self.eval_batch_size, self.workers, self.pin, *place) for split in splits]
+        return [SplitLoader(split, self.eval_batch_size, self.workers, self.pin, *place) for split in self.evaluated]
 
     @property
     def pin(self) -> bool:
@@ -178,8 +181,14 @@ class FederatedDataModule(lightning.LightningDataModule):
         self.teardown("fit")
 
     def to(self, device: torch.device | str) -> FederatedDataModule:
-        """Move the training data to a device; of a stream, the labels."""
+        """Move the data to a device; of a stream, the labels of the training split."""
         self.y = self.y.to(device)
         if isinstance(self.x, Tensor) and not self.streams:
             self.x = self.x.to(device)
+            self.evaluated = tuple(_placed(split, device) for split in self.evaluated)
         return self
+
+
+def _placed(split: Split, device: torch.device | str) -> Split:
+    """Move samples and labels; samples on the disk stay there."""
+    return replace(split, x=split.x.to(device), y=split.y.to(device)) if isinstance(split.x, Tensor) else split

@@ -298,6 +298,7 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
             clip_norm=cfg.optimizer.clip_norm,
             inputs=problem.inputs,
             compile=cfg.federation.get("compile", False),
+            graph=cfg.federation.get("graph", False),
             objective=objective,
             buffers=cfg.federation.buffers,
             seed=cfg.seed,

@@ -193,6 +193,7 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
     _check_count("federation.cohort", cfg.federation.cohort, word="auto", null=True)
     _check_count("model.cohort", cfg.model.cohort, word="auto")
     check_flag("federation.compile", cfg.federation.get("compile", False))
+    check_flag("federation.graph", cfg.federation.get("graph", False))
     check_flag("federation.tf32", cfg.federation.get("tf32", False))
     if (deterministic := cfg.trainer.get("deterministic")) not in (None, "warn"):
         check_flag("trainer.deterministic", deterministic)

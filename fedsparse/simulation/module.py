@@ -61,7 +61,8 @@ class ClientModule(lightning.LightningModule):
         objective: the drift correction; none by default.
         buffers: policy of float buffers; see ``Buffers``.
         seed: the run's seed, for dropout.
-        large: coordinates from which a tensor is a block of its own (K = 1).
+        large: coordinates from which a tensor is a block of its own (K = 1, on a CPU).
+        graph: whether a CUDA graph replays the local steps, where that is possible.
 
     Attributes:
         clients: exists once Lightning has moved the network to its device.
@@ -87,6 +88,7 @@ class ClientModule(lightning.LightningModule):
         buffers: str = "average",
         seed: int = 0,
         large: int = LARGE,
+        graph: bool = False,
     ) -> None:
         super().__init__()
         check_stackable(net, cohort)
@@ -95,6 +97,7 @@ class ClientModule(lightning.LightningModule):
         self.make_optimizer, self.inputs, self.compile_net = make_optimizer, inputs, compile
         self.objective = NoCorrection() if objective is None else objective
         self.buffer_policy, self.groups, self.seed, self.large = buffers, 1, seed, large
+        self.graph = graph
         self.buffer_store: ClientStore | None = None
         self.received: Start | None = None
         self.show: Callable[[int], None] = only_one
@@ -161,6 +164,7 @@ class ClientModule(lightning.LightningModule):
             loss_scale=loss_scale,
             seed=self.seed,
             large=self.large,
+            graph=self.graph,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -292,10 +292,18 @@ def test_the_seconds_of_a_client_are_the_median_of_steps_after_the_first(monkeyp
 def test_a_size_takes_a_quarter_of_the_time_that_is_left(monkeypatch):
     """A clock that every look at it moves by 1 s: a step takes 2 s, of which 1 is measured, whatever the size.
 
-    30 steps of one client leave 59 s, 15 of two 28 s, and 7 of four 13 s, of which six might take 18.
+    30 steps of one client leave 59 s, 15 of two 28 s, and 7 of four 13 s, of which three steps of six may take 4.5. Had
+    the steps of four taken 8 s, they might take 36.
     """
     monkeypatch.setattr(autotune.time, "perf_counter", itertools.count().__next__)
-    assert list(autotune.measure(trial, a_batch(), clients=6, budget=121)) == [1, 2, 4]
+    assert list(autotune.measure(trial, a_batch(), clients=6, budget=121)) == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize(("fit", "size"), [(0.5, 1), (1, 1), (3, 2), (5.9, 4), (6, 6), (100, 6)])
+def test_on_a_gpu_as_many_as_fit_in_half_of_the_memory_train_together(monkeypatch, fit, size):
+    needed = autotune.client_bytes(trial(1), a_batch())
+    monkeypatch.setattr(autotune, "free_memory", lambda device: 2 * fit * needed)
+    assert autotune.largest(trial, a_batch(), clients=6) == size
 
 
 def test_without_time_one_client_is_measured():

@@ -57,6 +57,7 @@ class Case:
         inputs: turns samples into what the network takes.
         exchange: makes what is sent of a mask (P,) and the space.
         module: the clients' kind of module.
+        graph: whether a CUDA graph replays the local steps.
 
     """
 
@@ -73,6 +74,7 @@ class Case:
     inputs: Callable[[Tensor], Tensor] = unchanged
     exchange: Callable[[Tensor, ParamSpace], Exchange] = masked
     module: type[ClientModule] = ClientModule
+    graph: bool = True
 
     def net(self) -> nn.Module:
         """Build the network, every time with the same weights."""

@@ -79,7 +79,7 @@ def make_jobs(device: str, tiny: bool) -> list[Job]:
     mean = ("aggregation=coordinate_mean", "aggregation.denominator=participants")
     topk = (*plain, "exchange=topk", "exchange.feedback=1.0", *mean)
     long = (*topk, "server=fedadam", f"federation.rounds={8 if tiny else 24}")
-    strict = "+trainer.deterministic=true"
+    strict = "trainer.deterministic=true"
     here = {
         "killed": long,
         "whole": long,

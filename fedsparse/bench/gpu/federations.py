@@ -152,7 +152,7 @@ def federation(case: Case) -> tuple[ClientModule, FederatedRounds]:
     space = ParamSpace.of(net)
     trained = case.trained(space.size)
     make_optimizer = partial(SparseSGDM, lr=LR, momentum=MOMENTUM)
-    module = case.module(net, space, trained, make_optimizer, cohort=case.cohort, inputs=case.inputs)
+    module = case.module(net, space, trained, make_optimizer, cohort=case.cohort, inputs=case.inputs, graph=case.graph)
     exchange = case.exchange(trained, space)
     return module, FederatedRounds(partial(Federation, exchange=exchange, aggregation=WeightedMean(), topology=Flat()))
 

@@ -66,12 +66,14 @@ class DriftCorrection:
     """The drift correction of a run (``conf/objective``); this base class corrects nothing.
 
     Attributes:
+        corrects: whether gradients may be changed.
         messages: rows of values that travel each way beside the update, in the same message and never rounded.
         stores: of the clients' rows that the correction needs, by name.
 
     """
 
     messages = 0
+    corrects = True
 
     def __init__(self) -> None:
         self.stores: dict[str, ClientStore] = {}
@@ -103,6 +105,8 @@ class DriftCorrection:
 
 class NoCorrection(DriftCorrection):
     """No correction: clients minimise their loss."""
+
+    corrects = False
 
 
 class FedProx(DriftCorrection):

@@ -30,6 +30,7 @@ from fedsparse.federation.client.drift import (
     step_weights,
 )
 from fedsparse.federation.client.early_stopping import Counts, Patience
+from fedsparse.federation.client.graphs import LONGEST, Graphs
 from fedsparse.federation.client.stacked import StackedRows
 from fedsparse.federation.client.whole import WholeRow
 from fedsparse.federation.exchange.update import Start, Update, finite, row_sums
@@ -69,6 +70,7 @@ class Clients:
         loss_scale: factor of the loss in half precision, so that gradients do not underflow.
         seed: the run's seed, for dropout.
         large: coordinates from which a tensor is a block of its own (K = 1, on a CPU).
+        graph: whether a CUDA graph replays the local steps, where that is possible.
 
     Attributes:
         theta: the rows (K, P).
@@ -102,6 +104,7 @@ class Clients:
         loss_scale: float = 1.0,
         seed: int = 0,
         large: int = LARGE,
+        graph: bool = False,
     ) -> None:
         check_stackable(net, cohort)
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
@@ -114,16 +117,17 @@ class Clients:
         self.factors: list[Tensor] = []  # by which each local step of a cohort multiplied its gradients, (K, 1)
         self.change = torch.zeros(0)
         self.subspace, self.theta = Subspace(mask), stacked(space.read(net), cohort)
-        self.rows, self.optimizer = self._formed(mask)
+        self.graph = graph and not (compile or len(self.bitmaps) or loss_scale != 1.0 or self.objective.corrects)
+        self.rows, self.optimizer, self.graphs = self._formed(mask)
         self.local, self.frozen = self._local(), self._frozen(mask)
         self.lr: float = self.optimizer.defaults["lr"]
 
-    def _formed(self, mask: Tensor) -> tuple[Rows, MaskedOptimizer]:
-        """Bind the network to the rows, and build the optimizer of their trained coordinates."""
+    def _formed(self, mask: Tensor) -> tuple[Rows, MaskedOptimizer, Graphs | None]:
+        """Bind the network to the rows, build the optimizer of their trained coordinates, and graphs of its steps."""
         rows, masks = self._single(mask) if self.cohort == 1 else self._several(mask)
         optimizer = self.make_optimizer(rows.views)
         optimizer.set_masks(masks)
-        return rows, optimizer
+        return rows, optimizer, Graphs() if self.graph and self.theta.device.type == "cuda" else None
 
     def _local(self) -> Tensor | None:
         """Mark the trained coordinates that stay with each client, bool (n,); None if there are none."""
@@ -151,7 +155,7 @@ class Clients:
         if carry.zeros:
             self.space.write(self.net, row.masked_fill_(~carry.after.mask, 0.0))
         self.subspace, self.theta = carry.after, stacked(row, self.cohort)
-        self.rows, self.optimizer = self._formed(carry.after.mask)
+        self.rows, self.optimizer, self.graphs = self._formed(carry.after.mask)
         self.local, self.frozen = self._local(), self._frozen(carry.after.mask)
 
     def train(self, start: Start, cohort: Cohort) -> Update:
@@ -161,14 +165,12 @@ class Clients:
         """
         correction = self.start(start, cohort.clients)
         taken: Counts = cohort.count
-        if cohort.clients[0] >= 0:
-            seed_dropout(self.theta.device, number(self.seed, Purpose.DROPOUT, cohort.round, cohort.clients[0]))
+        self._seed(cohort)
         x, y = self.fetch(cohort)
-        batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
-        if start.patience is None:
-            losses = [self.step(*batch, count, correction) for batch, count in zip(batches, taken, strict=True)]
+        if start.patience is not None:
+            losses, taken = self._patiently(x, y, Patience(taken, start.epochs, start.patience), correction)
         else:
-            losses, taken = self._patiently(batches, Patience(taken, start.epochs, start.patience), correction)
+            losses = self._steps(x, y, cohort, start, correction)
         values = self.subspace.of(self.theta.detach())
         update = self._update(start, cohort, values, losses, taken)
         kept = correction.finish(update.rows, start.lr, update.steps)
@@ -179,14 +181,14 @@ class Clients:
         variates = kept[VARIATES][1] if VARIATES in kept else None
         return replace(update, kept=kept, variates=variates) if kept else update
 
-    def _update(self, start: Start, cohort: Cohort, values: Tensor, losses: list[Tensor], taken: Counts) -> Update:
+    def _update(self, start: Start, cohort: Cohort, values: Tensor, losses: Tensor, taken: Counts) -> Update:
         """Build the update of clients that have trained, refused where it is not finite; the host waits once.
 
         Args:
             start: what they started from.
             cohort: the clients.
             values: (K, n) after training.
-            losses: of S steps, (K,) each.
+            losses: (S * K,), step by step.
             taken: [S][K] samples of each step.
 
         """
@@ -195,7 +197,7 @@ class Clients:
         change = torch.sub(values, start.values, out=self.change)
         buffers = self.buffers.change(start.group) if self.buffers.size else values.new_zeros(len(values), 0)
         clipped = [(torch.cat(self.factors) < 1).sum().view(1)] if self.factors else []
-        of_steps, sums, *counts = read(torch.stack(losses).view(-1), row_sums(change, buffers), *clipped)
+        of_steps, sums, *counts = read(losses, row_sums(change, buffers), *clipped)
         steps = range(0, len(of_steps), self.cohort)
         update = Update(
             cohort.clients,
@@ -230,17 +232,49 @@ class Clients:
         self.factors.clear()
         return correction
 
-    def _patiently(
-        self, batches: Iterable[Batch], stop: Patience, correction: GradientCorrection
-    ) -> tuple[list[Tensor], Counts]:
+    def _batches(self, x: Tensor, y: Tensor) -> Iterable[Batch]:
+        """Split samples (K, S, B, ...) by steps; of one client without the dimension of clients."""
+        return zip(x[0], y[0], strict=True) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1), strict=True)
+
+    def _seed(self, cohort: Cohort) -> None:
+        """Seed dropout by the round and the first client."""
+        if cohort.clients[0] >= 0:
+            seed_dropout(self.theta.device, number(self.seed, Purpose.DROPOUT, cohort.round, cohort.clients[0]))
+
+    def _steps(self, x: Tensor, y: Tensor, cohort: Cohort, start: Start, correction: GradientCorrection) -> Tensor:
+        """Take all local steps: losses (S * K,), step by step; on a GPU by a graph, where that is possible."""
+        count = cohort.count
+
+        def hold() -> Callable[[], None]:
+            counters = [(buffer, buffer.clone()) for buffer in self.net.buffers() if not buffer.is_floating_point()]
+
+            def restart() -> None:
+                self.start(start, cohort.clients)
+                self._seed(cohort)
+                for buffer, before in counters:
+                    buffer.copy_(before)
+
+            return restart
+
+        def train(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+            steps = zip(self._batches(x, y), count, strict=True)
+            losses = torch.stack([self.step(*batch, samples, correction) for batch, samples in steps])
+            return losses.view(-1), *self.factors
+
+        if self.graphs is None or len(count) > LONGEST:
+            return train(x, y)[0]
+        losses, *self.factors = self.graphs.run(train, hold, x, y, (count, start.lr))
+        return losses
+
+    def _patiently(self, x: Tensor, y: Tensor, stop: Patience, correction: GradientCorrection) -> tuple[Tensor, Counts]:
         """Train until each client has stopped early or taken all steps: losses, and the samples [S][K] of the steps."""
         losses = list[Tensor]()
-        for batch, count in zip(batches, stop.counts, strict=True):
+        for batch, count in zip(self._batches(x, y), stop.counts, strict=True):
             losses.append(
                 self.step(*batch, stop.allowed(count), correction).view(-1)
             )  # one client's loss has no dimension
             stop.update(losses[-1].tolist())
-        return losses, stop.taken
+        return torch.cat(losses), stop.taken
 
     def step(self, x: Tensor, y: Tensor, count: Sequence[int], correction: GradientCorrection) -> Tensor:
         """Take one local step of K clients: x (K, B, ...), y (K, B) -> losses (K,); K = 1 has no such dimension."""

@@ -1,0 +1,53 @@
+"""The kernels of a run: what the keys switch is on while it lasts, preparation included, and as before afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedsparse.simulation.devices import kernels
+
+
+def switches():
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "tf32", "inside"),
+    [
+        (False, False, (False, False, "highest")),
+        (True, False, (True, False, "highest")),
+        ("warn", False, (True, True, "highest")),
+        (False, True, (False, False, "high")),
+    ],
+)
+def test_the_switches_are_on_inside_and_restored_after_a_failure(deterministic, tf32, inside):
+    seen = []
+
+    def fail():
+        with kernels(deterministic, tf32):
+            seen.append(switches())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen == [inside]
+    assert switches() == (False, False, "highest")
+
+
+def test_a_run_prepares_and_trains_with_them(run_in, monkeypatch):
+    seen = []
+    real = torch.nn.functional.cross_entropy
+
+    def noted(*arguments, **options):
+        seen.append(switches())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", noted)
+    run_in("run", "trainer.deterministic=true", "federation.tf32=true", "federation.rounds=1", "calibration.cache=null")
+    assert set(seen) == {(True, False, "high")}
+    assert switches() == (False, False, "highest")
