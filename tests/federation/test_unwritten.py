@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -19,12 +20,13 @@ from torch import nn
 
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import where_true
-from fedsparse.federation.exchange.exchange import Exchange, Full
+from fedsparse.federation.exchange.exchange import Exchange, Filter, Full
 from fedsparse.federation.exchange.filters import RESIDUAL, ErrorFeedback, Quantize, SignFlip
 from fedsparse.federation.exchange.sparsifiers import Layers, Pattern, RandomK, Threshold, TopK
 from fedsparse.federation.exchange.update import Payload, Update
 from fedsparse.federation.exchange.wire.message import split_size
 from fedsparse.federation.exchange.wire.positions import positions_size
+from fedsparse.federation.exchange.wire.values import as_read
 from fedsparse.masks.topk import best, top_fraction
 
 ORIGINAL = TopK("largest_final", 0.3, compat="original")
@@ -222,6 +224,64 @@ def test_a_device_marks_the_best_without_a_wait(scores, data):
         assert where_true(marks, k).tolist() == sorted(order[:k])
 
 
+# --- values, against numpy
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 700])
+def test_8_bit_steps_are_those_of_numpy(count):
+    """Blocks of 256: the largest magnitude over 127 is a step, of which a value is a whole number, half to even."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count)) * 3.0
+    values[::7] = 0.0
+    wanted = []
+    for block in np.split(values.numpy(), range(256, count, 256)):
+        scale = np.abs(block).max() / np.float32(127)
+        wanted.append(np.rint(block / scale if scale else block).astype(np.int8) * scale)
+    read, fits = as_read(values, None, torch.int8)
+    assert bool(fits)
+    assert read.numpy().tobytes() == np.concatenate(wanted).astype(np.float32).tobytes()
+
+
+def test_buffers_travel_in_the_dtype_of_the_rows():
+    travels, update = case("topk", "none", "change", "flat", 7, torch.float32, 0, 1)
+    update = replace(update, buffers=torch.full((K, 2), 0.1, dtype=torch.float64))
+    found = travels.encode(update)
+    assert content(travels.decode(found)) == content(read_from_bytes(travels, found))
+    assert travels.decode(found).buffers.tolist() == [[float(np.float32(0.1))] * 2] * K
+
+
+# --- what clients know and keep
+
+
+def test_own_masks_are_counted_anew_when_they_change():
+    masks = {"now": torch.eye(4, dtype=torch.bool)[:2]}
+    nothing, every = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+    travels = Exchange(every, nothing, lambda clients: masks["now"][list(clients)])
+    update = Update((0, 1), torch.ones(2, 4), torch.zeros(2, 0), (1.0, 1.0), (0.0, 0.0))
+    assert [size.values for size in travels.encode(update).sizes] == [4, 4]
+    masks["now"] = torch.tensor([[True] * 3 + [False], [True] * 4])
+    travels.follow(every)
+    assert [size.values for size in travels.encode(update).sizes] == [12, 16]
+
+
+class Reversed(Filter):
+    """Sends the opposite of what it is given."""
+
+    def __call__(self, update, send, exchange):
+        return send(replace(update, rows=-update.rows))
+
+
+def test_a_residual_that_another_filter_makes_infinite_is_not_kept():
+    """Wanted and arrived are finite, their difference is twice as large and is not."""
+    nothing, every = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
+    filters = {"feedback": ErrorFeedback(), "other": Reversed()}
+    travels = Exchange(every, nothing, rule=TopK(fraction=0.5), filters=filters)
+    rows = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 3e38]])
+    payload = travels.encode(Update((5, 6), rows, rows[:, :0], (1.0, 1.0), (0.0, 0.0)))
+    assert not travels.decode(payload).refused
+    assert payload.kept[RESIDUAL][0] == (5,)
+    assert payload.kept[RESIDUAL][1].tolist() == [[1.0, 2.0, 6.0, 8.0]]
+
+
 # --- what no message can hold
 
 
@@ -278,11 +338,20 @@ def test_a_rule_sees_numbers_alone():
     assert set(travels.decode(travels.encode(update)).refused) == {0}
 
 
-@pytest.mark.parametrize("rule", ["topk", "all"])
-def test_a_loss_that_is_not_finite_is_refused(rule):
-    travels, update = case(rule, "half", "change", "flat", 7, torch.float32, 0, 1)
+@pytest.mark.parametrize(("rule", "filters"), [("topk", "none"), ("topk", "half"), ("all", "half")])
+def test_a_loss_that_is_not_finite_is_refused(rule, filters):
+    travels, update = case(rule, filters, "change", "flat", 7, torch.float32, 0, 1)
     found = travels.decode(travels.encode(replace(update, loss=(0.1, float("nan"), 0.2))))
     assert set(found.refused) == {1}
+
+
+def test_a_value_beyond_the_dtype_is_refused():
+    """Start and change are finite, their sum, which is sent, is not."""
+    travels, update = case("topk", "none", "value", "flat", 7, torch.float32, 0, 1)
+    update.rows[2, 3] = update.start[2, 3] = 3e38
+    found = travels.encode(replace(update, values=None))
+    assert set(travels.decode(found).refused) == {2}
+    assert content(travels.decode(found)) == content(read_from_bytes(travels, found))
 
 
 @pytest.mark.parametrize(("weight", "steps"), [(-1.0, 1.0), (1.0, float("inf"))])
