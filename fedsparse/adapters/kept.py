@@ -32,6 +32,7 @@ from fedsparse.models.lora import Setting, settings
 from fedsparse.simulation.checkpoint import read_checkpoint, renewed
 
 ONE = "global"  # the only department's name
+CHECKED = (LAST, PREVIOUS, BEST)  # checkpoints, in the order in which a round is looked for
 
 
 @dataclass(frozen=True)
@@ -159,20 +160,13 @@ class Kept:
         group = self.departments.index(department)
         return [c for c, of in zip(clients, self.assembly.method.topology.group(clients), strict=True) if of == group]
 
-    @cached_property
+    @property
     def rounds(self) -> dict[int, Path]:
-        """Files that hold the models after a round, by round; a checkpoint rather than the trajectory."""
-        found = dict[int, Path]()
-        trajectory = self.folder / TRAJECTORY
-        if trajectory.is_file():
-            found |= {closed: trajectory for closed in read_rounds(trajectory) if closed}
-        found[self.last] = self.folder / WEIGHTS
-        for name in (BEST, PREVIOUS, LAST):  # of one round the last is chosen
-            path = self.folder / CHECKPOINTS / name
-            if path.is_file():
-                state = self._checkpoint(path)
-                if name != BEST or "slots" not in state["callbacks"]["FederatedRounds"]["stores"][LOCAL]:
-                    found[int(state["epoch"]) + 1] = path  # else slots of the file may be other rounds' by now
+        """Files that hold the models after a round, by round; every checkpoint is read."""
+        found = self._tables
+        for name in reversed(CHECKED):  # of one round the first is chosen
+            if (state := self._checkpoint(name)) is not None:
+                found[int(state["epoch"]) + 1] = self.folder / CHECKPOINTS / name
         return dict(sorted(found.items()))
 
     def at(self, round: int | None = None) -> Moment:
@@ -185,11 +179,31 @@ class Kept:
         number = self.last if round is None else round
         if number == 0:
             return Moment(0, self._models(self.start.repeat(len(self.departments), 1)), {})
-        if number not in self.rounds:
-            kept = ", ".join(map(str, self.rounds))
-            raise ValueError(f"{self.folder} keeps no models after round {number}; it keeps those after {kept}")
-        path = self.rounds[number]
-        return self._from_checkpoint(number, path) if path.suffix == ".ckpt" else self._from_rows(number, path)
+        if number == self.last and self._one:
+            return self._from_rows(number, self.folder / WEIGHTS)
+        for name in CHECKED:
+            state = self._checkpoint(name)
+            if state is not None and int(state["epoch"]) + 1 == number:
+                return self._from_checkpoint(number, state)
+        if number not in self._tables:
+            kept = ", ".join(map(str, self.rounds)) or "none"
+            alone = "" if self._one else "; checkpoints alone hold those of departments, and what clients keep"
+            raise ValueError(f"{self.folder} keeps no models after round {number}; it keeps those after {kept}{alone}")
+        return self._from_rows(number, self._tables[number])
+
+    @property
+    def _one(self) -> bool:
+        """Whether a round has one model, which the run's weights or a row of the trajectory are."""
+        return len(self.departments) == 1 and not bool(self.space.local.any())
+
+    @property
+    def _tables(self) -> dict[int, Path]:
+        """Files other than checkpoints that hold all models of a round: the trajectory, and the weights at the end."""
+        path = self.folder / TRAJECTORY
+        if not self._one:
+            return {}
+        found = {closed: path for closed in read_rounds(path) if closed} if path.is_file() else {}
+        return {**found, self.last: self.folder / WEIGHTS}
 
     @cached_property
     def _network(self) -> Network:
@@ -199,12 +213,17 @@ class Kept:
         """Load a model into the run's network, which is returned in evaluation mode; the next call replaces it."""
         return self._network.load(model.row, moment.changed)
 
-    def _checkpoint(self, path: Path) -> dict[str, Any]:
-        return renewed(read_checkpoint(path, self.space))
+    def _checkpoint(self, name: str) -> dict[str, Any] | None:
+        """Read a checkpoint; None if it is missing, or refers to slots of a file that may be other rounds' by now."""
+        path = self.folder / CHECKPOINTS / name
+        if not path.is_file():
+            return None
+        state = renewed(read_checkpoint(path, self.space))
+        slots = state["callbacks"]["FederatedRounds"]["stores"][LOCAL].get("slots")
+        return None if name == BEST and slots else state
 
-    def _from_checkpoint(self, number: int, path: Path) -> Moment:
-        """Read the rows of a checkpoint, and what its clients keep."""
-        state = self._checkpoint(path)
+    def _from_checkpoint(self, number: int, state: Mapping[str, Any]) -> Moment:
+        """Take the rows of a checkpoint, and what its clients keep."""
         tensors = {name.removeprefix("net."): t for name, t in state["state_dict"].items() if name.startswith("net.")}
         federation = state["callbacks"]["FederatedRounds"]
         rows = torch.cat([self._row(tensors).unsqueeze(0), federation["server"]["rows"].reshape(-1, self.space.size)])
@@ -213,23 +232,10 @@ class Kept:
         return Moment(number, self._models(rows, marks, kept), self._changed(tensors))
 
     def _from_rows(self, number: int, path: Path) -> Moment:
-        """Read the one global row of a trajectory, or the network that the run ended with.
-
-        Raises:
-            ValueError: there are other models, which only a checkpoint holds.
-
-        """
-        if len(self.departments) > 1 or (path.name == WEIGHTS and bool(self.space.local.any())):
-            raise ValueError(
-                f"{self.folder} has no checkpoint of round {number}, which alone holds the models of departments and "
-                f"what clients keep; it has those after {', '.join(self._checkpoints()) or 'none'}"
-            )
+        """Read the one global row of a trajectory, or the network that the run ended with."""
         tensors = load_weights(self.folder / WEIGHTS)
         row = self._row(tensors) if path.name == WEIGHTS else read_row(path, number).to(self.start.dtype)
         return Moment(number, self._models(row.unsqueeze(0)), self._changed(tensors))
-
-    def _checkpoints(self) -> list[str]:
-        return [str(number) for number, path in self.rounds.items() if path.suffix == ".ckpt"]
 
     def _row(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([tensors[name].flatten() for name in self.space.names])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch import nn
 
 from fedsparse import run
 from fedsparse.adapters import Kept, export, greedy
+from fedsparse.adapters.__main__ import parser
 from fedsparse.adapters.answers import answers
 from fedsparse.adapters.kept import Model, Moment
 from fedsparse.adapters.matrix_plot import matrix_figure
@@ -63,9 +67,10 @@ def test_every_adapter_on_every_part(folder, command):
     assert found["models"] == list(names)
     for name, accuracies, losses in zip(found["models"], found["accuracy"], found["loss"], strict=True):
         net = peft.PeftModel.from_pretrained(vit_digits(10, 1, seed=0), place / names[name]).eval()
+        with torch.no_grad():
+            whole = net(test.x)
         for part, accuracy, loss in zip(parts.values(), accuracies, losses, strict=True):
-            with torch.no_grad():
-                logits, y = net(test.x[torch.as_tensor(part)]), test.y[torch.as_tensor(part)]
+            logits, y = whole[torch.as_tensor(part)], test.y[torch.as_tensor(part)]
             assert accuracy == pytest.approx(float((logits.argmax(1) == y).double().mean()))
             assert loss == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-5)
     own = [tuple(row) for row in found["loss"][2:]]
@@ -120,6 +125,15 @@ def test_refusals_are_one_line(folder, command, typed, line):
     assert not (folder / "peft").exists()
 
 
+def test_the_commands_of_the_readme_are_understood():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    typed = [
+        shlex.split(line, comments=True) for line in re.findall(r"^python -m fedsparse\.adapters (.*)", text, re.M)
+    ]
+    read = [parser().parse_args(words) for words in typed]
+    assert [options.verb for options in read] == ["list", "export", "evaluate", "merge", "answer"]
+
+
 def test_folders_without_adapters_are_refused(tmp_path, command):
     code, _, err = command(tmp_path / "none", "list")
     assert (code, err) == (
@@ -149,7 +163,7 @@ def test_models_that_only_a_checkpoint_holds(folder, command):
     shutil.rmtree(folder / "checkpoints")
     code, _, err = command(folder, "export")
     assert code == 1
-    assert f"{folder} has no checkpoint of round 2, which alone holds the models of departments" in err
+    assert f"{folder} keeps no models after round 2; it keeps those after none; checkpoints alone hold those of" in err
 
 
 @pytest.mark.slow

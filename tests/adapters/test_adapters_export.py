@@ -199,6 +199,23 @@ def test_what_was_merged_into_the_base_lies_beside_the_adapter(tmp_path, method)
         assert not torch.equal(loaded(place)(inputs()), wanted)  # without the changes it is another model
 
 
+@pytest.mark.slow
+def test_each_round_has_its_own_changes_of_the_base(tmp_path):
+    """Of the first of two rounds those of a run that ended with it; and the network as built comes back."""
+    for rounds in (1, 2):
+        trained(tmp_path / f"{rounds}", "method=flora", f"federation.rounds={rounds}")
+    kept = Kept.of(tmp_path / "2")
+    export(kept, tmp_path / "last")
+    export(kept, tmp_path / "first", rounds=[1])
+    export(Kept.of(tmp_path / "1"), tmp_path / "ended")
+    last, first, ended = (tmp_path / name / "adapters" / "global" for name in ("last", "first", "ended"))
+    for name in ("adapter_model.safetensors", "base_changes.safetensors"):
+        assert (first / name).read_bytes() == (ended / name).read_bytes() != (last / name).read_bytes()
+    start = kept.at(0)
+    with torch.no_grad():
+        assert torch.equal(kept.load(start, start.models[0])(inputs()), base().eval()(inputs()))
+
+
 @pytest.mark.parametrize("method", ["ffa", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fedit", "local"))])
 def test_other_methods(tmp_path, method):
     trained(tmp_path / "run", f"method={method}", "federation.rounds=1")
@@ -304,6 +321,7 @@ def test_the_fingerprint_is_of_the_base_alone(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of PEFT's call of transformers
 def test_a_model_of_transformers_is_its_own_base(tmp_path, command):
     """The adapter's names are those of transformers' model, so that its own class loads export and merged model."""
     transformers = pytest.importorskip("transformers")
