@@ -77,8 +77,18 @@ def parts(kept: Kept) -> dict[str, np.ndarray]:
     found = {COMMON: np.arange(len(problem.dataset.test.y) - problem.dataset.own)}
     for department in kept.departments if len(kept.departments) > 1 else ():
         found[department] = part_of(kept, kept.members(department))
-    found |= {f"client_{client}": np.asarray(part) for client, part in enumerate(problem.tests)}
+    found |= {client_part(client): np.asarray(part) for client, part in enumerate(problem.tests)}
     return {name: part for name, part in found.items() if len(part)}
+
+
+def client_part(client: int) -> str:
+    """Name the test part of a client."""
+    return f"client_{client}"
+
+
+def _clients_of(kept: Kept, model: Model) -> list[int]:
+    """List the clients whose model it is."""
+    return kept.members(model.department) if model.client is None else [model.client]
 
 
 def part_of(kept: Kept, clients: Sequence[int]) -> np.ndarray:
@@ -90,7 +100,8 @@ def matrix(kept: Kept, moment: Moment, models: Sequence[Model]) -> dict[str, Any
     """Evaluate M models on D parts.
 
     Returns:
-        ``round``, ``models`` (M names), ``parts`` (D names), ``samples`` (D,), ``accuracy`` and ``loss`` (M x D lists).
+        ``round``, ``models`` (M names), ``own`` (M lists of the parts of a model's own clients), ``parts`` (D names),
+        ``samples`` (D,), ``accuracy`` and ``loss`` (M x D lists).
 
     """
     columns = parts(kept)
@@ -99,6 +110,7 @@ def matrix(kept: Kept, moment: Moment, models: Sequence[Model]) -> dict[str, Any
     return {
         "round": moment.round,
         "models": [model.name for model in models],
+        "own": [[name for name in map(client_part, _clients_of(kept, model)) if name in columns] for model in models],
         "parts": list(columns),
         "samples": [len(part) for part in columns.values()],
         **cells,

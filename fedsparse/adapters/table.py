@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import isnan, nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+WIDEST = 10  # clients of which a table has a column each
 
 
 def console_of(console: Console | None) -> Console:
@@ -49,23 +53,51 @@ def print_listing(listing: Mapping[str, Any], console: Console | None = None) ->
 
 
 def print_matrix(figures: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print the accuracy (and below it the loss) of every model on every part; the best of a column is bold.
+    """Print accuracy and, below it, loss of every model on every part, the best of a column bold; see ``condensed``.
 
     Args:
         figures: of ``measure.matrix``.
         console: where to print; the terminal by default.
 
     """
-    console = console_of(console)
+    figures, console = condensed(figures), console_of(console)
     title = f"accuracy, and loss, after round {figures['round']}"
     table = Table("adapter", title=title, title_justify="left")
     for name, count in zip(figures["parts"], figures["samples"], strict=True):
-        table.add_column(f"{name}\nn {count}", justify="right")
+        table.add_column(f"{name}\n{count}", justify="right")
     best = [max(column) for column in zip(*figures["accuracy"], strict=True)]
     for name, accuracies, losses in zip(figures["models"], figures["accuracy"], figures["loss"], strict=True):
         cells = zip(accuracies, losses, best, strict=True)
         table.add_row(name, *(_cell(accuracy, loss, accuracy == top) for accuracy, loss, top in cells))
     console.print(table)
+
+
+def condensed(figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Replace the parts of more than ``WIDEST`` clients by two: means over a model's own clients, and over the others.
+
+    >>> cells = {"accuracy": [[0.5, 1.0, *[0.2] * 5, *[0.4] * 5]], "loss": [[1.0] * 12], "samples": [5, *[1] * 11]}
+    >>> parts = ["test", *(f"client_{client}" for client in range(11))]
+    >>> found = condensed({"round": 1, "models": ["a"], "own": [["client_0"]], "parts": parts, **cells})
+    >>> found["parts"], [round(value, 9) for value in found["accuracy"][0]]
+    (['test', 'own clients', 'other clients'], [0.5, 1.0, 0.3])
+    """
+    parts, owns = figures["parts"], figures["own"]
+    clients = [place for place, name in enumerate(parts) if name.startswith("client_")]
+    if len(clients) <= WIDEST:
+        return {**figures, "samples": [f"n {count}" for count in figures["samples"]]}
+    rest = [place for place in range(len(parts)) if place not in clients]
+
+    def row(values: Sequence[float], own: Collection[str]) -> list[float]:
+        mine = [values[place] for place in clients if parts[place] in own]
+        others = [values[place] for place in clients if parts[place] not in own]
+        return [*(values[place] for place in rest), *(fmean(part) if part else nan for part in (mine, others))]
+
+    return {
+        **figures,
+        "parts": [*(parts[place] for place in rest), "own clients", "other clients"],
+        "samples": [*(f"n {figures['samples'][place]}" for place in rest), "mean", "mean"],
+        **{key: [row(*pair) for pair in zip(figures[key], owns, strict=True)] for key in ("accuracy", "loss")},
+    }
 
 
 def print_export(folder: Path, inventory: Mapping[str, Any], console: Console | None = None) -> None:
@@ -88,7 +120,7 @@ def print_answers(answers: Iterable[tuple[str, str]], console: Console | None = 
 
 
 def _cell(accuracy: float, loss: float, best: bool) -> str:
-    text = f"{accuracy:.1%}\n{loss:.3g}"
+    text = "-" if isnan(accuracy) else f"{accuracy:.1%}\n{loss:.3g}"
     return f"[bold]{text}[/bold]" if best else text
 
 

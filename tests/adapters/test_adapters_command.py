@@ -65,6 +65,7 @@ def test_every_adapter_on_every_part(folder, command):
     names = {f"department_{d}": f"adapters/department_{d}" for d in (0, 1)}
     names |= {f"client_{path.name}": f"clients/{path.name}/round_2" for path in sorted((place / "clients").iterdir())}
     assert found["models"] == list(names)
+    assert found["own"] == [["client_0", "client_1"], ["client_2", "client_3"], *([name] for name in list(names)[2:])]
     for name, accuracies, losses in zip(found["models"], found["accuracy"], found["loss"], strict=True):
         net = peft.PeftModel.from_pretrained(vit_digits(10, 1, seed=0), place / names[name]).eval()
         with torch.no_grad():

@@ -320,6 +320,53 @@ def test_the_fingerprint_is_of_the_base_alone(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
+class Wrapped(nn.Module):
+    """A model of transformers in a network of one's own."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(input_ids=x).logits
+
+
+def tiny_qwen():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=20, num_key_value_heads=2, tie_word_embeddings=True, **sizes)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of PEFT's call of transformers
+def test_a_language_model_is_written_as_peft_itself_writes_it(tmp_path):
+    """Names, shapes and configuration of PEFT's own save_pretrained, of the model without our wrapper."""
+    net = lora(Wrapped(tiny_qwen()), r=2, alpha=4, dropout=0.1).eval()
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    found, described = adapters(net), Base.of(net, adapters(net))
+    parts = divide(net, described, found, ParamSpace.of(net, lambda name: "lora_" in name), [])
+    (tmp_path / "ours").mkdir()
+    write(tmp_path / "ours", configuration(net, described, settings(net), parts.saved), parts)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", bias="none"
+    )
+    theirs = peft.get_peft_model(tiny_qwen(), config)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    tensors = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
+    assert {name: t.shape for name, t in tensors[0].items()} == {name: t.shape for name, t in tensors[1].items()}
+    stored = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    for one in stored:
+        one["target_modules"].sort()
+    different = {key for key in stored[1] if stored[0][key] != stored[1][key]}
+    assert different <= {"base_model_name_or_path", "auto_mapping"}
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.equal(loaded(tmp_path / "ours", tiny_qwen())(input_ids=ids).logits, net(ids))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of PEFT's call of transformers
 def test_a_model_of_transformers_is_its_own_base(tmp_path, command):
