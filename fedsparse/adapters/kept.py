@@ -19,6 +19,7 @@ from fedsparse.adapters.base import Base, Network, digest
 from fedsparse.core.folder import BEST, CHECKPOINTS, LAST, PREVIOUS, SUMMARY, TRAJECTORY, WEIGHTS
 from fedsparse.core.folder import store as store_file
 from fedsparse.core.space import ParamSpace
+from fedsparse.core.subspace import Subspace
 from fedsparse.core.weights import load_weights
 from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.stores.store import stored_rows
@@ -226,8 +227,11 @@ class Kept:
         """Take the rows of a checkpoint, and what its clients keep."""
         tensors = {name.removeprefix("net."): t for name, t in state["state_dict"].items() if name.startswith("net.")}
         federation = state["callbacks"]["FederatedRounds"]
-        rows = torch.cat([self._row(tensors).unsqueeze(0), federation["server"]["rows"].reshape(-1, self.space.size)])
-        marks = state["state_dict"]["mask"] & self.space.local
+        subspace, others = Subspace(state["state_dict"]["mask"]), federation["server"]["rows"]
+        rows = self._row(tensors).repeat(len(self.departments), 1)
+        if len(rows) > 1:  # what does not train is equal in all: a checkpoint holds it or not
+            subspace.write(rows[1:], others if others.shape[1] == subspace.size else subspace.of(others))
+        marks = subspace.mask & self.space.local
         kept = stored_rows(federation["stores"][LOCAL], self.folder / store_file(LOCAL)) if bool(marks.any()) else {}
         return Moment(number, self._models(rows, marks, kept), self._changed(tensors))
 

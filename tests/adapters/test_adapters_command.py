@@ -14,11 +14,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapter_runs import trained
+from adapter_runs import DEPARTMENTS, trained
 from torch import nn
 
 from fedsparse import run
-from fedsparse.adapters import Kept, export, greedy
+from fedsparse.adapters import Kept, export, greedy, matrix
 from fedsparse.adapters.__main__ import parser
 from fedsparse.adapters.answers import answers
 from fedsparse.adapters.kept import Model, Moment
@@ -77,6 +77,20 @@ def test_every_adapter_on_every_part(folder, command):
     own = [tuple(row) for row in found["loss"][2:]]
     assert len(set(own)) == len(own) == len(names) - 2
     assert (folder / "adapters_matrix.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["mask_rule=random", "exchange=masked"], ["lora.r=2", "model.local=[head.*]"]])
+def test_own_models_have_the_figures_that_the_run_printed(tmp_path, options):
+    """Where half of the coordinates are masked out, and where the head alone stays: as the callback computed them."""
+    summary = trained(tmp_path, *DEPARTMENTS, *options, "sparsity.ratio=0.5")
+    kept = Kept.of(tmp_path)
+    found = matrix(kept, kept.at(), kept.at().models)
+    mine = [f"client_{c}" if f"client_{c}" in found["models"] else f"department_{c // 2}" for c in range(4)]
+    places = [(found["models"].index(name), found["parts"].index(f"client_{c}")) for c, name in enumerate(mine)]
+    for key, wanted in (("accuracy", "personal/acc_mean"), ("loss", "personal/loss")):
+        assert np.mean([found[key][row][column] for row, column in places]) == pytest.approx(summary[wanted], rel=1e-6)
+    assert len(set(mine)) >= 3
 
 
 def test_the_matrix_as_a_table_of_some_models_elsewhere(folder, command):
