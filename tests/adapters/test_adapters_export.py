@@ -17,6 +17,7 @@ from fedsparse.adapters import Kept, export
 from fedsparse.adapters.base import Base
 from fedsparse.adapters.packing import configuration, divide, write
 from fedsparse.core.space import ParamSpace
+from fedsparse.federation.stores.store import FileStore, stored_rows
 from fedsparse.models.lora import adapters, lora, settings
 from fedsparse.models.vision import vit_digits
 
@@ -228,12 +229,31 @@ def test_other_methods(tmp_path, method):
     assert (out / "adapters" / "global" / "adapter_model.safetensors").stat().st_size > 4 * PER_LAYER
 
 
+def test_rows_in_a_file_that_has_grown_since(tmp_path):
+    """Rows of two checkpoints: the later one made a file of 16 rows one of 32, and left those of the earlier alone."""
+    store = FileStore(tmp_path / "clients.bin")
+    rows = torch.arange(80.0).view(20, 4)
+    store.write(range(10), rows[:10])
+    early = store.state_dict()
+    store.saved()
+    store.write(range(20), rows + 100)
+    late = store.state_dict()
+    before = store.path.read_bytes()
+    for state, count, shift in ((early, 10, 0), (late, 20, 100)):
+        found = stored_rows(state, store.path)
+        assert sorted(found) == list(range(count))
+        assert all(torch.equal(found[client], rows[client] + shift) for client in found)
+    assert store.path.read_bytes() == before
+    with pytest.raises(ValueError, match="is missing or cut off: it holds what the clients keep between rounds"):
+        stored_rows(late, tmp_path / "none.bin")
+    with pytest.raises(ValueError, match="is of type 'object', not of"):
+        stored_rows({**late, "dtype": "object"}, store.path)
+
+
+@pytest.mark.slow
 def test_rows_in_a_file_are_read_and_left_alone(tmp_path, folder):
-    """The file has grown since the checkpoint before, whose rows are read all the same."""
     other = tmp_path / "file"
-    trained(
-        other, "method=fedsa", "topology=departments", "topology.of=2", "federation.rounds=2", "federation.store=file"
-    )
+    trained(other, *DEPARTMENTS, "federation.store=file")
     before = (other / "clients.bin").read_bytes()
     export(Kept.of(other), rounds=[1, 2])
     assert (other / "clients.bin").read_bytes() == before
