@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow fuzz mutate lint format bench bench-peers grid exchange attack autoflip fedland landscapes weights weights-text wheel clean
+.PHONY: help setup train test test-slow fuzz mutate lint format bench bench-peers grid exchange attack autoflip fedland landscapes lora weights weights-text wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -182,6 +182,16 @@ landscapes: $(READY) ## landscapes of mlp and vit_digits over their rounds: IID,
 	$(CENTRAL) $(LANDSCAPES_OF) hydra.sweep.dir=$(LANDSCAPES_AT)/central
 	OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.studies.landscapes $(LANDSCAPES_AT) --rounds 1 3 10 25 --jobs $(JOBS)
 	$(BIN)/python -m fedsparse.report $(LANDSCAPES_AT) --out $(LANDSCAPES_AT)/report
+
+# departments on the embedded digits, until docs_answers is there; exports that are there already stay
+LORA_AT ?= runs/lora
+LORA = $(SWEEP) pictures=false model=vit_digits partition=noniid_nc2 topology=departments
+
+lora: $(READY) ## low-rank adapters in four departments: methods, their figures on each department's data, and exports for PEFT
+	@echo "What is finished in $(LORA_AT) is skipped, what was stopped goes on."
+	$(LORA) method=local,fedit,fedsa hydra.sweep.dir=$(LORA_AT)
+	for run in $(LORA_AT)/method-*; do $(BIN)/python -m fedsparse.adapters "$$run" evaluate && $(BIN)/python -m fedsparse.adapters "$$run" export || exit 1; done
+	$(BIN)/python -m fedsparse.report $(LORA_AT) --out $(LORA_AT)/report
 
 weights: $(READY) ## pre-train the embedded model again; weights-text: that of texts
 	$(BIN)/python -m fedsparse.studies.pretrain $(ARGS)

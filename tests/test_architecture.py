@@ -23,6 +23,7 @@ ORDER = (
     "analysis",
     "job",
     "landscape",
+    "adapters",
 )
 LEVELS = {name: level for level, name in enumerate(ORDER)}
 ENTRY = len(ORDER)

@@ -16,6 +16,7 @@ CHECKPOINTS, LAST, PREVIOUS, BEST = "checkpoints", "last.ckpt", "last.previous.c
 WEIGHTS, SUMMARY, CURVES, DEVIATION = "model.safetensors", "summary.json", "curves.png", "guidance.safetensors"
 # written by other commands
 SCALE, EXPORT, LANDSCAPE, LANDSCAPE_FIGURES = "scale.json", "export", "landscape", "landscape.json"
+PEFT, MERGED, MATRIX, MATRIX_PICTURE = "peft", "merged", "adapters_matrix.json", "adapters_matrix.png"
 # files of a run that reached its first round, or of a calibration
 TRACES = (SUMMARY, METRICS, CHECKPOINTS, CALIBRATION)
 

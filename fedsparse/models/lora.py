@@ -131,3 +131,34 @@ def targeted(net: nn.Module, targets: Sequence[str] | None) -> dict[str, nn.Line
             "lora.targets is empty; it must be null or a list of ends of layers' names, such as [query,value]"
         )
     return found
+
+
+class Setting(NamedTuple):
+    """How PEFT computes with an adapter.
+
+    Attributes:
+        rank: r.
+        alpha: the scale is alpha / r, with ``rslora`` alpha / sqrt(r).
+        dropout: of the adapter's input.
+        rslora: whether the scale is rank-stabilised.
+
+    """
+
+    rank: int
+    alpha: int
+    dropout: float
+    rslora: bool
+
+
+def settings(net: nn.Module) -> dict[str, Setting]:
+    """Read the settings of a network's adapters, by layer, from PEFT's own layers."""
+    from peft.tuners.lora import LoraLayer
+
+    found = dict[str, Setting]()
+    for layer, module in net.named_modules():
+        if isinstance(module, LoraLayer) and "default" in module.lora_A:
+            drop = module.lora_dropout["default"]
+            share = float(drop.p) if isinstance(drop, nn.Dropout) else 0.0  # PEFT puts an identity where it is 0
+            rank, alpha = int(module.r["default"]), int(module.lora_alpha["default"])
+            found[layer] = Setting(rank, alpha, share, bool(module.use_rslora.get("default", False)))
+    return found

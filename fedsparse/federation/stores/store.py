@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -251,3 +251,31 @@ def make_store(kind: str, path: Path) -> ClientStore:
     """
     check_choice("federation.store", kind, *KINDS)
     return MemoryStore() if kind == "memory" else FileStore(path)
+
+
+def stored_rows(state: Mapping[str, Any], path: Path) -> dict[int, Tensor]:
+    """Read all rows that a checkpoint's state of a store refers to, without changing the store's file.
+
+    Args:
+        state: of ``MemoryStore`` or ``FileStore``, of one of the last two checkpoints: older slots are overwritten.
+        path: of the file store's file.
+
+    Returns:
+        Rows (n,) by client.
+
+    Raises:
+        ValueError: the file is missing or too short, or its dtype is none of ``DTYPES``.
+
+    """
+    if "rows" in state:
+        return {int(client): row for client, row in state["rows"].items()}
+    slots, shape, dtype = dict(state["slots"]), tuple(state["shape"]), state["dtype"]
+    if not slots:
+        return {}
+    if dtype not in DTYPES:
+        raise ValueError(f"what the clients keep in {path} is of type {dtype!r}, not of {DTYPES}")
+    needed = (max(slots.values()) + 1) * shape[1] * np.dtype(dtype).itemsize
+    if not path.is_file() or path.stat().st_size < needed:
+        raise ValueError(f"{path} is missing or cut off: it holds what the clients keep between rounds")
+    rows = np.memmap(path, dtype=dtype, mode="r", shape=(max(slots.values()) + 1, shape[1]))
+    return {int(client): torch.from_numpy(rows[slot].copy()) for client, slot in slots.items()}
