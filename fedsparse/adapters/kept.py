@@ -31,6 +31,7 @@ from fedsparse.job.parts import Assembly
 from fedsparse.job.resume import read_job
 from fedsparse.models.lora import Setting, settings
 from fedsparse.simulation.checkpoint import read_checkpoint, renewed
+from fedsparse.simulation.origin import Origin, model_of
 
 ONE = "global"  # the only department's name
 CHECKED = (LAST, PREVIOUS, BEST)  # checkpoints, in the order in which a round is looked for
@@ -225,7 +226,8 @@ class Kept:
 
     def _from_checkpoint(self, number: int, state: Mapping[str, Any]) -> Moment:
         """Take the rows of a checkpoint, and what its clients keep."""
-        tensors = {name.removeprefix("net."): t for name, t in state["state_dict"].items() if name.startswith("net.")}
+        self._network.load(self.start, {})  # as built, which is what a checkpoint leaves out
+        tensors = model_of(Origin.of(self.assembly.problem.net, self.space), state)
         federation = state["callbacks"]["FederatedRounds"]
         subspace, others = Subspace(state["state_dict"]["mask"]), federation["server"]["rows"]
         rows = self._row(tensors).repeat(len(self.departments), 1)

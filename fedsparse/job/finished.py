@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from fedsparse.core.checks import check_choice
 from fedsparse.core.folder import BEST, CHECKPOINTS, CONFIG, LAST, PREVIOUS, SUMMARY, WEIGHTS
 from fedsparse.core.weights import load_weights
-from fedsparse.federation.server.merging import again, base_of
 from fedsparse.job.assemble import assemble_problem
 from fedsparse.job.config import register_resolvers
 from fedsparse.job.resume import read_job
 from fedsparse.models.lora import merged
 from fedsparse.simulation.checkpoint import read_checkpoint, renewed
-from fedsparse.simulation.origin import NET, Origin
+from fedsparse.simulation.origin import Origin, model_of
 
 SAVED = {"last": LAST, "best": BEST, "previous": PREVIOUS}  # checkpoints of a run folder
 SAMPLES = 8  # random inputs, and as many of the test split
@@ -109,14 +108,7 @@ def saved_weights(folder: Path, checkpoint: str = "last", trusted: Sequence[str]
         raise ValueError(f"{folder} holds no {CHECKPOINTS}/{SAVED[checkpoint]}; give a run folder that has one")
     register_resolvers()  # for a program of one's own: the commands have done it
     problem = assemble_problem(read_job(folder, trusted=trusted).cfg)
-    origin, found = Origin.of(problem.net, problem.space), renewed(read_checkpoint(path, problem.space))
-    origin.check(found)
-    whole = origin.whole(found)
-    state = {name[len(NET) :]: value for name, value in whole["state_dict"].items() if name.startswith(NET)}
-    merging = whole["callbacks"]["FederatedRounds"].get("merging") or {"layers": {}}
-    for layer, stored in merging["layers"].items():
-        again(state[base_of(layer)], stored)
-    return state
+    return model_of(Origin.of(problem.net, problem.space), renewed(read_checkpoint(path, problem.space)))
 
 
 def inputs(run: Finished, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.core.space import ParamSpace, Patterns, matches
+from fedsparse.federation.server.merging import again, base_of
 from fedsparse.masks.bitmaps import pack, unpack
 
 NET = "net."  # before the network's names in a checkpoint
@@ -133,6 +134,27 @@ class Origin:
             tensors = self.space.unflatten(row)
             state |= {NET + name: tensors[owner] for name, owner in self.owners.items() if owner in tensors}
         return {key: value for key, value in checkpoint.items() if key != LEFT_OUT} | {"state_dict": state}
+
+
+def model_of(origin: Origin, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the network's state from a checkpoint, by its names: what it holds, what it leaves out, and what was merged.
+
+    Args:
+        origin: the network as the builder makes it, which is not changed.
+        checkpoint: as ``read_checkpoint`` returns it.
+
+    Raises:
+        ValueError: the builder makes other weights than the run began with.
+
+    """
+    origin.check(checkpoint)
+    whole = origin.whole(checkpoint)
+    state = {name.removeprefix(NET): value for name, value in whole["state_dict"].items() if name.startswith(NET)}
+    merging = whole["callbacks"]["FederatedRounds"].get("merging") or {"layers": {}}
+    for layer, stored in merging["layers"].items():
+        state[base_of(layer)] = state[base_of(layer)].clone()
+        again(state[base_of(layer)], stored)
+    return state
 
 
 def opened(checkpoint: Mapping[str, Any], space: ParamSpace) -> dict[str, Any]:
