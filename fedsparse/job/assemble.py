@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fedsparse.core import parallel
-from fedsparse.core.checks import check_choice, check_flag
+from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.precisions import dtype_of
 from fedsparse.core.seeding import Purpose
 from fedsparse.data.augment import augment
@@ -31,7 +31,7 @@ from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.schedule import check_schedule
 from fedsparse.federation.server.merging import Merging
-from fedsparse.federation.server.mixing import Mixing
+from fedsparse.federation.server.mixing import GlobalMixing, Mixing
 from fedsparse.federation.server.sampling import participants, uniform
 from fedsparse.federation.server.topology import Topology
 from fedsparse.federation.trajectory import Trajectory
@@ -191,7 +191,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         optional = {"masks": masks} if own_masks else {}
         return exchange(trained=trained, local=problem.space.local, space=problem.space, **optional)
 
-    topology = instantiate(cfg.topology, _convert_="all")
+    topology = _topology(cfg.topology, problem)
     return Method(
         rule=instantiate(cfg.mask_rule),
         sparsity=_sparsity(cfg.sparsity, problem.net),
@@ -202,7 +202,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         make_exchange=make_exchange,
         aggregation=instantiate(cfg.aggregation),
         topology=topology,
-        mixing=_mixing(cfg.get("mixing"), topology, problem),
+        mixing=_mixing(cfg, topology, problem),
         merging=_merging(cfg, topology, problem),
         make_server=instantiate(target_of("server", cfg.server)),
         untouched=cfg.server.untouched,
@@ -223,20 +223,37 @@ def _trajectory(options: DictConfig | None, rounds: int, problem: Problem) -> Ca
     return make
 
 
-def _mixing(options: DictConfig | None, topology: Topology, problem: Problem) -> Mixing | None:
+def _topology(options: DictConfig, problem: Problem) -> Topology:
+    """Build the topology; where the options list no departments, they are those that the data names, if it does."""
+    node, known = target_of("topology", options), list(problem.departments)
+    given = {"of": known} if known and "of" in node and node.of is None else {}
+    built: Topology = instantiate(node, **given, _convert_="all")
+    return built
+
+
+def _mixing(cfg: DictConfig, topology: Topology, problem: Problem) -> Mixing | None:
     """Build what mixes the rows of groups; None without, as in older stored runs.
 
     Raises:
         ValueError: there is one group.
 
     """
-    if not options:
+    options, share = cfg.get("mixing"), cfg.topology.get("global_mix", 0.0)
+    check_number("topology.global_mix", share, least=0, most=1)
+    if not options and not share:
         return None
     if topology.groups < 2:
-        raise ValueError("mixing joins departments, and topology=flat has one group: set topology=departments")
-    start = problem.space.read(problem.net)
-    made: Mixing = instantiate(options, _convert_="all")(problem.space, problem.adapters, start)
-    return made
+        key = "mixing" if options else "topology.global_mix"
+        raise ValueError(
+            f"{key} joins the models of departments, and there is one: set topology=departments, with topology.of=2 or "
+            "more"
+        )
+    made: Mixing | None = None
+    if options:
+        start, truth = problem.space.read(problem.net), problem.truth_of(topology)
+        make = instantiate(options, _convert_="all")
+        made = make(problem.space, problem.adapters, start, topology.groups, truth)
+    return GlobalMixing(share, made) if share else made
 
 
 def _merging(cfg: DictConfig, topology: Topology, problem: Problem) -> Callable[[nn.Module], Merging] | None:

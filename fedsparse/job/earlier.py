@@ -75,6 +75,7 @@ MOVES: Mapping[str, str] = {
     "exchange.build.filters.attack.scale": "exchange.attack_scale",
     "exchange.build.filters.feedback.decay": "exchange.feedback",
     "exchange.build.filters.precision.dtype": "exchange.precision",
+    "mixing.global_share": "topology.global_mix",
     "exchange.build.rule": "exchange",
     "exchange.build": "exchange",
 }

@@ -19,6 +19,7 @@ JOBS: Mapping[str, tuple[str, ...]] = {
     "model": ("name", "trainable", "head", "local", "cohort"),
     "optimizer": ("clip_norm",),
     "server": ("untouched",),
+    "topology": ("global_mix",),
 }
 SHARED: Mapping[str, tuple[str, ...]] = {"data": ("stream",), "exchange": ("compat",), "model": ("name",)}
 

@@ -58,6 +58,8 @@ class Problem:
         batch_size: samples of a local step.
         seed: the run's seed.
         adapters: of the network, by layer.
+        departments: of each client, from 0, as the data names them; empty if it names none.
+        truth: cluster of each of these departments, as the data names it; empty if it names none.
 
     """
 
@@ -73,11 +75,18 @@ class Problem:
     batch_size: int
     seed: int
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    departments: tuple[int, ...] = ()
+    truth: tuple[int, ...] = ()
 
     @property
     def eligible(self) -> list[int]:
         """Clients that hold data."""
         return [client for client, part in enumerate(self.parts) if len(part)]
+
+    def truth_of(self, topology: Topology) -> tuple[int, ...]:
+        """Give the true cluster of each group of a topology; empty if its groups are not the data's departments."""
+        clients = range(len(self.parts))
+        return self.truth if self.departments and topology.group(clients) == self.departments else ()
 
     @property
     def dealt(self) -> Split:

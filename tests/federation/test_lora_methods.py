@@ -81,7 +81,7 @@ def trained(tmp_path, method, kind, seed=0, rounds=25, topology=None, mixing=Non
     small = Small(net, dataset, parts, work=work, count=len(parts), space=space, lr=0.02, data={"tests": tests})
     if topology is not None:
         table = ClusterTable(tmp_path / "clusters.jsonl")
-        mixed = ClusterMixing(space, adapters(net), space.read(net), **mixing)
+        mixed = ClusterMixing(space, adapters(net), space.read(net), len(parts), **mixing)
         small.given |= {"topology": topology, "mixing": mixed, "watchers": [table]}
     evaluation = Evaluation(tests)
     own = OwnModels(small.rounds) if local else None

@@ -50,6 +50,12 @@ TYPED = [  # what it needs, and the key with another value
     ("sparsity=shira", "sparsity.rank=1"),
     ("sparsity=gradual80", "sparsity.schedule.begin=3"),
     ("sparsity=gradual80", "sparsity.schedule.every=2"),
+    (
+        "model=vit_digits lora=r8 topology=departments topology.of=2 mixing=clusters mixing.of=A "
+        "mixing.metric=euclidean mixing.k=elbow",
+        "mixing.compat=original",
+    ),
+    ("topology=departments topology.of=2 mixing=clusters mixing.of=row mixing.method=fixed", "mixing.fixed=[0,1]"),
     ("topology=departments topology.of=2 mixing=clusters mixing.of=row", "mixing.k_range=[2,3]"),
     ("trajectory=global", "trajectory.dtype=float16"),
     ("trajectory=global", "trajectory.every=3"),
