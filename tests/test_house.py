@@ -229,6 +229,7 @@ BY_HAND = {  # what begins a refusal that is worded by hand, and why no function
     "head.ridge": "a larger one, which equations that were tried ask for",
     "lora.targets": "ends of layers' names",
     "masks[{index}]": "a tensor",
+    "mixing.k_range": "two numbers that rise",
     "phases.{name}": "a node of options",
     "range": "two numbers that rise",
     "sparsity.always_train": "glob patterns",

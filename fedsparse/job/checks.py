@@ -20,7 +20,7 @@ from fedsparse.federation.exchange.filters import SignFlip
 from fedsparse.federation.exchange.fractions import check_fraction
 from fedsparse.federation.exchange.sparsifiers import Pattern
 from fedsparse.federation.phases import Phases
-from fedsparse.federation.server.aggregation import Aggregation, AverageRows, FedNova, Robust
+from fedsparse.federation.server.aggregation import Aggregation, AverageRows, FedNova, Robust, WeightedMean
 from fedsparse.federation.server.server import Server
 from fedsparse.job.parts import Course, Method, Problem
 from fedsparse.masks import Exploration
@@ -44,6 +44,8 @@ def check_method(method: Method, problem: Problem, course: Course) -> None:
     check_names(exchange, space, everything)
     server = Server(torch.zeros(1, 1), method.make_server, Subspace(everything[:1]), method.untouched)
     check_server(server.optimizer)
+    if method.merging is not None:
+        check_merging(exchange, method.aggregation, module.objective, server.optimizer)
 
 
 def check_phases(phases: Phases, method: Method, keep_model: bool = False) -> None:
@@ -139,6 +141,30 @@ def check_server(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         check_number("server.lr", group["lr"], above=0)
         check_number("server.momentum", group.get("momentum", 0), least=0, below=1)
+
+
+def check_merging(
+    exchange: Exchange, aggregation: Aggregation, objective: DriftCorrection, optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuse parts beside which merged adapters are not the mean of the clients' updates.
+
+    What is merged is a weighted mean of whole updates: another average, or a server that does not step to the mean,
+    would leave its part out or count it twice. Control variates are of a start that a fresh adapter does not have.
+
+    Raises:
+        ValueError: one line, with the options to set.
+
+    """
+    wanted = "merging=fedex and merging=flora are exact for the weighted mean of whole updates alone"
+    if type(aggregation) is not WeightedMean:
+        raise ValueError(f"{wanted}: set aggregation=weighted_mean")
+    if exchange.per_coordinate:
+        raise ValueError(f"{wanted}: set exchange=full or exchange=masked, with one mask for all clients")
+    steps = [optimizer.defaults[key] for key in ("lr", "momentum", "weight_decay") if key in optimizer.defaults]
+    if type(optimizer) is not torch.optim.SGD or steps != [1, 0, 0]:
+        raise ValueError(f"{wanted}: set server=fedavg, with server.lr=1.0 and neither momentum nor weight decay")
+    if objective.messages:
+        raise ValueError(f"{wanted}, and control variates shift them: set objective=none or objective=fedprox")
 
 
 def check_sizes(exchange: Exchange, aggregation: Aggregation, holds: Sequence[bool], taking_part: int) -> None:

@@ -147,11 +147,21 @@ def test_what_is_merged_travels_down_as_factors(tmp_path):
         (["model.local=[*lora_B*]"], "merging=flora merges adapters of which both factors are averaged"),
         (["topology=departments", "topology.of=3"], "merging changes the one model of all clients: set topology=flat"),
         (["trajectory=global"], "trajectory=global keeps what trains, and merging changes the rest"),
+        (["server=fedadam"], "set server=fedavg, with server.lr=1.0 and neither momentum nor weight decay"),
+        (["server.lr=0.9"], "set server=fedavg, with server.lr=1.0"),
+        (["server=fedavgm"], "set server=fedavg, with server.lr=1.0"),
+        (["aggregation=median"], "alone: set aggregation=weighted_mean"),
+        (["aggregation=fednova"], "alone: set aggregation=weighted_mean"),
+        (["exchange=topk"], "set exchange=full or exchange=masked, with one mask for all clients"),
+        (["exchange=pattern", "exchange.names=[*lora_A*]"], "set exchange=full or exchange=masked"),
+        (["mask.owner=client", "mask_rule=random", "exchange=masked"], "set exchange=full or exchange=masked"),
+        (["objective=scaffold"], "and control variates shift them: set objective=none or objective=fedprox"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, options, line):
-    with pytest.raises(ValueError, match=line):
-        run([*FAST[:-1], "method=flora", *options, f"hydra.run.dir={tmp_path}"])
+    for method in ("flora", "fedex"):
+        with pytest.raises(ValueError, match=line.replace("flora", method)):
+            run([*FAST[:-1], f"method={method}", *options, f"hydra.run.dir={tmp_path}"])
 
 
 def test_what_takes_frozen_weights_as_constant_is_refused(tmp_path):
