@@ -29,7 +29,7 @@ from fedsparse.federation.client.drift import DriftCorrection
 from fedsparse.federation.exchange.build import exchange_of
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.phases import Phase, Phases
-from fedsparse.federation.schedule import check_schedule
+from fedsparse.federation.schedule import check_schedule, within
 from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.server.mixing import GlobalMixing, Mixing
 from fedsparse.federation.server.sampling import participants, uniform
@@ -64,7 +64,7 @@ def assemble(cfg: DictConfig) -> Assembly:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     calibration = Calibration(**cfg.calibration)  # checked before the phases, which copy some of its numbers
     problem = assemble_problem(cfg)
-    check_schedule(instantiate(cfg.schedule), cfg.federation.rounds)
+    check_schedule(instantiate(target_of("schedule", cfg.schedule)), cfg.federation.rounds)
     course = assemble_course(cfg, problem)
     method = assemble_method(cfg, problem, course, calibration)
     check_method(method, problem, course)
@@ -206,7 +206,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         merging=_merging(cfg, topology, problem),
         make_server=instantiate(target_of("server", cfg.server)),
         untouched=cfg.server.untouched,
-        schedule=instantiate(cfg.schedule),
+        schedule=instantiate(target_of("schedule", cfg.schedule)),
         trajectory=_trajectory(cfg.get("trajectory"), course.phases.total, problem),
         link=instantiate(cfg.link),
         store=cfg.federation.store,
@@ -293,6 +293,7 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
     """Build the constructor of a cohort's clients, which takes a network and K."""
     client, optimizer = instantiate(cfg.client), instantiate(target_of("optimizer", cfg.optimizer))
     options = cfg.objective
+    decay = within(cfg.schedule.get("within", "constant"))  # older stored runs lack the key
     counted = "num_clients" in options and options.num_clients is None  # null: the number of clients with data
 
     def make(net: nn.Module, cohort: int) -> ClientModule:
@@ -310,6 +311,7 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
             objective=objective,
             buffers=cfg.federation.buffers,
             seed=cfg.seed,
+            decay=decay,
         )
 
     return make

@@ -39,6 +39,11 @@ def check_method(method: Method, problem: Problem, course: Course) -> None:
     everything = torch.ones_like(space.local)
     exchange = method.make_exchange(everything, lambda clients: everything.expand(len(clients), -1))
     check_together(exchange, method.aggregation, module.objective, module.make_optimizer([torch.zeros(1)]))
+    if module.decay is not None and (module.objective.messages or isinstance(method.aggregation, FedNova)):
+        raise ValueError(
+            "aggregation=fednova and objective=scaffold weigh local steps of one learning rate: set "
+            "schedule.within=constant"
+        )
     check_pruning(exchange, method.sparsity.mode)
     check_sizes(exchange, method.aggregation, holds, course.clients)
     check_names(exchange, space, everything)

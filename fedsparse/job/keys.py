@@ -18,6 +18,7 @@ JOBS: Mapping[str, tuple[str, ...]] = {
     "exchange": ("payload", "attackers", "attack_scale", "feedback", "precision", "filters", "compat"),
     "model": ("name", "trainable", "head", "local", "cohort"),
     "optimizer": ("clip_norm",),
+    "schedule": ("within",),
     "server": ("untouched",),
     "topology": ("global_mix",),
 }

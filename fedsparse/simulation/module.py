@@ -31,6 +31,7 @@ from fedsparse.federation.client.training import (
     no_samples,
 )
 from fedsparse.federation.exchange.update import Start
+from fedsparse.federation.schedule import Within
 from fedsparse.federation.stores.store import ClientStore
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim.index import LARGE
@@ -61,6 +62,7 @@ class ClientModule(lightning.LightningModule):
         buffers: policy of float buffers; see ``Buffers``.
         seed: the run's seed, for dropout.
         large: coordinates from which a tensor is a block of its own (K = 1).
+        decay: factor of the learning rate by local step and number of local steps; None: 1.
 
     Attributes:
         clients: exists once Lightning has moved the network to its device.
@@ -86,6 +88,7 @@ class ClientModule(lightning.LightningModule):
         buffers: str = "average",
         seed: int = 0,
         large: int = LARGE,
+        decay: Within | None = None,
     ) -> None:
         super().__init__()
         check_stackable(net, cohort)
@@ -94,6 +97,7 @@ class ClientModule(lightning.LightningModule):
         self.make_optimizer, self.inputs, self.compile_net = make_optimizer, inputs, compile
         self.objective = NoCorrection() if objective is None else objective
         self.buffer_policy, self.groups, self.seed, self.large = buffers, 1, seed, large
+        self.decay = decay
         self.buffer_store: ClientStore | None = None
         self.received: Start | None = None
         self.show: Callable[[int], None] = only_one
@@ -159,6 +163,7 @@ class ClientModule(lightning.LightningModule):
             loss_scale=loss_scale,
             seed=self.seed,
             large=self.large,
+            decay=self.decay,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

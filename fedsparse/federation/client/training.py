@@ -5,7 +5,7 @@ Shapes: K clients of the cohort, P coordinates of which n train, S local steps, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +31,7 @@ from fedsparse.federation.client.drift import (
 from fedsparse.federation.client.early_stopping import Counts, Patience
 from fedsparse.federation.client.stacked import StackedRows
 from fedsparse.federation.exchange.update import Start, Update, finite
+from fedsparse.federation.schedule import Within
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim.index import LARGE, Block, blocks
 from fedsparse.optim.masked import MaskedOptimizer
@@ -66,6 +67,7 @@ class Clients:
         loss_scale: factor of the loss in half precision, so that gradients do not underflow.
         seed: the run's seed, for dropout.
         large: coordinates from which a tensor is a block of its own (K = 1).
+        decay: factor of the learning rate by local step, from 0, and a client's number of local steps; None: 1.
 
     Attributes:
         theta: the rows (K, P).
@@ -99,6 +101,7 @@ class Clients:
         loss_scale: float = 1.0,
         seed: int = 0,
         large: int = LARGE,
+        decay: Within | None = None,
     ) -> None:
         check_stackable(net, cohort)
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
@@ -108,6 +111,7 @@ class Clients:
         self.buffers = Buffers(net) if buffers is None else buffers
         self.bitmaps = torch.zeros(0, 0, dtype=torch.uint8) if bitmaps is None else bitmaps
         self.per_sample, self.loss_scale, self.seed, self.large = per_sample, loss_scale, seed, large
+        self.decay = decay
         self.factors: list[Tensor] = []  # by which each local step of a cohort multiplied its gradients, (K, 1)
         self.change = torch.zeros(0)
         self.subspace, self.theta = Subspace(mask), stacked(space.read(net), cohort)
@@ -159,7 +163,9 @@ class Clients:
         if cohort.clients[0] >= 0:
             seed_dropout(self.theta.device, number(self.seed, Purpose.DROPOUT, cohort.round, cohort.clients[0]))
         x, y = self.fetch(cohort)
-        batches = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
+        batches: Iterable[Batch] = zip(x[0], y[0]) if self.cohort == 1 else zip(x.unbind(1), y.unbind(1))  # noqa: B905
+        if self.decay is not None:
+            batches = self._paced(batches, rates(self.decay, start.lr, taken, self.theta.device))
         if start.patience is None:
             losses = [self.step(*batch, count, correction) for batch, count in zip(batches, taken, strict=True)]
         else:
@@ -207,6 +213,13 @@ class Clients:
             self.buffers.start(clients, start.group)
         self.factors.clear()
         return correction
+
+    def _paced(self, batches: Iterable[Batch], rates: Sequence[float | Tensor]) -> Iterator[Batch]:
+        """Set the learning rate of each local step as its batch is taken."""
+        for batch, rate in zip(batches, rates, strict=True):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            yield batch
 
     def _patiently(
         self, batches: Iterable[Batch], stop: Patience, correction: GradientCorrection
@@ -303,6 +316,30 @@ def no_samples(cohort: Cohort) -> Batch:
 
     """
     raise ValueError("these clients hold no samples")
+
+
+def rates(decay: Within, lr: float, counts: Counts, device: torch.device) -> list[float | Tensor]:
+    """Compute the learning rate of each local step of K clients.
+
+    Args:
+        decay: factor by local step and number of local steps.
+        lr: that it multiplies.
+        counts: [S][K] real samples of each step; a client with fewer steps than others has 0 in its last ones.
+        device: of the rates.
+
+    Returns:
+        S: a number where it is that of all clients which take the step, else float64 (K,), 0 for those which do not.
+
+    >>> rates(lambda s, steps: 1 - s / steps, 0.5, [[8, 8], [8, 8], [0, 3], [0, 3]], torch.device("cpu"))[1:3]
+    [tensor([0.2500, 0.3750], dtype=torch.float64), 0.25]
+    """
+    steps = [sum(n > 0 for n in client) for client in zip(*counts, strict=True)]
+    table = [
+        [lr * decay(s, of) if n else 0.0 for n, of in zip(count, steps, strict=True)] for s, count in enumerate(counts)
+    ]
+    on_device = torch.tensor(table, dtype=torch.float64, device=device)
+    taken = [{rate for rate, n in zip(row, count, strict=True) if n} for row, count in zip(table, counts, strict=True)]
+    return [of.pop() if len(of) == 1 else on_device[s] for s, of in enumerate(taken)]
 
 
 def processed(taken: Counts) -> tuple[float, ...]:
