@@ -227,6 +227,7 @@ BY_HAND = {  # what begins a refusal that is worded by hand, and why no function
     "exchange.fraction": "a number, a list of them, or a mapping from a round on",
     "exchange.names": "glob patterns",
     "head.ridge": "a larger one, which equations that were tried ask for",
+    "lora.ranks": "a list of ranks",
     "lora.targets": "ends of layers' names",
     "masks[{index}]": "a tensor",
     "mixing.k_range": "two numbers that rise",

@@ -29,9 +29,10 @@ from fedsparse.federation.client.drift import DriftCorrection
 from fedsparse.federation.exchange.build import exchange_of
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.phases import Phase, Phases
+from fedsparse.federation.ranks import checked_ranks, rank_masks, ranks_of_clients
 from fedsparse.federation.schedule import check_schedule, within
 from fedsparse.federation.server.merging import Merging
-from fedsparse.federation.server.mixing import GlobalMixing, Mixing
+from fedsparse.federation.server.mixing import GlobalMixing, Mixing, RankedMixing
 from fedsparse.federation.server.sampling import participants, uniform
 from fedsparse.federation.server.topology import Topology
 from fedsparse.federation.trajectory import Trajectory
@@ -186,24 +187,26 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
     """
     check_choice("mask.owner", cfg.mask.owner, "global", "client")
     own_masks, exchange = cfg.mask.owner == "client", _exchange_of(cfg.exchange)
+    topology = _topology(cfg.topology, problem)
+    ranks = _ranks(cfg.get("lora"), topology, problem)
 
     def make_exchange(trained: Tensor, masks: OwnMasks) -> Exchange:
-        optional = {"masks": masks} if own_masks else {}
+        optional = {"masks": masks} if own_masks or ranks else {}
         return exchange(trained=trained, local=problem.space.local, space=problem.space, **optional)
 
-    topology = _topology(cfg.topology, problem)
     return Method(
         rule=instantiate(cfg.mask_rule),
         sparsity=_sparsity(cfg.sparsity, problem.net),
         own_masks=own_masks,
+        ranks=ranks,
         head=Head(**cfg.head),
         calibration=replace(calibration, rounds=course.phases.prepares("calibrate") or calibration.rounds),
         make_module=_module_maker(cfg, problem),
         make_exchange=make_exchange,
         aggregation=instantiate(cfg.aggregation),
         topology=topology,
-        mixing=_mixing(cfg, topology, problem),
-        merging=_merging(cfg, topology, problem),
+        mixing=_mixing(cfg, topology, problem, ranks),
+        merging=_merging(cfg, topology, problem, ranks),
         make_server=instantiate(target_of("server", cfg.server)),
         untouched=cfg.server.untouched,
         schedule=instantiate(target_of("schedule", cfg.schedule)),
@@ -231,7 +234,17 @@ def _topology(options: DictConfig, problem: Problem) -> Topology:
     return built
 
 
-def _mixing(cfg: DictConfig, topology: Topology, problem: Problem) -> Mixing | None:
+def _ranks(lora: DictConfig | None, topology: Topology, problem: Problem) -> tuple[int, ...]:
+    """Find the rank of each client's adapters; empty if all have one, as in older stored runs."""
+    if not lora or lora.get("ranks") is None:
+        return ()
+    clients = range(len(problem.parts))
+    members = topology.group(clients) if topology.groups > 1 else problem.departments or clients
+    named = topology.groups > 1 or bool(problem.departments)
+    return ranks_of_clients(checked_ranks(lora.ranks), members, named)
+
+
+def _mixing(cfg: DictConfig, topology: Topology, problem: Problem, ranks: Sequence[int]) -> Mixing | None:
     """Build what mixes the rows of groups; None without, as in older stored runs.
 
     Raises:
@@ -253,10 +266,17 @@ def _mixing(cfg: DictConfig, topology: Topology, problem: Problem) -> Mixing | N
         start, truth = problem.space.read(problem.net), problem.truth_of(topology)
         make = instantiate(options, _convert_="all")
         made = make(problem.space, problem.adapters, start, topology.groups, truth)
-    return GlobalMixing(share, made) if share else made
+    made = GlobalMixing(share, made) if share else made
+    if not ranks or made is None:
+        return made
+    own = dict(zip(topology.group(range(len(ranks))), ranks, strict=True))
+    of_groups = [own[group] for group in range(topology.groups)]
+    return RankedMixing(made, rank_masks(problem.adapters, problem.space, of_groups))
 
 
-def _merging(cfg: DictConfig, topology: Topology, problem: Problem) -> Callable[[nn.Module], Merging] | None:
+def _merging(
+    cfg: DictConfig, topology: Topology, problem: Problem, ranks: Sequence[int]
+) -> Callable[[nn.Module], Merging] | None:
     """Build the constructor of what merges adapters; None without, as in older stored runs.
 
     Raises:
@@ -269,7 +289,7 @@ def _merging(cfg: DictConfig, topology: Topology, problem: Problem) -> Callable[
         raise ValueError("merging changes the one model of all clients: set topology=flat")
     if cfg.get("trajectory"):
         raise ValueError("trajectory=global keeps what trains, and merging changes the rest: set trajectory=none")
-    make = partial(instantiate(cfg.merging), adapters=problem.adapters, space=problem.space)
+    make = partial(instantiate(cfg.merging), adapters=problem.adapters, space=problem.space, ranks=ranks)
     make(problem.net)  # checks before training
     return make
 
@@ -372,7 +392,9 @@ def _adapted(builder: DictConfig, lora: DictConfig | None) -> DictConfig:
     """Build the network with adapters around the network of a builder; as it is without, as in older stored runs."""
     if not lora:
         return builder
-    adapters: dict[str, Any] = OmegaConf.to_container(lora, resolve=True)  # type: ignore[assignment]
+    adapters: dict[str, Any] = OmegaConf.to_container(target_of("lora", lora), resolve=True)  # type: ignore[assignment]
+    if (ranks := lora.get("ranks")) is not None:
+        adapters["r"] = max(checked_ranks(ranks))
     return OmegaConf.create({**adapters, "_partial_": False, "net": builder})
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 JOBS: Mapping[str, tuple[str, ...]] = {
     "data": ("batch_size", "augment", "local_test", "stream", "workers"),
     "exchange": ("payload", "attackers", "attack_scale", "feedback", "precision", "filters", "compat"),
+    "lora": ("ranks",),
     "model": ("name", "trainable", "head", "local", "cohort"),
     "optimizer": ("clip_norm",),
     "schedule": ("within",),

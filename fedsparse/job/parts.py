@@ -146,7 +146,8 @@ class Method:
     Attributes:
         rule: scores coordinates for the mask.
         sparsity: how many coordinates train.
-        own_masks: whether every client has a mask of its own.
+        own_masks: whether every client has a mask of its own, from its own data.
+        ranks: of each client's adapters; empty if all have one.
         head: initialisation of the head.
         calibration: options of the measurement of scores.
         make_module: builds K clients of a network; all coordinates train until a mask is set.
@@ -167,6 +168,7 @@ class Method:
     rule: MaskRule
     sparsity: Sparsity
     own_masks: bool
+    ranks: tuple[int, ...]
     head: Head
     calibration: Calibration
     make_module: Callable[[nn.Module, int], ClientModule]
@@ -181,6 +183,11 @@ class Method:
     trajectory: Callable[..., Trajectory] | None
     link: Link | None
     store: str
+
+    @property
+    def apart(self) -> bool:
+        """Whether clients train different coordinates."""
+        return self.own_masks or bool(self.ranks)
 
     @property
     def changes(self) -> bool:

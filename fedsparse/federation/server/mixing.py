@@ -93,6 +93,26 @@ class GlobalMixing:
         return replace(mixed, rows=torch.lerp(mixed.rows, mean, self.share))
 
 
+class RankedMixing:
+    """Mixes as another mixing, and leaves what a group of a smaller rank does not train (HetLoRA, Cho et al. 2024).
+
+    So a mean is one of adapters padded with zeros, and each group takes the part of its own rank.
+
+    Args:
+        first: mixes the rows.
+        marks: bool (G, P), what each group trains.
+
+    """
+
+    def __init__(self, first: Mixing, marks: Tensor) -> None:
+        self.first, self.marks = first, marks
+
+    def __call__(self, rows: Tensor, round: int) -> Mixed:
+        """Mix the rows (G, P)."""
+        mixed = self.first(rows, round)
+        return replace(mixed, rows=torch.where(self.marks.to(rows.device), mixed.rows, rows))
+
+
 class ClusterMixing:
     """Clusters groups by their adapters, or by their rows, and moves each towards the mean of its cluster.
 
