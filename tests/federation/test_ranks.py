@@ -86,7 +86,7 @@ FAST += ["lora.dropout=0.0", "lora.ranks=[1,4,2]", "exchange=masked"]
 SCALE = 16 / 4  # alpha over the largest rank
 
 
-def bytes_up(folder):
+def traffic(folder):
     lines = [line.split(",") for line in (folder / "traffic.csv").read_text().splitlines()]
     return lines[0], lines[1:]
 
@@ -111,14 +111,16 @@ def test_flora_merges_the_mean_update_of_all_ranks(tmp_path, monkeypatch, cohort
         torch.testing.assert_close(after[f"{layer}.base_layer.weight"].double(), wanted, rtol=0, atol=2e-6)
 
 
-def test_bytes_up_are_those_of_each_rank(tmp_path):
-    """Beside its header a client of rank r sends r (in + out) values of each layer, and the head."""
-    run([*FAST, "method=flora", "federation.rounds=1", f"hydra.run.dir={tmp_path}"])
+def test_bytes_are_those_of_each_rank(tmp_path):
+    """A client of rank r sends r (in + out) values of each layer, and the head; down come all of them, and the head."""
+    run([*FAST, "method=flora", "federation.rounds=2", f"hydra.run.dir={tmp_path}"])
     net = vit_digits(10, 1, seed=0)
     wide, layers, head = net.embed_dim, len(net.blocks), sum(p.numel() for p in net.head.parameters())
-    names, rows = bytes_up(tmp_path)
-    sent = {int(row[names.index("client")]): int(row[names.index("up_values")]) for row in rows}
-    assert sent == {client: 4 * (layers * rank * 4 * wide + head) for client, rank in enumerate((1, 4, 2))}
+    names, rows = traffic(tmp_path)
+    sent = {(row[names.index("client")], int(row[names.index("up_values")])) for row in rows}
+    assert sent == {(f"{client}", 4 * (layers * rank * 4 * wide + head)) for client, rank in enumerate((1, 4, 2))}
+    received = [int(row[names.index("down_values")]) for row in rows if row[0] == "2"]
+    assert received == [4 * (layers * (1 + 4 + 2) * 4 * wide + head)] * 3
 
 
 @pytest.mark.slow
