@@ -181,7 +181,8 @@ class SparseSGDM(MaskedOptimizer):
             self._indices.get(param),
             bool(group["momentum"]),
         )
-        options["lr"] = beside(options["lr"], param) if index is None else options["lr"]
+        if index is None and isinstance(options["lr"], Tensor):
+            options["lr"] = beside(options["lr"], param)
         buffer = self._moment(param, "momentum_buffer") if moves else None
         fresh = moves and self.state[param].get("fresh", False)
         if index is None:
@@ -218,9 +219,10 @@ def _update_at(
     index: TrainedIndex, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
 ) -> Tensor | None:
     """Step the trained coordinates of a parameter in chunks; returns their momentum, if any."""
+    lr = options["lr"]
     if buffer is None and options["momentum"]:
         buffer, fresh = param.new_empty(index.gathered), True
     for values, gradient, (part,), positions in index.trained(param, grad, buffer):
-        lr = beside(options["lr"], param, index, positions)
-        sgdm_update(values, gradient, part, fresh=fresh, **options | {"lr": lr})
+        of_clients = {"lr": beside(lr, param, index, positions)} if isinstance(lr, Tensor) else {}
+        sgdm_update(values, gradient, part, fresh=fresh, **options | of_clients)
     return buffer

@@ -247,6 +247,7 @@ def test_departments_go_with_other_parts(tmp_path, options):
         (lambda: mixing(k=5), "mixing.k, of 4 departments, is 5; it must be a whole number from 1 to 4"),
         (lambda: mixing(k=True), "mixing.k, of 4 departments, is True"),
         (lambda: mixing(k_range=[2]), r"mixing.k_range is \[2\]; it must be two numbers that rise"),
+        (lambda: mixing(k_range=3), "mixing.k_range is 3; it must be two numbers that rise"),
         (lambda: mixing(k_range=[1, 2]), "mixing.k_range is 1; it must be a whole number of 2 or more"),
         (lambda: mixing(k_range=[5, 4]), "mixing.k_range is 4; it must be a whole number of 5 or more"),
         (lambda: mixing(k_range=[5, 6]), "mixing.k_range begins with 5 clusters, and there are 4 departments"),
@@ -255,6 +256,7 @@ def test_departments_go_with_other_parts(tmp_path, options):
             lambda: mixing(method="fixed"),
             "takes a cluster for each of 4 departments; mixing.fixed is null, and the data",
         ),
+        (lambda: mixing(method="fixed", fixed=2), "mixing.fixed is 2; it must be null or a list"),
         (lambda: mixing(method="fixed", fixed=[0, 1]), "for each of 4 departments; mixing.fixed lists 2"),
         (lambda: mixing(method="fixed", fixed=[0, 1, 2, "hr"]), "mixing.fixed is 'hr'; it must be a whole number"),
         (lambda: mixing(compat="code"), "mixing.compat is 'code'; it must be null or original"),
@@ -262,6 +264,11 @@ def test_departments_go_with_other_parts(tmp_path, options):
         (lambda: GlobalMixing(1.5), "topology.global_mix is 1.5"),
         (lambda: Departments(None, 8, 0), "topology.clients_per_department is 0"),
         (lambda: Departments(None, 8, 3, 2), "topology.clusters_within is 2, and a department has one model"),
+        (
+            lambda: Departments("hr", 2),
+            "topology.of is 'hr'; it must be null, a number of departments, or one for each",
+        ),
+        (lambda: Departments(2.5, 2), "topology.of is 2.5; it must be null"),
         (lambda: Departments(["hr", "it"], 2), "topology.of is 'hr'; it must be a whole number of 0 or more"),
         (lambda: mixing()(ROWS / 0, 0), "adapters of a department are not finite"),
         (

@@ -245,8 +245,8 @@ def _check_counts(k: str | int, k_range: Sequence[int], groups: int) -> None:
         check_choice("mixing.k", k, *CHOICES)
     else:
         check_number(f"mixing.k, of {groups} departments,", k, whole=True, least=1, most=groups)
-    if len(k_range) != 2:
-        raise ValueError(f"mixing.k_range is {list(k_range)}; it must be two numbers that rise, such as [2,5]")
+    if isinstance(k_range, str) or not isinstance(k_range, Sequence) or len(k_range) != 2:
+        raise ValueError(f"mixing.k_range is {k_range!r}; it must be two numbers that rise, such as [2,5]")
     check_number("mixing.k_range", k_range[0], whole=True, least=2)
     check_number("mixing.k_range", k_range[1], whole=True, least=k_range[0])
     if k_range[0] > groups:
@@ -260,6 +260,8 @@ def _fixed(labels: Sequence[int], groups: int) -> tuple[int, ...]:
         ValueError: it is not one cluster for each group.
 
     """
+    if isinstance(labels, str) or not isinstance(labels, Sequence):
+        raise ValueError(f"mixing.fixed is {labels!r}; it must be null or a list with the cluster of each department")
     if len(labels) != groups:
         given = f"mixing.fixed lists {len(labels)}" if labels else "mixing.fixed is null, and the data names none"
         raise ValueError(f"mixing.method=fixed takes a cluster for each of {groups} departments; {given}")

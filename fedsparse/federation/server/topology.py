@@ -71,6 +71,8 @@ class Departments:
         elif isinstance(of, int):
             check_number("topology.of", of, whole=True, least=1, most=num_clients)
             self.members = tuple(client * of // num_clients for client in range(num_clients))
+        elif isinstance(of, str) or not isinstance(of, Sequence):
+            raise ValueError(f"topology.of is {of!r}; it must be null, a number of departments, or one for each client")
         else:
             self.members = tuple(of)
             for department in self.members:
