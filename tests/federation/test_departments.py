@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from fedsparse import run
 from fedsparse.core.space import ParamSpace
+from fedsparse.federation.clustering import ClusterTable
 from fedsparse.federation.server import ClusterMixing, Departments, GlobalMixing
 from fedsparse.job.assemble import assemble, assemble_course, assemble_method
 from fedsparse.models.lora import Adapter
@@ -190,11 +192,22 @@ def test_each_round_is_a_line(whole):
     for before, line in zip(found, found[1:], strict=False):
         assert line["ari_before"] == pytest.approx(adjusted_rand_score(before["labels"], line["labels"]))
     for line in found:
+        assert line["ari_truth"] is None
         assert len(line["labels"]) == 4
         assert line["k"] == len(set(line["labels"])) == int(max(line["scores"], key=line["scores"].get))
         assert np.allclose(np.diag(line["cosines"]["BA"]), 1)
     assert {row.split(",")[1] for row in (folder / "lora.csv").read_text().splitlines()[1:]} == set("0123")
     assert summary["rounds"] == 3
+
+
+@pytest.mark.parametrize("truth", [(0, 1, 0, 1), (0, 0, 1, 1), ()])
+def test_a_line_says_how_near_the_truth_its_clusters_are(tmp_path, truth):
+    table = ClusterTable(tmp_path / "clusters.jsonl", truth=truth)
+    table.close(SimpleNamespace(number=0, mixed=mixing()(ROWS, 0)), [], None)
+    table.close(SimpleNamespace(number=1, mixed=mixing(every=3)(ROWS, 1)), [], None)  # no mixing, no line
+    (line,) = lines(tmp_path)
+    assert line["labels"] == [0, 1, 0, 1]
+    assert line["ari_truth"] == (adjusted_rand_score(truth, [0, 1, 0, 1]) if truth else None)
 
 
 def test_a_resume_goes_on_with_the_same_bits(whole, tmp_path):
