@@ -313,7 +313,7 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
     """Build the constructor of a cohort's clients, which takes a network and K."""
     client, optimizer = instantiate(cfg.client), instantiate(target_of("optimizer", cfg.optimizer))
     options = cfg.objective
-    decay = within(cfg.schedule.get("within", "constant"))  # older stored runs lack the key
+    decay = within(cfg.schedule.get("within", "constant"))  # a schedule of one's own may lack the key
     counted = "num_clients" in options and options.num_clients is None  # null: the number of clients with data
 
     def make(net: nn.Module, cohort: int) -> ClientModule:
