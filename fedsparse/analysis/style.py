@@ -29,6 +29,8 @@ _COLOURS = {
     "randomk": "#009E73",
 }
 _SPARE = ("#8C564B", "#6A3D9A", "#B8B000", "#17A2A2")  # rules that are not listed above, in the order of their names
+# groups of no order, in the order in which they are taken
+CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", *_SPARE)
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX"
 

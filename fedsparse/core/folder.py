@@ -13,6 +13,7 @@ METRICS, TRAFFIC, CLIENTS = "metrics.csv", "traffic.csv", "clients.csv"
 TRAJECTORY, ADAPTERS, CLUSTERS = "trajectory.safetensors", "lora.csv", "clusters.jsonl"
 CHECKPOINTS, LAST, PREVIOUS, BEST = "checkpoints", "last.ckpt", "last.previous.ckpt", "best.ckpt"
 # written at the end
+CLUSTERS_PICTURE, ADAPTERS_PICTURE = "clusters.png", "adapters.png"
 WEIGHTS, SUMMARY, CURVES, DEVIATION = "model.safetensors", "summary.json", "curves.png", "guidance.safetensors"
 # written by other commands
 SCALE, EXPORT, LANDSCAPE, LANDSCAPE_FIGURES = "scale.json", "export", "landscape", "landscape.json"

@@ -17,19 +17,21 @@ if TYPE_CHECKING:
 
 
 class ClusterTable(Watcher):
-    """Writes a JSON line for each round with a mixing: assignment, k, what chose it, and cosines by representation.
+    """Writes a JSON line for each round with clusters: assignment, k, what chose it, and cosines by representation.
 
     Args:
         path: the file; None writes nothing, as in all but the first of several processes.
         closed: rounds closed; lines of later ones are dropped.
+        truth: true cluster of each group, which the adjusted Rand index (Hubert and Arabie 1985) compares with; empty
+            if it is not known.
 
     Attributes:
         before: the assignment of the last mixing, for the adjusted Rand index of the next.
 
     """
 
-    def __init__(self, path: Path | None, closed: int = 0) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, closed: int = 0, truth: Sequence[int] = ()) -> None:
+        self.path, self.truth = path, list(truth)
         kept = [] if path is None or not path.is_file() else list(_until(path, closed))
         self.before: list[int] | None = kept[-1]["labels"] if kept else None
         if path is not None and path.is_file():
@@ -44,6 +46,7 @@ class ClusterTable(Watcher):
 
         found, labels = mixed.clusters, list(mixed.clusters.labels)
         same = None if self.before is None else float(adjusted_rand_score(self.before, labels))
+        true = float(adjusted_rand_score(self.truth, labels)) if self.truth else None
         figures = {
             "round": round.number + 1,
             "labels": labels,
@@ -51,6 +54,7 @@ class ClusterTable(Watcher):
             "scores": {str(k): score for k, score in found.scores.items()},
             "inertia": found.inertia,
             "ari_before": same,
+            "ari_truth": true,
             "cosines": {of: matrix.tolist() for of, matrix in (mixed.similarities or {}).items()},
         }
         files.append(self.path, _line(figures).encode())

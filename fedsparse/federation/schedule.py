@@ -1,13 +1,17 @@
-"""Schedules of the clients' learning rate: pure functions of (round, rounds), so that a resume needs no state."""
+"""Schedules of the clients' learning rate: pure functions of (round, rounds), so that a resume needs no state.
+
+Within a round, of (local step, a client's number of local steps).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from fedsparse.core.checks import check_not_negative, check_positive, check_whole
+from fedsparse.core.checks import check_choice, check_not_negative, check_positive, check_whole
 
 Schedule = Callable[[int, int], float]
+Within = Callable[[int, int], float]
 
 
 def constant(round: int, rounds: int) -> float:
@@ -40,6 +44,29 @@ def step(round: int, rounds: int, *, every: int = 30, gamma: float = 0.1) -> flo
     check_whole("schedule.every", every, 1)
     check_positive("schedule.gamma", gamma)
     return gamma ** (round // every)
+
+
+def linear(step: int, steps: int) -> float:
+    """Fall in equal parts from 1 in a client's first local step (``schedule.within=linear``; Hugging Face's default).
+
+    >>> [linear(s, 4) for s in range(4)]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+    return 1.0 - step / steps
+
+
+WITHIN: Mapping[str, Within | None] = {"constant": None, "linear": linear}
+
+
+def within(name: str) -> Within | None:
+    """Find the schedule within a round by its name; None keeps one learning rate.
+
+    Raises:
+        ValueError: an unknown name.
+
+    """
+    check_choice("schedule.within", name, *WITHIN)
+    return WITHIN[name]
 
 
 def check_schedule(schedule: Schedule, rounds: int) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fedsparse.core import parallel
-from fedsparse.core.checks import check_choice, check_flag
+from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.precisions import dtype_of
 from fedsparse.core.seeding import Purpose
 from fedsparse.data.augment import augment
@@ -29,9 +29,10 @@ from fedsparse.federation.client.drift import DriftCorrection
 from fedsparse.federation.exchange.build import exchange_of
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.phases import Phase, Phases
-from fedsparse.federation.schedule import check_schedule
+from fedsparse.federation.ranks import checked_ranks, rank_masks, ranks_of_clients
+from fedsparse.federation.schedule import check_schedule, within
 from fedsparse.federation.server.merging import Merging
-from fedsparse.federation.server.mixing import Mixing
+from fedsparse.federation.server.mixing import GlobalMixing, Mixing, RankedMixing
 from fedsparse.federation.server.sampling import participants, uniform
 from fedsparse.federation.server.topology import Topology
 from fedsparse.federation.trajectory import Trajectory
@@ -64,7 +65,7 @@ def assemble(cfg: DictConfig) -> Assembly:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     calibration = Calibration(**cfg.calibration)  # checked before the phases, which copy some of its numbers
     problem = assemble_problem(cfg)
-    check_schedule(instantiate(cfg.schedule), cfg.federation.rounds)
+    check_schedule(instantiate(target_of("schedule", cfg.schedule)), cfg.federation.rounds)
     course = assemble_course(cfg, problem)
     method = assemble_method(cfg, problem, course, calibration)
     check_method(method, problem, course)
@@ -194,27 +195,29 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
     """
     check_choice("mask.owner", cfg.mask.owner, "global", "client")
     own_masks, exchange = cfg.mask.owner == "client", _exchange_of(cfg.exchange)
+    topology = _topology(cfg.topology, problem)
+    ranks = _ranks(cfg.get("lora"), topology, problem)
 
     def make_exchange(trained: Tensor, masks: OwnMasks) -> Exchange:
-        optional = {"masks": masks} if own_masks else {}
+        optional = {"masks": masks} if own_masks or ranks else {}
         return exchange(trained=trained, local=problem.space.local, space=problem.space, **optional)
 
-    topology = instantiate(cfg.topology, _convert_="all")
     return Method(
         rule=instantiate(cfg.mask_rule),
         sparsity=_sparsity(cfg.sparsity, problem.net),
         own_masks=own_masks,
+        ranks=ranks,
         head=Head(**cfg.head),
         calibration=replace(calibration, rounds=course.phases.prepares("calibrate") or calibration.rounds),
         make_module=_module_maker(cfg, problem),
         make_exchange=make_exchange,
         aggregation=instantiate(cfg.aggregation),
         topology=topology,
-        mixing=_mixing(cfg.get("mixing"), topology, problem),
-        merging=_merging(cfg, topology, problem),
+        mixing=_mixing(cfg, topology, problem, ranks),
+        merging=_merging(cfg, topology, problem, ranks),
         make_server=instantiate(target_of("server", cfg.server)),
         untouched=cfg.server.untouched,
-        schedule=instantiate(cfg.schedule),
+        schedule=instantiate(target_of("schedule", cfg.schedule)),
         trajectory=_trajectory(cfg.get("trajectory"), course.phases.total, problem),
         link=instantiate(cfg.link),
         store=cfg.federation.store,
@@ -231,23 +234,57 @@ def _trajectory(options: DictConfig | None, rounds: int, problem: Problem) -> Ca
     return make
 
 
-def _mixing(options: DictConfig | None, topology: Topology, problem: Problem) -> Mixing | None:
+def _topology(options: DictConfig, problem: Problem) -> Topology:
+    """Build the topology; where the options list no departments, they are those that the data names, if it does."""
+    node, known = target_of("topology", options), list(problem.departments)
+    given = {"of": known} if known and "of" in node and node.of is None else {}
+    built: Topology = instantiate(node, **given, _convert_="all")
+    return built
+
+
+def _ranks(lora: DictConfig | None, topology: Topology, problem: Problem) -> tuple[int, ...]:
+    """Find the rank of each client's adapters; empty if all have one, as in older stored runs."""
+    if not lora or lora.get("ranks") is None:
+        return ()
+    clients = range(len(problem.parts))
+    members = topology.group(clients) if topology.groups > 1 else problem.departments or clients
+    named = topology.groups > 1 or bool(problem.departments)
+    return ranks_of_clients(checked_ranks(lora.ranks), members, named)
+
+
+def _mixing(cfg: DictConfig, topology: Topology, problem: Problem, ranks: Sequence[int]) -> Mixing | None:
     """Build what mixes the rows of groups; None without, as in older stored runs.
 
     Raises:
         ValueError: there is one group.
 
     """
-    if not options:
+    options, share = cfg.get("mixing"), cfg.topology.get("global_mix", 0.0)
+    check_number("topology.global_mix", share, least=0, most=1)
+    if not options and not share:
         return None
     if topology.groups < 2:
-        raise ValueError("mixing joins departments, and topology=flat has one group: set topology=departments")
-    start = problem.space.read(problem.net)
-    made: Mixing = instantiate(options, _convert_="all")(problem.space, problem.adapters, start)
-    return made
+        key = "mixing" if options else "topology.global_mix"
+        raise ValueError(
+            f"{key} joins the models of departments, and there is one: set topology=departments, with topology.of=2 or "
+            "more"
+        )
+    made: Mixing | None = None
+    if options:
+        start, truth = problem.space.read(problem.net), problem.truth_of(topology)
+        make = instantiate(options, _convert_="all")
+        made = make(problem.space, problem.adapters, start, topology.groups, truth)
+    made = GlobalMixing(share, made) if share else made
+    if not ranks or made is None:
+        return made
+    own = dict(zip(topology.group(range(len(ranks))), ranks, strict=True))
+    of_groups = [own[group] for group in range(topology.groups)]
+    return RankedMixing(made, rank_masks(problem.adapters, problem.space, of_groups))
 
 
-def _merging(cfg: DictConfig, topology: Topology, problem: Problem) -> Callable[[nn.Module], Merging] | None:
+def _merging(
+    cfg: DictConfig, topology: Topology, problem: Problem, ranks: Sequence[int]
+) -> Callable[[nn.Module], Merging] | None:
     """Build the constructor of what merges adapters; None without, as in older stored runs.
 
     Raises:
@@ -260,7 +297,7 @@ def _merging(cfg: DictConfig, topology: Topology, problem: Problem) -> Callable[
         raise ValueError("merging changes the one model of all clients: set topology=flat")
     if cfg.get("trajectory"):
         raise ValueError("trajectory=global keeps what trains, and merging changes the rest: set trajectory=none")
-    make = partial(instantiate(cfg.merging), adapters=problem.adapters, space=problem.space)
+    make = partial(instantiate(cfg.merging), adapters=problem.adapters, space=problem.space, ranks=ranks)
     make(problem.net)  # checks before training
     return make
 
@@ -284,6 +321,7 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
     """Build the constructor of a cohort's clients, which takes a network and K."""
     client, optimizer = instantiate(cfg.client), instantiate(target_of("optimizer", cfg.optimizer))
     options = cfg.objective
+    decay = within(cfg.schedule.get("within", "constant"))  # a schedule of one's own may lack the key
     counted = "num_clients" in options and options.num_clients is None  # null: the number of clients with data
 
     def make(net: nn.Module, cohort: int) -> ClientModule:
@@ -302,6 +340,7 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
             objective=objective,
             buffers=cfg.federation.buffers,
             seed=cfg.seed,
+            decay=decay,
         )
 
     return make
@@ -364,7 +403,9 @@ def _adapted(builder: DictConfig, lora: DictConfig | None) -> DictConfig:
     """Build the network with adapters around the network of a builder; as it is without, as in older stored runs."""
     if not lora:
         return builder
-    adapters: dict[str, Any] = OmegaConf.to_container(lora, resolve=True)  # type: ignore[assignment]
+    adapters: dict[str, Any] = OmegaConf.to_container(target_of("lora", lora), resolve=True)  # type: ignore[assignment]
+    if (ranks := lora.get("ranks")) is not None:
+        adapters["r"] = max(checked_ranks(ranks))
     return OmegaConf.create({**adapters, "_partial_": False, "net": builder})
 
 

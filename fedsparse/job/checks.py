@@ -19,8 +19,10 @@ from fedsparse.federation.exchange.exchange import Exchange, Full
 from fedsparse.federation.exchange.filters import SignFlip
 from fedsparse.federation.exchange.fractions import check_fraction
 from fedsparse.federation.exchange.sparsifiers import Pattern
+from fedsparse.federation.factors import Factors
 from fedsparse.federation.phases import Phases
-from fedsparse.federation.server.aggregation import Aggregation, AverageRows, FedNova, Robust
+from fedsparse.federation.server.aggregation import Aggregation, AverageRows, FedNova, Robust, WeightedMean
+from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.server.server import Server
 from fedsparse.job.parts import Course, Method, Problem
 from fedsparse.masks import Exploration
@@ -39,11 +41,21 @@ def check_method(method: Method, problem: Problem, course: Course) -> None:
     everything = torch.ones_like(space.local)
     exchange = method.make_exchange(everything, lambda clients: everything.expand(len(clients), -1))
     check_together(exchange, method.aggregation, module.objective, module.make_optimizer([torch.zeros(1)]))
+    if module.decay is not None and (module.objective.messages or isinstance(method.aggregation, FedNova)):
+        raise ValueError(
+            "aggregation=fednova and objective=scaffold weigh local steps of one learning rate: set "
+            "schedule.within=constant"
+        )
     check_pruning(exchange, method.sparsity.mode)
     check_sizes(exchange, method.aggregation, holds, course.clients)
     check_names(exchange, space, everything)
     server = Server(torch.zeros(1, 1), method.make_server, Subspace(everything[:1]), method.untouched)
     check_server(server.optimizer)
+    merging = None if method.merging is None else method.merging(problem.net)
+    if merging is not None:
+        check_merging(merging, exchange, method.aggregation, module.objective, server.optimizer)
+    if method.ranks:
+        check_ranks(method, problem, merging)
 
 
 def check_phases(phases: Phases, method: Method, keep_model: bool = False) -> None:
@@ -71,12 +83,14 @@ def check_phases(phases: Phases, method: Method, keep_model: bool = False) -> No
             "mask_rule=from_file takes the mask of the file for the whole run: leave sparsity.schedule and "
             "sparsity.renew_every null"
         )
-    if (method.changes or explore is not None) and method.own_masks:
-        raise ValueError("masks that change need mask.owner=global")
+    if (method.changes or explore is not None) and method.apart:
+        raise ValueError("masks that change need mask.owner=global, and adapters of one rank (lora.ranks=null)")
     if method.changes and method.store == "file":
         raise ValueError("masks that are chosen anew need federation.store=memory: rows of a file have one length")
-    if method.sparsity.mode == "prune" and method.own_masks:
-        raise ValueError("sparsity.mode=prune needs mask.owner=global: what is zero is zero for all")
+    if method.sparsity.mode == "prune" and method.apart:
+        raise ValueError(
+            "sparsity.mode=prune needs mask.owner=global and lora.ranks=null: what is zero is zero for all"
+        )
 
 
 def check_augmentation(chosen: Any, dataset: Dataset) -> None:
@@ -139,6 +153,53 @@ def check_server(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         check_number("server.lr", group["lr"], above=0)
         check_number("server.momentum", group.get("momentum", 0), least=0, below=1)
+
+
+def check_ranks(method: Method, problem: Problem, merging: Merging | None) -> None:
+    """Refuse ranks of clients whose B would be averaged: one of a smaller rank would start from columns beyond it.
+
+    Raises:
+        ValueError: one line, with the options to set.
+
+    """
+    if method.own_masks:
+        raise ValueError("lora.ranks say what each client trains: set mask.owner=global")
+    groups = method.topology.group(range(len(method.ranks)))
+    mixed = len(set(zip(groups, method.ranks, strict=True))) > method.topology.groups
+    if mixed and Factors(problem.adapters, problem.space).ups and not (merging is not None and merging.restarts):
+        raise ValueError(
+            "lora.ranks and method=fedit, or another that averages B, would give a client columns beyond its rank: set "
+            "method=flora, fedsa or local, or topology=departments, each with one rank"
+        )
+
+
+def check_merging(
+    merging: Merging,
+    exchange: Exchange,
+    aggregation: Aggregation,
+    objective: DriftCorrection,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Refuse parts beside which merged adapters are not the mean of the clients' updates.
+
+    What is merged is a weighted mean of whole updates: another average, or a server that does not step to the mean,
+    would leave its part out or count it twice. Control variates are of a start that a fresh adapter does not have.
+    Where every round begins with fresh adapters, what a client's own mask leaves out has not moved, and adds nothing.
+
+    Raises:
+        ValueError: one line, with the options to set.
+
+    """
+    wanted = "merging=fedex and merging=flora are exact for the weighted mean of whole updates alone"
+    if type(aggregation) is not WeightedMean:
+        raise ValueError(f"{wanted}: set aggregation=weighted_mean")
+    if exchange.per_coordinate and not (merging.restarts and exchange.rule is None):
+        raise ValueError(f"{wanted}: set exchange=full or exchange=masked, with one mask for all clients")
+    steps = [optimizer.defaults[key] for key in ("lr", "momentum", "weight_decay") if key in optimizer.defaults]
+    if type(optimizer) is not torch.optim.SGD or steps != [1, 0, 0]:
+        raise ValueError(f"{wanted}: set server=fedavg, with server.lr=1.0 and neither momentum nor weight decay")
+    if objective.messages:
+        raise ValueError(f"{wanted}, and control variates shift them: set objective=none or objective=fedprox")
 
 
 def check_sizes(exchange: Exchange, aggregation: Aggregation, holds: Sequence[bool], taking_part: int) -> None:

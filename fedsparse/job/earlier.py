@@ -57,7 +57,11 @@ TARGETS: Mapping[str, str] = {
     },
 }
 # by target, newer keys with the value that gives the earlier behaviour
-KEYS: Mapping[str, Mapping[str, Any]] = {"fedsparse.data.partition.classes_per_client": {"even": False}}
+_SCHEDULES = ("constant", "cosine", "exponential", "step")
+KEYS: Mapping[str, Mapping[str, Any]] = {
+    "fedsparse.data.partition.classes_per_client": {"even": False},
+    **{f"fedsparse.federation.schedule.{name}": {"within": "constant"} for name in _SCHEDULES},
+}
 # by target, the old and new names of arguments
 ARGUMENTS: Mapping[str, Mapping[str, str]] = {"fedsparse.models.text.bert": {"source": "tokenizer"}}
 # by target and key, the old and new values
@@ -75,6 +79,7 @@ MOVES: Mapping[str, str] = {
     "exchange.build.filters.attack.scale": "exchange.attack_scale",
     "exchange.build.filters.feedback.decay": "exchange.feedback",
     "exchange.build.filters.precision.dtype": "exchange.precision",
+    "mixing.global_share": "topology.global_mix",
     "exchange.build.rule": "exchange",
     "exchange.build": "exchange",
 }

@@ -270,7 +270,8 @@ def _watchers(folder: Path | None, assembly: Assembly, closed: int) -> list[Watc
         table.drop_from(closed + 1)
         found.append(AdapterTable(table, problem.adapters, problem.space))
     if assembly.method.mixing is not None:
-        found.append(ClusterTable(folder and folder / CLUSTERS, closed))
+        truth = problem.truth_of(assembly.method.topology)
+        found.append(ClusterTable(folder and folder / CLUSTERS, closed, truth))
     return found
 
 

@@ -16,9 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 JOBS: Mapping[str, tuple[str, ...]] = {
     "data": ("batch_size", "augment", "local_test", "stream", "workers"),
     "exchange": ("payload", "attackers", "attack_scale", "feedback", "precision", "filters", "compat"),
+    "lora": ("ranks",),
     "model": ("name", "trainable", "head", "local", "cohort"),
     "optimizer": ("clip_norm",),
+    "schedule": ("within",),
     "server": ("untouched",),
+    "topology": ("global_mix",),
 }
 SHARED: Mapping[str, tuple[str, ...]] = {"data": ("stream",), "exchange": ("compat",), "model": ("name",)}
 

@@ -59,6 +59,8 @@ class Problem:
         batch_size: samples of a local step.
         seed: the run's seed.
         adapters: of the network, by layer.
+        departments: of each client, from 0, as the data names them; empty if it names none.
+        truth: cluster of each of these departments, as the data names it; empty if it names none.
 
     """
 
@@ -74,11 +76,18 @@ class Problem:
     batch_size: int
     seed: int
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    departments: tuple[int, ...] = ()
+    truth: tuple[int, ...] = ()
 
     @property
     def eligible(self) -> list[int]:
         """Clients that hold data."""
         return [client for client, part in enumerate(self.parts) if len(part)]
+
+    def truth_of(self, topology: Topology) -> tuple[int, ...]:
+        """Give the true cluster of each group of a topology; empty if its groups are not the data's departments."""
+        clients = range(len(self.parts))
+        return self.truth if self.departments and topology.group(clients) == self.departments else ()
 
     @property
     def dealt(self) -> Split:
@@ -138,7 +147,8 @@ class Method:
     Attributes:
         rule: scores coordinates for the mask.
         sparsity: how many coordinates train.
-        own_masks: whether every client has a mask of its own.
+        own_masks: whether every client has a mask of its own, from its own data.
+        ranks: of each client's adapters; empty if all have one.
         head: initialisation of the head.
         calibration: options of the measurement of scores.
         make_module: builds K clients of a network; all coordinates train until a mask is set.
@@ -159,6 +169,7 @@ class Method:
     rule: MaskRule
     sparsity: Sparsity
     own_masks: bool
+    ranks: tuple[int, ...]
     head: Head
     calibration: Calibration
     make_module: Callable[[nn.Module, int], ClientModule]
@@ -173,6 +184,11 @@ class Method:
     trajectory: Callable[..., Trajectory] | None
     link: Link | None
     store: str
+
+    @property
+    def apart(self) -> bool:
+        """Whether clients train different coordinates."""
+        return self.own_masks or bool(self.ranks)
 
     @property
     def changes(self) -> bool:

@@ -28,11 +28,13 @@ from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.seeding import Purpose
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.masking import NOTHING
+from fedsparse.federation.ranks import rank_masks
 from fedsparse.job import trust
 from fedsparse.job.parts import Assembly
 from fedsparse.job.resume import Job
 from fedsparse.job.trial import try_out
 from fedsparse.masks import Mask
+from fedsparse.masks.bitmaps import pack
 from fedsparse.masks.rules import FromFile
 from fedsparse.preparation.cache import Cache, source_of
 from fedsparse.preparation.calibration import Calibrated, CalibrationJob, calibrate, calibrate_clients, observe
@@ -73,7 +75,7 @@ def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger)
         with timed("head"):
             start_head(assembly, preparation, phases.prepares("head"))
     with timed("calibrate") if phases.has("calibrate") else nullcontext():
-        found = choose_mask(assembly, preparation)
+        found = _ranked(choose_mask(assembly, preparation), assembly)
     if phases.explore is not None:
         return found
     if isinstance(rule, FromFile):
@@ -82,6 +84,15 @@ def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger)
     if assembly.pictures:
         draw(job.folder, mask)
     return replace(found, mask=mask)
+
+
+def _ranked(found: Calibrated, assembly: Assembly) -> Calibrated:
+    """Give each client the part of the mask that its rank trains; all of it, if all have one rank."""
+    problem, ranks = assembly.problem, assembly.method.ranks
+    if not ranks:
+        return found
+    row, masks = found.mask.row(problem.space), rank_masks(problem.adapters, problem.space, ranks)
+    return replace(found, bitmaps=torch.stack([pack(row & mask) for mask in masks]))
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fedsparse.analysis.adapters_plot import adapters_figure, read_adapters
+from fedsparse.analysis.clusters_plot import clusters_figure, read_clusters
 from fedsparse.analysis.curves import curves_figure
 from fedsparse.core import files, parallel
-from fedsparse.core.folder import CURVES, METRICS, SUMMARY
+from fedsparse.core.folder import ADAPTERS, ADAPTERS_PICTURE, CLUSTERS, CLUSTERS_PICTURE, CURVES, METRICS, SUMMARY
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.space import ParamSpace
 from fedsparse.federation.exchange.ledger import Ledger
@@ -153,11 +155,22 @@ def mean_client_overlap(found: Calibrated, space: ParamSpace) -> float | None:
 
 
 def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = True) -> None:
-    """Write the curves, then the summary, which marks a run as finished."""
+    """Write the pictures, then the summary, which marks a run as finished."""
     if pictures:
         title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}"
         picture(folder / CURVES, lambda: curves_figure(read_rows(folder / METRICS), title))
+        _draw_adapters(folder, summary)
     files.write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def _draw_adapters(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Draw what averaging did to adapters, and the clusters of departments, where a round wrote any."""
+    table, clusters = folder / ADAPTERS, folder / CLUSTERS
+    if table.is_file() and table.read_text(encoding="utf-8", errors="replace").count("\n") > 1:  # more than its header
+        title = f"low-rank adapters, method {summary['method'] or 'of its own'}"
+        picture(folder / ADAPTERS_PICTURE, lambda: adapters_figure(read_adapters(table), title))
+    if clusters.is_file() and clusters.stat().st_size:
+        picture(folder / CLUSTERS_PICTURE, lambda: clusters_figure(read_clusters(clusters), "clusters of departments"))
 
 
 def print_table(folder: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from fedsparse.core.checks import check_flag, check_not_negative, check_positive, two_decays
 from fedsparse.core.subspace import CHUNK
-from fedsparse.optim.index import TrainedIndex
+from fedsparse.optim.index import beside
 from fedsparse.optim.masked import MaskedOptimizer
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled")
-Correction = tuple[float, float] | tuple[Tensor, Tensor]
+Correction = tuple[float | Tensor, float | Tensor]
 
 
 def adam_update(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, correction: Correction, lr: float,
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, correction: Correction, lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, decoupled: bool = False,
 ) -> None:  # fmt: skip
     r"""Take one step of Adam in place.
@@ -41,7 +41,7 @@ def adam_update(
         exp_avg_sq: v, changed in place.
         correction: c_1 and c_2, see ``corrections``; float64 tensors that broadcast to ``param`` where its rows have
             taken different numbers of steps.
-        lr: eta.
+        lr: eta; a float64 tensor that broadcasts to ``param`` where its rows have different ones.
         betas: beta_1 and beta_2.
         eps: epsilon, outside the root.
         weight_decay: lambda.
@@ -53,15 +53,17 @@ def adam_update(
     tensor([0.5000])
     """
     if weight_decay != 0 and decoupled:
-        param.mul_(1 - lr * weight_decay)
+        kept = 1 - lr * weight_decay
+        param.mul_(kept.to(param.dtype) if isinstance(kept, Tensor) else kept)
     elif weight_decay != 0:
         grad = grad.add(param, alpha=weight_decay)
     exp_avg.lerp_(grad, 1 - betas[0])
     root = exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1]).sqrt()
     first, second = correction
-    if isinstance(first, Tensor):  # each number rounded once, as a number for all is
-        root.div_(torch.as_tensor(second).to(root.dtype)).add_(eps)
-        rate = first.new_full((), -lr) / first  # -lr / first would multiply by the reciprocal
+    if isinstance(first, Tensor) or isinstance(lr, Tensor):  # each number rounded once, as a number for all is
+        first, second, step = (torch.as_tensor(value, dtype=torch.float64) for value in (first, second, -lr))
+        root.div_(second.to(root)).add_(eps)
+        rate = step.to(param.device) / first.to(param.device)  # a number over a tensor would be a reciprocal
         param.addcdiv_(exp_avg * rate.to(param.dtype), root)
     else:
         param.addcdiv_(exp_avg, root.div_(second).add_(eps), value=-(lr / first))
@@ -167,14 +169,17 @@ class SparseAdam(MaskedOptimizer):
         """Step the trained coordinates of one parameter."""
         state, options = self._made(param), {name: group[name] for name in _OPTIONS}
         state["step"] += 1
-        correction = corrections(state["step"].view(-1).tolist(), options["betas"])
-        index, m, v = self._indices.get(param), *(state[name] for name in self.moments)
+        first, second = corrections(state["step"].view(-1).tolist(), options["betas"])
+        lr, index, m, v = options.pop("lr"), self._indices.get(param), *(state[name] for name in self.moments)
         if index is None:
-            for theta, g, *parts in _cache_chunks(param, grad, m, v, whole=isinstance(correction[0], Tensor)):
-                adam_update(theta, g, *parts, correction=_beside(correction, param), **options)
+            apart = any(isinstance(value, Tensor) for value in (first, lr))
+            first, second, lr = (beside(value, param) for value in (first, second, lr))
+            for theta, g, *parts in _cache_chunks(param, grad, m, v, whole=apart):
+                adam_update(theta, g, *parts, correction=(first, second), lr=lr, **options)
             return
         for theta, g, moments, positions in index.trained(param, grad, m, v):
-            adam_update(theta, g, *moments, correction=_beside(correction, param, index, positions), **options)
+            one, two, rate = (beside(value, param, index, positions) for value in (first, second, lr))
+            adam_update(theta, g, *moments, correction=(one, two), lr=rate, **options)
 
 
 def _cache_chunks(*tensors: Tensor, whole: bool) -> Iterator[Sequence[Tensor]]:
@@ -182,16 +187,3 @@ def _cache_chunks(*tensors: Tensor, whole: bool) -> Iterator[Sequence[Tensor]]:
     if whole or tensors[0].device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
         return iter([tensors])
     return zip(*(t.view(-1).split(CHUNK) for t in tensors), strict=True)
-
-
-def _beside(
-    correction: Correction, param: Tensor, index: TrainedIndex | None = None, positions: Tensor | None = None
-) -> Correction:
-    """Broadcast the corrections of K clients to their rows, or to the trained coordinates; numbers are returned."""
-    if not isinstance(correction[0], Tensor):
-        return correction
-    first, second = (torch.as_tensor(values, device=param.device) for values in correction)
-    if index is None or positions is None:
-        column = (-1, *[1] * (param.dim() - 1))
-        return first.view(column), second.view(column)
-    return index.of_clients(first, positions), index.of_clients(second, positions)

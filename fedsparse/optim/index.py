@@ -173,6 +173,21 @@ class TrainedIndex:
         return found if len(self.shape) == 1 else found.unsqueeze(1)
 
 
+def beside(
+    value: float | Tensor, param: Tensor, index: TrainedIndex | None = None, positions: Tensor | None = None
+) -> float | Tensor:
+    """Broadcast K numbers (K,), one a client, to the rows of a parameter, or to its gathered entries at positions.
+
+    A number, which is that of all clients, is returned.
+    """
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    value = value.to(param.device)
+    if index is None or positions is None:
+        return value.view(-1, *[1] * (param.dim() - 1))
+    return index.of_clients(value, positions)
+
+
 def _marks(mask: Tensor, param: Tensor) -> tuple[tuple[int, ...], int, Tensor]:
     """Choose a view of a parameter: its shape, the dimension that is indexed, and a mask of that dimension."""
     if _expanded(mask):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_flag, check_not_negative, check_positive, check_share
-from fedsparse.optim.index import TrainedIndex
+from fedsparse.optim.index import TrainedIndex, beside
 from fedsparse.optim.masked import MaskedOptimizer
 
 _WORTH = 1 << 14  # coordinates from which the fused kernel is faster, its overhead included
@@ -25,7 +25,7 @@ def sgdm_update(
     grad: Tensor,
     buffer: Tensor | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -45,7 +45,7 @@ def sgdm_update(
         param: the tensor to move.
         grad: its gradient, of the same shape; not changed.
         buffer: momentum so far, changed in place; None before the first step and without momentum.
-        lr: eta.
+        lr: eta; a tensor that broadcasts to ``param`` where its rows have different ones.
         momentum: mu.
         dampening: tau.
         weight_decay: lambda.
@@ -60,8 +60,9 @@ def sgdm_update(
     >>> param
     tensor([0.5000, 2.0000])
     """
-    if _one_sweep(param, grad, buffer, momentum):
-        options = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+    by_row = isinstance(lr, Tensor) and lr.dim() > 0
+    if not by_row and _one_sweep(param, grad, buffer, momentum):
+        options = {"lr": float(lr), "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         _update_in_one_sweep(param, grad, buffer, nesterov=nesterov, fresh=fresh, **options)
         return buffer
     direction = grad if weight_decay == 0 else grad.add(param, alpha=weight_decay)
@@ -73,6 +74,9 @@ def sgdm_update(
         else:  # two roundings as in torch.optim.SGD, not one fused
             buffer.mul_(momentum).add_(direction, alpha=1 - dampening)
         direction = direction.add(buffer, alpha=momentum) if nesterov else buffer
+    if isinstance(lr, Tensor) and by_row:
+        param.sub_(direction * lr.to(param.dtype))
+        return buffer
     param.add_(direction, alpha=-float(lr))  # -float: an integer lr of 0 would add +0.0, which changes -0.0
     return buffer
 
@@ -177,6 +181,8 @@ class SparseSGDM(MaskedOptimizer):
             self._indices.get(param),
             bool(group["momentum"]),
         )
+        if index is None and isinstance(options["lr"], Tensor):
+            options["lr"] = beside(options["lr"], param)
         buffer = self._moment(param, "momentum_buffer") if moves else None
         fresh = moves and self.state[param].get("fresh", False)
         if index is None:
@@ -204,7 +210,7 @@ def _update_whole(
     param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
 ) -> Tensor | None:
     """Step a parameter that trains whole."""
-    if buffer is None and options["momentum"] and param.numel() >= _WORTH:
+    if buffer is None and options["momentum"] and param.numel() >= _WORTH and not isinstance(options["lr"], Tensor):
         buffer, fresh = torch.empty_like(param), True  # written in the same pass
     return sgdm_update(param, grad, buffer, fresh=fresh, **options)
 
@@ -213,8 +219,10 @@ def _update_at(
     index: TrainedIndex, param: Tensor, grad: Tensor, buffer: Tensor | None, fresh: bool, options: dict[str, Any]
 ) -> Tensor | None:
     """Step the trained coordinates of a parameter in chunks; returns their momentum, if any."""
+    lr = options["lr"]
     if buffer is None and options["momentum"]:
         buffer, fresh = param.new_empty(index.gathered), True
-    for values, gradient, (part,), _ in index.trained(param, grad, buffer):
-        sgdm_update(values, gradient, part, fresh=fresh, **options)
+    for values, gradient, (part,), positions in index.trained(param, grad, buffer):
+        of_clients = {"lr": beside(lr, param, index, positions)} if isinstance(lr, Tensor) else {}
+        sgdm_update(values, gradient, part, fresh=fresh, **options | of_clients)
     return buffer

@@ -32,6 +32,7 @@ from fedsparse.federation.client.training import (
     no_samples,
 )
 from fedsparse.federation.exchange.update import Start
+from fedsparse.federation.schedule import Within
 from fedsparse.federation.stores.store import ClientStore
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim.index import LARGE
@@ -63,6 +64,7 @@ class ClientModule(lightning.LightningModule):
         seed: the run's seed, for dropout.
         large: coordinates from which a tensor is a block of its own (K = 1, on a CPU).
         graph: whether a CUDA graph replays the local steps, where that is possible.
+        decay: factor of the learning rate by local step and number of local steps; None: 1.
 
     Attributes:
         clients: exists once Lightning has moved the network to its device.
@@ -89,6 +91,7 @@ class ClientModule(lightning.LightningModule):
         seed: int = 0,
         large: int = LARGE,
         graph: bool = False,
+        decay: Within | None = None,
     ) -> None:
         super().__init__()
         check_stackable(net, cohort)
@@ -98,6 +101,7 @@ class ClientModule(lightning.LightningModule):
         self.objective = NoCorrection() if objective is None else objective
         self.buffer_policy, self.groups, self.seed, self.large = buffers, 1, seed, large
         self.graph = graph
+        self.decay = decay
         self.buffer_store: ClientStore | None = None
         self.received: Start | None = None
         self.show: Callable[[int], None] = only_one
@@ -165,6 +169,7 @@ class ClientModule(lightning.LightningModule):
             seed=self.seed,
             large=self.large,
             graph=self.graph,
+            decay=self.decay,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

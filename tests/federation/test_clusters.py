@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from fedsparse.federation.clusters import cluster, cosines, elbow, embed, gram
+from fedsparse.federation.clusters import cluster, cluster_as_original, cosines, elbow, embed, gram, gram_of_updates
 from fedsparse.federation.lowrank import Pair
 
 SHAPES = {"q": (2, 5, 4), "v": (3, 5, 6)}  # rank, in, out
@@ -26,38 +26,32 @@ def members(count, seed=0):
     ]
 
 
-def dense(member, of, start=None):
-    parts = {
-        "A": lambda pair, begun: pair.A,
-        "A-start": lambda pair, begun: pair.A - begun.A,
-        "B": lambda pair, begun: pair.B,
-        "BA": lambda pair, begun: pair.B.double() @ pair.A.double(),
-    }
-    return torch.cat([parts[of](member[layer], start and start[layer]).double().flatten() for layer in SHAPES])
+def dense(member):
+    return torch.cat([(pair.B.double() @ pair.A.double()).flatten() for pair in member.values()])
 
 
-@pytest.mark.parametrize("of", ["A", "A-start", "B", "BA"])
-def test_inner_products_are_those_of_dense_vectors(of):
-    found, (start,) = members(4), members(1, seed=5)
-    vectors = torch.stack([dense(member, of, start) for member in found])
-    inner = gram(found, of, start)
+def test_inner_products_are_those_of_dense_vectors():
+    found = members(4)
+    vectors = torch.stack([dense(member) for member in found])
+    inner = gram_of_updates(found)
     torch.testing.assert_close(inner, vectors @ vectors.T)
+    torch.testing.assert_close(inner, gram(list(vectors)))
     torch.testing.assert_close(cosines(inner), torch.from_numpy(cosine_similarity(vectors.numpy())))
 
 
 def test_what_points_the_other_way_is_not_alike():
     (one,) = members(1)
     other = {layer: Pair(pair.A, -pair.B) for layer, pair in one.items()}
-    torch.testing.assert_close(cosines(gram([one, other], "BA"))[0, 1], torch.tensor(-1.0, dtype=torch.float64))
+    torch.testing.assert_close(cosines(gram_of_updates([one, other]))[0, 1], torch.tensor(-1.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_points_have_the_distances_of_dense_vectors(metric):
     found = members(5)
-    vectors = torch.stack([dense(member, "BA") for member in found])
+    vectors = torch.stack([dense(member) for member in found])
     if metric == "cosine":
         vectors = vectors / vectors.norm(dim=1, keepdim=True)
-    points = torch.from_numpy(embed(gram(found, "BA"), metric))
+    points = torch.from_numpy(embed(gram_of_updates(found), metric))
     torch.testing.assert_close(torch.cdist(points, points), torch.cdist(vectors, vectors))
 
 
@@ -109,17 +103,32 @@ def test_b_tells_families_that_share_a():
     points, truth = families()
     shared = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
     found = [{"q": Pair(shared, torch.from_numpy(np.outer(point, [1.0, 0.5])))} for point in points]
-    for of in ("B", "BA"):
-        assert adjusted_rand_score(truth, cluster(embed(gram(found, of), "cosine")).labels) == 1
-    torch.testing.assert_close(cosines(gram(found, "A")), torch.ones(6, 6, dtype=torch.float64))
+    factors = [gram([member["q"][which].flatten() for member in found]) for which in (0, 1)]
+    for inner in (factors[1], gram_of_updates(found)):
+        assert adjusted_rand_score(truth, cluster(embed(inner, "cosine")).labels) == 1
+    torch.testing.assert_close(cosines(factors[0]), torch.ones(6, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("count", "tried", "possible"), [(2, [2], {2}), (4, [2, 3], {2}), (5, [2, 3, 4], {3})])
+def test_the_originals_elbow_is_two_of_four_and_never_of_five(count, tried, possible):
+    for seed in range(5):
+        vectors = np.random.default_rng(seed).normal(size=(count, 7))
+        found = cluster_as_original(vectors, 1)
+        assert list(found.scores) == tried
+        assert found.k in possible
+
+
+def test_the_original_looks_at_every_third_value_of_ten_thousand():
+    vectors = np.zeros((4, 10000))
+    vectors[:, 1::3] = np.random.default_rng(0).normal(size=(4, 3333))  # what it does not look at
+    vectors[:, ::3] += np.array([0.0, 5, 0, 5])[:, None]
+    assert cluster_as_original(vectors, 3).labels == (0, 1, 0, 1)
+    assert cluster_as_original(vectors, 3).inertia == 0
 
 
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        (lambda: gram(members(2), "C"), "mixing.of is 'C'; it must be A, A-start, B or BA"),
-        (lambda: gram(members(2), "A-start"), "needs the factors that training began with"),
-        (lambda: embed(torch.zeros(3, 3), "cosine"), "adapters of department 0 are zero and have no direction"),
         (lambda: embed(torch.full((2, 2), float("nan"))), "adapters of a department are not finite"),
         (lambda: embed(torch.eye(2), "angle"), "mixing.metric is 'angle'"),
         (lambda: cluster(np.eye(3), k=4), "mixing.k is 4; it must be a whole number from 1 to 3"),

@@ -6,10 +6,12 @@ import csv
 
 import pytest
 import torch
+from composed import composed
 from noted import noted
 from safetensors.torch import load_file
 
 from fedsparse import run
+from fedsparse.job.assemble import assemble
 from fedsparse.landscape.options import Options
 from fedsparse.landscape.replay import load, local_row
 from fedsparse.landscape.scale import scaled
@@ -147,11 +149,41 @@ def test_what_is_merged_travels_down_as_factors(tmp_path):
         (["model.local=[*lora_B*]"], "merging=flora merges adapters of which both factors are averaged"),
         (["topology=departments", "topology.of=3"], "merging changes the one model of all clients: set topology=flat"),
         (["trajectory=global"], "trajectory=global keeps what trains, and merging changes the rest"),
+        (["server=fedadam"], "set server=fedavg, with server.lr=1.0 and neither momentum nor weight decay"),
+        (["server.lr=0.9"], "set server=fedavg, with server.lr=1.0"),
+        (["server=fedavgm"], "set server=fedavg, with server.lr=1.0"),
+        (["aggregation=median"], "alone: set aggregation=weighted_mean"),
+        (["aggregation=fednova"], "alone: set aggregation=weighted_mean"),
+        (["exchange=topk"], "set exchange=full or exchange=masked, with one mask for all clients"),
+        (["exchange=pattern", "exchange.names=[*lora_A*]"], "set exchange=full or exchange=masked"),
+        (["objective=scaffold"], "and control variates shift them: set objective=none or objective=fedprox"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, options, line):
-    with pytest.raises(ValueError, match=line):
-        run([*FAST[:-1], "method=flora", *options, f"hydra.run.dir={tmp_path}"])
+    for method in ("flora", "fedex"):
+        with pytest.raises(ValueError, match=line.replace("flora", method)):
+            run([*FAST[:-1], f"method={method}", *options, f"hydra.run.dir={tmp_path}"])
+
+
+def test_own_masks_go_where_every_round_begins_anew(tmp_path, monkeypatch):
+    """What a client's mask leaves out has not moved: B is 0 there, so that the stack is exact; a mean of A is not."""
+    own = ["mask.owner=client", "mask_rule=random", "exchange=masked", "federation.rounds=1"]
+    with noted(monkeypatch) as values:
+        run([*FAST, "method=flora", *own, f"hydra.run.dir={tmp_path / 'flora'}"])
+    ideal, _ = products(tmp_path / "flora", whole_of(tmp_path / "flora", values))
+    for layer, wanted in ideal.items():
+        torch.testing.assert_close(merged(tmp_path / "flora", layer), wanted, rtol=0, atol=1e-6)
+        assert float(wanted.abs().max()) > 1e-4
+    with pytest.raises(ValueError, match="set exchange=full or exchange=masked, with one mask for all clients"):
+        run([*FAST, "method=fedex", *own, f"hydra.run.dir={tmp_path / 'fedex'}"])
+
+
+def whole_of(folder, values):
+    """Write what trains somewhere into the row that training began with."""
+    union = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]["mask"]
+    problem = assemble(composed(*FAST, "method=flora")).problem
+    start = problem.space.read(problem.net)
+    return {key: start.masked_scatter(union, row) for key, row in values.items()}
 
 
 def test_what_takes_frozen_weights_as_constant_is_refused(tmp_path):

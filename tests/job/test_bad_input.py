@@ -133,7 +133,7 @@ BAD = [
     ("head.frozen=true mask_rule=random sparsity.unit=output sparsity.ratio=0.999", "lets no weight train"),
     ("federation.store=disk", "federation.store is 'disk'; it must be memory or file"),
     ("mask.owner=everyone", "mask.owner is 'everyone'"),
-    ("mask.owner=client exchange=full", "mask.owner=client needs exchange=masked"),
+    ("mask.owner=client exchange=full", "mask.owner=client and lora.ranks need exchange=masked"),
     ("mask_rule=talos mask_rule.score=loss", "mask_rule.score"),
     ("model=timm model.name=resnet_18 model.pretrained=false", "close to it are"),
     ("model.checkpoint=absent.safetensors model=vit_digits", "absent.safetensors"),

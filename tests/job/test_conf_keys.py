@@ -50,6 +50,13 @@ TYPED = [  # what it needs, and the key with another value
     ("sparsity=shira", "sparsity.rank=1"),
     ("sparsity=gradual80", "sparsity.schedule.begin=3"),
     ("sparsity=gradual80", "sparsity.schedule.every=2"),
+    (
+        "model=vit_digits lora=r8 topology=departments topology.of=2 mixing=clusters mixing.of=A "
+        "mixing.metric=euclidean mixing.k=elbow",
+        "mixing.compat=original",
+    ),
+    ("model=vit_digits method=flora exchange=masked", "lora.ranks=[8,4]"),
+    ("topology=departments topology.of=2 mixing=clusters mixing.of=row mixing.method=fixed", "mixing.fixed=[0,1]"),
     ("topology=departments topology.of=2 mixing=clusters mixing.of=row", "mixing.k_range=[2,3]"),
     ("trajectory=global", "trajectory.dtype=float16"),
     ("trajectory=global", "trajectory.every=3"),
@@ -145,6 +152,7 @@ def part_of(assembly, place):
         "callbacks": lambda: assembly.session.callbacks[0],
         "exchange": lambda: assembly.method.make_exchange(everything, lambda clients: None).rule,
         "link": lambda: assembly.method.link,
+        "lora": lambda: assembly.method,
         "logger": lambda: assembly.session.loggers[inner[0]],
         "mask_rule": lambda: assembly.method.rule,
         "mixing": lambda: assembly.method.mixing,

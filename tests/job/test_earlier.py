@@ -62,6 +62,23 @@ def test_a_run_of_before_exchanges_were_one_class_goes_on(run_in):
     assert run([f"resume={folder}", "federation.rounds=3"])["global_sha256"] == whole["global_sha256"]
 
 
+def test_a_run_of_before_departments_had_more_keys_goes_on(run_in):
+    """Then the share of the mean of all was an option of the clusters, and departments were even blocks."""
+    options = ["mask_rule=random", "topology=departments", "topology.of=2", "mixing=clusters", "mixing.of=row"]
+    whole, _ = run_in("whole", *options, "mixing.k=2", "topology.global_mix=0.5")
+    _, folder = run_in("old", *options, "mixing.k=2", "topology.global_mix=0.5", "federation.rounds=2")
+    stored = folder / ".hydra" / "config.yaml"
+    cfg = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    cfg["mixing"]["global_share"] = cfg["topology"].pop("global_mix")
+    newer = {"topology": ("clients_per_department", "clusters_within"), "mixing": ("fixed", "compat")}
+    for group, key in [(group, key) for group, keys in newer.items() for key in keys] + [("schedule", "within")]:
+        del cfg[group][key]
+    stored.write_text(yaml.safe_dump(cfg, sort_keys=False), encoding="utf-8")
+    typed = folder / ".hydra" / "overrides.yaml"
+    typed.write_text(typed.read_text(encoding="utf-8").replace("topology.global_mix", "mixing.global_share"))
+    assert run([f"resume={folder}", "federation.rounds=3"])["global_sha256"] == whole["global_sha256"]
+
+
 def test_the_names_of_now_are_those_of_conf():
     for target, keys in KEYS.items():
         assert set(keys) <= shipped().arguments[target]

@@ -103,11 +103,14 @@ class StackedRows:
         return (losses.detach() * weight).sum(1)
 
     def _weights(self, count: Sequence[int], samples: int) -> Tensor:
-        """Compute the weights (K, B) of samples on the device; those of the last few counts are kept, as most recur."""
+        """Compute the weights (K, B) of samples on the device; those of the last few counts are kept, as most recur.
+
+        Equal counts are kept for good: a CUDA graph reads their weights where they are.
+        """
         key = (tuple(count), samples)
         if key not in self.weights:
             if len(self.weights) >= KEPT:
-                self.weights.clear()
+                self.weights = {(n, b): kept for (n, b), kept in self.weights.items() if len(set(n)) == 1}
             self.weights[key] = on_device(_weights(count, samples), self.views[0].device)
         return self.weights[key]
 

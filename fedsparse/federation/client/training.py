@@ -5,7 +5,7 @@ Shapes: K clients of the cohort, P coordinates of which n train, S local steps, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +34,7 @@ from fedsparse.federation.client.graphs import LONGEST, Graphs
 from fedsparse.federation.client.stacked import StackedRows
 from fedsparse.federation.client.whole import WholeRow
 from fedsparse.federation.exchange.update import Start, Update, finite, row_sums
+from fedsparse.federation.schedule import Within
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim.index import LARGE, Block, blocks
 from fedsparse.optim.masked import MaskedOptimizer
@@ -71,6 +72,7 @@ class Clients:
         seed: the run's seed, for dropout.
         large: coordinates from which a tensor is a block of its own (K = 1, on a CPU).
         graph: whether a CUDA graph replays the local steps, where that is possible.
+        decay: factor of the learning rate by local step, from 0, and a client's number of local steps; None: 1.
 
     Attributes:
         theta: the rows (K, P).
@@ -105,6 +107,7 @@ class Clients:
         seed: int = 0,
         large: int = LARGE,
         graph: bool = False,
+        decay: Within | None = None,
     ) -> None:
         check_stackable(net, cohort)
         self.net, self.space, self.cohort, self.clip_norm = net, space, cohort, clip_norm
@@ -114,6 +117,7 @@ class Clients:
         self.buffers = Buffers(net) if buffers is None else buffers
         self.bitmaps = torch.zeros(0, 0, dtype=torch.uint8) if bitmaps is None else bitmaps
         self.per_sample, self.loss_scale, self.seed, self.large = per_sample, loss_scale, seed, large
+        self.decay = decay
         self.factors: list[Tensor] = []  # by which each local step of a cohort multiplied its gradients, (K, 1)
         self.change = torch.zeros(0)
         self.subspace, self.theta = Subspace(mask), stacked(space.read(net), cohort)
@@ -168,11 +172,12 @@ class Clients:
         seed_dropout(self.theta.device, self.seed, cohort)
         x, y = self.fetch(cohort)
         if start.patience is not None:
-            losses, taken = self._patiently(x, y, Patience(taken, start.epochs, start.patience), correction)
-        elif self.graphs is not None and len(taken) <= LONGEST:
+            stop = Patience(taken, start.epochs, start.patience)
+            losses, taken = self._patiently(x, y, stop, start.lr, correction)
+        elif self.graphs is not None and len(taken) <= LONGEST and (self.cohort == 1 or even(taken)):
             losses = self._replayed(self.graphs, x, y, cohort, start, correction)
         else:
-            losses = self._steps(x, y, taken, correction)
+            losses = self._steps(x, y, taken, start.lr, correction)
         values = self.subspace.of(self.theta.detach())
         update = self._update(start, cohort, values, losses, taken)
         kept = correction.finish(update.rows, start.lr, update.steps)
@@ -234,10 +239,13 @@ class Clients:
         self.factors.clear()
         return correction
 
-    def _steps(self, x: Tensor, y: Tensor, count: Counts, correction: GradientCorrection) -> Tensor:
+    def _steps(self, x: Tensor, y: Tensor, count: Counts, lr: float, correction: GradientCorrection) -> Tensor:
         """Take all local steps on samples (K, S, B, ...): losses (S * K,), step by step."""
-        steps = zip(*(x[0], y[0]) if self.cohort == 1 else (x.unbind(1), y.unbind(1)), count, strict=True)
-        return torch.stack([self.step(xs, ys, samples, correction) for xs, ys, samples in steps]).view(-1)
+        batches: Iterable[Batch] = zip(*(x[0], y[0]) if self.cohort == 1 else (x.unbind(1), y.unbind(1)), strict=True)
+        if self.decay is not None:
+            batches = self._paced(batches, rates(self.decay, lr, count, self.theta.device))
+        steps = zip(batches, count, strict=True)
+        return torch.stack([self.step(*batch, samples, correction) for batch, samples in steps]).view(-1)
 
     def _replayed(
         self, graphs: Graphs, x: Tensor, y: Tensor, cohort: Cohort, start: Start, correction: GradientCorrection
@@ -245,7 +253,7 @@ class Clients:
         """Take all local steps by a graph, where that is possible: losses (S * K,), step by step."""
 
         def train(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-            return self._steps(x, y, cohort.count, correction), *self.factors
+            return self._steps(x, y, cohort.count, start.lr, correction), *self.factors
 
         def hold() -> Callable[[], None]:
             counters = [(buffer, buffer.clone()) for buffer in self.net.buffers() if not buffer.is_floating_point()]
@@ -261,13 +269,24 @@ class Clients:
         losses, *self.factors = graphs.run(train, hold, x, y, (cohort.count, start.lr))
         return losses
 
-    def _patiently(self, x: Tensor, y: Tensor, stop: Patience, correction: GradientCorrection) -> tuple[Tensor, Counts]:
+    def _paced(self, batches: Iterable[Batch], rates: Sequence[float | Tensor]) -> Iterator[Batch]:
+        """Set the learning rate of each local step as its batch is taken."""
+        for batch, rate in zip(batches, rates, strict=True):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            yield batch
+
+    def _patiently(
+        self, x: Tensor, y: Tensor, stop: Patience, lr: float, correction: GradientCorrection
+    ) -> tuple[Tensor, Counts]:
         """Train until each client has stopped early or taken all steps: losses, and the samples [S][K] of the steps."""
         losses = list[Tensor]()
-        batches = zip(*(x[0], y[0]) if self.cohort == 1 else (x.unbind(1), y.unbind(1)), stop.counts, strict=True)
-        for xs, ys, count in batches:
+        batches: Iterable[Batch] = zip(*(x[0], y[0]) if self.cohort == 1 else (x.unbind(1), y.unbind(1)), strict=True)
+        if self.decay is not None:
+            batches = self._paced(batches, rates(self.decay, lr, stop.counts, self.theta.device))
+        for batch, count in zip(batches, stop.counts, strict=True):
             losses.append(
-                self.step(xs, ys, stop.allowed(count), correction).view(-1)
+                self.step(*batch, stop.allowed(count), correction).view(-1)
             )  # one client's loss has no dimension
             stop.update(losses[-1].tolist())
         return torch.cat(losses), stop.taken
@@ -357,6 +376,32 @@ def no_samples(cohort: Cohort) -> Batch:
     raise ValueError("these clients hold no samples")
 
 
+def rates(decay: Within, lr: float, counts: Counts, device: torch.device) -> list[float | Tensor]:
+    """Compute the learning rate of each local step of K clients.
+
+    Args:
+        decay: factor by local step and number of local steps.
+        lr: that it multiplies.
+        counts: [S][K] real samples of each step; a client with fewer steps than others has 0 in its last ones.
+        device: of the rates.
+
+    Returns:
+        S: a number where it is that of all clients which take the step, else float64 (K,), 0 for those which do not.
+
+    >>> rates(lambda s, steps: 1 - s / steps, 0.5, [[8, 8], [8, 8], [0, 3], [0, 3]], torch.device("cpu"))[1:3]
+    [tensor([0.2500, 0.3750], dtype=torch.float64), 0.25]
+    """
+    steps = [sum(n > 0 for n in client) for client in zip(*counts, strict=True)]
+    table = [
+        [lr * decay(s, of) if n else 0.0 for n, of in zip(count, steps, strict=True)] for s, count in enumerate(counts)
+    ]
+    taken = [{rate for rate, n in zip(row, count, strict=True) if n} for row, count in zip(table, counts, strict=True)]
+    return [
+        of.pop() if len(of) == 1 else torch.tensor(row, dtype=torch.float64, device=device)
+        for row, of in zip(table, taken, strict=True)
+    ]
+
+
 def processed(taken: Counts) -> tuple[float, ...]:
     """Compute the weights of K clients by processed samples: ``taken`` [S][K]."""
     return tuple(float(sum(counts)) for counts in zip(*taken, strict=True))
@@ -390,6 +435,11 @@ def zeros(like: Tensor) -> Tensor:
     if like.device.type != "cpu":
         return torch.zeros_like(like)
     return torch.from_numpy(np.zeros(like.shape, like.numpy().dtype))
+
+
+def even(counts: Counts) -> bool:
+    """Whether all clients take all steps [S][K] on as many samples, by weights that stay on the device."""
+    return len({samples for step in counts for samples in step}) == 1
 
 
 def mean_losses(losses: Sequence[Sequence[float]], count: Sequence[Sequence[int]]) -> tuple[float, ...]:

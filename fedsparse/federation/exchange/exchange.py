@@ -436,7 +436,9 @@ class Full(Exchange):
 
     def __init__(self, trained: Tensor, local: Tensor, masks: OwnMasks | None = None, **options: Any) -> None:
         if masks is not None:
-            raise ValueError("mask.owner=client needs exchange=masked: each client sends what its own mask trains")
+            raise ValueError(
+                "mask.owner=client and lora.ranks need exchange=masked: each client sends what it trains itself"
+            )
         super().__init__(trained, local, **options)
 
     whole = True

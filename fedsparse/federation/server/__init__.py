@@ -2,7 +2,7 @@
 
 from fedsparse.federation.server.aggregation import Aggregation, Change, FedNova, Robust, WeightedMean
 from fedsparse.federation.server.merging import Merging, Stacking
-from fedsparse.federation.server.mixing import ClusterMixing, Mixing
+from fedsparse.federation.server.mixing import ClusterMixing, GlobalMixing, Mixing
 from fedsparse.federation.server.robust import (
     coordinate_mean,
     geometric_median,
@@ -23,6 +23,7 @@ __all__ = [
     "Departments",
     "FedNova",
     "Flat",
+    "GlobalMixing",
     "Merging",
     "Mixing",
     "Robust",

@@ -5,7 +5,7 @@ Shapes: K clients of a cohort, P coordinates of the space; a pair is A (r, in), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Merging:
         adapters: by layer; the frozen weight of one is ``<layer>.base_layer.weight``.
         space: of the rows.
         seed: the run's seed.
+        ranks: of each client, whose factors are 0 beyond it; empty if all have the adapters' rank.
 
     Attributes:
         factors: of all layers.
@@ -47,12 +48,20 @@ class Merging:
     """
 
     name = "merging=fedex"
+    restarts = False  # whether every round begins with fresh adapters, of which B is 0
 
-    def __init__(self, net: nn.Module, adapters: Mapping[str, Adapter], space: ParamSpace, seed: int = 0) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        adapters: Mapping[str, Adapter],
+        space: ParamSpace,
+        seed: int = 0,
+        ranks: Sequence[int] = (),
+    ) -> None:
         self.factors = Factors(adapters, space)
         if not adapters or len(self.factors.adapters) < len(adapters):
             raise ValueError(f"{self.name} merges adapters of which both factors are averaged: set lora=r8")
-        self.net, self.adapters, self.space, self.seed = net, adapters, space, seed
+        self.net, self.adapters, self.space, self.seed, self.ranks = net, adapters, space, seed, ranks
         self.kept: dict[str, list[Pair] | None] = {layer: [] for layer in adapters}
         self.received: Received = {}
         self.sent: dict[int, int] = {}
@@ -80,6 +89,9 @@ class Merging:
                 whole = row.clone()
                 subspace.write(whole, subspace.of(row) + received.rows[k])
                 for layer, pair in self.factors.of(whole).items():
+                    if self.ranks:
+                        rank = self.ranks[received.clients[k]]
+                        pair = Pair(pair.A[:rank], pair.B[:, :rank])
                     self.received.setdefault(layer, {})[received.clients[k]] = (weight, pair)
 
     @torch.no_grad()
@@ -178,6 +190,7 @@ class Stacking(Merging):
     """
 
     name = "merging=flora"
+    restarts = True
 
     @property
     def drawn(self) -> Tensor:

@@ -33,23 +33,46 @@ class Departments:
     """Groups of clients with a global row each.
 
     Args:
-        of: department of each client, from 0; or the number of departments, which clients then make up in even blocks.
+        of: department of each client, from 0; or the number of departments, which clients then make up in even blocks;
+            None: each department is ``clients_per_department`` consecutive clients, the last one perhaps fewer.
         num_clients: number of clients.
+        clients_per_department: of ``of`` None.
+        clusters_within: models of a department; 1.
 
     Attributes:
         groups: number of departments.
 
     Raises:
-        ValueError: not one department for each client, or a department without a client.
+        ValueError: not one department for each client, a department without a client, or several models of one.
 
     >>> Departments(2, 5).group([0, 2, 3, 4])
     (0, 0, 1, 1)
+    >>> Departments(None, 5).members
+    (0, 0, 0, 1, 1)
     """
 
-    def __init__(self, of: int | Sequence[int], num_clients: int) -> None:
-        if isinstance(of, int):
+    def __init__(
+        self,
+        of: int | Sequence[int] | None,
+        num_clients: int,
+        clients_per_department: int = 3,
+        clusters_within: int = 1,
+    ) -> None:
+        check_whole("topology.clients_per_department", clients_per_department, 1)
+        check_whole("topology.clusters_within", clusters_within, 1)
+        if clusters_within > 1:
+            raise ValueError(
+                f"topology.clusters_within is {clusters_within}, and a department has one model: clients that change "
+                "models would need the history of each; list smaller departments in topology.of, and join those that "
+                "are alike by mixing=clusters"
+            )
+        if of is None:
+            self.members = tuple(client // clients_per_department for client in range(num_clients))
+        elif isinstance(of, int):
             check_number("topology.of", of, whole=True, least=1, most=num_clients)
             self.members = tuple(client * of // num_clients for client in range(num_clients))
+        elif isinstance(of, str) or not isinstance(of, Sequence):
+            raise ValueError(f"topology.of is {of!r}; it must be null, a number of departments, or one for each client")
         else:
             self.members = tuple(of)
             for department in self.members:
