@@ -17,6 +17,7 @@ from fedsparse.landscape.replay import load, local_row
 from fedsparse.landscape.scale import scaled
 from fedsparse.landscape.scene import Scene
 from fedsparse.models.vision import vit_digits
+from fedsparse.simulation.checkpoint import read_checkpoint
 
 CLIENTS, SCALE = 3, 2.0
 FAST = ["model=vit_digits", "logger=csv", "pictures=false", "federation.num_clients=3", "optimizer.lr=0.3"]
@@ -180,8 +181,8 @@ def test_own_masks_go_where_every_round_begins_anew(tmp_path, monkeypatch):
 
 def whole_of(folder, values):
     """Write what trains somewhere into the row that training began with."""
-    union = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]["mask"]
     problem = assemble(composed(*FAST, "method=flora")).problem
+    union = read_checkpoint(folder / "checkpoints/last.ckpt", problem.space)["state_dict"]["mask"]
     start = problem.space.read(problem.net)
     return {key: start.masked_scatter(union, row) for key, row in values.items()}
 
