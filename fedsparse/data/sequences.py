@@ -96,7 +96,9 @@ def answered(
     most = checked_integer("data.max_length", max_length, 2)
     end = tokenizer.eos_token_id
     if end is None:
-        raise ValueError("this model's tokenizer has no token that ends an answer (eos_token)")
+        raise ValueError(
+            "this model's tokenizer has no token that ends an answer (eos_token); choose model=qwen_tiny or model=qwen"
+        )
     pairs = zip(ids_of(prompts(texts, tokenizer, template), tokenizer), ids_of(answers, tokenizer), strict=True)
     return [
         Example([*prompt, *answer, end][:most], len(prompt)) if answer and len(prompt) < most else None

@@ -40,7 +40,10 @@ def load_tokenizer(source: str | None) -> Any:
 
     """
     if source is None:
-        raise ValueError("this data is text and the model has no tokenizer; choose model=bert_tiny or model=bert_base")
+        raise ValueError(
+            "this data is text and the model has no tokenizer; choose model=bert_tiny or model=bert_base, or "
+            "model=qwen_tiny or model=qwen for texts to continue"
+        )
     transformers = need_transformers()
     place = place_of(source)
     try:

@@ -210,6 +210,12 @@ def write_model(net: Any, folder: Path, notes: dict[str, str]) -> None:
     files.write(folder / "config.json", net.config.to_json_string(use_diff=True))
 
 
+def _typed(options: argparse.Namespace) -> str:
+    """Options that decide the weights, as they are typed."""
+    some = "" if options.sentences is None else f" --sentences {options.sentences}"
+    return f"--epochs {options.epochs} --words {options.words}{some} --seed {options.seed}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make tokenizer and model, and write them as a folder that transformers loads."""
     parser = argparse.ArgumentParser(description="Make the packaged weights of qwen_tiny again.")
@@ -231,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured = encode(apart, tokenizer, SHAPE["max_position_embeddings"])
     bits = bits_per_character(net, measured, [entry.text for entry in apart])
     notes = {
-        "command": f"python -m fedsparse.studies.pretrain_lm --epochs {options.epochs} --seed {options.seed}",
+        "command": f"python -m fedsparse.studies.pretrain_lm {_typed(options)}",
         "bits_per_character": f"{bits:.3f}",
         "texts": fingerprint([f"{entry.name} {entry.text}" for entry in kept]),
     }
