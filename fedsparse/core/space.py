@@ -9,11 +9,23 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Patterns = str | Sequence[str]
+
+
+def listed(patterns: Any) -> list[str]:
+    """List glob patterns; a list among them is opened, as ``["*.lora_B.*", "${model.head}"]`` has one.
+
+    >>> listed("head.*"), listed(["*.lora_B.*", ["head.*", "norm.*"], []])
+    (['head.*'], ['*.lora_B.*', 'head.*', 'norm.*'])
+    """
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        return [patterns]
+    return [name for part in patterns for name in listed(part)]
 
 
 def matches(name: str, patterns: Patterns) -> bool:
@@ -22,8 +34,8 @@ def matches(name: str, patterns: Patterns) -> bool:
     >>> matches("blocks.3.mlp.fc1.weight", ["head.*", "blocks.3.*"])
     True
     """
-    listed = [patterns] if isinstance(patterns, str) else patterns
-    return any(fnmatchcase(name, pattern) for pattern in listed)
+    given = [patterns] if isinstance(patterns, str) else patterns
+    return any(fnmatchcase(name, pattern) for pattern in given)
 
 
 def always(name: str) -> bool:

@@ -16,6 +16,7 @@ from fedsparse.core.checks import check_number, check_whole
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+NO_CLASS = -1  # label of all samples where targets are sequences
 
 
 def checked_integer(name: str, value: object, least: int) -> int:
@@ -27,6 +28,10 @@ def checked_integer(name: str, value: object, least: int) -> int:
 def checked_labels(labels: npt.ArrayLike, name: str = "labels") -> Ints:
     """Return labels as int64 (n,), or raise a ValueError unless they are 1-D, not empty, and non-negative integers."""
     array = np.asarray(labels)
+    if array.ndim == 1 and array.size and (array == NO_CLASS).all():
+        raise ValueError(
+            "the targets are sequences, without the classes that this partition deals by: set partition=natural or iid"
+        )
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} have shape {array.shape}; give one label a sample, (n,), and at least one sample")
     if array.dtype.kind not in "iu":
@@ -34,6 +39,13 @@ def checked_labels(labels: npt.ArrayLike, name: str = "labels") -> Ints:
     if array.min() < 0:
         raise ValueError(f"{name} go down to {array.min()}; give class numbers from 0")
     return array.astype(np.int64)
+
+
+def checked_samples(labels: npt.ArrayLike) -> int:
+    """Return the number of labels (n,), which may all be ``NO_CLASS``, or raise a ValueError as ``checked_labels``."""
+    array = np.asarray(labels)
+    without = array.ndim == 1 and array.size > 0 and bool((array == NO_CLASS).all())
+    return array.size if without else checked_labels(array).size
 
 
 def checked_clients(num_clients: int, samples: int) -> int:

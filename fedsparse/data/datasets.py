@@ -5,6 +5,7 @@ Shapes: ``N`` samples, ``C`` channels, ``H`` x ``W`` pixels, ``L`` tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from fedsparse.core.targets import IGNORED, count
 from fedsparse.data.checks import checked_positive
 from fedsparse.data.files import checked_file, checked_root, reason_of
 from fedsparse.data.samples import Mapped, Samples, as_tensor, read_npy
@@ -36,7 +38,8 @@ class Split:
         x: images (N, C, H, W), float as the model takes them, or uint8 pixels of 0 to 255, which ``Inputs`` prepares; a
             tensor, or samples on the disk that give tensors when indexed. Or texts: int32 (N, L), token ids, padded
             with the tokenizer's id of padding.
-        y: int64 (N,), labels from 0 on.
+        y: int64 (N,), labels from 0 on. Or, of texts, int64 (N, L): the token that is to follow each place, and
+            ``core.targets.IGNORED`` where none counts.
         users: (N,), author or owner of each sample; None if unknown.
 
     """
@@ -44,6 +47,11 @@ class Split:
     x: Tensor | Samples
     y: Tensor
     users: np.ndarray | None = None
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of each sample (N,); 0 of all where targets are sequences, which have no class."""
+        return self.y.cpu().numpy() if self.y.ndim == 1 else np.zeros(len(self.y), dtype=np.int64)
 
     @property
     def held(self) -> Tensor:
@@ -59,7 +67,7 @@ class Dataset:
         train: the training split, partitioned over the clients.
         val: the server's validation split.
         test: the test split.
-        classes: number of classes; labels are 0 to classes - 1.
+        classes: number of classes, or of words that may follow; labels are 0 to classes - 1.
         name: of the data set, for messages.
         mean: of each channel, of pixels scaled to [0, 1]; used if the model defines none.
         std: standard deviations, likewise.
@@ -67,11 +75,15 @@ class Dataset:
         own: number of clients' own samples at the end of the test split, taken from the training split; figures of the
             test split exclude them.
         vocabulary: number of characters, of texts as characters; 0: tokens are of the model's tokenizer.
+        departments: department of each user of the training split, by the users' sorted names, as
+            ``partition=natural`` numbers its clients; empty if there are none.
+        department_names: names of the departments.
+        truth: cluster of each department, where it is known which of them are alike; empty if it is not.
 
     Raises:
         ValueError: there are less than two classes or more than ``MOST_CLASSES``, a split is empty or not of such
-            tensors, its x, y and users differ in length, a label is out of range, a pixel is NaN or infinite, or the
-            splits' images differ in shape or type.
+            tensors, its x, y and users differ in length, a label is out of range, a sequence has no target, a pixel is
+            NaN or infinite, the splits' images differ in shape or type, or not every user has a department.
 
     """
 
@@ -85,6 +97,9 @@ class Dataset:
     fingerprint: str = ""
     own: int = 0
     vocabulary: int = 0
+    departments: tuple[int, ...] = ()
+    department_names: tuple[str, ...] = ()
+    truth: tuple[int, ...] = ()
 
     @property
     def common_test(self) -> Split:
@@ -99,12 +114,36 @@ class Dataset:
         """Whether the samples are texts, as sequences of tokens, and not images."""
         return len(self.train.x.shape) == 2
 
+    @property
+    def sequences(self) -> bool:
+        """Whether the targets are sequences, one for each place of a text, and not one class for each sample."""
+        return self.train.y.ndim == 2
+
+    def departments_of(self, parts: Sequence[np.ndarray]) -> tuple[int, ...]:
+        """Look up the department of each client, of whose samples all are of one.
+
+        Args:
+            parts: sample indices of every client.
+
+        Returns:
+            Departments from 0 on; empty if there are none, or a client holds samples of several, or none at all.
+
+        """
+        if not self.departments:
+            return ()
+        assert self.train.users is not None  # checked on construction
+        of_sample = np.array(self.departments)[np.unique(self.train.users, return_inverse=True)[1]]
+        found = [np.unique(of_sample[part]).tolist() for part in parts]
+        return tuple(of[0] for of in found) if all(len(of) == 1 for of in found) else ()
+
     def __post_init__(self) -> None:
         for part in PARTS:
             check_tensors(getattr(self, part), f"the {part} split of {self.name}")
             check_split(getattr(self, part), self.classes, f"the {part} split of {self.name}")
         check_shapes({part: tuple(getattr(self, part).x.shape[1:]) for part in PARTS}, self.name)
         check_types({part: getattr(self, part).x.dtype for part in PARTS}, self.name)
+        check_targets({part: getattr(self, part).y.ndim for part in PARTS}, self.name)
+        check_departments(self)
         if not 2 <= self.classes <= MOST_CLASSES:
             wanted = f"it needs 2 to {MOST_CLASSES}, with labels numbered from 0 on"
             raise ValueError(f"{self.name} has {self.classes} {'class' if self.classes == 1 else 'classes'}; {wanted}")
@@ -120,13 +159,17 @@ def check_tensors(split: Any, where: str) -> None:
     if not isinstance(split, Split):
         raise ValueError(f"{where} is a {type(split).__name__}; it needs to be fedsparse.data.datasets.Split(x, y)")
     x, y = split.x, split.y
-    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.ndim != 1:
+    if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.ndim not in (1, 2):
         raise ValueError(f"{where}: y is {_kind(y)}; it needs to be a tensor of labels, int64 (N,)")
     if not isinstance(x, Tensor | Mapped) and not callable(getattr(x, "stamp", None)):
         raise ValueError(f"{where}: x is {_kind(x)}; it needs to be a tensor, or what fedsparse.data.samples describes")
     images = len(x.shape) == 4 and (x.dtype.is_floating_point or x.dtype == torch.uint8) and 0 not in x.shape[1:]
     if not images and not (len(x.shape) == 2 and x.dtype in (torch.int32, torch.int64)):
         raise ValueError(f"{where}: x is {_kind(x)}; it needs images (N, C, H, W) of uint8 or floats, or tokens (N, L)")
+    if y.ndim == 2 and tuple(y.shape[1:]) != tuple(x.shape[1:]):
+        raise ValueError(
+            f"{where}: y is {_kind(y)} and x is {_kind(x)}; it needs labels (N,), or a target for each token (N, L)"
+        )
 
 
 def _kind(held: Any) -> str:
@@ -147,8 +190,11 @@ def check_split(split: Split, classes: int, where: str) -> None:
     if len(x) != len(y) or (users is not None and len(users) != len(y)):
         counts = f"{len(x)} images and {len(y)} labels" + ("" if users is None else f" and {len(users)} users")
         raise ValueError(f"{where} has {counts}; it needs as many of each")
-    if strange := sorted(set(y[(y < 0) | (y >= classes)].tolist())):
+    none = (y == IGNORED) & (y.ndim == 2)
+    if strange := sorted(set(y[((y < 0) | (y >= classes)) & ~none].tolist())):
         raise ValueError(f"{where} has labels {_some(strange)}; with {classes} classes they are 0 to {classes - 1}")
+    if empty := int((count(y) == 0).sum()) if y.ndim == 2 else 0:
+        raise ValueError(f"{where} has {empty} of {len(y)} sequences without a target; leave them out")
     here = isinstance(x, Tensor) and x.is_floating_point()  # samples on the disk are checked when gathered
     bad = int((~torch.as_tensor(x).isfinite()).flatten(1).any(1).sum()) if here else 0
     if bad:
@@ -177,6 +223,36 @@ def check_types(types: dict[str, torch.dtype], name: str) -> None:
     if len(set(types.values())) > 1:
         listed = ", ".join(f"{part} {dtype}" for part, dtype in types.items())
         raise ValueError(f"the images of {name} differ in type: {listed}; all splits need the same")
+
+
+def check_targets(dimensions: dict[str, int], name: str) -> None:
+    """Refuse splits of which some have classes and some sequences as targets.
+
+    Raises:
+        ValueError: one line.
+
+    """
+    if len(set(dimensions.values())) > 1:
+        kinds = ", ".join(f"{part} {'classes' if n == 1 else 'sequences'}" for part, n in dimensions.items())
+        raise ValueError(f"the targets of {name} differ in kind: {kinds}; all splits need the same")
+
+
+def check_departments(dataset: Dataset) -> None:
+    """Refuse departments that are not one for each user of the training split, or have no name or cluster.
+
+    Raises:
+        ValueError: one line with the numbers.
+
+    """
+    given, names, truth = dataset.departments, dataset.department_names, dataset.truth
+    if not given and not names and not truth:
+        return
+    users = 0 if dataset.train.users is None else len(np.unique(dataset.train.users))
+    if len(given) != users or set(given) != set(range(len(names))) or len(truth) not in (0, len(names)):
+        raise ValueError(
+            f"{dataset.name} has {len(given)} departments of {users} users, {len(names)} names and {len(truth)} "
+            "clusters; it needs one department for each user, from 0 without a gap, and a name and a cluster for each"
+        )
 
 
 def digits(val_fraction: float = 0.15, test_fraction: float = 0.2, split_seed: int = 0) -> Dataset:

@@ -3,7 +3,8 @@
 Every function returns one int64 array a client, of sorted sample indices, and uses every sample exactly once unless its
 docstring says otherwise. Equal arguments give equal parts. The classes are those that occur in the labels.
 
-All of them raise ``ValueError`` when labels are not a 1-D array of non-negative integers, when ``num_clients`` is not
+All of them raise ``ValueError`` when labels are not a 1-D array of non-negative integers, or, where only their number
+matters, all ``checks.NO_CLASS``, when ``num_clients`` is not
 an integer from 1 to the number of samples, or when ``seed`` is not an integer of at least 0.
 
 Shapes: ``n`` samples, ``K`` clients, ``C`` classes.
@@ -42,7 +43,7 @@ def iid(labels: npt.ArrayLike, num_clients: int, seed: int) -> list[Ints]:
     """Deal all samples at random into parts whose sizes differ by at most one.
 
     Args:
-        labels: class of each sample (n,); only their number matters.
+        labels: class of each sample (n,), or NO_CLASS of all; only their number matters.
         num_clients: number of clients K.
         seed: seed of the partition.
 
@@ -53,7 +54,7 @@ def iid(labels: npt.ArrayLike, num_clients: int, seed: int) -> list[Ints]:
     [2, 2, 3]
 
     """
-    n = checks.checked_labels(labels).size
+    n = checks.checked_samples(labels)
     clients, rng = checks.checked_clients(num_clients, n), dealing.stream(seed, _IID)
     return dealing.parts_of(rng.permutation(np.arange(n) % clients), clients)
 
@@ -173,7 +174,7 @@ def quantity(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, mi
     Li et al. 2022 (NIID-Bench, quantity skew). Clients below ``min_size`` are filled from the largest ones.
 
     Args:
-        labels: class of each sample (n,); only their number matters.
+        labels: class of each sample (n,), or NO_CLASS of all; only their number matters.
         num_clients: number of clients K.
         beta: concentration, above 0; small is uneven, large is even.
         seed: seed of the partition.
@@ -186,7 +187,7 @@ def quantity(labels: npt.ArrayLike, num_clients: int, beta: float, seed: int, mi
         ValueError: ``beta`` is not finite and above 0, or the data is too small for ``min_size``.
 
     """
-    n = checks.checked_labels(labels).size
+    n = checks.checked_samples(labels)
     clients, rng = checks.checked_clients(num_clients, n), dealing.stream(seed, _QUANTITY)
     alpha = np.array(checks.checked_positive("partition.beta", beta))
     least = checks.checked_minimum(min_size, clients, n)
@@ -239,7 +240,7 @@ def natural(labels: npt.ArrayLike, num_clients: int, seed: int, users: npt.Array
     """Make every user of the data set a client, in the order of their sorted ids.
 
     Args:
-        labels: class of each sample (n,); only their number matters.
+        labels: class of each sample (n,), or NO_CLASS of all; only their number matters.
         num_clients: number of clients K, which must be the number of users.
         seed: seed of the partition; nothing is random here.
         users: user id of each sample (n,), integers or strings.
@@ -254,7 +255,7 @@ def natural(labels: npt.ArrayLike, num_clients: int, seed: int, users: npt.Array
     [[1], [0, 2]]
 
     """
-    n = checks.checked_labels(labels).size
+    n = checks.checked_samples(labels)
     checks.checked_integer("seed", seed, 0)
     if users is None:
         raise ValueError("partition=natural needs a user for every sample but the data set has no user column")

@@ -25,7 +25,7 @@ def unbalanced(labels: npt.ArrayLike, num_clients: int, seed: int, keep: Sequenc
     AutoFLIP's ``unbalanced``. Of a part of m samples floor(share * m) are kept, at least one; the others are unused.
 
     Args:
-        labels: class of each sample (n,); only their number matters.
+        labels: class of each sample (n,), or NO_CLASS of all; only their number matters.
         num_clients: number of clients K.
         seed: seed of the partition.
         keep: low and high of the shares, 0 < low <= high <= 1.

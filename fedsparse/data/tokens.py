@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,11 @@ from torch import Tensor
 
 from fedsparse.data.checks import checked_integer
 
-PACKAGED = Path(str(files("fedsparse.models"))) / "weights" / "bert_tiny"
-TINY = "bert_tiny"  # name of the packaged model
+WEIGHTS = Path(str(files("fedsparse.models"))) / "weights"
+TINY, TINY_LM = "bert_tiny", "qwen_tiny"  # names of the packaged models
+PACKAGED, PACKAGED_LM = WEIGHTS / TINY, WEIGHTS / TINY_LM
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?$")
+ASKED, PATIENCE = "google-bert/bert-base-cased", 5.0  # a model that the hub has; seconds
 BATCH = 4096  # texts in one call of the tokenizer
 
 
@@ -35,17 +40,51 @@ def load_tokenizer(source: str | None) -> Any:
 
     """
     if source is None:
-        raise ValueError("this data is text and the model has no tokenizer; choose model=bert_tiny or model=bert_base")
+        raise ValueError(
+            "this data is text and the model has no tokenizer; choose model=bert_tiny or model=bert_base, or "
+            "model=qwen_tiny or model=qwen for texts to continue"
+        )
     transformers = need_transformers()
-    place = str(PACKAGED) if source == TINY else source
+    place = place_of(source)
     try:
         with quiet_transformers():
-            return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **only_local(place))
     except (OSError, ValueError) as error:
+        missing = "no such folder" if not Path(place).exists() and not HUB_NAME.match(place) else type(error).__name__
         raise ValueError(
-            f"the tokenizer of {source} cannot be had ({type(error).__name__}); put vocab.txt (or tokenizer.json), "
+            f"the tokenizer of {source} cannot be had ({missing}); put vocab.txt (or tokenizer.json), "
             "tokenizer_config.json, config.json and model.safetensors in a folder and set model.checkpoint=<folder>"
         ) from error
+
+
+def place_of(source: str) -> str:
+    """Find the packaged folder of a model, by its name; another source is a folder or a name of the hub itself."""
+    return str(WEIGHTS / source) if source in (TINY, TINY_LM) else source
+
+
+def only_local(place: str) -> dict[str, bool]:
+    """Choose the option that keeps transformers from asking a hub that does not answer, which takes it a minute.
+
+    Args:
+        place: a folder, or a name of the hub.
+
+    Returns:
+        ``local_files_only=True``, or nothing if the hub answers.
+
+    """
+    return {} if HUB_NAME.match(place) and not Path(place).exists() and hub_answers() else {"local_files_only": True}
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub answers one request within a few seconds; what it downloaded before needs none."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(ASKED, timeout=PATIENCE)
+    except Exception:  # of several packages, by version
+        return False
+    return True
 
 
 def need_transformers() -> Any:

@@ -17,6 +17,8 @@ from fedsparse.core import parallel
 from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.precisions import dtype_of
 from fedsparse.core.seeding import Purpose
+from fedsparse.core.space import listed
+from fedsparse.core.targets import Weigh, count
 from fedsparse.data.augment import augment
 from fedsparse.data.balance import Balance
 from fedsparse.data.checks import checked_integer
@@ -39,7 +41,7 @@ from fedsparse.federation.trajectory import Trajectory
 from fedsparse.job.checks import check_augmentation, check_method, check_phases
 from fedsparse.job.keys import JOBS, target_of
 from fedsparse.job.limits import seconds_of
-from fedsparse.job.model import build_net, check_classes, check_fit, check_kind, check_parametrized, of_data
+from fedsparse.job.model import build_net, check_classes, check_fit, check_head, check_kind, check_parametrized, of_data
 from fedsparse.job.parts import Assembly, Course, Method, Problem
 from fedsparse.job.shards import deal_shards
 from fedsparse.masks import Sparsity
@@ -102,7 +104,7 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         dtype,
         head,
         trainable=cfg.model.trainable,
-        local=list(cfg.model.local),
+        local=listed(cfg.model.local),
         init=cfg.head.init,
         frozen=cfg.head.frozen,
     )
@@ -110,6 +112,7 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         check_parametrized(net)
     check_classes(net, head, dataset)
     check_kind(net, dataset, cohort_of(cfg))
+    check_head(cfg.head.init, dataset)
     inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None, dtype)
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
@@ -128,6 +131,8 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         cfg.data.batch_size,
         cfg.seed,
         adapters(net) if cfg.get("lora") else {},
+        departments=(departments := dataset.departments_of(parts)),
+        truth=dataset.truth if departments else (),
     )
 
 
@@ -320,7 +325,7 @@ def _sparsity(options: DictConfig, net: nn.Module) -> Sparsity:
 def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int], ClientModule]:
     """Build the constructor of a cohort's clients, which takes a network and K."""
     client, optimizer = instantiate(cfg.client), instantiate(target_of("optimizer", cfg.optimizer))
-    options = cfg.objective
+    options, weigh = cfg.objective, _weigh(cfg.data, problem.dataset)
     decay = within(cfg.schedule.get("within", "constant"))  # a schedule of one's own may lack the key
     counted = "num_clients" in options and options.num_clients is None  # null: the number of clients with data
 
@@ -339,11 +344,24 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
             graph=cfg.federation.get("graph", False),
             objective=objective,
             buffers=cfg.federation.buffers,
+            weigh=weigh,
             seed=cfg.seed,
             decay=decay,
         )
 
     return make
+
+
+def _weigh(options: DictConfig, dataset: Dataset) -> Weigh | None:
+    """Choose the weights of samples in a batch's loss, by ``data.loss_per``; older stored runs lack the key.
+
+    Raises:
+        ValueError: another value.
+
+    """
+    per = options.get("loss_per", "token")
+    check_choice("data.loss_per", per, "token", "sample")
+    return count if dataset.sequences and per == "token" else None
 
 
 def assemble_session(cfg: DictConfig, config: dict[str, Any], problem: Problem) -> Session:
@@ -358,8 +376,7 @@ def assemble_session(cfg: DictConfig, config: dict[str, Any], problem: Problem) 
         raise ValueError(f"evaluation.{next(iter(evaluation))} needs evaluation=per_client")
     personal = None
     if evaluation:
-        balance = Balance.of(problem.parts, problem.dataset.train.y.numpy(), problem.dataset.classes)
-        personal = partial(instantiate(evaluation, _convert_="all"), seed=cfg.seed, balance=balance)
+        personal = partial(instantiate(evaluation, _convert_="all"), seed=cfg.seed, balance=_balance(problem))
         personal()  # checks the options before training
     return Session(
         trainer=instantiate(cfg.trainer),
@@ -375,6 +392,12 @@ def assemble_session(cfg: DictConfig, config: dict[str, Any], problem: Problem) 
         personal=personal,
         config=config,
     )
+
+
+def _balance(problem: Problem) -> Balance | None:
+    """Count the clients' classes; None where targets are sequences."""
+    dataset = problem.dataset
+    return None if dataset.sequences else Balance.of(problem.parts, dataset.train.labels, dataset.classes)
 
 
 def load_dataset(source: DictConfig) -> Dataset:

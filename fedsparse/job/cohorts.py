@@ -11,6 +11,7 @@ from fedsparse.federation.exchange.update import Start
 from fedsparse.job.parts import Assembly
 from fedsparse.job.trial import obstacle
 from fedsparse.models.copies import copied
+from fedsparse.models.text_net import TextNet
 from fedsparse.simulation.autotune import choose, largest, measure
 from fedsparse.simulation.devices import fabric_of
 from fedsparse.simulation.module import ClientModule
@@ -21,7 +22,8 @@ log = logging.getLogger("fedsparse")
 def fastest(assembly: Assembly, module: ClientModule) -> int:
     """Find the fastest K by local steps on copies of the network, with the mask of ``module``."""
     problem, session, plan = assembly.problem, assembly.session, assembly.course.plan
-    if problem.dataset.tokens or not can_stack(problem.net) or len(torch.as_tensor(module.bitmaps)):
+    alone = isinstance(problem.net, TextNet) and not problem.net.stackable
+    if alone or not can_stack(problem.net) or len(torch.as_tensor(module.bitmaps)):
         return 1
     fabric, split = fabric_of(session.accelerator, session.precision), problem.dataset.train
 

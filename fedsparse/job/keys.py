@@ -14,7 +14,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 JOBS: Mapping[str, tuple[str, ...]] = {
-    "data": ("batch_size", "augment", "local_test", "stream", "workers"),
+    "data": ("batch_size", "augment", "local_test", "stream", "workers", "loss_per"),
     "exchange": ("payload", "attackers", "attack_scale", "feedback", "precision", "filters", "compat"),
     "lora": ("ranks",),
     "model": ("name", "trainable", "head", "local", "cohort"),

@@ -19,6 +19,7 @@ from fedsparse.core.space import ParamSpace, Patterns, matches
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.files import reason_of
 from fedsparse.models.modes import evaluating
+from fedsparse.models.text_net import TextNet
 from fedsparse.models.trainable import trainable_filter
 
 NORMS = (WeightNorm, SpectralNorm)  # torch's older form: hooks that compute the weight before each forward
@@ -169,32 +170,47 @@ def check_classes(net: nn.Module, head: Patterns, dataset: Dataset) -> None:
 
 
 def check_kind(net: nn.Module, dataset: Dataset, cohort: int | str) -> None:
-    """Refuse text for a model of images and the reverse, another vocabulary, long texts, and stacked text models.
+    """Refuse text for a model of images and the reverse, other targets, another vocabulary, long texts, and stacking.
 
     Raises:
         ValueError: one line with the keys.
 
     """
-    longest = getattr(net, "longest", None)  # most tokens of a model of texts
-    if dataset.tokens and longest is None:
-        fitting = "model=next_char_lstm" if dataset.vocabulary else "model=bert_tiny or model=bert_base"
-        raise ValueError(f"this data is text and the model takes images; choose {fitting}")
-    if longest is None:
+    fitting = "model=next_char_lstm" if dataset.vocabulary else "model=bert_tiny or model=bert_base"
+    fitting = "model=qwen_tiny or model=qwen" if dataset.sequences else fitting
+    if not isinstance(net, TextNet):
+        if dataset.tokens:
+            raise ValueError(f"this data is text and the model takes images; choose {fitting}")
         return
-    characters = getattr(net, "vocabulary", 0)  # 0: words of a tokenizer
     if not dataset.tokens:
-        fitting = "data=shakespeare" if characters else "data=stdlib_docs or data=ag_news"
-        raise ValueError(f"this data is images and the model takes text; choose {fitting}")
-    if dataset.vocabulary != characters:
+        texts = "data=shakespeare" if net.vocabulary else "data=stdlib_docs or data=ag_news"
+        texts = "data=docs_answers or data=instructions" if net.sequences else texts
+        raise ValueError(f"this data is images and the model takes text; choose {texts}")
+    if dataset.sequences != net.sequences:
+        wanted, given = ("the next token of each place", "the class of a text")[:: 1 if dataset.sequences else -1]
+        raise ValueError(f"this data asks for {wanted} and the model tells {given}; choose {fitting}")
+    if dataset.vocabulary != net.vocabulary:
         present, accepted = (
-            f"{n} characters" if n else "words of a tokenizer" for n in (dataset.vocabulary, characters)
+            f"{n} characters" if n else "words of a tokenizer" for n in (dataset.vocabulary, net.vocabulary)
         )
-        fitting = "model=next_char_lstm" if dataset.vocabulary else "model=bert_tiny or model=bert_base"
         raise ValueError(f"this data is {present} and the model takes {accepted}; choose {fitting}")
-    if dataset.train.x.shape[1] > longest:
-        raise ValueError(f"data.max_length={dataset.train.x.shape[1]}: the model takes at most {longest} tokens")
-    if cohort not in (1, "auto"):
-        raise ValueError("a model of texts cannot be stacked over clients; set federation.cohort=1")
+    if dataset.train.x.shape[1] > net.longest:
+        raise ValueError(f"data.max_length={dataset.train.x.shape[1]}: the model takes at most {net.longest} tokens")
+    if cohort not in (1, "auto") and not net.stackable:
+        raise ValueError("this model of texts cannot be stacked over clients; set federation.cohort=1")
+
+
+def check_head(init: str, dataset: Dataset) -> None:
+    """Refuse to prepare a head of classes where there are none.
+
+    Raises:
+        ValueError: one line with the key.
+
+    """
+    if dataset.sequences and init != "random":
+        raise ValueError(
+            f"head.init={init} prepares a head of classes, and these targets are sequences: set head.init=random"
+        )
 
 
 def check_fit(

@@ -64,10 +64,11 @@ def prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger) 
 def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger) -> Calibrated:
     problem, phases, rule = assembly.problem, assembly.course.phases, assembly.method.rule
     if assembly.pictures:
-        labels, title = problem.dataset.train.y.cpu().numpy(), job.choices.get("partition", "")
+        labels, title = problem.dataset.train.labels, job.choices.get("partition", "")
+        classes = 1 if problem.dataset.sequences else problem.dataset.classes  # without classes: sizes alone
         picture(
             job.folder / PARTITION,
-            lambda: partition_figure(labels, problem.parts, problem.dataset.classes, title),
+            lambda: partition_figure(labels, problem.parts, classes, title),
         )
     preparation = build_preparation(assembly, module, ledger)
     try_out(module, *preparation.take(problem.dataset.train, np.arange(min(2, len(problem.dataset.train.y)))))

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from fedsparse.data.datasets import Dataset
+from fedsparse.data.checks import NO_CLASS
+from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.own_tests import own_tests, with_own_tests
 from fedsparse.data.partition import client_tests
 from fedsparse.data.splits import user_tests
@@ -39,17 +40,18 @@ def deal_shards(
 
     """
     user_ids = {"users": dataset.train.users} if users else {}
-    parts = deal(labels=_labels(dataset.train), num_clients=num_clients, seed=seed, **user_ids)
+    parts = deal(labels=_classes(dataset.train), num_clients=num_clients, seed=seed, **user_ids)
     if local_test is not None:
-        parts, kept = own_tests(parts, _labels(dataset.train), local_test, seed)
+        parts, kept = own_tests(parts, dataset.train.labels, local_test, seed)
         longer, tests = with_own_tests(dataset, kept)
         return longer, parts, tests
     if users and dataset.train.users is not None and dataset.test.users is not None:
         return dataset, parts, user_tests(dataset.train.users, dataset.test.users)
     if test:
-        return dataset, parts, list(deal(labels=_labels(dataset.test), num_clients=num_clients, seed=seed, test=True))
-    return dataset, parts, client_tests(parts, _labels(dataset.train), _labels(dataset.test), seed)
+        return dataset, parts, list(deal(labels=_classes(dataset.test), num_clients=num_clients, seed=seed, test=True))
+    return dataset, parts, client_tests(parts, dataset.train.labels, dataset.test.labels, seed)
 
 
-def _labels(split: Any) -> np.ndarray:
-    return split.y.cpu().numpy()
+def _classes(split: Split) -> np.ndarray:
+    """Class of each sample (N,); NO_CLASS where targets are sequences, which only some partitions accept."""
+    return split.labels if split.y.ndim == 1 else np.full(len(split.y), NO_CLASS)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -104,9 +105,10 @@ def summarise(
 
 def _chance(assembly: Assembly, ledger: Ledger) -> dict[str, float | None]:
     """Compute the figures that explain a run at chance: chance, clipped share of steps, learning rate."""
-    options, labels = assembly.config["optimizer"], assembly.problem.dataset.common_test.y
+    options, dataset = assembly.config["optimizer"], assembly.problem.dataset
+    labels = dataset.common_test.labels[: 0 if dataset.sequences else None]  # sequences have no chance level
     clipped = None if options["clip_norm"] is None else ledger.clipped_steps / max(1, ledger.round_steps)
-    chance = int(labels.bincount().max()) / len(labels) if len(labels) else None
+    chance = int(np.bincount(labels).max()) / len(labels) if len(labels) else None
     return {"chance": chance, "clipped_fraction": clipped, "clip_norm": options["clip_norm"], "lr": options["lr"]}
 
 

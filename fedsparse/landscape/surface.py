@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_choice, check_whole
+from fedsparse.core.targets import hits
 from fedsparse.data.datasets import Split
 from fedsparse.federation.federation import Federation
 from fedsparse.landscape.directions import Plane
@@ -177,7 +178,7 @@ def one_by_one(task: Task, rows: Tensor, split: Split, samples: int) -> Evaluate
             for x, y in task.batches(split, samples):
                 logits = net(x)
                 sums[0, k] += _losses(task, logits, x, y).sum()
-                sums[1, k] += (logits.argmax(1) == y).sum()
+                sums[1, k] += hits(logits, y).sum()
     return _means(sums, rows, len(split.y))
 
 
@@ -188,10 +189,10 @@ def together(task: Task, rows: Tensor, split: Split, stacked: int) -> Evaluated:
     net = Stacked(task.net, task.space.unflatten(rows.to(task.like)))
     with task.untouched():
         for x, y in task.batches(split, max(1, stacked // points)):
-            logits, labels = net(x.repeat(points, *[1] * (x.dim() - 1))), y.repeat(points)
+            logits, labels = net(x.repeat(points, *[1] * (x.dim() - 1))), y.repeat(points, *[1] * (y.dim() - 1))
             losses = _losses(task, logits, x, labels)
             sums[0] += losses.view(points, -1).sum(1)
-            sums[1] += (logits.argmax(1) == labels).view(points, -1).sum(1)
+            sums[1] += hits(logits, labels).view(points, -1).sum(1)
     return _means(sums, rows, len(split.y))
 
 

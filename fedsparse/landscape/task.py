@@ -113,6 +113,8 @@ class Task:
 class MeanLoss:
     """The mean loss of a split as a function of the row, and its derivatives over what moves.
 
+    The mean is over samples; where targets are sequences that is the loss of ``data.loss_per=sample``.
+
     BatchNorm's statistics are those of the row where a derivative is taken, and constants in it.
 
     Args:

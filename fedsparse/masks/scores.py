@@ -12,10 +12,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fedsparse.core.checks import check_choice
 from fedsparse.core.space import ParamSpace
+from fedsparse.core.targets import IGNORED, cross_entropy
 from fedsparse.masks.gradients import Forward, Losses, add_squares, gradients, own
 from fedsparse.models.modes import evaluating
 
@@ -133,7 +133,7 @@ def fisher_batch(
 
 def sample_losses(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
     """Take the cross-entropy of every sample: (b,)."""
-    return cross_entropy(forward(x), y, reduction="none")
+    return cross_entropy(forward(x), y)
 
 
 def trainable_space(net: nn.Module) -> ParamSpace:
@@ -154,7 +154,7 @@ def _zeros(space: ParamSpace, x: Tensor) -> Tensor:
 
 
 def _labels(net: nn.Module, x: Tensor, y: Tensor, labels: str, generator: torch.Generator | None) -> Tensor:
-    """Take the labels of the data, or draw them from the model's softmax."""
+    """Take the labels of the data, or draw them from the model's softmax, where there are targets."""
     check_choice("calibration.labels", labels, "data", "model")
     if labels == "data":
         return y
@@ -162,4 +162,5 @@ def _labels(net: nn.Module, x: Tensor, y: Tensor, labels: str, generator: torch.
         raise ValueError("labels are to be drawn from the model (calibration.labels=model, TaLoS): hand in a generator")
     with torch.no_grad():
         chances = net(x.clone()).double().softmax(-1).to(generator.device)
-    return chances.multinomial(1, generator=generator).squeeze(1).to(y.device)
+    drawn = chances.flatten(0, -2).multinomial(1, generator=generator).view(y.shape).to(y.device)
+    return torch.where(y == IGNORED, IGNORED, drawn)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.core.checks import check_whole
+from fedsparse.models.text_net import TextNet
 from fedsparse.models.vision import seeded, start_head
 
 
-class NextChar(nn.Module):
+class NextChar(TextNet):
     """Reads characters by an LSTM and tells the next one from its last hidden state.
 
     Args:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from fedsparse.core.checks import check_flag, check_number, check_whole
@@ -65,7 +66,15 @@ def lora(
     adapted: nn.Module = seeded(lambda: inject_adapter_in_model(config, net), seed)
     for name in trains:
         adapted.get_parameter(name).requires_grad_(True)
+    for adapter in adapters(adapted).values():
+        for factor in (adapter.down, adapter.up):
+            wide(adapted.get_parameter(factor))
     return adapted
+
+
+def wide(parameter: nn.Parameter) -> None:
+    """Convert a parameter beside a base of half precision to float32, in which it trains."""
+    parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 class Adapter(NamedTuple):

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsparse.core.checks import check_whole
-from fedsparse.data.tokens import PACKAGED, TINY, need_transformers, quiet_transformers
+from fedsparse.data.tokens import need_transformers, only_local, place_of, quiet_transformers
+from fedsparse.models.text_net import TextNet
 from fedsparse.models.vision import seeded, start_head
 
 log = logging.getLogger("fedsparse")
 NEW = ("classifier.", "bert.pooler.")  # what a checkpoint may lack
 
 
-class TextClassifier(nn.Module):
+class TextClassifier(TextNet):
     """Calls a classifier of transformers with ids alone, and takes the attention mask from their padding.
 
     Columns that are padding in every text of a batch are cut off: nothing attends to them.
@@ -37,7 +38,7 @@ class TextClassifier(nn.Module):
         super().__init__()
         self.net = net
         self.pad: int = net.config.pad_token_id or 0
-        self.longest: int = net.config.max_position_embeddings
+        self.longest = net.config.max_position_embeddings
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify ids (B, L): logits (B, classes)."""
@@ -77,7 +78,7 @@ def bert(
     """
     check_whole("model.num_classes", num_classes, 1)
     need_transformers()  # before it is asked to be quiet
-    place = checkpoint or (str(PACKAGED) if tokenizer == TINY else tokenizer)
+    place = checkpoint or place_of(tokenizer)
     with quiet_transformers():
         config = _config(place, checkpoint, num_classes, dropout)
         net = seeded(lambda: _weights(place, checkpoint, config) if pretrained else _random(config), seed)
@@ -88,9 +89,9 @@ def bert(
 def _config(place: str, checkpoint: str | None, num_classes: int, dropout: float | None) -> Any:
     """Read the configuration, and set what is asked for."""
     try:
-        config = need_transformers().AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = need_transformers().AutoConfig.from_pretrained(place, trust_remote_code=False, **only_local(place))
     except (OSError, ValueError) as error:
-        raise _unavailable(place, checkpoint, error) from error
+        raise unavailable(place, checkpoint, error) from error
     if config.model_type != "bert":
         raise ValueError(f"{place} is a {config.model_type}; this model takes BERT's weights")
     config.num_labels = num_classes
@@ -107,10 +108,15 @@ def _weights(place: str, checkpoint: str | None, config: Any) -> Any:
     """Load weights as float32; nothing but the head and the pooler may be missing, or of another shape."""
     try:
         net, found = need_transformers().BertForSequenceClassification.from_pretrained(
-            place, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            place,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **only_local(place),
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise _unavailable(place, checkpoint, error) from error
+        raise unavailable(place, checkpoint, error) from error
     other = [str(key[0]) for key in found["mismatched_keys"]]
     lacking = sorted(name for name in {*found["missing_keys"], *other} if not name.startswith("classifier."))
     if strange := [name for name in lacking if name in other or not name.startswith(NEW)]:
@@ -120,7 +126,7 @@ def _weights(place: str, checkpoint: str | None, config: Any) -> Any:
     return net
 
 
-def _unavailable(place: str, checkpoint: str | None, error: Exception) -> ValueError:
+def unavailable(place: str, checkpoint: str | None, error: Exception) -> ValueError:
     """Say which files to put where."""
     wanted = "config.json, model.safetensors, tokenizer_config.json and vocab.txt (or tokenizer.json)"
     if checkpoint is not None:

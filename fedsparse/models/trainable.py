@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 
-from fedsparse.core.space import Patterns, matches
+from fedsparse.core.space import Patterns, listed, matches
 
 LAST_BLOCKS = "last_blocks:"
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
@@ -52,16 +52,16 @@ def trainable_filter(
 
 def _globbed(patterns: Patterns, names: Sequence[str], key: str) -> frozenset[str]:
     """Names that match a pattern; each pattern has to match something, so that a slip of the pen is seen."""
-    listed = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in listed:
+    given = listed(patterns)
+    for pattern in given:
         if not any(matches(name, pattern) for name in names):
             raise ValueError(
                 f"{key}={pattern} matches no parameter; it is all, head, last_blocks:<n> or glob patterns of names "
                 f"such as {', '.join(names[:3])}"
             )
-    if not listed:
+    if not given:
         raise ValueError(f"{key} is an empty list; it is all, head, last_blocks:<n> or glob patterns of names")
-    return frozenset(name for name in names if matches(name, listed))
+    return frozenset(name for name in names if matches(name, given))
 
 
 def _last_blocks(spec: str, names: Sequence[str]) -> frozenset[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import lightning
 import torch
 from torch import Tensor, nn
@@ -46,21 +48,38 @@ class CopiedNet:
             Logits (N, classes), labels (N,) and losses (N,), on the CPU.
 
         """
+        batches = [
+            (_single(logits), y.cpu(), _single(module.losses(lambda _: logits, x, y)))  # noqa: B023  (called at once)
+            for logits, x, y in self._batches(trainer, module, samples)
+        ]
+        logits, labels, losses = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        return logits, labels, losses
+
+    @torch.no_grad()
+    def scores(self, trainer: lightning.Trainer, module: ClientModule, samples: Tensor) -> dict[str, Tensor]:
+        """Evaluate the copy on samples of the test split, as ``outputs``, without keeping logits.
+
+        Returns:
+            What ``ClientModule.scores`` returns of all samples, on the CPU.
+
+        """
+        batches = [module.scores(*batch) for batch in self._batches(trainer, module, samples)]
+        return {key: torch.cat([_single(scores[key]) for scores in batches]) for key in batches[0]}
+
+    def _batches(
+        self, trainer: lightning.Trainer, module: ClientModule, samples: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield logits, inputs and targets of each batch, in the precision of a validation."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        logits, labels, losses = list[Tensor](), list[Tensor](), list[Tensor]()
         for batch in samples.split(data.eval_batch_size):
             x, y = (values[batch].to(module.device) for values in (data.dataset.test.x, data.dataset.test.y))
             with trainer.precision_plugin.val_step_context():
-                found = self.net(module.inputs(x))
-                losses.append(_single(module.losses(lambda _: found, x, y)))  # noqa: B023  (called at once)
-            logits.append(_single(found))
-            labels.append(y.cpu())
-        return torch.cat(logits), torch.cat(labels), torch.cat(losses)
+                yield self.net(module.inputs(x)), x, y
 
 
 def _single(values: Tensor) -> Tensor:
-    """Move values to the CPU, in float32 or wider."""
-    return values.to("cpu", torch.promote_types(values.dtype, torch.float32))
+    """Move values to the CPU, floats in float32 or wider."""
+    return values.to("cpu", torch.promote_types(values.dtype, torch.float32) if values.is_floating_point() else None)
 
 
 def _values(net: nn.Module) -> list[Tensor]:

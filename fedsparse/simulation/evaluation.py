@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from fedsparse.core import parallel
 
@@ -53,11 +53,41 @@ def spread(name: str, values: np.ndarray) -> dict[str, float]:
     }
 
 
-def split_figures(name: str, logits: Tensor, y: Tensor, losses: Tensor) -> dict[str, float]:
-    """Compute loss and accuracy of a split, means over G models: logits (N, G, classes), y (N,), losses (N, G)."""
-    labels = y.unsqueeze(1).expand(logits.shape[:2]).flatten()
-    accuracy = multiclass_accuracy(logits.flatten(0, 1), labels, num_classes=logits.shape[2], average="micro")
-    return {f"{name}/loss": float(losses.double().mean()), f"{name}/acc": float(accuracy)}
+def split_figures(name: str, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Compute loss and accuracy of a split, means over N samples and G models; of sequences the perplexity too.
+
+    Args:
+        name: of the split.
+        scores: ``correct``, bool (N, G), ``losses`` (N, G), and of sequences ``targets`` and ``weights`` (N,).
+
+    Returns:
+        ``<name>/loss`` and ``<name>/acc``; of sequences also ``<name>/perplexity``, exp of the mean over all targets.
+
+    """
+    losses, correct = scores["losses"].double(), scores["correct"]
+    # as float32, which a metric of torchmetrics has
+    found = {f"{name}/loss": float(losses.mean()), f"{name}/acc": float(correct.sum() / correct.numel())}
+    if "targets" not in scores:
+        return found
+    found[f"{name}/loss"] = weighted_mean(losses, scores["weights"])
+    return found | {f"{name}/perplexity": perplexity(weighted_mean(losses, scores["targets"]))}
+
+
+def mean_loss(scores: Mapping[str, Tensor]) -> float:
+    """Compute the mean of the losses (N,) of one model, by the weights of sequences if there are any."""
+    losses = scores["losses"].double()
+    return weighted_mean(losses.unsqueeze(1), scores["weights"]) if "weights" in scores else float(losses.mean())
+
+
+def weighted_mean(losses: Tensor, weights: Tensor) -> float:
+    """Compute the mean of losses (N, G) over models and over samples by weights (N,)."""
+    exact = weights.double()
+    return float((losses.double().mean(1) * exact).sum() / exact.sum())
+
+
+def perplexity(loss: float) -> float:
+    """Compute exp of a loss; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else loss * math.inf
 
 
 def of_all(clients: Sequence[int]) -> Sequence[int]:
@@ -69,7 +99,8 @@ class Evaluation(lightning.Callback):
     """Collects the outputs of ``validation_step`` and logs their figures as callback metrics.
 
     After each validation ``figures`` has ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``, ``client/acc_mean``,
-    ``client/acc_worst10`` and ``client/acc_std``.
+    ``client/acc_worst10`` and ``client/acc_std``; where targets are sequences also ``val/perplexity`` and
+    ``test/perplexity``, and an accuracy counts a sample whose targets are all right.
 
     Args:
         tests: for every client the indices of its test part.
@@ -99,17 +130,17 @@ class Evaluation(lightning.Callback):
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep a batch's logits, labels and losses."""
+        """Keep a batch's scores."""
         self.seen[dataloader_idx].append(outputs)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Compute the figures and log them, for checkpoints and early stopping."""
         self.figures = {}
         for name, seen in zip(SPLITS, self._of_all(trainer), strict=True):
-            whole = {key: torch.cat([batch[key] for batch in seen]) for key in ("logits", "y", "losses")}
-            common = len(whole["y"]) - (self.client_only if name == "test" else 0)
-            self.figures |= split_figures(name, **{key: value[:common] for key, value in whole.items()})
-        correct = (whole["logits"].argmax(2) == whole["y"].unsqueeze(1)).cpu().numpy()
+            whole = {key: torch.cat([batch[key] for batch in seen]) for key in seen[0]}
+            common = len(whole["correct"]) - (self.client_only if name == "test" else 0)
+            self.figures |= split_figures(name, {key: value[:common] for key, value in whole.items()})
+        correct = whole["correct"].cpu().numpy()
         self.figures |= client_figures(correct, self.tests, self.group(range(len(self.tests))))
         pl_module.log_dict(self.figures, logger=False, batch_size=1)
 

@@ -13,10 +13,10 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedsparse.core.precisions import HALF
 from fedsparse.core.space import ParamSpace
+from fedsparse.core.targets import Weigh, count, cross_entropy, hits
 from fedsparse.core.transfer import on_device
 from fedsparse.data.images import unchanged
 from fedsparse.data.rounds import Cohort
@@ -61,6 +61,7 @@ class ClientModule(lightning.LightningModule):
         compile: whether torch compiles the network for the local steps.
         objective: the drift correction; none by default.
         buffers: policy of float buffers; see ``Buffers``.
+        weigh: weights of the samples in a batch's mean loss, from their targets; None: all are equal.
         seed: the run's seed, for dropout.
         large: coordinates from which a tensor is a block of its own (K = 1, on a CPU).
         graph: whether a CUDA graph replays the local steps, where that is possible.
@@ -88,6 +89,7 @@ class ClientModule(lightning.LightningModule):
         compile: bool = False,
         objective: DriftCorrection | None = None,
         buffers: str = "average",
+        weigh: Weigh | None = None,
         seed: int = 0,
         large: int = LARGE,
         graph: bool = False,
@@ -100,6 +102,7 @@ class ClientModule(lightning.LightningModule):
         self.make_optimizer, self.inputs, self.compile_net = make_optimizer, inputs, compile
         self.objective = NoCorrection() if objective is None else objective
         self.buffer_policy, self.groups, self.seed, self.large = buffers, 1, seed, large
+        self.weigh = weigh
         self.graph = graph
         self.decay = decay
         self.buffer_store: ClientStore | None = None
@@ -141,12 +144,12 @@ class ClientModule(lightning.LightningModule):
         """Compute the loss of every sample of one client's batch: (B, ...), (B,) -> (B,).
 
         Args:
-            forward: the client's network; ``forward(x)`` returns logits (B, classes).
+            forward: the client's network; ``forward(x)`` returns logits (B, classes), or (B, L, classes) of sequences.
             x: inputs.
-            y: labels.
+            y: labels (B,), or sequences of targets (B, L), of which a sample's loss is the mean.
 
         """
-        return F.cross_entropy(forward(x), y, reduction="none")
+        return cross_entropy(forward(x), y)
 
     def form(self, fetch: Callable[[Cohort], Batch] = no_samples, loss_scale: float = 1.0) -> Clients:
         """Build the clients, on the network's present device; ``fetch`` gathers their samples."""
@@ -166,6 +169,7 @@ class ClientModule(lightning.LightningModule):
             bitmaps=torch.as_tensor(self.bitmaps),
             per_sample=type(self).losses is ClientModule.losses,
             loss_scale=loss_scale,
+            weigh=self.weigh,
             seed=self.seed,
             large=self.large,
             graph=self.graph,
@@ -211,16 +215,42 @@ class ClientModule(lightning.LightningModule):
         """Do nothing: gradients are views into the row, and Lightning's None would unbind them."""
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Evaluate the G global models on a batch: logits (B, G, classes), labels (B,) and losses (B, G)."""
-        x, y = batch
-        found, losses = [], []
+        """Evaluate the G global models on a batch; logits are not kept, which of sequences would fill the memory.
+
+        Returns:
+            ``correct``, bool (B, G), and ``losses`` (B, G); of sequences also ``targets`` and ``weights``, as
+            ``scores`` has them.
+
+        """
+        found = []
         for group in range(self.groups):
             self.show(group)
-            logits = self.net(self.inputs(x))
-            found.append(logits)
-            losses.append(self.losses(partial(_given, logits), x, y))
+            found.append(self.scores(self.net(self.inputs(batch[0])), *batch))
         self.show(0)
-        return {"logits": torch.stack(found, 1), "y": y, "losses": torch.stack(losses, 1)}
+        of_groups = {key: torch.stack([scores[key] for scores in found], 1) for key in ("correct", "losses")}
+        return {**found[0], **of_groups}
+
+    def scores(self, logits: Tensor, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Evaluate given logits of a batch.
+
+        Args:
+            logits: (B, classes), or (B, L, classes).
+            x: inputs.
+            y: labels (B,), or sequences of targets (B, L).
+
+        Returns:
+            ``correct``, bool (B,), and ``losses`` (B,). Of sequences also ``targets``, how many each has, int64 (B,),
+            and ``weights`` (B,) in a mean of the losses.
+
+        """
+        scores = {"correct": hits(logits, y), "losses": self.losses(partial(_given, logits), x, y)}
+        if y.ndim == 1:
+            return scores
+        targets = count(y)
+        return scores | {
+            "targets": targets,
+            "weights": torch.ones_like(targets) if self.weigh is None else self.weigh(y),
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store K, which may have been measured."""

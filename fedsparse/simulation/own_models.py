@@ -12,7 +12,7 @@ import torch
 from fedsparse.core import parallel
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.copied import CopiedNet
-from fedsparse.simulation.evaluation import spread
+from fedsparse.simulation.evaluation import mean_loss, spread
 from fedsparse.simulation.module import ClientModule
 
 
@@ -51,8 +51,8 @@ class OwnModels(lightning.Callback):
         found = dict[int, tuple[float, float]]()
         for client in holders[parallel.process() :: parallel.processes()]:
             self._load(module, client)
-            logits, y, losses = self.copied.outputs(trainer, module, torch.as_tensor(tests[client]))
-            found[client] = float((logits.argmax(1) == y).double().mean()), float(losses.double().mean())
+            scores = self.copied.scores(trainer, module, torch.as_tensor(tests[client]))
+            found[client] = float(scores["correct"].double().mean()), mean_loss(scores)
         everyone = {client: pair for part in parallel.gather(found) for client, pair in part.items()}
         if everyone:
             accuracies, losses_of = (np.array(part) for part in zip(*(everyone[c] for c in holders), strict=True))

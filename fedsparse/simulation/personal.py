@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedsparse.core import parallel
 from fedsparse.core.checks import check_choice, check_number
@@ -32,6 +33,7 @@ from fedsparse.federation.figures import (
 )
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.copied import CopiedNet
+from fedsparse.simulation.evaluation import mean_loss
 from fedsparse.simulation.module import ClientModule
 
 
@@ -47,7 +49,7 @@ class Personal(lightning.Callback):
     After a round with an evaluation ``figures`` has the columns of ``federation.figures.columns``.
 
     Args:
-        metrics: some of loss, top1, top5, f1, precision, recall.
+        metrics: some of loss, top1, top5, f1, precision, recall; of sequences loss and top1, exact match, alone.
         average: of the last three over classes: weighted (the original's) | macro | micro.
         every: rounds between evaluations; the last round is always evaluated.
         who: participants, non_participants or both.
@@ -147,14 +149,23 @@ class Personal(lightning.Callback):
         return {group: found[group] for group in self.who}
 
     def _evaluate(self, trainer: Any, module: ClientModule, client: int, group: str, model: str) -> None:
-        """Evaluate the copy on a client's test part, and keep its metrics if its logits are finite."""
+        """Evaluate the copy on a client's test part, and keep its metrics if its logits, or losses, are finite."""
         part = trainer.datamodule.tests[client]
         if not len(part):
             return
-        logits, y, losses = self.copied.outputs(trainer, module, torch.as_tensor(part))
-        if bool(logits.isfinite().all()):
-            figures = metrics_of(logits, y, losses, self.metrics, self.average)
+        figures = self._metrics(trainer, module, torch.as_tensor(part))
+        if figures is not None:
             self.found.append(Row(client, group, model, len(part), figures))
+
+    def _metrics(self, trainer: Any, module: ClientModule, part: Tensor) -> Mapping[str, float] | None:
+        """Compute the metrics of the copy on samples; of sequences loss and exact match alone. None: not finite."""
+        if trainer.datamodule.dataset.sequences:
+            scores = self.copied.scores(trainer, module, part)
+            found = {"loss": mean_loss(scores), "top1": float(scores["correct"].double().mean())}
+            finite = bool(scores["losses"].isfinite().all())
+            return {name: found[name] for name in self.metrics if name in found} if finite else None
+        logits, y, losses = self.copied.outputs(trainer, module, part)
+        return metrics_of(logits, y, losses, self.metrics, self.average) if bool(logits.isfinite().all()) else None
 
     def _close(self, round: int) -> None:
         """Gather the rows of all processes, sort and write them, and compute the figures."""

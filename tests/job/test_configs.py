@@ -24,6 +24,8 @@ NEEDS = {
     "model/timm": ["model.name=resnet18", "model.pretrained=false"],
     "model/dino_vits16": ["model.pretrained=false"],
     "data/stdlib_docs": ["model=bert_tiny"],
+    "data/docs_answers": ["model=qwen_tiny"],
+    **{f"data/{n}": ["data.root=nowhere", "model=qwen_tiny"] for n in ("instructions", "plain_texts")},
     "objective/scaffold": ["objective.num_clients=5"],  # null is filled in with the clients that hold data
 }
 # what is null in a model because the data decides it
@@ -32,8 +34,8 @@ FOUND = {"num_classes": 10, "in_chans": 1, "img_size": 8, "in_features": 64}
 COMPOSED_ONLY = {
     "data/arrays",
     *(f"data/{n}" for n in ("cifar10", "cifar100", "mnist", "fashion_mnist", "imagefolder", "ag_news")),
-    *(f"data/{n}" for n in ("femnist", "shakespeare")),
-    "model/bert_base",
+    *(f"data/{n}" for n in ("femnist", "shakespeare", "instructions", "plain_texts")),
+    *(f"model/{n}" for n in ("bert_base", "qwen")),
 }
 # groups of plain values: nothing in them is built by itself
 PLAIN = ("phases", *WHOLE)

@@ -40,9 +40,8 @@ def test_figures_of_both_splits_and_of_clients_by_hand():
     right, wrong = [0.0, 1.0], [1.0, 0.0]  # every label is 1
 
     def batch(*logits, losses):
-        logits = torch.tensor(logits)
-        y, losses = torch.ones(len(logits), dtype=torch.long), torch.tensor(losses).unsqueeze(1)
-        return {"logits": logits.unsqueeze(1), "y": y, "losses": losses}  # of one global model
+        correct = torch.tensor(logits).argmax(1) == 1
+        return {"correct": correct.unsqueeze(1), "losses": torch.tensor(losses).unsqueeze(1)}  # of one global model
 
     evaluation.on_validation_start(None, module)
     evaluation.on_validation_batch_end(None, None, batch(right, wrong, losses=[1.0, 3.0]), None, 0, 0)
@@ -61,7 +60,7 @@ def test_each_client_has_the_accuracy_of_its_own_global_model_and_the_splits_the
     evaluation = Evaluation(tests, group=lambda clients: tuple(client % 2 for client in clients))
     right, wrong = [0.0, 1.0], [1.0, 0.0]  # every label is 1
     logits = torch.tensor([[right, wrong], [right, right]])  # the first model is right twice, the second once
-    batch = {"logits": logits, "y": torch.ones(2, dtype=torch.long), "losses": torch.tensor([[1.0, 2.0], [3.0, 6.0]])}
+    batch = {"correct": logits.argmax(2) == 1, "losses": torch.tensor([[1.0, 2.0], [3.0, 6.0]])}
     evaluation.on_validation_start(None, module)
     for split in (0, 1):
         evaluation.on_validation_batch_end(None, None, batch, None, 0, split)

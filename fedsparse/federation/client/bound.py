@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.core.space import Binding, ParamSpace
+from fedsparse.core.targets import Weigh
 from fedsparse.models.units import compute_all_units, compute_units_only, trained_units
 from fedsparse.optim.index import Block
 
@@ -50,6 +51,7 @@ class BoundRow:
         blocks: of the row, which the optimizer steps.
         losses: of every sample of a batch: (forward, x, y) -> (B,).
         forward: the network, or its compiled form.
+        weigh: weights of the samples in a batch's mean; None: all are equal.
 
     Attributes:
         views: these blocks, as views of the row.
@@ -66,10 +68,11 @@ class BoundRow:
         blocks: Sequence[Block],
         losses: Losses,
         forward: Forward,
+        weigh: Weigh | None = None,
     ) -> None:
         assert theta.grad is not None
         self.net, self.space, self.row, self.grad = net, space, theta[0], theta.grad[0]
-        self.losses, self.forward = losses, forward
+        self.losses, self.forward, self.weigh = losses, forward, weigh
         self.gradients: list[Tensor] = []
         self.blocks = [replace(block, mask=None) for block in blocks]
         self.views = [block.of(self.row) for block in blocks]
@@ -102,7 +105,7 @@ class BoundRow:
 
         Args:
             x: inputs (B, ...).
-            y: labels (B,).
+            y: labels (B,), or sequences of targets (B, L).
             count: number of real samples of the one client.
             scale: factor of the loss (1,), or None.
 
@@ -114,12 +117,13 @@ class BoundRow:
         if real < len(y):
             x, y = x[:real], y[:real]
         losses = self.losses(self.forward, x, y)
-        weight = losses.new_full((real,), 1 / real)  # as mean().backward(), two kernels shorter
+        # as mean().backward(), two kernels shorter
+        weight = losses.new_full((real,), 1 / real) if self.weigh is None else normalised(self.weigh(y)).to(losses)
         losses.backward(weight if scale is None else weight * scale)
         for parameter, view in self.bound.taken:  # gradients that this backward has allocated
             view.grad = torch.zeros_like(view) if parameter.grad is None else parameter.grad
         self.gradients = [view.grad for view in self.views if view.grad is not None]
-        return losses.detach().mean()
+        return losses.detach().mean() if self.weigh is None else (losses.detach() * weight).sum()
 
     def parts(self, row: Tensor) -> list[Tensor]:
         """View a row (P,) or (1, P) block by block, as ``views`` and ``gradients`` are."""
@@ -147,3 +151,10 @@ class BoundRow:
     def release(self) -> None:
         """Restore the backward of the network's layers."""
         compute_all_units(self.net)
+
+
+def normalised(weights: Tensor) -> Tensor:
+    """Scale weights of samples to a sum of 1 for each client, or leave them all 0: (*, B) -> float64 (*, B)."""
+    exact = weights.double()
+    total = exact.sum(-1, keepdim=True)
+    return exact / torch.where(total > 0, total, 1.0)

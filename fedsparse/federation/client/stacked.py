@@ -13,8 +13,9 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedsparse.core.space import ParamSpace
+from fedsparse.core.targets import Weigh
 from fedsparse.core.transfer import on_device
-from fedsparse.federation.client.bound import Forward, Losses
+from fedsparse.federation.client.bound import Forward, Losses, normalised
 from fedsparse.models.stacked import Stacked, stacks
 from fedsparse.models.units import trained_units
 
@@ -35,6 +36,7 @@ class StackedRows:
         losses: of every sample of one client's batch: (forward, x, y) -> (B,).
         forward: the network, or its compiled form.
         per_sample: whether each loss depends on its own sample alone, so that the clients' batches may be joined.
+        weigh: weights of the samples in a batch's mean; None: all are equal.
 
     Attributes:
         views: the tensors that the optimizer steps: the rows.
@@ -53,9 +55,10 @@ class StackedRows:
         losses: Losses,
         forward: Forward,
         per_sample: bool,
+        weigh: Weigh | None = None,
     ) -> None:
         assert theta.grad is not None
-        self.net, self.space, self.losses = net, space, losses
+        self.net, self.space, self.losses, self.weigh = net, space, losses, weigh
         self.forward, self.per_sample = forward, per_sample
         self.views, self.gradients = [theta], [theta.grad]
         self.leaves = {name: value.detach() for name, value in space.unflatten(theta.detach()).items()}
@@ -87,7 +90,7 @@ class StackedRows:
 
         Args:
             x: inputs (K, B, ...).
-            y: labels (K, B).
+            y: labels (K, B), or sequences of targets (K, B, L).
             count: real samples of each client.
             scale: factor of each client's loss (K,), or None.
 
@@ -96,14 +99,14 @@ class StackedRows:
 
         """
         losses = self._sample_losses(x, y)
-        weight = self._weights(count, y.shape[1]).to(losses)
+        weight = self._weights(count, y).to(losses)
         losses = torch.where(weight > 0, losses, 0.0)
         scaled = weight if scale is None else weight * scale.unsqueeze(1)
         torch._foreach_copy_(self.slots, torch.autograd.grad(losses, self.trained, scaled, materialize_grads=True))
         return (losses.detach() * weight).sum(1)
 
-    def _weights(self, count: Sequence[int], samples: int) -> Tensor:
-        """Compute the weights (K, B) of samples on the device; those of the last few counts are kept, as most recur.
+    def _equal(self, count: Sequence[int], samples: int) -> Tensor:
+        """Compute equal weights (K, B) of real samples on the device; those of the last few counts are kept.
 
         Equal counts are kept for good: a CUDA graph reads their weights where they are.
         """
@@ -119,9 +122,16 @@ class StackedRows:
         if not self.chosen:
             self._choose(x[0])
         if self.stacked is not None:
-            return self.losses(self.stacked, x.flatten(0, 1), y.flatten()).view(y.shape)
+            return self.losses(self.stacked, x.flatten(0, 1), y.flatten(0, 1)).view(y.shape[:2])
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule on a CPU
             return self.vmapped(self.leaves, x, y)
+
+    def _weights(self, count: Sequence[int], y: Tensor) -> Tensor:
+        """Compute the weights (K, B) of the samples in each client's mean; 0 of those that are not real."""
+        equal = self._equal(count, y.shape[1])
+        if self.weigh is None:
+            return equal
+        return normalised(self.weigh(y.flatten(0, 1)).view(y.shape[:2]) * (equal > 0))
 
     def _choose(self, x: Tensor) -> None:
         """Choose the stacked form if it gives the same outputs on two samples."""

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedsparse.core.seeding import Purpose, number
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Carry, Subspace
+from fedsparse.core.targets import Weigh
 from fedsparse.core.transfer import read
 from fedsparse.data.images import unchanged
 from fedsparse.data.rounds import Cohort
@@ -69,6 +70,7 @@ class Clients:
         bitmaps: uint8 (N, ceil(P / 8)), the masks of N clients; empty if all train ``mask``.
         per_sample: whether each loss depends on one sample only, so that stacked clients' batches may be joined.
         loss_scale: factor of the loss in half precision, so that gradients do not underflow.
+        weigh: weights of the samples in a batch's mean loss, from their targets; None: all are equal.
         seed: the run's seed, for dropout.
         large: coordinates from which a tensor is a block of its own (K = 1, on a CPU).
         graph: whether a CUDA graph replays the local steps, where that is possible.
@@ -104,6 +106,7 @@ class Clients:
         bitmaps: Tensor | None = None,
         per_sample: bool = False,
         loss_scale: float = 1.0,
+        weigh: Weigh | None = None,
         seed: int = 0,
         large: int = LARGE,
         graph: bool = False,
@@ -118,6 +121,7 @@ class Clients:
         self.bitmaps = torch.zeros(0, 0, dtype=torch.uint8) if bitmaps is None else bitmaps
         self.per_sample, self.loss_scale, self.seed, self.large = per_sample, loss_scale, seed, large
         self.decay = decay
+        self.weigh = weigh
         self.factors: list[Tensor] = []  # by which each local step of a cohort multiplied its gradients, (K, 1)
         self.change = torch.zeros(0)
         self.subspace, self.theta = Subspace(mask), stacked(space.read(net), cohort)
@@ -141,15 +145,16 @@ class Clients:
     def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
         """Build one row: whole on a GPU, on a CPU in blocks, each with its mask, as the optimizer steps them."""
         if self.theta.device.type != "cpu":
-            return WholeRow(self.net, self.space, self.theta, mask, self.losses, self.forward), [mask]
+            return WholeRow(self.net, self.space, self.theta, mask, self.losses, self.forward, self.weigh), [mask]
         whole = Block("", 0, (self.space.size,), mask)
         split = [whole] if len(self.bitmaps) else blocks(self.space, mask, self.large)
-        rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self.forward)
+        rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self.forward, self.weigh)
         return rows, [block.mask for block in split]
 
     def _several(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
         """Build K rows, which the optimizer steps as one tensor with one mask."""
-        rows = StackedRows(self.net, self.space, self.theta, mask, self.losses, self.forward, self.per_sample)
+        given = self.losses, self.forward, self.per_sample, self.weigh
+        rows = StackedRows(self.net, self.space, self.theta, mask, *given)
         return rows, [None if self.subspace.index is None else mask.expand_as(self.theta)]
 
     def move(self, carry: Carry) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.core.space import ParamSpace, always
-from fedsparse.federation.client.bound import Forward, Losses
+from fedsparse.core.targets import Weigh
+from fedsparse.federation.client.bound import Forward, Losses, normalised
 from fedsparse.models.units import compute_all_units, compute_units_only, trained_units
 
 
@@ -28,6 +29,7 @@ class WholeRow:
         mask: bool (P,), True where some client trains.
         losses: of every sample of a batch: (forward, x, y) -> (B,).
         forward: the network, or its compiled form.
+        weigh: weights of the samples in a batch's mean; None: all are equal.
 
     Attributes:
         views: the row, as a list.
@@ -36,11 +38,18 @@ class WholeRow:
     """
 
     def __init__(
-        self, net: nn.Module, space: ParamSpace, theta: Tensor, mask: Tensor, losses: Losses, forward: Forward
+        self,
+        net: nn.Module,
+        space: ParamSpace,
+        theta: Tensor,
+        mask: Tensor,
+        losses: Losses,
+        forward: Forward,
+        weigh: Weigh | None = None,
     ) -> None:
         assert theta.grad is not None
         self.net, self.space, self.losses, self.forward = net, space, losses, forward
-        self.row, self.grad = theta[0], theta.grad[0]
+        self.row, self.grad, self.weigh = theta[0], theta.grad[0], weigh
         self.row.grad = self.grad
         self.views, self.gradients = [self.row], [self.grad]
         marks = space.unflatten(mask)
@@ -70,7 +79,7 @@ class WholeRow:
 
         Args:
             x: inputs (B, ...).
-            y: labels (B,).
+            y: labels (B,), or sequences of targets (B, L).
             count: number of real samples of the one client.
             scale: factor of the loss (1,), or None.
 
@@ -82,10 +91,10 @@ class WholeRow:
         if real < len(y):
             x, y = x[:real], y[:real]
         losses = self.losses(self.forward, x, y)
-        weight = losses.new_full((real,), 1 / real)
-        weight = weight if scale is None else weight * scale
-        torch._foreach_copy_(self.slots, torch.autograd.grad(losses, self.leaves, weight, materialize_grads=True))
-        return losses.detach().mean()
+        weight = losses.new_full((real,), 1 / real) if self.weigh is None else normalised(self.weigh(y)).to(losses)
+        scaled = weight if scale is None else weight * scale
+        torch._foreach_copy_(self.slots, torch.autograd.grad(losses, self.leaves, scaled, materialize_grads=True))
+        return losses.detach().mean() if self.weigh is None else (losses.detach() * weight).sum()
 
     def parts(self, row: Tensor) -> list[Tensor]:
         """View a row (P,) or (1, P) as ``views`` and ``gradients`` are: whole."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.seeding import Purpose, torch_generator
-from fedsparse.core.space import Patterns, matches
+from fedsparse.core.space import Patterns, listed, matches
 from fedsparse.core.transfer import on_device
 from fedsparse.federation.exchange.fractions import Fraction, check_fraction, fraction_of
 from fedsparse.federation.exchange.scores import TOLERANCE, at_least, kept, score, select
@@ -224,7 +224,7 @@ class Pattern:
     shared = True
 
     def __init__(self, names: Patterns) -> None:
-        self.names = [names] if isinstance(names, str) else list(names) if isinstance(names, Sequence) else []
+        self.names = listed(names) if isinstance(names, Sequence) else []
         if not self.names or not all(isinstance(name, str) for name in self.names):
             raise ValueError(f"exchange.names is {names!r}; it must be glob patterns of tensor names, such as [head.*]")
 
