@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow fuzz mutate lint format bench bench-peers grid exchange attack autoflip fedland landscapes lora weights weights-text wheel clean
+.PHONY: help setup train test test-slow fuzz mutate lint format bench bench-peers grid exchange attack autoflip fedland landscapes lora departments weights weights-text wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -192,6 +192,16 @@ lora: $(READY) ## low-rank adapters in four departments: methods, their figures 
 	$(LORA) method=local,fedit,fedsa hydra.sweep.dir=$(LORA_AT)
 	for run in $(LORA_AT)/method-*; do $(BIN)/python -m fedsparse.adapters "$$run" evaluate && $(BIN)/python -m fedsparse.adapters "$$run" export || exit 1; done
 	$(BIN)/python -m fedsparse.report $(LORA_AT) --out $(LORA_AT)/report
+
+DEPARTMENTS_AT ?= runs/departments
+DEPARTMENTS = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.train -m experiment=departments_docs hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) logger=csv pictures=false seed=0,1,2
+
+departments: $(READY) ## adapters' methods with own and shared codes of answers, and which representation finds departments alike
+	@echo "30 runs of 20 rounds and 12 of 10, JOBS=$(JOBS) at a time: about 55 minutes of CPU time"
+	@echo "What is finished in $(DEPARTMENTS_AT) is skipped, what was stopped goes on."
+	$(DEPARTMENTS) method=local,fedit,fedsa,ffa,flora data.code=own,shared hydra.sweep.dir=$(DEPARTMENTS_AT)/methods
+	$(DEPARTMENTS) method=fedit topology=departments mixing=clusters mixing.k=3 mixing.share=0 mixing.of=A,A-start,B,BA federation.rounds=10 hydra.sweep.dir=$(DEPARTMENTS_AT)/clusters
+	$(BIN)/python -m fedsparse.report $(DEPARTMENTS_AT) --out $(DEPARTMENTS_AT)/report
 
 weights: $(READY) ## pre-train the embedded model again; weights-text: that of texts
 	$(BIN)/python -m fedsparse.studies.pretrain $(ARGS)
