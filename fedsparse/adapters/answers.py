@@ -5,47 +5,85 @@ Shapes: B texts, L tokens, V words of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsparse.adapters.kept import Kept, Model, Moment
 from fedsparse.core.checks import check_whole
+from fedsparse.data.sequences import ids_of, prompts
+from fedsparse.data.tokens import load_tokenizer
+from fedsparse.models.text_net import TextNet
 from fedsparse.simulation.devices import device_of
 
 MOST = 64  # new tokens of an answer
 
 
-@runtime_checkable
-class Speaker(Protocol):
-    """A network that answers in words: ids int64 (B, L) -> logits (B, L, V), of the token that follows each.
+@dataclass(frozen=True)
+class Speech:
+    """How a run's language model is asked, and how its answer is read.
 
     Attributes:
-        end: id of the token that ends an answer.
-        longest: most tokens of a text.
+        tokenizer: of the model.
+        template: form of a question in the data that it was trained on; empty: a prompt is continued as it is.
+        longest: most tokens of question and answer.
 
     """
 
-    end: int
+    tokenizer: Any
+    template: str
     longest: int
 
+    @classmethod
+    def of(cls, kept: Kept) -> Speech:
+        """Read them from a run.
+
+        Raises:
+            ValueError: its model is no language model, or the tokenizer cannot be had.
+
+        """
+        problem, data = kept.assembly.problem, kept.assembly.config["data"]
+        if not isinstance(problem.net, TextNet) or not problem.net.sequences:
+            raise ValueError(
+                f"answer needs a language model, such as model=qwen_tiny, and {kept.folder} trained the classifier "
+                f"model={kept.choices.get('model')}"
+            )
+        tokenizer = load_tokenizer(data["checkpoint"] or data["tokenizer"])
+        return cls(tokenizer, problem.dataset.template, problem.net.longest)
+
     def encode(self, prompt: str) -> list[int]:
-        """Write a question as the training data does, up to where the answer begins: ids."""
+        """Write a question as the data does, up to where the answer begins: ids."""
+        asked = prompts([prompt], self.tokenizer, self.template) if self.template else [prompt]
+        return ids_of(asked, self.tokenizer)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Write ids as text."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Compute logits."""
+        """Write ids as text, without tokens that are no words."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 @torch.no_grad()
-def greedy(net: Speaker, ids: Sequence[int], most: int = MOST, device: torch.device | None = None) -> list[int]:
-    """Continue ids by the likeliest token, again and again, until the end token, ``most`` tokens or the longest text.
+def greedy(
+    net: Callable[[Tensor], Tensor],
+    ids: Sequence[int],
+    end: int | None,
+    longest: int,
+    most: int = MOST,
+    device: torch.device | None = None,
+) -> list[int]:
+    """Continue ids by the likeliest token, again and again.
 
     The whole text is computed anew for each token: for short answers of a few models, without a cache of keys.
+
+    Args:
+        net: ids int64 (B, L) -> logits (B, L, V), of the token that follows each.
+        ids: of the question.
+        end: id of the token that ends an answer; None if there is none.
+        longest: most tokens of question and answer.
+        most: new tokens at most.
+        device: of the network.
 
     Returns:
         The new ids, without the end token.
@@ -55,12 +93,12 @@ def greedy(net: Speaker, ids: Sequence[int], most: int = MOST, device: torch.dev
 
     """
     check_whole("--tokens", most, 1)
-    if not 0 < len(ids) < net.longest:
-        raise ValueError(f"the prompt has {len(ids)} tokens; it must leave room for an answer in {net.longest}")
+    if not 0 < len(ids) < longest:
+        raise ValueError(f"the prompt has {len(ids)} tokens; it must leave room for an answer in {longest}")
     text = list(ids)
-    for _ in range(min(most, net.longest - len(ids))):
+    for _ in range(min(most, longest - len(ids))):
         following = int(net(torch.tensor([text], device=device))[0, -1].argmax())
-        if following == net.end:
+        if following == end:
             break
         text.append(following)
     return text[len(ids) :]
@@ -85,24 +123,9 @@ def answers(
         ValueError: the run's model is no language model.
 
     """
-    device = device_of(kept.assembly.session.accelerator)
+    speech, device = Speech.of(kept), device_of(kept.assembly.session.accelerator)
+    asked, end = speech.encode(prompt), speech.tokenizer.eos_token_id
     for model in models:
         net = kept.load(moment, model).to(device)
-        speaker = speaking(net, kept)
-        yield model.name, speaker.decode(greedy(speaker, speaker.encode(prompt), most, device))
+        yield model.name, speech.decode(greedy(net, asked, end, speech.longest, most, device))
         net.cpu()
-
-
-def speaking(net: nn.Module, kept: Kept) -> Speaker:
-    """Take a network for a language model.
-
-    Raises:
-        ValueError: it is a classifier.
-
-    """
-    if not isinstance(net, Speaker):
-        raise ValueError(
-            f"answer needs a language model, such as model=qwen_tiny, and {kept.folder} trained the classifier "
-            f"model={kept.choices.get('model')}"
-        )
-    return net

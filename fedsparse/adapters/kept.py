@@ -153,8 +153,12 @@ class Kept:
     @property
     def departments(self) -> tuple[str, ...]:
         """Names of the departments, of which each has a global model; ``global`` if there is one."""
-        groups = self.assembly.method.topology.groups
-        return (ONE,) if groups == 1 else tuple(f"department_{group}" for group in range(groups))
+        topology, problem = self.assembly.method.topology, self.assembly.problem
+        if topology.groups == 1:
+            return (ONE,)
+        named = problem.departments and topology.group(range(len(problem.parts))) == problem.departments
+        known = problem.dataset.department_names if named else ()
+        return known or tuple(f"department_{group}" for group in range(topology.groups))
 
     def members(self, department: str) -> list[int]:
         """List the clients of a department."""

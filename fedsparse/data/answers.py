@@ -15,7 +15,7 @@ from fedsparse.core.checks import check_choice, check_number
 from fedsparse.data.checks import checked_integer
 from fedsparse.data.datasets import Dataset
 from fedsparse.data.docs import TOPICS, Sentence, held_by_clients
-from fedsparse.data.sequences import answered, drop, split_users, splits_of
+from fedsparse.data.sequences import TAGS, answered, drop, split_users, splits_of
 from fedsparse.data.tokens import fingerprint, load_tokenizer
 
 OWN, SHARED = "own", "shared"
@@ -126,6 +126,7 @@ def docs_answers(
         departments=tuple(names.index(name.split("/")[0]) for name in np.unique(users).tolist()),
         department_names=names,
         truth=tuple(code_of(d, code) for d in range(departments)),
+        template=TAGS,
     )
 
 

@@ -79,6 +79,7 @@ class Dataset:
             ``partition=natural`` numbers its clients; empty if there are none.
         department_names: names of the departments.
         truth: cluster of each department, where it is known which of them are alike; empty if it is not.
+        template: form of the questions that a model answers (``sequences.prompts``); empty if there are none.
 
     Raises:
         ValueError: there are less than two classes or more than ``MOST_CLASSES``, a split is empty or not of such
@@ -100,6 +101,7 @@ class Dataset:
     departments: tuple[int, ...] = ()
     department_names: tuple[str, ...] = ()
     truth: tuple[int, ...] = ()
+    template: str = ""
 
     @property
     def common_test(self) -> Split:

@@ -86,6 +86,7 @@ def instructions(
         fingerprint=fingerprint([f"{records[i].user} {records[i].text} {records[i].response}" for i in kept]),
         departments=tuple(names.index(of_users[user]) for user in sorted(of_users)),
         department_names=names,
+        template=template,
     )
 
 

@@ -24,7 +24,7 @@ from fedsparse.data.datasets import Split
 from fedsparse.data.tokens import BATCH, pad_of
 
 log = logging.getLogger("fedsparse")
-TEMPLATES = ("tags", "chat")
+TEMPLATES = TAGS, CHAT = ("tags", "chat")
 LEAST = 3  # samples of a user: one to train on, one of each other split
 
 

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -21,8 +20,8 @@ from fedsparse import run
 from fedsparse.adapters import Kept, export, greedy, matrix
 from fedsparse.adapters.__main__ import parser
 from fedsparse.adapters.answers import answers
-from fedsparse.adapters.kept import Model, Moment
 from fedsparse.adapters.matrix_plot import matrix_figure
+from fedsparse.data.tokens import load_tokenizer
 from fedsparse.models.vision import vit_digits
 
 
@@ -200,46 +199,40 @@ def test_one_global_model_needs_no_checkpoint_and_a_trajectory_keeps_rounds(tmp_
     assert (first / name).read_bytes() != (again / name).read_bytes()
 
 
-class Counting(nn.Module):
-    """A toy that says the letter ``step`` places after the last one; the end follows z."""
+def count_on(step):
+    """A toy that says the number ``step`` places after the last one; the end, 26, follows 25."""
 
-    end, longest = 26, 6
-
-    def __init__(self, step):
-        super().__init__()
-        self.step = nn.Parameter(torch.tensor(float(step)))
-
-    def encode(self, prompt):
-        return [ord(letter) - ord("a") for letter in prompt]
-
-    def decode(self, ids):
-        return "".join(chr(ord("a") + number) for number in ids)
-
-    def forward(self, x):
-        following = torch.where(x + self.step > 25, 26, x + self.step).long()
+    def logits(x):
+        following = torch.where(x + step > 25, 26, x + step)
         return nn.functional.one_hot(following, 27).float()
+
+    return logits
 
 
 def test_greedy_answers_end_where_they_should():
-    assert greedy(Counting(1), [0], 3) == [1, 2, 3]
-    assert greedy(Counting(1), [0], 30) == [1, 2, 3, 4, 5]  # six tokens at most
-    assert greedy(Counting(10), [1]) == [11, 21]  # then the end, which is left out
+    assert greedy(count_on(1), [0], end=26, longest=6, most=3) == [1, 2, 3]
+    assert greedy(count_on(1), [0], end=26, longest=6, most=30) == [1, 2, 3, 4, 5]
+    assert greedy(count_on(10), [1], end=26, longest=6) == [11, 21]  # then the end, which is left out
     for wrong in ([], [0] * 6):
         with pytest.raises(ValueError, match=f"the prompt has {len(wrong)} tokens; it must leave room for an answer"):
-            greedy(Counting(1), wrong)
+            greedy(count_on(1), wrong, end=26, longest=6)
     with pytest.raises(ValueError, match="--tokens is 0"):
-        greedy(Counting(1), [0], 0)
+        greedy(count_on(1), [0], end=26, longest=6, most=0)
 
 
-def test_departments_answer_side_by_side():
-    """A run is what loads models; here one number is the whole model."""
-    net = Counting(0)
-
-    def load(moment, model):
-        net.step.data.copy_(model.row[0])
-        return net
-
-    session = SimpleNamespace(accelerator="cpu")
-    kept = SimpleNamespace(load=load, assembly=SimpleNamespace(session=session))
-    models = [Model(name, torch.tensor([step]), name) for name, step in (("finance", 1.0), ("hr", 3.0))]
-    assert list(answers(kept, Moment(1, models, {}), models, "ab", 2)) == [("finance", "cd"), ("hr", "eh")]
+@pytest.mark.slow
+def test_departments_answer_side_by_side_as_transformers_does(tmp_path):
+    """Each in the words of its own adapters, which transformers' own ``generate`` says too."""
+    options = ["experiment=departments_docs", "method=fedit", "topology=departments", "data.max_records=30"]
+    run([*options, "federation.rounds=1", "logger=csv", "pictures=false", f"hydra.run.dir={tmp_path / 'run'}"])
+    kept = Kept.of(tmp_path / "run")
+    moment = kept.at()
+    prompt = "Open a socket and send bytes to a server."
+    found = dict(answers(kept, moment, moment.departments, prompt, 8))
+    assert list(found) == [f"department_{number}" for number in range(4)]
+    tokenizer = load_tokenizer("qwen_tiny")
+    ids = tokenizer(f"<user>{prompt}</user>\n<assistant>", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    for model in moment.departments:
+        net = kept.load(moment, model).net
+        said = net.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert found[model.name] == tokenizer.decode(said, skip_special_tokens=True)
