@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from fedsparse.adapters.kept import Kept, Model, Moment
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.simulation.devices import device_of
+from fedsparse.simulation.evaluation import weighted_mean
 from fedsparse.simulation.trainer import as_trained
 
 COMMON = "test"  # the test split, without clients' own samples
@@ -29,18 +29,20 @@ class Outcome:
     Attributes:
         correct: bool (N,); of a sequence whether all its targets are.
         losses: float64 (N,).
+        weights: float64 (N,), of the samples in a mean of the losses.
 
     """
 
     correct: Tensor
     losses: Tensor
+    weights: Tensor
 
     def on(self, part: np.ndarray) -> dict[str, float]:
         """Average over some samples, by index."""
         index = torch.as_tensor(part, dtype=torch.int64)
         return {
             "accuracy": float(self.correct[index].double().mean()),
-            "loss": float(self.losses[index].mean()),
+            "loss": weighted_mean(self.losses[index].unsqueeze(1), self.weights[index]),
             "samples": len(index),
         }
 
@@ -50,22 +52,16 @@ def outcome(kept: Kept, moment: Moment, model: Model) -> Outcome:
     """Evaluate a model on the whole test split, as the run was evaluated."""
     assembly, problem = kept.assembly, kept.assembly.problem
     device, module, test = device_of(assembly.session.accelerator), assembly.module(), problem.dataset.test
-    correct, losses = list[Tensor](), list[Tensor]()
+    found = list[tuple[Tensor, Tensor, Tensor]]()
     with made_in(dtype_of(problem.precision)), as_trained(assembly.session):
         net = kept.load(moment, model).to(device)
         for batch in torch.arange(len(test.y)).split(assembly.datamodule().eval_batch_size):
             x, y = test.x[batch].to(device), test.y[batch].to(device)
-            logits = net(problem.inputs(x))
-            hits = (logits.argmax(-1) == y) | (y < 0)  # -100: no target
-            correct.append(hits.flatten(1).all(1).cpu() if hits.dim() > 1 else hits.cpu())
-            losses.append(module.losses(partial(_given, logits), x, y).double().cpu())
+            scores = module.scores(net(problem.inputs(x)), x, y)
+            correct, losses = scores["correct"].cpu(), scores["losses"].double().cpu()
+            found.append((correct, losses, scores.get("weights", torch.ones_like(losses)).double().cpu()))
         net.cpu()
-    return Outcome(torch.cat(correct), torch.cat(losses))
-
-
-def _given(logits: Tensor, x: Tensor) -> Tensor:
-    """Return given logits in place of a forward."""
-    return logits
+    return Outcome(*(torch.cat(numbers) for numbers in zip(*found, strict=True)))
 
 
 def parts(kept: Kept) -> dict[str, np.ndarray]:
