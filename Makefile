@@ -183,9 +183,9 @@ landscapes: $(READY) ## landscapes of mlp and vit_digits over their rounds: IID,
 	OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.studies.landscapes $(LANDSCAPES_AT) --rounds 1 3 10 25 --jobs $(JOBS)
 	$(BIN)/python -m fedsparse.report $(LANDSCAPES_AT) --out $(LANDSCAPES_AT)/report
 
-# departments on the embedded digits, until docs_answers is there; exports that are there already stay
+# exports that are there already stay
 LORA_AT ?= runs/lora
-LORA = $(SWEEP) pictures=false model=vit_digits partition=noniid_nc2 topology=departments
+LORA = $(SWEEP) pictures=false experiment=departments_docs topology=departments
 
 lora: $(READY) ## low-rank adapters in four departments: methods, their figures on each department's data, and exports for PEFT
 	@echo "What is finished in $(LORA_AT) is skipped, what was stopped goes on."

@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedsparse.core.folder import CHECKPOINTS, CLIENT_MASKS, MASK, PREVIOUS, SUMMARY, TRAJECTORY, WEIGHTS
+from fedsparse.core.folder import store as store_file
 from fedsparse.core.precisions import HALF
 from fedsparse.core.weights import load_weights
 from fedsparse.federation.client.training import LOSS_SCALE, Clients
 from fedsparse.federation.federation import Federation
+from fedsparse.federation.stores.store import stored_rows
 from fedsparse.federation.trajectory import client_file, read_rounds, read_row
 from fedsparse.job.assemble import assemble
 from fedsparse.job.config import register_resolvers
@@ -177,7 +179,9 @@ def _before(models: Models) -> tuple[Federation, Clients]:
     exchange = method.make_exchange(torch.as_tensor(module.mask).cpu(), module.own_masks)
     federation = method.federate(exchange, assembly.course.phases, count_bytes=False)(clients)
     if state is not None:
-        federation.load_state_dict(state["callbacks"]["FederatedRounds"])
+        found = state["callbacks"]["FederatedRounds"]
+        kept = {name: stored_rows(of, models.folder / store_file(name)) for name, of in found["stores"].items()}
+        federation.load_state_dict(found | {"stores": {name: {"rows": rows} for name, rows in kept.items()}})
     return federation, clients
 
 

@@ -27,9 +27,10 @@ def recorded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [[], ["objective=fedprox"], ["objective=scaffold", "mask_rule=dense"], ["mask.owner=client"],
+     ["objective=scaffold", "federation.store=file"],
      ["model.local=[head.*]"], ["exchange=topk", "mask_rule=dense"], ["trainer.precision=bf16-mixed"],
      ["trainer.precision=16-mixed"], ["trainer.precision=64-true"]],
-    ids=["masked", "fedprox", "scaffold", "own masks", "local", "topk", "bf16", "half", "double"],
+    ids=["masked", "fedprox", "scaffold", "own masks", "stored in files", "local", "topk", "bf16", "half", "double"],
 )  # fmt: skip
 def test_a_client_of_the_last_round_has_the_bits_that_it_had(recorded, options):
     folder, values = recorded(*options)
