@@ -31,6 +31,7 @@ from fedsparse.masks.bitmaps import masks_of
 from fedsparse.models.flops import pruning_figures
 from fedsparse.preparation.calibration import Calibrated
 from fedsparse.simulation.csv_logger import read_rows
+from fedsparse.simulation.devices import device_of, peak_memory
 from fedsparse.simulation.progress import human_bytes
 
 # the config groups whose chosen options are in the summary
@@ -88,6 +89,7 @@ def summarise(
         "global_sha256": sha256(space.read(net)),
         "data_fingerprint": problem.dataset.fingerprint or None,
         "seconds": seconds,
+        **peak_memory(device_of(assembly.session.accelerator)),
         "seed": problem.seed,
         "cohort": course.cohort,
         "processes": parallel.processes(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,13 @@ def fabric_of(accelerator: str, precision: str) -> lightning.Fabric:
     """Build what computes as the Trainer will; half precision, whose steps are fedsparse's own, as float32."""
     wanted: Any = None if precision == HALF else precision
     return lightning.Fabric(accelerator=accelerator, devices=1, precision=wanted)
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """Read the peaks of memory in bytes: of this process so far, and of tensors on its GPU, if there is one."""
+    scale = 1 if sys.platform == "darwin" else 1024  # in which a system counts
+    on_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"peak_memory": scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "peak_memory_gpu": on_gpu}
 
 
 @contextmanager

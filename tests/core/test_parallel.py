@@ -205,7 +205,7 @@ def test_a_run_in_two_processes_leaves_what_one_leaves(run_in):
     )
     two, both = run_in("two", *PAIR, "partition=quantity", "federation.local_epochs=1", "federation.local_steps=null")
     differ = {key for key in one if one[key] != two[key]}
-    assert differ <= {"processes", "seconds", "folder", "global_sha256"}
+    assert differ <= {"processes", "seconds", "peak_memory", "folder", "global_sha256"}
     assert (one["processes"], two["processes"]) == (1, 2)
     rows = [(folder / "metrics.csv").read_text().count("\n") for folder in (alone, both)]
     assert rows[0] == rows[1] == 4

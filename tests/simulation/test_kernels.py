@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -51,3 +54,11 @@ def test_a_run_prepares_and_trains_with_them(run_in, monkeypatch):
     run_in("run", "trainer.deterministic=true", "federation.tf32=true", "federation.rounds=1", "calibration.cache=null")
     assert set(seen) == {(True, False, "high")}
     assert switches() == (False, False, "highest")
+
+
+def test_the_peak_of_memory_is_the_systems_in_bytes(run_in):
+    summary, _ = run_in("run", "federation.rounds=1", "calibration.cache=null")
+    pages = Path("/proc/self/status").read_text(encoding="utf-8")
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", pages)[1])
+    assert 0.8 * peak < summary["peak_memory"] <= peak
+    assert summary["peak_memory_gpu"] is None
