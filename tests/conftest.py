@@ -14,7 +14,7 @@ import torch
 
 torch.set_num_threads(1)
 
-collect_ignore = ["outside"]  # a package that a run imports from a folder of its own, not from here
+collect_ignore = ["outside", "conftest.py"]  # a package that a run imports from a folder of its own; no doctests here
 
 FAST = ["model=mlp", "logger=csv", "federation.rounds=3", "calibration.head_steps=4"]
 

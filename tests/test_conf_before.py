@@ -19,12 +19,11 @@ from fedsparse.job.shipped import conf_dir, groups
 
 BEFORE = json.loads(Path(__file__).with_name("conf_before.json").read_text(encoding="utf-8"))
 DEFAULT = BEFORE.pop("")
-SINCE = {"schedule": {"within": "constant"}}  # keys that a node has got, with the value that changes nothing
+# keys that a node has got since, which change no figure on a CPU
+SINCE = {"federation": {"graph": True, "tf32": False}, "trainer": {"deterministic": False}}
+SINCE |= {"schedule": {"within": "constant"}}
 # where a target of then stood in its group
 NESTED = {"optimizer": "build", "server": "optimizer", "model": "net", "data": "source"}
-
-# keys that came since, which change no figure on a CPU
-SINCE = {"federation": {"graph": True, "tf32": False}, "trainer": {"deterministic": False}}
 
 
 def before(option):

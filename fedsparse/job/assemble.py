@@ -47,6 +47,7 @@ from fedsparse.job.shards import deal_shards
 from fedsparse.masks import Sparsity
 from fedsparse.models.attention import attentions
 from fedsparse.models.lora import adapters
+from fedsparse.models.vision import seeded
 from fedsparse.preparation.calibration import Calibration
 from fedsparse.preparation.head import Head
 from fedsparse.simulation.devices import accelerator, device_of
@@ -100,7 +101,7 @@ def assemble_problem(cfg: DictConfig) -> Problem:
     dtype, head = dtype_of(cfg.trainer.precision), cfg.model.head
     builder = _adapted(_with_sizes(target_of("model", cfg.model), dataset), cfg.get("lora"))
     net, space = build_net(
-        instantiate(builder),
+        seeded(lambda: instantiate(builder), cfg.seed),  # so that a resume builds the same, whatever a builder does
         dtype,
         head,
         trainable=cfg.model.trainable,

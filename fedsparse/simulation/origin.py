@@ -64,9 +64,10 @@ class Origin:
         still = {name for name, owner in owners.items() if owner not in changing}
         if buffers:
             still |= {name for name, _ in net.named_buffers()} & net.state_dict().keys()
-        prints = {name: _print(t) for name, t in net.state_dict().items() if owners.get(name, name) == name}
+        state = {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}  # no extra state
+        prints = {name: _print(value) for name, value in state.items() if owners.get(name, name) == name}
         row = space.read(net).cpu()
-        return cls(net, space, row, {n: prints[owners.get(n, n)] for n in net.state_dict()}, owners, frozenset(still))
+        return cls(net, space, row, {name: prints[owners.get(name, name)] for name in state}, owners, frozenset(still))
 
     def packed(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out of a whole checkpoint what is as it was built; the mask is packed to bits."""

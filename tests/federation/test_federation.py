@@ -220,7 +220,11 @@ def test_the_learning_rate_follows_the_schedule(tmp_path):
 def batchnorm_net():
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+        torch.nn.Flatten(),
+        torch.nn.Linear(12, 8, bias=False),
+        torch.nn.BatchNorm1d(8),
+        torch.nn.ReLU(),
+        torch.nn.Linear(8, 3),
     ).double()
 
 

@@ -398,7 +398,7 @@ LIMITED = """
 import resource, signal, sys
 from fedsparse.train import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (7000, 7000))
 sys.argv[0] = "train"
 main()
 """

@@ -35,6 +35,8 @@ OTHERS = {
     "fedland_mnist": ("mnist", "fednet_mlp"),
     **{f"fedland_cifar10{what}": ("cifar10", "fednet") for what in ("", "_fedopt", "_imbalanced", "_noniid")},
     "fedland_cifar10_noniid_imbalanced": ("cifar10", "fednet"),
+    "departments": ("instructions", "qwen"),
+    "departments_docs": ("docs_answers", "qwen_tiny"),
     **{f"fedland_cifar10_{n}": ("cifar10", "resnet_small") for n in ("two", "two_noniid_imbalanced", "three")},
 }
 NAMES = sorted(path.stem for path in Path(conf_dir(), "experiment").glob("*.yaml"))
