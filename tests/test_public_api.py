@@ -228,6 +228,7 @@ for first in names:
 """
 
 
+@pytest.mark.slow
 def test_functions_of_masks_stay_functions_whichever_submodule_is_imported_first():
     names = sorted(submodules("fedsparse.masks") - {"__init__"})
     assert {"select", "scores", "rules"} <= set(names)

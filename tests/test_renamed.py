@@ -29,6 +29,7 @@ def test_an_old_name_stands_for_a_command_that_there_is(old):
     assert [arg.value for arg in said.args] == [old, home.removeprefix("fedsparse.")]
 
 
+@pytest.mark.slow
 def test_an_old_name_says_the_new_one_and_is_carried_out():
     done = subprocess.run([sys.executable, "-m", "fedsparse.attack", "--help"], capture_output=True, text=True)
     assert done.returncode == 0

@@ -224,6 +224,7 @@ TOGETHER = {  # in two processes as in one: to the bit (0), or to rounding, in a
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "far"), TOGETHER.values(), ids=TOGETHER)
 def test_two_processes_send_and_average_as_one(run_in, options, far):
     (one, alone), (two, both) = (

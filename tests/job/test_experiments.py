@@ -105,6 +105,7 @@ def cifar(tmp_path, monkeypatch):
     return f"data.root={tmp_path / 'cifar'}"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(CHANGED, "ignore:.*tie at the threshold.*")
 def test_files_of_cifar_100s_layout_go_all_the_way(run_in, cifar, tmp_path, capsys):
     for rule, seed in (("dense", 0), ("least_sensitive", 0), ("random", 0)):
