@@ -190,7 +190,7 @@ LORA = $(SWEEP) pictures=false experiment=departments_docs topology=departments
 lora: $(READY) ## low-rank adapters in four departments: methods, their figures on each department's data, and exports for PEFT
 	@echo "What is finished in $(LORA_AT) is skipped, what was stopped goes on."
 	$(LORA) method=local,fedit,fedsa hydra.sweep.dir=$(LORA_AT)
-	for run in $(LORA_AT)/method-*; do $(BIN)/python -m fedsparse.adapters "$$run" evaluate && $(BIN)/python -m fedsparse.adapters "$$run" export || exit 1; done
+	for run in $(LORA_AT)/*method-*; do $(BIN)/python -m fedsparse.adapters "$$run" evaluate && $(BIN)/python -m fedsparse.adapters "$$run" export || exit 1; done
 	$(BIN)/python -m fedsparse.report $(LORA_AT) --out $(LORA_AT)/report
 
 DEPARTMENTS_AT ?= runs/departments

@@ -75,6 +75,7 @@ def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) 
     landscapes, torn = landscapes_table.sections(table, runs)
     return [
         tables.overview(table),
+        *tables.own_models(table),
         tables.by_partition(table),
         tables.by_sparsity(table),
         tables.clients(table),

@@ -15,11 +15,13 @@ ACCURACY = {
     "val/acc": ("validation", "C0", "-"),
     "test/acc": ("test", "C1", "-"),
     "client/acc_worst10": ("worst tenth of the clients, test", "C3", "--"),
+    "personal/acc_mean": ("clients' own models, test", "C8", "-"),
 }
 LOSS = {
     "train/loss": ("training, clients of the round", "C7", "-"),
     "val/loss": ("validation", "C0", "-"),
     "test/loss": ("test", "C1", "-"),
+    "personal/loss": ("clients' own models, test", "C8", "-"),
 }
 BYTES = {
     "bytes_dense": ("sent up, if it were dense", "C7", "--"),
@@ -42,6 +44,7 @@ def curves_figure(rows: Rows, title: str = "") -> Figure:
     figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr,call-arg]
     left, middle, right = figure.subplots(1, 3)
     _draw(left, rows, ACCURACY, "accuracy")
+    left.set_ylim(bottom=max(0.0, left.get_ylim()[0]))  # where all are 0, the margin would be below
     left.yaxis.set_major_formatter(PercentFormatter(1.0))
     _draw(middle, rows, LOSS, "loss")
     _draw(right, rows, BYTES, "megabytes so far", scale=1e-6)

@@ -27,7 +27,8 @@ class Run:
         name: its folder, relative to the folder that was asked for.
         folder: where it lies.
         summary: summary.json.
-        config: .hydra/config.yaml with dotted keys and its values as text, and the choices ``data`` and ``model``.
+        config: .hydra/config.yaml with dotted keys and its values as text, and the choices ``data``, ``model``,
+            ``experiment`` and ``method``.
         lr: learning rate of the clients.
         sparsity: fraction of the counted coordinates that is frozen, 0 without a mask.
         rows: metrics.csv, one mapping a round; empty where it is missing.
@@ -150,7 +151,7 @@ def _read(name: str, folder: Path, renewed: Callable[[Any], Any]) -> Run:
     if not (folder / SUMMARY).is_file():
         raise ValueError(f"not finished: no summary.json after {_progress(folder, config)}")
     summary = _checked(json_of(folder / SUMMARY))
-    config |= {group: _choice(group, folder, summary) for group in ("data", "model", "experiment")}
+    config |= {group: _choice(group, folder, summary) for group in ("data", "model", "experiment", "method")}
     return Run(name, folder, summary, config, _lr(config), _sparsity(summary, config), _metrics(folder))
 
 

@@ -36,8 +36,9 @@ _OF_PHASES = ("phases", "explore")
 _PREPARED = ("head", "calibrate", "learn")  # phases that all runs may have
 # keys of a group are compared among the runs of one option, for they come with it; others among those of an experiment
 # and a data set
-_OPTIONS = ("mask_rule", "partition", "data", "model", "experiment")
+_OPTIONS = ("mask_rule", "partition", "data", "model", "experiment", "method")
 _OPTION = {name: name for name in _OPTIONS} | {"sparsity": "mask_rule", "mask": "mask_rule"}
+_OF_METHODS = ("lora", "model.local", "exchange", "merging", "server")  # what files of conf/method set
 # what a sparse exchange consists of: its label says most of it, so only those that lie on one line are compared
 _OF_EXCHANGES = ("exchange", "aggregation")
 _FRACTIONS = ("exchange.fraction", "exchange.percentage")
@@ -111,6 +112,8 @@ def _differing(groups: Sequence[Settings]) -> set[tuple[str, str]]:
 
 def _option(key: str, group: Settings) -> str:
     first = key.split(".")[0]
+    if group["method"] and _under(key, _OF_METHODS):
+        return f"method={group['method']}"
     if first in _OF_EXCHANGES:
         return f"experiment={group['experiment']}, exchange={group.get(_LINE, '')}"
     if first in _OF_PHASES:
@@ -126,8 +129,9 @@ def _name(group: Settings, differing: set[tuple[str, str]]) -> str:
     alone = dense and group.get(_TRAINABLE) == "head"
     first = "head alone" if alone else group["mask_rule"]
     first = ", ".join([first] * (not label or alone or not dense) + [label] * bool(label))
-    choices = [group[key] for key in ("experiment", "data", "model") if (key, "") in differing and group[key]]
-    shown = [] if alone or group.get(_TRAINABLE, "all") == "all" else [f"trainable={group[_TRAINABLE]}"]
+    choices = [group[key] for key in ("experiment", "method", "data", "model") if (key, "") in differing and group[key]]
+    told = alone or (group["method"] and ("method", "") in differing) or group.get(_TRAINABLE, "all") == "all"
+    shown = [] if told else [f"trainable={group[_TRAINABLE]}"]
     skipped = {*_OPTIONS, "sparsity", _TRAINABLE, LABEL, _LINE}
     keys = [key for key in sorted(group) if key not in skipped and not key.startswith("partition.")]
     shown += [_shown(key, group[key]) for key in keys if (key, _option(key, group)) in differing]

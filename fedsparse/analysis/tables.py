@@ -77,6 +77,21 @@ def clients(table: Sequence[Row]) -> Section:
     return Section("Accuracy per client", text, [Table([rule_head(table), "partition", "sparsity", *heads], body)])
 
 
+def own_models(table: Sequence[Row]) -> Iterable[Section]:
+    """Show the accuracy of clients' own models, of rows where something stays with each client."""
+    keys = ("personal/acc_mean", "personal/acc_std", "personal/acc_worst10")
+    shown = [row for row in table if row.by_seed(keys[0])]
+    loss = {id(row): f"{row.over_seeds('personal/loss').mean:.3f}" for row in shown}
+    body = [[row.name, row.partition, *(row.over_seeds(k).percent() for k in keys), loss[id(row)]] for row in shown]
+    heads = ["mean over clients, %", "standard deviation, points", "worst tenth, %", "loss"]
+    text = (
+        "Where something stays with each client, these figures count, and not those of the global model, which lacks "
+        "it: every client's own model on its part of the test split."
+    )
+    found = Table([rule_head(table), "partition", *heads], body)
+    return [Section("Clients' own models", text, [found])] if body else []
+
+
 def scaled(runs: Sequence[Run]) -> Iterable[Section]:
     """Show theta_0 + alpha (theta_T - theta_0), for the runs that hold a ``scale.json``."""
     body = [[run.name, *_scale_cells(found)] for run in runs if (found := _scale(run))]

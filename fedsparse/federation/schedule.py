@@ -12,6 +12,7 @@ from fedsparse.core.checks import check_choice, check_not_negative, check_positi
 
 Schedule = Callable[[int, int], float]
 Within = Callable[[int, int], float]
+LOOKED_AT = 1000
 
 
 def constant(round: int, rounds: int) -> float:
@@ -67,6 +68,20 @@ def within(name: str) -> Within | None:
     """
     check_choice("schedule.within", name, *WITHIN)
     return WITHIN[name]
+
+
+def few_rates(schedule: Schedule, rounds: int, most: int) -> bool:
+    """Whether a schedule has at most so many factors in its rounds, of which the first ``LOOKED_AT`` are looked at.
+
+    >>> few_rates(constant, 100, most=4), few_rates(step, 100, most=4), few_rates(cosine, 100, most=4)
+    (True, True, False)
+    """
+    found = set[float]()
+    for round in range(min(rounds, LOOKED_AT)):
+        found.add(schedule(round, rounds))
+        if len(found) > most:
+            return False
+    return True
 
 
 def check_schedule(schedule: Schedule, rounds: int) -> None:

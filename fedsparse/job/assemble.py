@@ -28,11 +28,12 @@ from fedsparse.data.images import inputs_for
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
 from fedsparse.federation.client.drift import DriftCorrection
+from fedsparse.federation.client.graphs import MOST
 from fedsparse.federation.exchange.build import exchange_of
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.ranks import checked_ranks, rank_masks, ranks_of_clients
-from fedsparse.federation.schedule import check_schedule, within
+from fedsparse.federation.schedule import check_schedule, few_rates, within
 from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.server.mixing import GlobalMixing, Mixing, RankedMixing
 from fedsparse.federation.server.sampling import participants, uniform
@@ -328,6 +329,9 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
     client, optimizer = instantiate(cfg.client), instantiate(target_of("optimizer", cfg.optimizer))
     options, weigh = cfg.objective, _weigh(cfg.data, problem.dataset)
     decay = within(cfg.schedule.get("within", "constant"))  # a schedule of one's own may lack the key
+    schedule = instantiate(target_of("schedule", cfg.schedule))
+    # a learning rate is part of a graph, which pays where it is replayed in later rounds too
+    graph = cfg.federation.get("graph", False) and few_rates(schedule, cfg.federation.rounds, MOST)
     counted = "num_clients" in options and options.num_clients is None  # null: the number of clients with data
 
     def make(net: nn.Module, cohort: int) -> ClientModule:
@@ -342,7 +346,7 @@ def _module_maker(cfg: DictConfig, problem: Problem) -> Callable[[nn.Module, int
             clip_norm=cfg.optimizer.clip_norm,
             inputs=problem.inputs,
             compile=cfg.federation.get("compile", False),
-            graph=cfg.federation.get("graph", False),
+            graph=graph,
             objective=objective,
             buffers=cfg.federation.buffers,
             weigh=weigh,

@@ -10,6 +10,7 @@ import pytest
 
 from fedsparse.analysis.adapters_plot import adapters_figure, over_layers, read_adapters
 from fedsparse.analysis.clusters_plot import clusters_figure, read_clusters
+from fedsparse.analysis.curves import curves_figure
 from fedsparse.federation.adapters import COLUMNS
 from fedsparse.job.summary import write_results
 
@@ -91,3 +92,14 @@ def test_a_run_writes_them_beside_its_curves(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         write_results(folder, summary)  # what is damaged is a warning, and the summary is written
     assert "clusters.png is left out" in caplog.text
+
+
+def test_curves_have_the_figures_of_clients_own_models_and_no_accuracy_below_0():
+    own = {"personal/acc_mean": 0.1, "personal/loss": 4.0}
+    rows = [{"round": n, "val/acc": 0.0, "val/loss": 6.0, "bytes_up": n, **own} for n in (1, 2)]
+    accuracy, loss, _ = curves_figure(rows).axes
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [[0.0, 0.0], [0.1, 0.1]]
+    assert [list(line.get_ydata()) for line in loss.lines] == [[6.0, 6.0], [4.0, 4.0]]
+    for right, least in ((0.0, 0.0), (0.9, 0.85)):
+        alone = [{"round": n, "val/acc": right, "val/loss": 6.0, "bytes_up": n} for n in (1, 2)]
+        assert least <= curves_figure(alone).axes[0].get_ylim()[0] <= right

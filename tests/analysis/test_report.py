@@ -266,6 +266,20 @@ def test_an_experiment_names_what_comes_with_it(tmp_path):
     assert [row.name for row in table_of(tmp_path)] == ["random", "random, m8"]
 
 
+def test_a_method_names_what_comes_with_it_and_its_clients_own_models_have_a_table(tmp_path, capsys):
+    """Its own keys, and what trains, are not told; what varies beside it is."""
+    for method, local, rounds in (("fedit", [], 3), ("fedsa", ["*.lora_B.*"], 3), ("fedsa", ["*.lora_B.*"], 30)):
+        model = {"trainable": method, "local": local}
+        folder = tmp_path / f"{method}{rounds}"
+        a_run(folder, "dense", test=0.0, model=model, federation={"rounds": rounds})
+        own = {"personal/acc_mean": 0.5, "personal/acc_std": 0.25, "personal/acc_worst10": 0.125, "personal/loss": 0.75}
+        edit(folder, method=method, **(own if local else {}))
+    names = [f"dense, {name}" for name in ("fedit, federation.rounds=3", "fedsa, federation.rounds=3")]
+    assert [row.name for row in table_of(tmp_path)] == [*names, "dense, fedsa, federation.rounds=30"]
+    report.main([str(tmp_path)])
+    assert capsys.readouterr().out.count("| iid | 50.0 | 25.0 | 12.5 | 0.750 |") == 2
+
+
 def test_a_dense_run_of_every_sparsity_counts_once(tmp_path):
     for ratio in (0.5, 0.8, 0.95):
         a_run(tmp_path / f"{ratio}", "dense", sparsity={"ratio": ratio})

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
+from composed import composed
+from small import small_data, uneven_parts
 from torch import nn
+from torch.nn import functional as F
 
 from fedsparse.bench.gpu.cases import small
 from fedsparse.bench.gpu.federations import alone
-from fedsparse.federation.client.graphs import MOST, Graphs
+from fedsparse.core.space import ParamSpace
+from fedsparse.data.rounds import LocalWork, RoundPlan
+from fedsparse.federation.client.graphs import MOST, Graphs, capture
+from fedsparse.federation.client.training import Clients
+from fedsparse.federation.exchange.update import Start
+from fedsparse.job.assemble import assemble
+from fedsparse.optim import SparseSGDM
 
 X, Y = torch.ones(2, 3), torch.zeros(2)
 
@@ -69,6 +80,118 @@ def test_only_a_few_graphs_are_kept():
     story = Story()
     found = [story.run(kind=kind) for kind in range(MOST + 1)]
     assert found == [*(f"replayed {place + 1}" for place in range(MOST)), "trained"]
+
+
+@dataclass
+class Rehearsed:
+    """Stands for a captured training on a CPU: it carries out what a graph would launch."""
+
+    train: Callable
+
+    def replay(self, x, y):
+        return self.train(x, y)
+
+
+def rehearse(train, restart, x, y):
+    """Do to the clients what a capture does before it begins."""
+    for _ in range(2):
+        train(x.clone(), y.clone())
+        restart()
+    return Rehearsed(train)
+
+
+def half_way(train, restart, x, y):
+    """Fail as a capture does: what the host did in it stays done."""
+    rehearse(train, restart, x, y)
+    train(x, y)
+    raise RuntimeError("operation not permitted")
+
+
+def noisy_net():
+    torch.manual_seed(0)
+    first = [nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(*first, nn.Linear(16, 3)).double().train()
+
+
+def trained(capture):
+    """Train three clients after one another: their updates, and the network that they leave."""
+    net = noisy_net()
+    space, split = ParamSpace.of(net), small_data().train
+    mask = torch.rand(space.size, generator=torch.Generator().manual_seed(0)) < 0.5
+    plan = RoundPlan(uneven_parts(), LocalWork(8, steps=3), lambda _: range(3))
+    clients = Clients(
+        net,
+        space,
+        mask,
+        partial(SparseSGDM, lr=0.5, momentum=0.9, dampening=0.3),
+        lambda forward, x, y: F.cross_entropy(forward(x), y, reduction="none"),
+        lambda cohort: (split.x[cohort.samples], split.y[cohort.samples]),
+        clip_norm=0.1,
+    )
+    if capture is not None:
+        clients.graphs = Graphs(capture)
+    start = Start(clients.subspace.of(clients.theta.detach()).clone(), 0.5, (0,))
+    updates = [clients.train(start, cohort) for cohort in plan.cohorts(0)]
+    return [(u.loss, u.clipped, u.buffers.tolist(), u.values.tolist()) for u in updates], net.state_dict()
+
+
+@pytest.mark.parametrize("capture", [rehearse, half_way])
+def test_what_is_rehearsed_is_undone(capture):
+    """Values, momentum and first step, dropout, running statistics with their counter, and clipped steps."""
+    plain, net = trained(None)
+    found, other = trained(capture)
+    assert found == plain
+    assert all(clipped for _, clipped, *_ in plain)
+    assert net["2.num_batches_tracked"] == 9
+    assert all(torch.equal(other[name], value) for name, value in net.items())
+
+
+def test_a_capture_rehearses_twice_and_looks_for_waits_in_the_second(monkeypatch):
+    """CUDA's part is played by what notes when it is called; the mode is restored where the second finds a wait."""
+    told, mode = [], ["warn"]
+
+    def switched(to):
+        mode[0] = to
+
+    @contextmanager
+    def captured(graph, capture_error_mode):
+        told.append(f"begin {capture_error_mode}")
+        yield
+        told.append("end")
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[0])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", switched)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+
+    def train(x, y):
+        assert x is not X  # a copy, which a replay fills
+        told.append(f"train {mode[0]}")
+        return (x,)
+
+    found = capture(train, lambda: told.append("restart"), X, Y)
+    assert told == ["train warn", "restart", "train error", "restart", "begin thread_local", "train warn", "end"]
+    assert found.outputs[0] is found.x
+    assert mode == ["warn"]
+
+    def waits(x, y):
+        if mode[0] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return train(x, y)
+
+    told.clear()
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        capture(waits, lambda: told.append("restart"), X, Y)
+    assert told == ["train warn", "restart"]
+    assert mode == ["warn"]
+
+
+@pytest.mark.parametrize(
+    ("options", "graph"),
+    [([], True), (["schedule=step"], True), (["schedule=cosine"], False), (["federation.graph=false"], False)],
+)
+def test_a_run_with_many_learning_rates_has_no_graphs(options, graph):
+    assert assemble(composed("model=mlp", *options)).module().graph is graph
 
 
 @pytest.mark.gpu
