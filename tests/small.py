@@ -90,7 +90,6 @@ class Small:
     client: Any = ClientModule
     topology: Any = field(default_factory=Flat)
     callbacks: list = field(default_factory=list)
-    first: list = field(default_factory=list)
     data: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -147,7 +146,7 @@ class Small:
             max_epochs=rounds,
             accelerator="cpu",
             logger=False,
-            callbacks=[*self.first, self.rounds, *self.callbacks],
+            callbacks=[self.rounds, *self.callbacks],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

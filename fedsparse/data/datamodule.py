@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -10,31 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsparse.core import parallel
 from fedsparse.core.seeding import Purpose, generator
 from fedsparse.data.augment import Augment
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.phased import Plan
-from fedsparse.data.rounds import PADDING, Cohort
+from fedsparse.data.rounds import PADDING, Bundle, Cohort
 from fedsparse.data.stream import CohortStream, gathered
+
+BUNDLE = 0.05  # seconds: a hundred times what Lightning takes for a batch
 
 
 class CohortLoader:
-    """The cohorts of one round, sized, as a list that Lightning may iterate again."""
+    """The cohorts of one round in bundles, sized, as a list that Lightning may iterate again.
 
-    def __init__(self, cohorts: Sequence[Cohort]) -> None:
-        self.cohorts = cohorts
+    Args:
+        cohorts: of the round.
+        size: of a bundle; the last may have fewer.
+
+    """
+
+    def __init__(self, cohorts: Sequence[Cohort], size: int = 1) -> None:
+        self.bundles = [Bundle(tuple(cohorts[first : first + size])) for first in range(0, len(cohorts), size)]
 
     def __len__(self) -> int:
-        """Number of cohorts."""
-        return len(self.cohorts)
+        """Number of bundles."""
+        return len(self.bundles)
 
-    def __iter__(self) -> Iterator[Cohort]:
-        """Yield the cohorts in order."""
-        return iter(self.cohorts)
+    def __iter__(self) -> Iterator[Bundle]:
+        """Yield the bundles in order."""
+        return iter(self.bundles)
 
 
 class StreamLoader:
-    """The cohorts of one round from a stream; an unused iterator gathers nothing."""
+    """The cohorts of one round from a stream, each a bundle; an unused iterator gathers nothing."""
 
     def __init__(self, stream: CohortStream, round: int) -> None:
         self.stream, self.number = stream, round
@@ -43,9 +53,9 @@ class StreamLoader:
         """Number of cohorts."""
         return self.stream.plan.number_of_cohorts(self.number)
 
-    def __iter__(self) -> Iterator[Cohort]:
+    def __iter__(self) -> Iterator[Bundle]:
         """Yield the cohorts in order, with their samples."""
-        return self.stream.round(self.number)
+        return (Bundle((cohort,)) for cohort in self.stream.round(self.number))
 
 
 class SplitLoader:
@@ -104,6 +114,11 @@ class FederatedDataModule(lightning.LightningDataModule):
         stream: whether each cohort brings its images to the device; else all lie there. Images on the disk are always
             streamed. It changes no result.
         workers: processes that gather the next cohorts during training; 0: gathered in this process.
+        bundle: seconds that a bundle of cohorts trains at least; a stream has bundles of one cohort. It changes no
+            result.
+
+    Attributes:
+        pace: seconds that a cohort takes; infinite until ``paced``.
 
     """
 
@@ -116,8 +131,10 @@ class FederatedDataModule(lightning.LightningDataModule):
         augment: Augment | None = None,
         stream: bool = False,
         workers: int = 0,
+        bundle: float = BUNDLE,
     ) -> None:
         super().__init__()
+        self.bundle, self.pace = bundle, math.inf
         self.dataset, self.plan, self.tests, self.eval_batch_size = dataset, plan, tests, eval_batch_size
         self.augment, self.workers = augment, workers
         self.x, self.y = dataset.train.x, dataset.train.y
@@ -134,7 +151,10 @@ class FederatedDataModule(lightning.LightningDataModule):
         samples = cohort.samples
         if self.y.device != samples.device:
             self.to(samples.device)
-        x, y = self.x[samples] if cohort.x is None else cohort.x, self.y[samples]
+        x, y = cohort.x, self.y[samples]
+        if x is None and isinstance(self.x, Tensor):  # this call takes half of an index's time
+            x = self.x.index_select(0, samples.view(-1)).view(*samples.shape, *self.x.shape[1:])
+        x = self.x[samples] if x is None else x
         return (x if self.augment is None else self._augmented(self.augment, x, cohort)), y
 
     def _augmented(self, augment: Augment, x: Tensor, cohort: Cohort) -> Tensor:
@@ -152,11 +172,15 @@ class FederatedDataModule(lightning.LightningDataModule):
         """Build the cohorts of the trainer's current round, a function of (seed, round)."""
         epoch = self.trainer.current_epoch if self.trainer else 0
         if not self.streams:
-            return CohortLoader(self.plan.cohorts(epoch))
+            return CohortLoader(self.plan.cohorts(epoch), max(1, math.ceil(self.bundle / self.pace)))
         if self.stream is None:
             rounds = self.trainer.max_epochs if self.trainer else -1
             self.stream = CohortStream(self.x, self.plan, None if rounds == -1 else rounds, self.workers, self.pin)
         return StreamLoader(self.stream, epoch)
+
+    def paced(self, seconds: float) -> None:
+        """Size the bundles of later rounds by the seconds that a cohort takes: the longest of all processes."""
+        self.pace = max(parallel.gather(seconds))
 
     def val_dataloader(self) -> list[SplitLoader]:
         """Build the loaders of the validation and the test split, in this order."""

@@ -20,7 +20,7 @@ PADDING = -1  # the client id of an unused row
 
 @dataclass(frozen=True)
 class Cohort:
-    """One batch of the loader: K clients that train together, S local steps of at most B samples each.
+    """K clients that train together, S local steps of at most B samples each.
 
     Only ``samples`` and ``x`` move to the device.
 
@@ -56,6 +56,24 @@ class Cohort:
     def members(self) -> list[tuple[int, int]]:
         """(row, client) of the used rows."""
         return [(row, client) for row, client in enumerate(self.clients) if client != PADDING]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One batch of the loader: cohorts that train one after the other.
+
+    So what Lightning does for a batch is done once for several cohorts of small networks.
+
+    Attributes:
+        cohorts: one or more.
+
+    """
+
+    cohorts: tuple[Cohort, ...]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Bundle:
+        """Move the cohorts to a device."""
+        return Bundle(tuple(cohort.to(device, non_blocking) for cohort in self.cohorts))
 
 
 @dataclass(frozen=True)

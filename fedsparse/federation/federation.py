@@ -168,13 +168,13 @@ class Federation:
         for line in named(dropped) if dropped and parallel.process() == 0 else ():
             log.warning("round %d: %s", round.number + 1, line)
         self.dropped += dropped
-        for watcher in self.watchers:
+        for watcher in round.watchers:
             watcher.close(round, reports, change)
         self.closed = round.number + 1
 
     def show(self, group: int) -> None:
         """Load the model of a group, buffers included, into the network."""
-        self.clients.show(self.server.rows[group])
+        self.clients.space.write(self.clients.net, self.server.rows[group])
         if self.buffers.space.size:
             self.buffers.show(group)
 

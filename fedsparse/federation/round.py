@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fedsparse.core import parallel
-from fedsparse.data.rounds import Cohort
+from fedsparse.data.rounds import PADDING, Cohort
 from fedsparse.federation.client.drift import VARIATES
 from fedsparse.federation.client.training import Clients
 from fedsparse.federation.exchange.update import Payload, Start, Update, finite_rows, of_those
@@ -17,6 +17,7 @@ from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import Diverged, EveryUpdateDropped, Report
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.server.mixing import Mixed
+from fedsparse.federation.watcher import Watcher
 
 if TYPE_CHECKING:
     from fedsparse.federation.federation import Federation
@@ -33,12 +34,18 @@ def play(federation: Federation, clients: Clients, cohorts: Iterable[Cohort], nu
 
     """
     round = federation.open(number)  # empty sums; mask and learning rate of this round
-    for cohort in cohorts:
-        start = round.send(cohort)  # x_t: the row of each one's group
-        update = clients.train(start, cohort)  # Delta_k: local steps of masked SGDM            client/
-        message = round.encode(update)  # what travels                                          exchange/
-        round.receive(cohort, message)  # decoded, checked, weighed, added up                   server/
+    take_part(round, clients, cohorts)
     return round.close()  # x_{t+1} = x_t + eta * opt(sum_k w_k Delta_k / sum_k w_k)
+
+
+def take_part(round: Round, clients: Clients, cohorts: Iterable[Cohort]) -> None:
+    """Train cohorts in an open round; one without clients, which evens out several processes, is skipped."""
+    for cohort in cohorts:
+        if max(cohort.clients) != PADDING:
+            start = round.send(cohort)  # x_t: the row of each one's group
+            update = clients.train(start, cohort)  # Delta_k: local steps of masked SGDM        client/
+            message = round.encode(update)  # what travels                                      exchange/
+            round.receive(cohort, message)  # decoded, checked, weighed, added up               server/
 
 
 class Round:
@@ -54,6 +61,7 @@ class Round:
         reports: of the cohorts of this process, so far.
         tally: sums of their updates.
         mixed: the global rows after they were mixed; None before, and where they are not.
+        watchers: of all rounds, and of this one.
 
     """
 
@@ -61,10 +69,15 @@ class Round:
         self.federation, self.number, self.phase, self.lr = federation, number, phase, lr
         self.reports: list[Report] = []
         self.mixed: Mixed | None = None
+        self.watchers = list(federation.watchers)
         f, size = federation, 0 if phase.explores else federation.server.subspace.size
         self.tally = f.aggregation.zero(
             f.topology.groups, size, f.buffers.size, f.server.rows.device, f.exchange.per_coordinate
         )
+
+    def watch(self, watcher: Watcher) -> None:
+        """Add a watcher of this round alone."""
+        self.watchers.append(watcher)
 
     def send(self, cohort: Cohort) -> Start:
         """Give K clients their start: values, learning rate, group and early stopping."""
@@ -85,7 +98,7 @@ class Round:
         f.aggregation.add(self.tally, received, group)
         if f.merging is not None:
             f.merging.receive(received, f.server.rows[0], f.server.subspace)
-        for watcher in f.watchers:
+        for watcher in self.watchers:
             watcher.receive(self, payload.update, received)
         kept = dict(payload.update.kept)
         if received.variates is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedsparse.core.checks import check_flag, check_not_negative, check_positive, two_decays
 from fedsparse.core.subspace import CHUNK
 from fedsparse.optim.index import beside
-from fedsparse.optim.masked import MaskedOptimizer
+from fedsparse.optim.masked import MaskedOptimizer, fitted
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "decoupled")
 Correction = tuple[float | Tensor, float | Tensor]
@@ -158,9 +158,9 @@ class SparseAdam(MaskedOptimizer):
             state["step"] = state["step"].expand(clients).clone()
 
     def _made(self, param: Tensor) -> dict[str, Any]:
-        state = self.state[param]
+        state, index = self.state[param], self._indices.get(param)
         for name in self.moments:
-            moment = self._moment(param, name)
+            moment = fitted(state.get(name), index, param)
             state[name] = self._zeros(param) if moment is None else moment
         state.setdefault("step", torch.zeros(()))
         return state

@@ -124,13 +124,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self.update()
         return loss
 
-    @torch.no_grad()
     def update(self) -> None:
         """Step without closure, hooks and torch's profiler range, which take longer than a small step."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, param.grad, group)
+        with torch.no_grad():  # a decorator would make a new context in every call
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        self._update(param, param.grad, group)
 
     @torch.no_grad()
     def rows(self, count: int) -> list[list[Tensor]]:
@@ -196,13 +196,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
         trained, state = self._indices.get(param), self.state.get(param, {})
         return trained.fingerprint if trained is not None and any(name in state for name in self.moments) else None
 
-    def _moment(self, param: Tensor, name: str) -> Tensor | None:
-        """Look up a moment of the trained coordinates; one that was stored without a mask is gathered."""
-        values, trained = self.state[param].get(name), self._indices.get(param)
-        if values is None or values.shape == (param.shape if trained is None else trained.gathered):
-            return values
-        return _spread(values, None, param) if trained is None else trained.gather(_spread(values, None, param))
-
     def _zeros(self, param: Tensor) -> Tensor:
         """Build a moment of zeros for the trained coordinates."""
         trained = self._indices.get(param)
@@ -211,6 +204,13 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Include the masks in a ``copy.deepcopy``; ``state_dict`` does not have them."""
         return {**super().__getstate__(), "_indices": self._indices}
+
+
+def fitted(moment: Tensor | None, trained: TrainedIndex | None, param: Tensor) -> Tensor | None:
+    """Fit a moment, if there is one, to the trained coordinates; one that was stored without a mask is gathered."""
+    if moment is None or moment.shape == (param.shape if trained is None else trained.gathered):
+        return moment
+    return _spread(moment, None, param) if trained is None else trained.gather(_spread(moment, None, param))
 
 
 def _spread(moment: Tensor, trained: TrainedIndex | None, param: Tensor) -> Tensor:

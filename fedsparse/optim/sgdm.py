@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsparse.core.checks import check_flag, check_not_negative, check_positive, check_share
 from fedsparse.optim.index import TrainedIndex, beside
-from fedsparse.optim.masked import MaskedOptimizer
+from fedsparse.optim.masked import MaskedOptimizer, fitted
 
 _WORTH = 1 << 14  # coordinates from which the fused kernel is faster, its overhead included
 _REGISTERS = 64  # coordinates: a multiple of the vector length of all processors
@@ -176,21 +176,16 @@ class SparseSGDM(MaskedOptimizer):
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         """Step the trained coordinates of one parameter, with its momentum if there is any."""
-        options, index, moves = (
-            {name: group[name] for name in _OPTIONS},
-            self._indices.get(param),
-            bool(group["momentum"]),
-        )
+        options, index = {name: group[name] for name in _OPTIONS}, self._indices.get(param)
+        state = self.state[param] if options["momentum"] else {}
         if index is None and isinstance(options["lr"], Tensor):
             options["lr"] = beside(options["lr"], param)
-        buffer = self._moment(param, "momentum_buffer") if moves else None
-        fresh = moves and self.state[param].get("fresh", False)
+        buffer, fresh = fitted(state.get("momentum_buffer"), index, param), state.get("fresh", False)
         if index is None:
             buffer = _update_whole(param, grad, buffer, fresh, options)
         else:
             buffer = _update_at(index, param, grad, buffer, fresh, options)
-        if moves:
-            self.state[param].update(momentum_buffer=buffer, fresh=False)
+        state.update(momentum_buffer=buffer, fresh=False)
 
     def _init_state(self, param: Tensor, group: dict[str, Any], clients: int) -> None:
         """Create the momentum as zeros, or zero it if it was reset; the next step is then still a first step.
@@ -200,7 +195,8 @@ class SparseSGDM(MaskedOptimizer):
         """
         if not group["momentum"]:
             return
-        state, buffer = self.state[param], self._moment(param, "momentum_buffer")
+        state = self.state[param]
+        buffer = fitted(state.get("momentum_buffer"), self._indices.get(param), param)
         if buffer is None or state.get("fresh", False):
             buffer, state["fresh"] = self._zeros(param) if buffer is None else buffer.zero_(), True
         state["momentum_buffer"] = buffer

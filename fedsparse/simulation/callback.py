@@ -1,14 +1,15 @@
-"""The rounds of a federation as a Lightning callback: an epoch is a round, a batch is a cohort."""
+"""The rounds of a federation as a Lightning callback: an epoch is a round, a batch is a bundle of cohorts."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning
 
-from fedsparse.data.rounds import Cohort
+from fedsparse.data.rounds import Bundle
 from fedsparse.federation.client.training import Clients
 from fedsparse.federation.federation import Federation
 from fedsparse.federation.phases import Phase
@@ -17,7 +18,7 @@ from fedsparse.simulation.module import ClientModule
 
 
 class FederatedRounds(lightning.Callback):
-    """Runs the rounds: sends each cohort its start before it trains, and receives its update afterwards.
+    """Opens a round for the module, which trains its cohorts, and closes it.
 
     The round closes in the last ``on_train_batch_end``, so that Lightning validates the new global model. Each fit has
     a new federation, whose state is loaded from a checkpoint if there is one (``ckpt_path``).
@@ -34,6 +35,8 @@ class FederatedRounds(lightning.Callback):
         number_in_phase: of that round, from 0.
         lr: the clients' learning rate of that round.
         loss: their mean loss in the last closed round.
+        began: when that round opened, in seconds.
+        cohorts: that have trained in it.
 
     """
 
@@ -45,6 +48,7 @@ class FederatedRounds(lightning.Callback):
         self.round: Round | None = None
         self.phase, self.number_in_phase = Phase("learn"), 0
         self.loss = self.lr = math.nan
+        self.began, self.cohorts = 0.0, 0
 
     def on_fit_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Build the federation, and load the state of a checkpoint into it."""
@@ -59,25 +63,19 @@ class FederatedRounds(lightning.Callback):
         trained = self.federation.server.subspace
         self.round = self.federation.open(trainer.current_epoch)
         self.phase, self.number_in_phase = self.federation.phases.at(trainer.current_epoch)
-        self.lr = self.round.lr
+        self.lr, self.began, self.cohorts = self.round.lr, time.perf_counter(), 0
+        module.join(self.round)
         if self.federation.server.subspace is not trained:
             module.set_mask(self.federation.server.subspace.mask)
 
-    def on_train_batch_start(  # type: ignore[override]
-        self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, batch_idx: int
-    ) -> None:
-        """Send the cohort its start."""
-        assert self.round is not None
-        module.receive(self.round.send(batch))
-
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
+        self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Bundle, batch_idx: int
     ) -> None:
-        """Receive the cohort's update, and close the round after the last cohort."""
+        """Close the round after the last cohort."""
         assert self.round is not None
-        if batch.members:
-            self.round.receive(batch, self.round.encode(outputs["update"]))
+        self.cohorts += len(batch.cohorts)
         if trainer.is_last_batch:
+            trainer.datamodule.paced((time.perf_counter() - self.began) / self.cohorts)  # type: ignore[attr-defined]
             self.loss = self.round.close()
             self.round = None  # frees its sums before the next round allocates its own
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,12 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from fedsparse.core.precisions import HALF
+from fedsparse.core.precisions import HALF, made_in
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.targets import Weigh, count, cross_entropy, hits
 from fedsparse.core.transfer import on_device
 from fedsparse.data.images import unchanged
-from fedsparse.data.rounds import Cohort
+from fedsparse.data.rounds import Bundle, Cohort
 from fedsparse.federation.client.bound import Forward
 from fedsparse.federation.client.buffers import BUFFERS, Buffers
 from fedsparse.federation.client.drift import DriftCorrection, NoCorrection
@@ -28,12 +29,14 @@ from fedsparse.federation.client.training import (
     Batch,
     Clients,
     MakeClientOptimizer,
+    Precision,
     check_stackable,
     no_samples,
 )
-from fedsparse.federation.exchange.update import Start
+from fedsparse.federation.round import Round, take_part
 from fedsparse.federation.schedule import Within
 from fedsparse.federation.stores.store import ClientStore
+from fedsparse.federation.watcher import Watcher
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim.index import LARGE
 
@@ -106,7 +109,7 @@ class ClientModule(lightning.LightningModule):
         self.graph = graph
         self.decay = decay
         self.buffer_store: ClientStore | None = None
-        self.received: Start | None = None
+        self.round: Round | None = None
         self.show: Callable[[int], None] = only_one
         self.register_buffer("mask", mask.clone())
         self.register_buffer("bitmaps", torch.zeros(0, 0, dtype=torch.uint8))
@@ -151,8 +154,17 @@ class ClientModule(lightning.LightningModule):
         """
         return cross_entropy(forward(x), y)
 
-    def form(self, fetch: Callable[[Cohort], Batch] = no_samples, loss_scale: float = 1.0) -> Clients:
-        """Build the clients, on the network's present device; ``fetch`` gathers their samples."""
+    def form(
+        self, fetch: Callable[[Cohort], Batch] = no_samples, loss_scale: float = 1.0, precision: Precision = nullcontext
+    ) -> Clients:
+        """Build the clients, on the network's present device.
+
+        Args:
+            fetch: gathers their samples.
+            loss_scale: factor of the loss in half precision.
+            precision: context of the local training.
+
+        """
         return Clients(
             self.net,
             self.space,
@@ -169,6 +181,7 @@ class ClientModule(lightning.LightningModule):
             bitmaps=torch.as_tensor(self.bitmaps),
             per_sample=type(self).losses is ClientModule.losses,
             loss_scale=loss_scale,
+            precision=precision,
             weigh=self.weigh,
             seed=self.seed,
             large=self.large,
@@ -181,7 +194,8 @@ class ClientModule(lightning.LightningModule):
 
         Lightning counts the latter's steps, one a round, and writes no checkpoint while that count stays the same.
         """
-        self.clients = self.form(self._fetch, LOSS_SCALE if self.trainer.precision == HALF else 1.0)
+        scale = LOSS_SCALE if self.trainer.precision == HALF else 1.0
+        self.clients = self.form(self._fetch, scale, self.trainer.precision_plugin.train_step_context)
         return torch.optim.SGD([torch.zeros(0, requires_grad=True)], lr=0.0)
 
     def _fetch(self, cohort: Cohort) -> Batch:
@@ -194,18 +208,23 @@ class ClientModule(lightning.LightningModule):
         self.groups = groups
         self.show = show if groups > 1 else only_one
 
-    def receive(self, start: Start) -> None:
-        """Keep the start of the next cohort."""
-        self.received = start
+    def join(self, round: Round) -> None:
+        """Take part in a round, which has opened."""
+        self.round = round
 
-    def training_step(self, cohort: Cohort, batch_idx: int) -> dict[str, Any]:
-        """Run the local training of a cohort: its update."""
-        start, self.received = self.received, None
-        assert start is not None  # set by ``FederatedRounds.on_train_batch_start``
-        update = self.clients.train(start, cohort)
+    def watch(self, watcher: Watcher) -> None:
+        """Let a watcher observe the open round."""
+        assert self.round is not None
+        self.round.watch(watcher)
+
+    def training_step(self, bundle: Bundle, batch_idx: int) -> None:
+        """Train the cohorts of a bundle in the open round; only their local steps have the trainer's precision."""
+        assert self.round is not None  # set by ``FederatedRounds.on_train_epoch_start``
+        with torch.autocast(self.device.type, enabled=False), made_in(torch.float32):
+            take_part(self.round, self.clients, bundle.cohorts)
         if self.trainer.is_last_batch:
             self.optimizers().step()  # type: ignore[union-attr]
-        return {"update": update}
+            self.round = None  # frees its sums when it closes
 
     def on_train_end(self) -> None:
         """Restore the backward of the network's layers."""

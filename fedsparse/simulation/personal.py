@@ -17,7 +17,8 @@ from fedsparse.core.checks import check_choice, check_number
 from fedsparse.core.lines import RoundLines
 from fedsparse.core.seeding import Purpose, generator
 from fedsparse.data.balance import Balance
-from fedsparse.data.rounds import Cohort
+from fedsparse.data.rounds import PADDING, Bundle
+from fedsparse.federation.exchange.update import Update
 from fedsparse.federation.figures import (
     AVERAGES,
     GLOBAL,
@@ -31,6 +32,8 @@ from fedsparse.federation.figures import (
     columns,
     metrics_of,
 )
+from fedsparse.federation.round import Round
+from fedsparse.federation.watcher import Watcher
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.copied import CopiedNet
 from fedsparse.simulation.evaluation import mean_loss
@@ -42,9 +45,8 @@ class Personal(lightning.Callback):
 
     On a participant's part three models are evaluated: the global model that it received, its model after training, and
     the new global model; on a non-participant's part the two global models. Clients without a test part are left out,
-    and so are models that are not finite. This callback comes after ``FederatedRounds``, and ``before`` comes before
-    it, to evaluate the clients' rows before the round closes. Coordinates and buffers that never leave a client are the
-    client's while it trains, and the server's otherwise.
+    and so are models that are not finite. This callback comes after ``FederatedRounds``, whose open round it watches.
+    Coordinates and buffers that never leave a client are the client's while it trains, and the server's otherwise.
 
     After a round with an evaluation ``figures`` has the columns of ``federation.figures.columns``.
 
@@ -87,7 +89,6 @@ class Personal(lightning.Callback):
         self.who, self.fraction, self.seed, self.rounds, self.balance = who, fraction, seed, rounds, balance
         more = [] if balance is None else balance.columns
         self.table = RoundLines(",".join(["round,client,group,model,n", *self.metrics, *more]), path)
-        self.before = BeforeClosing(self)
         self.figures: dict[str, float] = {}
         self.due = False
 
@@ -102,34 +103,38 @@ class Personal(lightning.Callback):
         explores = self.rounds is not None and self.rounds.phase.explores
         self.due = ((trainer.current_epoch + 1) % self.every == 0 or last) and not explores
         if self.due:
+            if PARTICIPANTS in self.who:
+                module.watch(Participants(self, trainer, module))
             self.groups = self._groups(trainer.datamodule, trainer.current_epoch)  # type: ignore[attr-defined]
             self._all(trainer, module, {OTHERS: self.groups.get(OTHERS, [])}, START)
 
-    def on_train_batch_start(  # type: ignore[override]
-        self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort, batch_idx: int
-    ) -> None:
-        """Evaluate the models that the cohort has received."""
-        received, clients = module.received, module.clients
-        assert received is not None  # set by ``FederatedRounds``, which is called first
-        for k, client in batch.members if self.due and PARTICIPANTS in self.who else ():
-            row = clients.theta[0].detach().clone()  # frozen coordinates are equal in all rows
-            clients.subspace.write(row, received.values[k])
-            self.copied.load(module, row, clients.buffers.of(client, received.group[k]))
-            self._evaluate(trainer, module, client, PARTICIPANTS, START)
-
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
+        self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Bundle, batch_idx: int
     ) -> None:
         """Evaluate the new global model after the last cohort, and write the round's figures."""
         if self.due and trainer.is_last_batch:
             self._all(trainer, module, self.groups, GLOBAL)
             self._close(trainer.current_epoch + 1)
 
-    def cohort(self, trainer: lightning.Trainer, module: ClientModule, batch: Cohort) -> None:
-        """Evaluate the clients' models after training, each on its test part, before the round closes."""
-        for row, client in batch.members if self.due and PARTICIPANTS in self.who else ():
-            self.copied.load(module, module.clients.theta[row])
-            self._evaluate(trainer, module, client, PARTICIPANTS, LOCAL)
+    def participants(self, trainer: Any, module: ClientModule, trained: Update, group: Sequence[int]) -> None:
+        """Evaluate the models that K clients have received, and theirs after training, each on its test part.
+
+        Args:
+            trainer: of the run.
+            module: has just trained the clients.
+            trained: their update.
+            group: K indices of the global models that they have received.
+
+        """
+        clients = module.clients
+        for k, client in enumerate(trained.clients):
+            if client != PADDING:
+                row = clients.theta[k].detach().clone()
+                clients.subspace.write(row, trained.start_values[k])
+                self.copied.load(module, row, clients.buffers.of(client, group[k]))
+                self._evaluate(trainer, module, client, PARTICIPANTS, START)
+                self.copied.load(module, clients.theta[k])
+                self._evaluate(trainer, module, client, PARTICIPANTS, LOCAL)
 
     def _all(self, trainer: Any, module: ClientModule, groups: dict[str, list[int]], model: str) -> None:
         """Evaluate the global models on the test parts of all groups' clients, divided among the processes."""
@@ -175,22 +180,23 @@ class Personal(lightning.Callback):
         self.figures = columns(rows, self.metrics)
 
 
-class BeforeClosing(lightning.Callback):
-    """Evaluates the clients' models before ``FederatedRounds`` closes the round and overwrites their rows.
+class Participants(Watcher):
+    """Evaluates the participants of a round, before the next cohort overwrites their rows.
 
     Args:
         personal: the evaluation.
+        trainer: of the run.
+        module: trains the cohorts.
 
     """
 
-    def __init__(self, personal: Personal) -> None:
-        self.personal = personal
+    def __init__(self, personal: Personal, trainer: lightning.Trainer, module: ClientModule) -> None:
+        self.personal, self.trainer, self.module = personal, trainer, module
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: lightning.Trainer, module: ClientModule, outputs: Any, batch: Cohort, batch_idx: int
-    ) -> None:
-        """Evaluate the cohort's models."""
-        self.personal.cohort(trainer, module, batch)
+    def receive(self, round: Round, trained: Update, received: Update) -> None:
+        """Evaluate the models that a cohort has received and trained."""
+        group = round.federation.topology.group(trained.clients)
+        self.personal.participants(self.trainer, self.module, trained, group)
 
 
 def _some(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:

@@ -13,7 +13,7 @@ import lightning
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedsparse.data.rounds import Cohort
+from fedsparse.data.rounds import Bundle
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.evaluation import Evaluation
 
@@ -85,10 +85,10 @@ class RoundProgress(lightning.Callback):
         self.total = self.clients(trainer.current_epoch)
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Cohort, batch_idx: int
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Bundle, batch_idx: int
     ) -> None:
-        """Advance the bar by the cohort's clients."""
-        self.seen += len(batch.members)
+        """Advance the bar by the bundle's clients."""
+        self.seen += sum(len(cohort.members) for cohort in batch.cohorts)
         if self.bar and self.task is not None:
             where = f"{self._where()}, client {self.seen:>2}/{self.total}"
             self.progress.update(self.task, completed=self.before + self.seen, description=where, status=self._status())

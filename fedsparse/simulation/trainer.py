@@ -81,10 +81,10 @@ class Callbacks:
 
     def listed(self) -> list[lightning.Callback]:
         """List the callbacks in the order of their calls: ``FederatedRounds`` first, checkpoints last."""
-        before, after = ([], []) if self.personal is None else ([self.personal.before], [self.personal])
+        personal = [] if self.personal is None else [self.personal]
         own = [] if self.log.own is None else [self.log.own]
         watching = [self.log.evaluation, *own, self.log, self.stop, self.artifacts]
-        return [*before, self.rounds, *after, *watching, *self.others]
+        return [self.rounds, *personal, *watching, *self.others]
 
 
 def build_callbacks(

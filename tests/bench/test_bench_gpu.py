@@ -16,9 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from fedsparse.bench.gpu import __main__ as gpu
-from fedsparse.bench.gpu import cases, command_line, prototypes, runs, sections
-from fedsparse.bench.gpu.federations import alone, beside
-from fedsparse.bench.gpu.one_piece import OnePieceModule
+from fedsparse.bench.gpu import cases, command_line, runs, sections
+from fedsparse.bench.gpu.federations import beside
 from fedsparse.bench.gpu.profile import described
 from fedsparse.bench.gpu.session import MARGIN, OutOfTime, Session
 from fedsparse.bench.gpu.waits import Waits
@@ -55,7 +54,6 @@ def asked(monkeypatch):
     monkeypatch.setattr(sections, "bert", noting("bert"))
     monkeypatch.setattr(sections, "profile", noting("profile"))
     monkeypatch.setattr(sections, "determinism", noting("determinism"))
-    monkeypatch.setattr(prototypes, "prototype", noting("prototype"))
     return found
 
 
@@ -157,14 +155,6 @@ def test_rounds_that_take_longer_than_what_is_left_are_not_begun():
     left = iter([100.0, 40.0])
     with pytest.raises(OutOfTime):
         beside(case, CPU, lambda: next(left))
-
-
-@pytest.mark.parametrize("density", [1.0, 0.2])
-def test_one_piece_trains_as_today(density):
-    case = replace(cases.small("conv", 2, rounds=2), density=density)
-    today, then = (alone(c, CPU).row for c in (case, replace(case, module=OnePieceModule)))
-    assert torch.allclose(then, today, atol=1e-7)
-    assert not torch.equal(today, alone(replace(case, rounds=1), CPU).row)
 
 
 def test_a_trace_is_summed_up():

@@ -56,7 +56,7 @@ def small(path=None, between=(), **options):
     built = Small(net(*between), data(), uneven_parts(N), data={"tests": held(), "eval_batch_size": 10}, **options)
     if path is not None:
         built.personal = Personal(**own, path=path)
-        built.first, built.callbacks = [built.personal.before], [built.personal]
+        built.callbacks = [built.personal]
     return built
 
 

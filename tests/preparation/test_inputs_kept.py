@@ -75,7 +75,7 @@ def fitted(first, folder, client=ClientModule, **options):
     personal, evaluation = Personal(), Evaluation(tests)
     small = Small(
         net(first), small_data(), uneven_parts(), client=client, data={"tests": tests, "eval_batch_size": 8},
-        first=[personal.before], callbacks=[personal, evaluation], **options,
+        callbacks=[personal, evaluation], **options,
     )  # fmt: skip
     before, figures = copies(small.dataset), []
     note = evaluation.on_validation_epoch_end

@@ -9,6 +9,4 @@ Sections:
     bert: BERT-base, all of it sent and the largest tenth with error feedback.
     profile: what the device does in a round, and how long it idles.
     determinism: the same federation twice.
-    prototype: what two changes would bring: one piece for the whole row (``OnePieceModule``, by subclasses that
-        override what ``Clients`` and ``BoundRow`` do with pieces), and the loop's step as a CUDA graph.
 """

@@ -24,7 +24,7 @@ from fedsparse.bench.machine import describe
 from fedsparse.core.signals import command
 
 # what a section needs to begin, in seconds at full size
-SECTIONS = {"cli": 90, "vit": 60, "small": 60, "bert": 60, "profile": 40, "determinism": 30, "prototype": 30}
+SECTIONS = {"cli": 90, "vit": 60, "small": 60, "bert": 60, "profile": 40, "determinism": 30}
 BUDGET = 460.0
 
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _carry_out(session: Session, only: Sequence[str]) -> None:
     """Run the sections that are asked for, in their own order."""
-    from fedsparse.bench.gpu import command_line, prototypes, sections  # here, so that --help does not load Lightning
+    from fedsparse.bench.gpu import command_line, sections  # here, so that --help does not load Lightning
 
     for name in ("lightning.pytorch", "lightning.fabric"):  # which its import has made talk
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -58,7 +58,6 @@ def _carry_out(session: Session, only: Sequence[str]) -> None:
         "bert": sections.bert,
         "profile": sections.profile,
         "determinism": sections.determinism,
-        "prototype": prototypes.prototype,
     }
     for name, needs in SECTIONS.items():
         if name in only:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fedsparse.bench.gpu.cases import BFLOAT, Case
 from fedsparse.bench.gpu.device import peak_mb, reset_peak, sync
-from fedsparse.bench.gpu.session import Figures, OutOfTime
+from fedsparse.bench.gpu.parts import Parts
+from fedsparse.bench.gpu.session import Figures, OutOfTime, ms
 from fedsparse.bench.loop import SGDS, HandWritten
 from fedsparse.bench.pairs import Clock, Times
 from fedsparse.bench.problems import LR, MOMENTUM, Batches
@@ -146,18 +147,21 @@ class Ran:
     peak: int | None
 
 
-def federation(case: Case) -> tuple[ClientModule, FederatedRounds]:
-    """Build clients and protocol."""
+def federation(case: Case, parts: Parts | None = None) -> tuple[ClientModule, FederatedRounds]:
+    """Build clients and protocol, of whom ``parts`` times both."""
     net = case.net()
     space = ParamSpace.of(net)
     trained = case.trained(space.size)
     make_optimizer = partial(SparseSGDM, lr=LR, momentum=MOMENTUM)
-    module = case.module(net, space, trained, make_optimizer, cohort=case.cohort, inputs=case.inputs, graph=case.graph)
-    exchange = case.exchange(trained, space)
-    return module, FederatedRounds(partial(Federation, exchange=exchange, aggregation=WeightedMean(), topology=Flat()))
+    make_module = partial(case.module, cohort=case.cohort, inputs=case.inputs, graph=case.graph)
+    federate = partial(Federation, exchange=case.exchange(trained, space), aggregation=WeightedMean(), topology=Flat())
+    if parts is not None:
+        make_module = partial(make_module, objective=parts.training)
+        federate = partial(federate, watchers=[parts.taking])
+    return make_module(net, space, trained, make_optimizer), FederatedRounds(federate)
 
 
-def train(case: Case, device: torch.device, clock: Clock, before: Watchers = (), after: Watchers = ()) -> Ran:
+def train(case: Case, device: torch.device, clock: Clock, before: Watchers = (), parts: Parts | None = None) -> Ran:
     """Train a federation.
 
     Args:
@@ -165,17 +169,17 @@ def train(case: Case, device: torch.device, clock: Clock, before: Watchers = (),
         device: where.
         clock: is told when a round begins.
         before: callbacks in front of the protocol.
-        after: callbacks behind it.
+        parts: times clients and what follows them.
 
     """
-    module, rounds = federation(case)
+    module, rounds = federation(case, parts)
     peak = Peak(device)
     trainer = lightning.Trainer(
         max_epochs=case.rounds,
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
         precision=case.precision,  # type: ignore[arg-type]
-        callbacks=[Ticks(clock, device), *before, rounds, *after, peak],
+        callbacks=[Ticks(clock, device), *before, rounds, peak],
         logger=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -205,7 +209,7 @@ def beside(
     device: torch.device,
     left: Callable[[], float] = lambda: math.inf,
     before: Watchers = (),
-    after: Watchers = (),
+    parts: Parts | None = None,
 ) -> Figures:
     """Train a federation in pairs of rounds with the loop: times, memory, and how far apart both end.
 
@@ -214,7 +218,7 @@ def beside(
         device: where.
         left: seconds that are left; fewer pairs are measured if they do not suffice.
         before: callbacks in front of the protocol.
-        after: callbacks behind it.
+        parts: times clients and what follows them.
 
     Raises:
         OutOfTime: no pair could be measured.
@@ -222,7 +226,7 @@ def beside(
     """
     loop = Loop(case, device)
     clock = Clock(loop.batches, SGDS[0], loop.round, range(case.warmup, case.rounds))
-    ran = train(case, device, clock, [*before, Deadline(left)], after)
+    ran = train(case, device, clock, [*before, Deadline(left)], parts)
     if not ran.times.runner:
         raise OutOfTime("the rounds that warm up took the time that was left")
     figures = _paired(ran.times) | {"peak_mb_beside_the_loop": ran.peak, "hand_peak_mb_beside": loop.peak}
@@ -240,15 +244,6 @@ def _paired(times: Times) -> Figures:
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "ratio_of_least": round(min(times.runner) / min(times.hand), 3),
     }
-
-
-def ms(seconds: Sequence[float]) -> float | None:
-    """Median in milliseconds, if there is any.
-
-    >>> ms([0.001, 0.002, 0.4]), ms([])
-    (2.0, None)
-    """
-    return round(1e3 * statistics.median(seconds), 2) if seconds else None
 
 
 def relative(row: Tensor, other: Tensor) -> float:

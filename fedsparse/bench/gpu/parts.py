@@ -1,20 +1,25 @@
-"""How long clients train, and how long what follows takes: one callback in front of the protocol, one behind it."""
+"""How long clients train, and how long the exchange and the sum of their updates take."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Sequence
 
-import lightning
 import torch
+from torch import Tensor
 
 from fedsparse.bench.gpu.device import sync
-from fedsparse.bench.gpu.federations import ms
-from fedsparse.bench.gpu.session import Figures
+from fedsparse.bench.gpu.session import Figures, ms
+from fedsparse.core.subspace import Subspace
+from fedsparse.federation.client.drift import GradientCorrection, NoCorrection
+from fedsparse.federation.exchange.update import Update
+from fedsparse.federation.round import Round
+from fedsparse.federation.stores.store import Kept
+from fedsparse.federation.watcher import Watcher
 
 
-class Training(lightning.Callback):
-    """Times each cohort from what it is sent to its update; stands in front of the protocol.
+class Training(NoCorrection):
+    """Times each cohort from its start to its update; it corrects no gradient.
 
     Attributes:
         seconds: of every cohort.
@@ -23,28 +28,40 @@ class Training(lightning.Callback):
     """
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.device, self.began, self.ended = device, 0.0, 0.0
         self.seconds: list[float] = []
 
-    def on_train_batch_start(self, *arguments: Any) -> None:
-        """A batch is a cohort."""
+    def start(self, theta: Tensor, clients: Sequence[int], subspace: Subspace) -> GradientCorrection:
+        """Begin to time a cohort."""
         sync(self.device)
         self.began = time.perf_counter()
+        return End(self)
 
-    def on_train_batch_end(self, *arguments: Any) -> None:
-        """The cohort has trained, and the protocol has not yet seen it."""
+    def end(self) -> None:
+        """End the time of a cohort."""
         sync(self.device)
         self.ended = time.perf_counter()
         self.seconds.append(self.ended - self.began)
 
 
-class Taking(lightning.Callback):
-    """Times the exchange and the sum of each cohort; stands behind the protocol.
+class End(GradientCorrection):
+    """Ends the time of a cohort when it has trained."""
 
-    The last cohort of a round does not count, as the protocol closes the round with it.
+    def __init__(self, training: Training) -> None:
+        self.training = training
+
+    def finish(self, change: Tensor, lr: float, steps: Sequence[float]) -> Kept:
+        """Clients store nothing."""
+        self.training.end()
+        return {}
+
+
+class Taking(Watcher):
+    """Times the exchange and the sum of each cohort.
 
     Args:
-        training: stands in front.
+        training: of the same cohorts.
 
     """
 
@@ -52,15 +69,27 @@ class Taking(lightning.Callback):
         self.training = training
         self.seconds: list[float] = []
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
-        """The protocol has taken the update in."""
+    def receive(self, round: Round, trained: Update, received: Update) -> None:
+        """End the time of a cohort's exchange and sum."""
         sync(self.training.device)
-        if not trainer.is_last_batch:
-            self.seconds.append(time.perf_counter() - self.training.ended)
+        self.seconds.append(time.perf_counter() - self.training.ended)
+
+
+class Parts:
+    """The times of both.
+
+    Args:
+        device: where clients train.
+
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.training = Training(device)
+        self.taking = Taking(self.training)
 
     def figures(self) -> Figures:
         """Medians over all cohorts."""
         return {
             "client_training_ms": ms(self.training.seconds),
-            "client_exchange_and_sum_ms": ms(self.seconds),
+            "client_exchange_and_sum_ms": ms(self.taking.seconds),
         }

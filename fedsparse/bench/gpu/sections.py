@@ -13,7 +13,7 @@ import torch
 from fedsparse.bench.gpu import cases
 from fedsparse.bench.gpu.cases import BFLOAT, FLOAT, SMALL, Case
 from fedsparse.bench.gpu.federations import alone, alone_figures, beside, relative
-from fedsparse.bench.gpu.parts import Taking, Training
+from fedsparse.bench.gpu.parts import Parts
 from fedsparse.bench.gpu.profile import Profile
 from fedsparse.bench.gpu.session import Figures, Session
 from fedsparse.bench.gpu.waits import Waits
@@ -105,9 +105,8 @@ def _profile(case: Case, device: torch.device) -> Figures:
 
 def _in_parts(case: Case, session: Session) -> Figures:
     """Train beside the loop, and time clients and what follows them apart."""
-    training = Training(session.device)
-    taking = Taking(training)
-    return beside(case, session.device, session.left, [training], [taking]) | taking.figures()
+    parts = Parts(session.device)
+    return beside(case, session.device, session.left, parts=parts) | parts.figures()
 
 
 def _twice(case: Case, device: torch.device, strict: bool) -> Figures:

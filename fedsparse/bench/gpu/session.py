@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,12 @@ def reason(error: Exception) -> Figures:
         "failed": f"{type(error).__name__}: {str(error)[:400]}",
         "frames": [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames],
     }
+
+
+def ms(seconds: Sequence[float]) -> float | None:
+    """Median in milliseconds, if there is any.
+
+    >>> ms([0.001, 0.002, 0.4]), ms([])
+    (2.0, None)
+    """
+    return round(1e3 * statistics.median(seconds), 2) if seconds else None

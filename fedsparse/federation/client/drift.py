@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ Rows = BoundRow | WholeRow | StackedRows
 VARIATES = "variates"
 
 
+@cache
 def step_weight(steps: int, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
     r"""Sum a client's step weights, :math:`\lVert a \rVert_1` of FedNova (Wang et al. 2020).
 

@@ -6,7 +6,9 @@ Shapes: K clients of the cohort, P coordinates of which n train, S local steps, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ LOSS_SCALE, SMALLEST_SCALE = 1024.0, 2.0**-8
 
 Batch = tuple[Tensor, Tensor]
 MakeClientOptimizer = Callable[[list[Tensor]], MaskedOptimizer]
+Precision = Callable[[], AbstractContextManager[Any]]
 
 
 class Clients:
@@ -70,9 +73,11 @@ class Clients:
         bitmaps: uint8 (N, ceil(P / 8)), the masks of N clients; empty if all train ``mask``.
         per_sample: whether each loss depends on one sample only, so that stacked clients' batches may be joined.
         loss_scale: factor of the loss in half precision, so that gradients do not underflow.
+        precision: context of the local training, such as an autocast.
         weigh: weights of the samples in a batch's mean loss, from their targets; None: all are equal.
         seed: the run's seed, for dropout.
-        large: coordinates from which a tensor is a block of its own (K = 1, on a CPU).
+        large: coordinates from which a tensor is a block of its own (K = 1, on a CPU), as copying its gradient takes
+            long.
         graph: whether a CUDA graph replays the local steps, where that is possible.
         decay: factor of the learning rate by local step, from 0, and a client's number of local steps; None: 1.
 
@@ -106,6 +111,7 @@ class Clients:
         bitmaps: Tensor | None = None,
         per_sample: bool = False,
         loss_scale: float = 1.0,
+        precision: Precision = nullcontext,
         weigh: Weigh | None = None,
         seed: int = 0,
         large: int = LARGE,
@@ -120,8 +126,7 @@ class Clients:
         self.buffers = Buffers(net) if buffers is None else buffers
         self.bitmaps = torch.zeros(0, 0, dtype=torch.uint8) if bitmaps is None else bitmaps
         self.per_sample, self.loss_scale, self.seed, self.large = per_sample, loss_scale, seed, large
-        self.decay = decay
-        self.weigh = weigh
+        self.decay, self.weigh, self.precision = decay, weigh, precision
         self.factors: list[Tensor] = []  # by which each local step of a cohort multiplied its gradients, (K, 1)
         self.change = torch.zeros(0)
         self.subspace, self.theta = Subspace(mask), stacked(space.read(net), cohort)
@@ -143,9 +148,10 @@ class Clients:
         return local if bool(local.any()) else None
 
     def _single(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:
-        """Build one row: whole on a GPU, on a CPU in blocks, each with its mask, as the optimizer steps them."""
-        if self.theta.device.type != "cpu":
-            return WholeRow(self.net, self.space, self.theta, mask, self.losses, self.forward, self.weigh), [mask]
+        """Build one row: whole on a GPU or of small tensors, else in blocks, each with its mask, which are stepped."""
+        given, on_cpu = (self.losses, self.forward, self.weigh), self.theta.device.type == "cpu"
+        if not on_cpu or max(self.space.sizes) < self.large:
+            return WholeRow(self.net, self.space, self.theta, mask, *given, by_unit=not on_cpu), [mask]
         whole = Block("", 0, (self.space.size,), mask)
         split = [whole] if len(self.bitmaps) else blocks(self.space, mask, self.large)
         rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self.forward, self.weigh)
@@ -175,14 +181,15 @@ class Clients:
         correction = self.start(start, cohort.clients)
         taken: Counts = cohort.count
         seed_dropout(self.theta.device, self.seed, cohort)
-        x, y = self.fetch(cohort)
-        if start.patience is not None:
-            stop = Patience(taken, start.epochs, start.patience)
-            losses, taken = self._patiently(x, y, stop, start.lr, correction)
-        elif self.graphs is not None and len(taken) <= LONGEST and (self.cohort == 1 or even(taken)):
-            losses = self._replayed(self.graphs, x, y, cohort, start, correction)
-        else:
-            losses = self._steps(x, y, taken, start.lr, correction)
+        with self.precision():
+            x, y = self.fetch(cohort)
+            if start.patience is not None:
+                stop = Patience(taken, start.epochs, start.patience)
+                losses, taken = self._patiently(x, y, stop, start.lr, correction)
+            elif self.graphs is not None and len(taken) <= LONGEST and (self.cohort == 1 or even(taken)):
+                losses = self._replayed(self.graphs, x, y, cohort, start, correction)
+            else:
+                losses = self._steps(x, y, taken, start.lr, correction)
         values = self.subspace.of(self.theta.detach())
         update = self._update(start, cohort, values, losses, taken)
         kept = correction.finish(update.rows, start.lr, update.steps)
@@ -361,10 +368,6 @@ class Clients:
             self.theta[dead] = before
             for view, old in kept:
                 view.copy_(old)
-
-    def show(self, row: Tensor) -> None:
-        """Load a row (P,) into the network, for evaluation and checkpoints."""
-        self.space.write(self.net, row)
 
     def release(self) -> None:
         """Restore the backward of the network's layers, when training ends."""
