@@ -24,7 +24,8 @@ NEW = ("classifier.", "bert.pooler.")  # what a checkpoint may lack
 class TextClassifier(TextNet):
     """Calls a classifier of transformers with ids alone, and takes the attention mask from their padding.
 
-    Columns that are padding in every text of a batch are cut off: nothing attends to them.
+    On a CPU columns that are padding in every text of a batch are cut off: nothing attends to them. On a GPU the host
+    would wait for their number in every step, and no CUDA graph could hold the steps.
 
     Args:
         net: such as ``BertForSequenceClassification``; its parameters are this module's, under ``net.``.
@@ -42,10 +43,29 @@ class TextClassifier(TextNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify ids (B, L): logits (B, classes)."""
-        columns = (x != self.pad).any(0).nonzero()
-        x = x[:, : int(columns[-1]) + 1 if len(columns) else 1]
-        logits: Tensor = self.net(input_ids=x, attention_mask=(x != self.pad).long()).logits
+        x, mask = short(x, self.pad) if x.device.type == "cpu" else whole(x, self.pad)
+        logits: Tensor = self.net(input_ids=x, attention_mask=mask).logits
         return logits
+
+
+def short(x: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """Cut off the columns that are padding in every text: ids (B, L') and their attention mask, int64 (B, L').
+
+    >>> short(torch.tensor([[5, 0, 0], [6, 7, 0]]), pad=0)[0]
+    tensor([[5, 0],
+            [6, 7]])
+    """
+    columns = (x != pad).any(0).nonzero()
+    x = x[:, : int(columns[-1]) + 1 if len(columns) else 1]
+    return x, (x != pad).long()
+
+
+def whole(x: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """Keep all columns: ids (B, L), and which of them every place attends to, bool (B, 1, 1, L).
+
+    A mask of four dimensions is used as it is; of one with two transformers reads the values, for which the host waits.
+    """
+    return x, (x != pad)[:, None, None, :]
 
 
 def bert(

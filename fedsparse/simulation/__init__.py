@@ -1,4 +1,4 @@
-"""A federation under one Lightning Trainer: an epoch is a round, a batch is a cohort."""
+"""A federation under one Lightning Trainer: an epoch is a round, a batch is a bundle of cohorts."""
 
 from fedsparse.simulation.artifacts import wandb_logger
 from fedsparse.simulation.callback import FederatedRounds

@@ -1,4 +1,4 @@
-"""The federation of ``plain_federation.py`` under a Lightning Trainer: an epoch is a round, a batch is a cohort."""
+"""The federation of ``plain_federation.py`` under a Lightning Trainer: an epoch is a round, a batch some cohorts."""
 
 from functools import partial
 

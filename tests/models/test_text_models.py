@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pretend import DEVICE, pretended
 from safetensors.torch import load_file, safe_open
 from text_files import WORDS, write_bert, write_csvs
 
@@ -55,6 +57,20 @@ def test_logits_are_those_of_transformers_with_its_attention_mask(folder, pads):
         alone = torch.cat([own(input_ids=row[row != 0][None].long()).logits for row in x])
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(logits, alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("pads", [0, 9])
+def test_a_gpu_gives_the_same_without_a_wait(folder, pads):
+    net = bert("bert_tiny", 5, str(folder), seed=1).double().eval()
+    with torch.no_grad():
+        wanted = net(ids(pads))
+        with pretended() as counts:
+            there, x = copy.deepcopy(net).to(DEVICE), ids(pads).to(DEVICE)
+            counts.clear()
+            logits = there(x)
+            assert not counts.waits
+            assert counts.launches
+        torch.testing.assert_close(logits.held, wanted, rtol=0, atol=1e-12)
 
 
 def test_the_packaged_weights_load_whole_and_are_small():
