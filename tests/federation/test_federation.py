@@ -134,7 +134,8 @@ def test_density_one_is_dense(tmp_path):
 )
 @pytest.mark.parametrize("exchange", [Full, Exchange])
 def test_frozen_coordinates_keep_their_bits(tmp_path, cohort, server, exchange):
-    small = build(masked=True, cohort=cohort, server=server, exchange=exchange, weight_decay=0.1)
+    data = {"bundle": 0.0}  # a batch is a cohort
+    small = build(masked=True, cohort=cohort, server=server, exchange=exchange, weight_decay=0.1, data=data)
     with torch.no_grad():
         small.net[1].weight[0] = -0.0  # the hard case: -0.0 + 0.0 is +0.0
     before, seen = small.row.view(torch.int64), []

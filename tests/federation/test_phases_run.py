@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from fedsparse import calibrate, weights
 from fedsparse.core.seeding import Purpose
+from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation.server.sampling import uniform
 from fedsparse.masks import Mask
 from fedsparse.simulation.callback import FederatedRounds
@@ -126,13 +127,13 @@ def test_fine_tuning_has_a_rate_of_its_own_and_the_mask_stays(run_in, monkeypatc
 
 def test_fine_tuning_goes_on_with_other_batches_than_learning_began_with(run_in, monkeypatch):
     """It draws as if it were the rounds after the last."""
-    seen, start = [], FederatedRounds.on_train_batch_start
+    seen, fetch = [], FederatedDataModule.fetch
 
-    def spy(self, trainer, module, batch, index):
-        seen.append((trainer.current_epoch, batch.clients, batch.samples.flatten().tolist()))
-        start(self, trainer, module, batch, index)
+    def spy(self, cohort):
+        seen.append((self.trainer.current_epoch, cohort.clients, cohort.samples.flatten().tolist()))
+        return fetch(self, cohort)
 
-    monkeypatch.setattr(FederatedRounds, "on_train_batch_start", spy)
+    monkeypatch.setattr(FederatedDataModule, "fetch", spy)
     run_in(
         "a",
         *FAST,

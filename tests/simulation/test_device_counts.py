@@ -43,7 +43,7 @@ def counted(case):
             reload_dataloaders_every_n_epochs=1,
             **quiet,
         )
-        trainer.fit(module, FederatedDataModule(case.data, case.plan(case.cohort)))
+        trainer.fit(module, FederatedDataModule(case.data, case.plan(case.cohort), bundle=0.0))
     return counting.found
 
 

@@ -16,6 +16,7 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.core.targets import Weigh
 from fedsparse.core.transfer import on_device
 from fedsparse.federation.client.bound import Forward, Losses, normalised
+from fedsparse.federation.client.whole import gradients, public
 from fedsparse.models.stacked import Stacked, stacks
 from fedsparse.models.units import trained_units
 
@@ -61,6 +62,7 @@ class StackedRows:
         self.net, self.space, self.losses, self.weigh = net, space, losses, weigh
         self.forward, self.per_sample = forward, per_sample
         self.views, self.gradients = [theta], [theta.grad]
+        self.compute = gradients if theta.device.type == "cpu" else public  # a GPU does not wait for Python
         self.leaves = {name: value.detach() for name, value in space.unflatten(theta.detach()).items()}
         trained = [name for name, marks in space.unflatten(mask).items() if bool(marks.any())]
         self.trained = [self.leaves[name].requires_grad_(True) for name in trained]
@@ -102,7 +104,7 @@ class StackedRows:
         weight = self._weights(count, y).to(losses)
         losses = torch.where(weight > 0, losses, 0.0)
         scaled = weight if scale is None else weight * scale.unsqueeze(1)
-        torch._foreach_copy_(self.slots, torch.autograd.grad(losses, self.trained, scaled, materialize_grads=True))
+        torch._foreach_copy_(self.slots, self.compute(losses, self.trained, scaled))
         return (losses.detach() * weight).sum(1)
 
     def _equal(self, count: Sequence[int], samples: int) -> Tensor:
