@@ -104,6 +104,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         stream: whether each cohort brings its images to the device; else all lie there. Images on the disk are always
             streamed. It changes no result.
         workers: processes that gather the next cohorts during training; 0: gathered in this process.
+        vals: for every client the indices of its part of the validation split; empty where these are not needed.
 
     """
 
@@ -116,10 +117,11 @@ class FederatedDataModule(lightning.LightningDataModule):
         augment: Augment | None = None,
         stream: bool = False,
         workers: int = 0,
+        vals: Sequence[np.ndarray] = (),
     ) -> None:
         super().__init__()
         self.dataset, self.plan, self.tests, self.eval_batch_size = dataset, plan, tests, eval_batch_size
-        self.augment, self.workers = augment, workers
+        self.augment, self.workers, self.vals = augment, workers, vals
         self.x, self.y = dataset.train.x, dataset.train.y
         self.evaluated: tuple[Split, ...] = (dataset.val, dataset.test)
         self.streams = stream or not isinstance(self.x, Tensor)

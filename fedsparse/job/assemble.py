@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +18,7 @@ from fedsparse.core import parallel
 from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.precisions import dtype_of
 from fedsparse.core.seeding import Purpose
-from fedsparse.core.space import listed
+from fedsparse.core.space import ParamSpace, listed
 from fedsparse.core.targets import Weigh, count
 from fedsparse.data.augment import augment
 from fedsparse.data.balance import Balance
@@ -44,7 +45,7 @@ from fedsparse.job.keys import JOBS, target_of
 from fedsparse.job.limits import seconds_of
 from fedsparse.job.model import build_net, check_classes, check_fit, check_head, check_kind, check_parametrized, of_data
 from fedsparse.job.parts import Assembly, Course, Method, Problem
-from fedsparse.job.shards import deal_shards
+from fedsparse.job.shards import deal_shards, deal_validation
 from fedsparse.masks import Sparsity
 from fedsparse.models.attention import attentions
 from fedsparse.models.lora import adapters
@@ -56,7 +57,7 @@ from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.trainer import Session
 
 log = logging.getLogger("fedsparse")
-AUTO = "auto"  # federation.cohort: measured, by cohorts.fastest
+AUTO = "auto"  # federation.cohort: measured, by cohorts.fastest; a callback's monitor: Problem.monitor
 
 
 def assemble(cfg: DictConfig) -> Assembly:
@@ -124,6 +125,7 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         dataset,
         parts,
         tests,
+        _validation(cfg, dataset, parts, space),
         net,
         space,
         head,
@@ -136,6 +138,16 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         departments=(departments := dataset.departments_of(parts)),
         truth=dataset.truth if departments else (),
     )
+
+
+def _validation(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], space: ParamSpace) -> list[np.ndarray]:
+    """Deal the validation split to the clients whose own models are evaluated; empty where nothing stays with them."""
+    if not (bool(space.local.any()) or cfg.federation.buffers == "local"):
+        return []
+    vals = deal_validation(dataset, parts, cfg.seed, users="users" in cfg.partition)
+    if not any(len(part) for part in vals):
+        log.warning("no client has a sample of the validation split: the best round is that of the global model")
+    return vals
 
 
 def assemble_course(cfg: DictConfig, problem: Problem) -> Course:
@@ -392,11 +404,18 @@ def assemble_session(cfg: DictConfig, config: dict[str, Any], problem: Problem) 
         max_time=seconds_of(config["trainer"].get("max_time")),
         eval_every=cfg.federation.eval_every,
         checkpoint_every=cfg.federation.checkpoint_every,
+        monitor=problem.monitor,
         loggers={name: instantiate(logger) for name, logger in (cfg.logger or {}).items()},
-        callbacks=[instantiate(callback) for callback in (cfg.callbacks or {}).values()],
+        callbacks=[_callback(options, problem.monitor) for options in (cfg.callbacks or {}).values() if options],
         personal=personal,
         config=config,
     )
+
+
+def _callback(options: Any, monitor: str) -> Any:
+    """Build a callback; ``monitor: auto`` is the accuracy of validation that chooses rounds."""
+    given = {"monitor": monitor} if options.get("monitor") == AUTO else {}
+    return instantiate(options, **given)
 
 
 def _balance(problem: Problem) -> Balance | None:

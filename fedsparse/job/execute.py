@@ -220,7 +220,7 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start, ori
         assembly.session,
         rounds,
         Evaluation(problem.tests, problem.dataset.own, rounds.group),
-        OwnModels(rounds) if bool(problem.space.local.any()) or module.buffer_policy == "local" else None,
+        OwnModels(rounds) if problem.vals else None,
         lambda round: len(assembly.course.phased.sample(round)),
         phases,
         lambda: choice.mask,
@@ -369,5 +369,6 @@ def quiet() -> None:
         "smaller than the logging",
         "GPU available but not used",  # also given for Apple GPUs
         "sync_dist=True",  # all processes log equal figures
+        "callbacks used to create the checkpoint",  # of a run of before, whose best checkpoint had another monitor
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")

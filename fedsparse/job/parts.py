@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedsparse.core.monitor import ACCURACY, PERSONAL_ACCURACY
 from fedsparse.core.space import ParamSpace, Patterns
 from fedsparse.core.weights import distinct
 from fedsparse.data.datamodule import FederatedDataModule
@@ -50,6 +51,7 @@ class Problem:
         dataset: the splits.
         parts: sample indices of every client.
         tests: indices into the test split, of every client.
+        vals: indices into the validation split, of every client; empty where nothing stays with the clients.
         net: the network, with its initial weights.
         space: its federated tensors.
         head: patterns of the head's parameters.
@@ -67,6 +69,7 @@ class Problem:
     dataset: Dataset
     parts: Sequence[np.ndarray]
     tests: Sequence[np.ndarray]
+    vals: Sequence[np.ndarray]
     net: nn.Module
     space: ParamSpace
     head: Patterns
@@ -83,6 +86,11 @@ class Problem:
     def eligible(self) -> list[int]:
         """Clients that hold data."""
         return [client for client, part in enumerate(self.parts) if len(part)]
+
+    @property
+    def monitor(self) -> str:
+        """Name the accuracy of validation that chooses rounds: that of the clients' own models, where they have one."""
+        return PERSONAL_ACCURACY if any(len(part) for part in self.vals) else ACCURACY
 
     def truth_of(self, topology: Topology) -> tuple[int, ...]:
         """Give the true cluster of each group of a topology; empty if its groups are not the data's departments."""
@@ -231,7 +239,7 @@ class Assembly:
         course: the plan of all rounds.
         method: mask, clients, exchange, server.
         session: options of training, checkpoints and logging on this machine.
-        make_data: builds the data module of a data set, a plan and the clients' test parts.
+        make_data: builds the data module of a data set, a plan, and the clients' test and validation parts.
         config: the configuration as plain values, for loggers, cache keys, and what a message says as it was typed.
         pictures: whether figures are drawn.
         keep_deviation: whether the deviation observed in an exploration is saved.
@@ -249,7 +257,8 @@ class Assembly:
 
     def datamodule(self) -> FederatedDataModule:
         """Build the loaders of cohorts and splits."""
-        return self.make_data(self.problem.dataset, self.course.phased, self.problem.tests)
+        problem = self.problem
+        return self.make_data(problem.dataset, self.course.phased, problem.tests, vals=problem.vals)
 
     def module(self) -> ClientModule:
         """Build the clients of the run's cohorts."""
