@@ -138,6 +138,11 @@ class Kept:
         job = read_job(folder, trusted=trusted)
         assembly = assemble(job.cfg)
         problem = assembly.problem
+        if assembly.method.regrouping is not None:
+            raise ValueError(
+                f"clients of {folder} change models within departments (topology.clusters_within), of which none is a "
+                "department's: fedsparse.weights reads the first of them"
+            )
         if not problem.adapters:
             raise ValueError(f"the run {folder} has no adapters; train with lora=r8 or a method, such as method=fedit")
         _check_buffers(assembly)

@@ -36,9 +36,10 @@ from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.ranks import checked_ranks, rank_masks, ranks_of_clients
 from fedsparse.federation.schedule import check_schedule, few_rates, within
 from fedsparse.federation.server.merging import Merging
-from fedsparse.federation.server.mixing import GlobalMixing, Mixing, RankedMixing
+from fedsparse.federation.server.mixing import Comparison, GlobalMixing, Mixing, RankedMixing
+from fedsparse.federation.server.regrouping import Regrouping
 from fedsparse.federation.server.sampling import participants, uniform
-from fedsparse.federation.server.topology import Topology
+from fedsparse.federation.server.topology import Departments, Topology
 from fedsparse.federation.trajectory import Trajectory
 from fedsparse.job.checks import check_augmentation, check_method, check_phases
 from fedsparse.job.keys import JOBS, target_of
@@ -232,6 +233,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         make_exchange=make_exchange,
         aggregation=instantiate(cfg.aggregation),
         topology=topology,
+        regrouping=_regrouping(cfg, topology, problem),
         mixing=_mixing(cfg, topology, problem, ranks),
         merging=_merging(cfg, topology, problem, ranks),
         make_server=instantiate(target_of("server", cfg.server)),
@@ -262,9 +264,16 @@ def _topology(options: DictConfig, problem: Problem) -> Topology:
 
 
 def _ranks(lora: DictConfig | None, topology: Topology, problem: Problem) -> tuple[int, ...]:
-    """Find the rank of each client's adapters; empty if all have one, as in older stored runs."""
+    """Find the rank of each client's adapters; empty if all have one, as in older stored runs.
+
+    Raises:
+        ValueError: invalid ranks, or clients that change models.
+
+    """
     if not lora or lora.get("ranks") is None:
         return ()
+    if isinstance(topology, Departments) and topology.within > 1:
+        raise ValueError("topology.clusters_within compares adapters of one rank: set lora.ranks=null")
     clients = range(len(problem.parts))
     members = topology.group(clients) if topology.groups > 1 else problem.departments or clients
     named = topology.groups > 1 or bool(problem.departments)
@@ -299,6 +308,15 @@ def _mixing(cfg: DictConfig, topology: Topology, problem: Problem, ranks: Sequen
     own = dict(zip(topology.group(range(len(ranks))), ranks, strict=True))
     of_groups = [own[group] for group in range(topology.groups)]
     return RankedMixing(made, rank_masks(problem.adapters, problem.space, of_groups))
+
+
+def _regrouping(cfg: DictConfig, topology: Topology, problem: Problem) -> Regrouping | None:
+    """Build what assigns clients to groups of their departments; None where a department has one, as in older runs."""
+    options = cfg.topology
+    if not isinstance(topology, Departments) or topology.within == 1:
+        return None
+    comparison = Comparison(problem.space, problem.adapters, problem.space.read(problem.net))
+    return Regrouping(topology, comparison, options.cluster_of, options.cluster_metric, options.cluster_every, cfg.seed)
 
 
 def _merging(

@@ -247,6 +247,8 @@ def _rounds(
     check_names(exchange, assembly.problem.space, row)
     exchange.keep_in(make)
     module.keep_in(make)
+    if method.regrouping is not None:
+        method.regrouping.keep_in(make)
     federate = method.federate(
         exchange,
         assembly.course.phases,

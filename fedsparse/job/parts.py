@@ -29,6 +29,7 @@ from fedsparse.federation.schedule import Schedule
 from fedsparse.federation.server.aggregation import Aggregation
 from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.server.mixing import Mixing
+from fedsparse.federation.server.regrouping import Regrouping
 from fedsparse.federation.server.server import MakeOptimizer
 from fedsparse.federation.server.topology import Topology
 from fedsparse.federation.trajectory import Trajectory
@@ -164,6 +165,7 @@ class Method:
         aggregation: averages updates to one change.
         topology: assigns clients to global rows.
         mixing: mixes the rows of groups; None: they stay apart.
+        regrouping: assigns clients to groups of their departments between rounds; None: they stay where they are.
         merging: builds what merges adapters into the frozen weights of a network; None: these stay.
         make_server: builds the server's optimizer.
         untouched: treatment of coordinates that no client sent; see ``Server``.
@@ -185,6 +187,7 @@ class Method:
     aggregation: Aggregation
     topology: Topology
     mixing: Mixing | None
+    regrouping: Regrouping | None
     merging: Callable[[nn.Module], Merging] | None
     make_server: MakeOptimizer
     untouched: str
@@ -218,6 +221,7 @@ class Method:
             aggregation=self.aggregation,
             topology=self.topology,
             mixing=self.mixing,
+            regrouping=self.regrouping,
             make_server=self.make_server,
             untouched=self.untouched,
             phases=phases,
