@@ -171,6 +171,12 @@ class Kept:
         group = self.departments.index(department)
         return [c for c, of in zip(clients, self.assembly.method.topology.group(clients), strict=True) if of == group]
 
+    def rank_of(self, model: Model) -> int | None:
+        """Find the rank of a model's adapters, of a department the largest of its clients; None if all have one."""
+        ranks = self.assembly.method.ranks
+        clients = self.members(model.department) if model.client is None else [model.client]
+        return max(ranks[client] for client in clients) if ranks else None
+
     @property
     def rounds(self) -> dict[int, Path]:
         """Files that hold the models after a round, by round; every checkpoint is read."""
