@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from fedsparse.core import parallel
+from fedsparse.core.monitor import monitor_of
 from fedsparse.job.command import arrange, logging_kept, on_command_line
 from fedsparse.job.execute import follow
 from fedsparse.job.runs import execute_hydra, resume, resume_folder, run
@@ -19,7 +20,8 @@ __all__ = ["main", "run"]
 
 @hydra.main(config_path=str(conf_dir()), config_name="train", version_base="1.3")
 def _hydra_main(cfg: DictConfig) -> float | None:
-    return execute_hydra(cfg).get("val/acc")  # the objective of Optuna's sweeper
+    summary = execute_hydra(cfg)
+    return summary.get(monitor_of(summary))  # the objective of Optuna's sweeper
 
 
 def main() -> None:

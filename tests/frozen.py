@@ -117,7 +117,8 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
     """Rows of metrics.csv, without what no two runs share, and without columns that came after the freeze."""
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    kept = [{key: value for key, value in row.items() if value and not key.startswith("personal/")} for row in rows]
+    later = ("personal/", "val/personal_")
+    kept = [{key: value for key, value in row.items() if value and not key.startswith(later)} for row in rows]
     return [{key: float(value) for key, value in row.items() if key not in UNCOUNTED} for row in kept]
 
 

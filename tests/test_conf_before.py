@@ -32,6 +32,9 @@ def before(option):
         found = found | {"model": found["model"] | {"name": found["model"]["net"]["name"]}}
     if found["federation"]["cohort"] == "${model.cohort}":  # as null is on a CPU
         found = found | {"federation": found["federation"] | {"cohort": None}}
+    if option == "callbacks/early_stopping":  # as auto is where nothing stays with the clients
+        stop = found["callbacks"]["early_stopping"]
+        found = found | {"callbacks": {"early_stopping": stop | {"monitor": "auto"}}}
     return found | {group: found[group] | keys for group, keys in SINCE.items()}
 
 

@@ -83,8 +83,10 @@ def _fill(folder: Path, kept: Kept, moments: Sequence[Moment], chosen: Sequence[
     for moment, model in chosen:
         net, own = kept.load(moment, model), folder / place_of(model, moment)
         own.mkdir(parents=True)
-        divided = divide(net, kept.base, problem.adapters, problem.space, moment.changed)
-        write(own, configuration(net, kept.base, kept.settings, divided.saved), divided)
+        rank = kept.rank_of(model)
+        divided = divide(net, kept.base, problem.adapters, problem.space, moment.changed, rank)
+        settings = {layer: s if rank is None else s.of_rank(rank) for layer, s in kept.settings.items()}
+        write(own, configuration(net, kept.base, settings, divided.saved), divided)
         entries.append(_entry(kept, moment, model, own))
     files.write(folder / FIGURES, json.dumps(evaluation(kept, moments, chosen), indent=2) + "\n")
     found = {**_described(kept), "adapters": entries, "files": digests(folder)}

@@ -138,6 +138,11 @@ class Kept:
         job = read_job(folder, trusted=trusted)
         assembly = assemble(job.cfg)
         problem = assembly.problem
+        if assembly.method.regrouping is not None:
+            raise ValueError(
+                f"clients of {folder} change models within departments (topology.clusters_within), of which none is a "
+                "department's: fedsparse.weights reads the first of them"
+            )
         if not problem.adapters:
             raise ValueError(f"the run {folder} has no adapters; train with lora=r8 or a method, such as method=fedit")
         _check_buffers(assembly)
@@ -165,6 +170,12 @@ class Kept:
         clients = range(len(self.assembly.problem.parts))
         group = self.departments.index(department)
         return [c for c, of in zip(clients, self.assembly.method.topology.group(clients), strict=True) if of == group]
+
+    def rank_of(self, model: Model) -> int | None:
+        """Find the rank of a model's adapters, of a department the largest of its clients; None if all have one."""
+        ranks = self.assembly.method.ranks
+        clients = self.members(model.department) if model.client is None else [model.client]
+        return max(ranks[client] for client in clients) if ranks else None
 
     @property
     def rounds(self) -> dict[int, Path]:

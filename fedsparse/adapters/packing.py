@@ -43,7 +43,12 @@ class Parts:
 
 
 def divide(
-    net: nn.Module, base: Base, adapters: Mapping[str, Adapter], space: ParamSpace, frozen: Collection[str]
+    net: nn.Module,
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    space: ParamSpace,
+    frozen: Collection[str],
+    rank: int | None = None,
 ) -> Parts:
     """Divide a network with a model loaded.
 
@@ -53,12 +58,13 @@ def divide(
         adapters: by layer.
         space: what trains.
         frozen: names of frozen tensors that are no longer as built.
+        rank: of the adapters, where columns of B beyond it are 0; None: the network's.
 
     """
     tensors, factors = net.state_dict(), dict[str, Tensor]()
     for layer, adapter in adapters.items():
-        for word, name in (("lora_A", adapter.down), ("lora_B", adapter.up)):
-            factors[f"{PREFIX}{base.within(layer)}.{word}.weight"] = tensors[name]
+        own = {"lora_A": tensors[adapter.down][:rank], "lora_B": tensors[adapter.up][:, :rank].contiguous()}
+        factors |= {f"{PREFIX}{base.within(layer)}.{word}.weight": factor for word, factor in own.items()}
     names = {name for adapter in adapters.values() for name in (adapter.down, adapter.up)}
     beside = [name for name in space.names if name not in names]
     modules = saved_modules(beside, list(adapters))
@@ -92,7 +98,7 @@ def configuration(net: nn.Module, base: Base, settings: Mapping[str, Setting], s
         base_model_name_or_path=base.name,
         inference_mode=True,
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides a float alike
         lora_dropout=first.dropout,
         use_rslora=first.rslora,
         target_modules=targets(net, base, list(settings)),

@@ -15,12 +15,14 @@ ACCURACY = {
     "val/acc": ("validation", "C0", "-"),
     "test/acc": ("test", "C1", "-"),
     "client/acc_worst10": ("worst tenth of the clients, test", "C3", "--"),
+    "val/personal_acc": ("clients' own models, validation", "C9", "-"),
     "personal/acc_mean": ("clients' own models, test", "C8", "-"),
 }
 LOSS = {
     "train/loss": ("training, clients of the round", "C7", "-"),
     "val/loss": ("validation", "C0", "-"),
     "test/loss": ("test", "C1", "-"),
+    "val/personal_loss": ("clients' own models, validation", "C9", "-"),
     "personal/loss": ("clients' own models, test", "C8", "-"),
 }
 BYTES = {

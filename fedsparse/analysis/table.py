@@ -11,6 +11,7 @@ from fedsparse.analysis.files import finite
 from fedsparse.analysis.folders import Problem, Run
 from fedsparse.analysis.names import LABEL, Settings, labels, settings
 from fedsparse.analysis.statistics import Interval, paired
+from fedsparse.core.monitor import ACCURACY, PERSONAL_ACCURACY
 
 _PROTOCOL = ("data", "model", "partition", "federation.")  # dense training must share these to be compared with
 _TRAINABLE = ("model.trainable", "model.local")
@@ -137,7 +138,9 @@ def _row(name: str, partition: str, shared: Settings, runs: Sequence[Run]) -> Ro
     rates = {lr: [run for run in runs if run.lr == lr] for lr in sorted({run.lr for run in runs})}
     most = max(map(len, rates.values()))
     full = [lr for lr, tried in rates.items() if len(tried) == most]
-    best = max(full, key=lambda lr: float(np.mean([run.summary["val/acc"] for run in rates[lr]])))
+    own = all(finite(run.summary.get(PERSONAL_ACCURACY)) for run in runs)
+    key = PERSONAL_ACCURACY if own else ACCURACY
+    best = max(full, key=lambda lr: float(np.mean([run.summary[key] for run in rates[lr]])))
     edge = len(rates) > 1 and best in (min(rates), max(rates))
     chosen = tuple(sorted(rates[best], key=lambda run: run.seed))
     return Row(name, partition, chosen[0].sparsity, best, edge, chosen, shared)

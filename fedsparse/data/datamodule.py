@@ -116,6 +116,7 @@ class FederatedDataModule(lightning.LightningDataModule):
         workers: processes that gather the next cohorts during training; 0: gathered in this process.
         bundle: seconds that a bundle of cohorts trains at least; a stream has bundles of one cohort. It changes no
             result.
+        vals: for every client the indices of its part of the validation split; empty where these are not needed.
 
     Attributes:
         pace: seconds that a cohort takes; infinite until ``paced``.
@@ -132,11 +133,12 @@ class FederatedDataModule(lightning.LightningDataModule):
         stream: bool = False,
         workers: int = 0,
         bundle: float = BUNDLE,
+        vals: Sequence[np.ndarray] = (),
     ) -> None:
         super().__init__()
         self.bundle, self.pace = bundle, math.inf
         self.dataset, self.plan, self.tests, self.eval_batch_size = dataset, plan, tests, eval_batch_size
-        self.augment, self.workers = augment, workers
+        self.augment, self.workers, self.vals = augment, workers, vals
         self.x, self.y = dataset.train.x, dataset.train.y
         self.evaluated: tuple[Split, ...] = (dataset.val, dataset.test)
         self.streams = stream or not isinstance(self.x, Tensor)

@@ -37,6 +37,7 @@ __all__ = [
 
 # Keys of random streams: never changed, since a seed's draws depend on them; disjoint from ``core.seeding.Purpose``.
 _IID, _CLASSES, _DIRICHLET, _DIRICHLET_CLIENT, _QUANTITY, _RATIOS, _TESTS, _MIXES, _DRAWS = range(101, 110)
+_VALIDATION = 114  # the next stream key after those of ``fedsparse.data.leaf``
 
 
 def iid(labels: npt.ArrayLike, num_clients: int, seed: int) -> list[Ints]:
@@ -334,6 +335,7 @@ def client_tests(
     test_labels: npt.ArrayLike,
     seed: int,
     cells: int = dealing.CELLS,
+    validation: bool = False,
 ) -> list[Ints]:
     """Deal every client a test part with the class mix of its training part.
 
@@ -349,13 +351,14 @@ def client_tests(
         test_labels: class of each test sample (n_test,).
         seed: seed of the partition.
         cells: clients x classes of one chunk; results do not depend on it.
+        validation: whether the labels are those of the validation split, which has its own random stream.
 
     Returns:
         K arrays of sorted indices into the test set.
 
     """
     train, test = checks.checked_labels(train_labels), checks.checked_labels(test_labels, "test labels")
-    rng, classes = dealing.stream(seed, _TESTS), 1 + int(max(train.max(), test.max()))
+    rng, classes = dealing.stream(seed, _VALIDATION if validation else _TESTS), 1 + int(max(train.max(), test.max()))
     room, pool = np.bincount(test, minlength=classes), dealing.grouped(test, rng)
     used, parts = np.zeros(classes, dtype=np.int64), list[Ints]()
     for rows in dealing.chunks(len(train_parts), classes, cells):

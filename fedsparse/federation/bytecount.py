@@ -90,10 +90,11 @@ class ByteCount(Watcher):
         pairs = [pair for report in reports for pair in zip(report.clients, report.group, strict=True)]
         for group, downlink in enumerate(self.downlinks):
             after, members = self._of(round.federation.server.values[group]), [c for c, g in pairs if g == group]
+            others = [c for c, g in pairs if g != group]
             if self.merging is not None:
                 drawn = self._of(round.federation.server.subspace.of(self.merging.drawn.to(after.device)))
                 after = torch.where(drawn, self.start[group], after)
-            downlink.close(round.number, self.start[group], after, members)
+            downlink.close(round.number, self.start[group], after, members, others)
         self.start = []
         self.traffic.write(round.number + 1, self.ledger.close())
 

@@ -30,6 +30,7 @@ from fedsparse.federation.schedule import Schedule, constant
 from fedsparse.federation.server.aggregation import Aggregation, Change, WeightedMean
 from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.server.mixing import Mixing
+from fedsparse.federation.server.regrouping import SENT, Regrouping
 from fedsparse.federation.server.server import MakeOptimizer, Server
 from fedsparse.federation.server.topology import Flat, Topology
 from fedsparse.federation.stores.store import ClientStore, MemoryStore, Part, read
@@ -56,6 +57,7 @@ class Federation:
         topology: which global row each client starts from and adds to; by default one for all.
         merging: merges low-rank updates into frozen weights; None: these stay.
         mixing: mixes the rows of groups after the server's step; None: they stay apart.
+        regrouping: assigns clients to the topology's groups between rounds; None: they stay where they are.
         make_server: builds the server's optimizer; by default SGD with learning rate 1, which is FedAvg.
         untouched: rule for coordinates that no client sent; see ``Server``.
         phases: of the run; by default all rounds are learning rounds.
@@ -89,6 +91,7 @@ class Federation:
         *,
         merging: Merging | None = None,
         mixing: Mixing | None = None,
+        regrouping: Regrouping | None = None,
         untouched: str = "hold",
         phases: Phases | None = None,
         schedule: Schedule = constant,
@@ -106,7 +109,7 @@ class Federation:
         self.exchange = Exchange(subspace.mask, local, space=clients.space) if exchange is None else exchange
         self.aggregation = WeightedMean() if aggregation is None else aggregation
         self.topology = topology = Flat() if topology is None else topology
-        self.mixing, self.merging = mixing, merging
+        self.mixing, self.merging, self.regrouping = mixing, merging, regrouping
         self.objective, self.buffers, self.schedule, self.choice = clients.objective, clients.buffers, schedule, choice
         _check_groups(topology, choice, self.phases)
         self.exchange.follow(subspace.mask)
@@ -119,7 +122,8 @@ class Federation:
         self.watchers: list[Watcher] = [*[self.bytes] * count_bytes, *updated, *watchers]
         store = MemoryStore() if store is None else store
         added = self.exchange.stores | self.objective.stores
-        self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **added}
+        sent = {} if regrouping is None else {SENT: regrouping.store}
+        self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **added, **sent}
         self.keepers: list[Keeper] = [clients, self.server, self.exchange, self.objective, self.bytes]
         self.keepers += [Part(store, local), *added.values()]
         self.dropped: list[Dropped] = []
@@ -189,6 +193,7 @@ class Federation:
             "phases": self.phases.closed(self.closed),
             "server": self.server.state_dict(),
             "merging": None if self.merging is None else self.merging.state_dict(),
+            "regrouping": None if self.regrouping is None else self.regrouping.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -208,6 +213,8 @@ class Federation:
         self.server.load_state_dict(state["server"])
         if self.merging is not None:
             self.merging.load_state_dict(state["merging"])
+        if self.regrouping is not None:
+            self.regrouping.load_state_dict(state["regrouping"])
         for name, store in self.stores.items():
             store.load_state_dict(state["stores"][name])
 

@@ -17,6 +17,7 @@ from fedsparse.federation.phases import Phase
 from fedsparse.federation.reports import Diverged, EveryUpdateDropped, Report
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.server.mixing import Mixed
+from fedsparse.federation.server.regrouping import SENT
 from fedsparse.federation.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ class Round:
         kept = dict(payload.update.kept)
         if received.variates is not None:
             kept[VARIATES] = (received.clients, received.variates)  # as received: both sides keep equal variates
+        if f.regrouping is not None:
+            kept[SENT] = (received.clients, f.regrouping.sent(f.server, received, group))
         if kept or payload.kept:
             kept = of_those(kept, received) | of_those(payload.kept, received, known=True)
         report = Report.of(self.number, received, group, payload.sizes, kept)
@@ -144,6 +147,8 @@ class Round:
                 self.mixed = f.mixing(f.server.rows, self.number)
                 f.server.put(f.server.subspace.of(self.mixed.rows))
             f.buffers.step(change.buffers, change.sent)
+            if f.regrouping is not None:
+                f.regrouping.close(self.number, f.server, f.buffers)
             if not all(finite_rows(f.server.values)):
                 raise Diverged(
                     f"round {self.number + 1}: the server's step made the model NaN or infinite, so the run stops; try "

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +18,7 @@ from fedsparse.core import parallel
 from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.precisions import dtype_of
 from fedsparse.core.seeding import Purpose
-from fedsparse.core.space import listed
+from fedsparse.core.space import ParamSpace, listed
 from fedsparse.core.targets import Weigh, count
 from fedsparse.data.augment import augment
 from fedsparse.data.balance import Balance
@@ -35,16 +36,17 @@ from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.ranks import checked_ranks, rank_masks, ranks_of_clients
 from fedsparse.federation.schedule import check_schedule, few_rates, within
 from fedsparse.federation.server.merging import Merging
-from fedsparse.federation.server.mixing import GlobalMixing, Mixing, RankedMixing
+from fedsparse.federation.server.mixing import Comparison, GlobalMixing, Mixing, RankedMixing
+from fedsparse.federation.server.regrouping import Regrouping
 from fedsparse.federation.server.sampling import participants, uniform
-from fedsparse.federation.server.topology import Topology
+from fedsparse.federation.server.topology import Departments, Topology
 from fedsparse.federation.trajectory import Trajectory
 from fedsparse.job.checks import check_augmentation, check_method, check_phases
 from fedsparse.job.keys import JOBS, target_of
 from fedsparse.job.limits import seconds_of
 from fedsparse.job.model import build_net, check_classes, check_fit, check_head, check_kind, check_parametrized, of_data
 from fedsparse.job.parts import Assembly, Course, Method, Problem
-from fedsparse.job.shards import deal_shards
+from fedsparse.job.shards import deal_shards, deal_validation
 from fedsparse.masks import Sparsity
 from fedsparse.models.attention import attentions
 from fedsparse.models.lora import adapters
@@ -56,7 +58,7 @@ from fedsparse.simulation.module import ClientModule
 from fedsparse.simulation.trainer import Session
 
 log = logging.getLogger("fedsparse")
-AUTO = "auto"  # federation.cohort: measured, by cohorts.fastest
+AUTO = "auto"  # federation.cohort: measured, by cohorts.fastest; a callback's monitor: Problem.monitor
 
 
 def assemble(cfg: DictConfig) -> Assembly:
@@ -124,6 +126,7 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         dataset,
         parts,
         tests,
+        _validation(cfg, dataset, parts, space),
         net,
         space,
         head,
@@ -136,6 +139,16 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         departments=(departments := dataset.departments_of(parts)),
         truth=dataset.truth if departments else (),
     )
+
+
+def _validation(cfg: DictConfig, dataset: Dataset, parts: Sequence[np.ndarray], space: ParamSpace) -> list[np.ndarray]:
+    """Deal the validation split to the clients whose own models are evaluated; empty where nothing stays with them."""
+    if not (bool(space.local.any()) or cfg.federation.buffers == "local"):
+        return []
+    vals = deal_validation(dataset, parts, cfg.seed, users="users" in cfg.partition)
+    if not any(len(part) for part in vals):
+        log.warning("no client has a sample of the validation split: the best round is that of the global model")
+    return vals
 
 
 def assemble_course(cfg: DictConfig, problem: Problem) -> Course:
@@ -220,6 +233,7 @@ def assemble_method(cfg: DictConfig, problem: Problem, course: Course, calibrati
         make_exchange=make_exchange,
         aggregation=instantiate(cfg.aggregation),
         topology=topology,
+        regrouping=_regrouping(cfg, topology, problem),
         mixing=_mixing(cfg, topology, problem, ranks),
         merging=_merging(cfg, topology, problem, ranks),
         make_server=instantiate(target_of("server", cfg.server)),
@@ -250,9 +264,16 @@ def _topology(options: DictConfig, problem: Problem) -> Topology:
 
 
 def _ranks(lora: DictConfig | None, topology: Topology, problem: Problem) -> tuple[int, ...]:
-    """Find the rank of each client's adapters; empty if all have one, as in older stored runs."""
+    """Find the rank of each client's adapters; empty if all have one, as in older stored runs.
+
+    Raises:
+        ValueError: invalid ranks, or clients that change models.
+
+    """
     if not lora or lora.get("ranks") is None:
         return ()
+    if isinstance(topology, Departments) and topology.within > 1:
+        raise ValueError("topology.clusters_within compares adapters of one rank: set lora.ranks=null")
     clients = range(len(problem.parts))
     members = topology.group(clients) if topology.groups > 1 else problem.departments or clients
     named = topology.groups > 1 or bool(problem.departments)
@@ -287,6 +308,15 @@ def _mixing(cfg: DictConfig, topology: Topology, problem: Problem, ranks: Sequen
     own = dict(zip(topology.group(range(len(ranks))), ranks, strict=True))
     of_groups = [own[group] for group in range(topology.groups)]
     return RankedMixing(made, rank_masks(problem.adapters, problem.space, of_groups))
+
+
+def _regrouping(cfg: DictConfig, topology: Topology, problem: Problem) -> Regrouping | None:
+    """Build what assigns clients to groups of their departments; None where a department has one, as in older runs."""
+    options = cfg.topology
+    if not isinstance(topology, Departments) or topology.within == 1:
+        return None
+    comparison = Comparison(problem.space, problem.adapters, problem.space.read(problem.net))
+    return Regrouping(topology, comparison, options.cluster_of, options.cluster_metric, options.cluster_every, cfg.seed)
 
 
 def _merging(
@@ -392,11 +422,18 @@ def assemble_session(cfg: DictConfig, config: dict[str, Any], problem: Problem) 
         max_time=seconds_of(config["trainer"].get("max_time")),
         eval_every=cfg.federation.eval_every,
         checkpoint_every=cfg.federation.checkpoint_every,
+        monitor=problem.monitor,
         loggers={name: instantiate(logger) for name, logger in (cfg.logger or {}).items()},
-        callbacks=[instantiate(callback) for callback in (cfg.callbacks or {}).values()],
+        callbacks=[_callback(options, problem.monitor) for options in (cfg.callbacks or {}).values() if options],
         personal=personal,
         config=config,
     )
+
+
+def _callback(options: Any, monitor: str) -> Any:
+    """Build a callback; ``monitor: auto`` is the accuracy of validation that chooses rounds."""
+    given = {"monitor": monitor} if options.get("monitor") == AUTO else {}
+    return instantiate(options, **given)
 
 
 def _balance(problem: Problem) -> Balance | None:

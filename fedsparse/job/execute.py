@@ -220,7 +220,7 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start, ori
         assembly.session,
         rounds,
         Evaluation(problem.tests, problem.dataset.own, rounds.group),
-        OwnModels(rounds) if bool(problem.space.local.any()) or module.buffer_policy == "local" else None,
+        OwnModels(rounds) if problem.vals else None,
         lambda round: len(assembly.course.phased.sample(round)),
         phases,
         lambda: choice.mask,
@@ -247,6 +247,8 @@ def _rounds(
     check_names(exchange, assembly.problem.space, row)
     exchange.keep_in(make)
     module.keep_in(make)
+    if method.regrouping is not None:
+        method.regrouping.keep_in(make)
     federate = method.federate(
         exchange,
         assembly.course.phases,
@@ -369,5 +371,6 @@ def quiet() -> None:
         "smaller than the logging",
         "GPU available but not used",  # also given for Apple GPUs
         "sync_dist=True",  # all processes log equal figures
+        "callbacks used to create the checkpoint",  # of a run of before, whose best checkpoint had another monitor
     ):
         warnings.filterwarnings("ignore", f".*{text}.*")

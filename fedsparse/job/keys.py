@@ -21,7 +21,7 @@ JOBS: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("clip_norm",),
     "schedule": ("within",),
     "server": ("untouched",),
-    "topology": ("global_mix",),
+    "topology": ("global_mix", "cluster_of", "cluster_metric", "cluster_every"),
 }
 SHARED: Mapping[str, tuple[str, ...]] = {"data": ("stream",), "exchange": ("compat",), "model": ("name",)}
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedsparse.core.monitor import ACCURACY, PERSONAL_ACCURACY
 from fedsparse.core.space import ParamSpace, Patterns
 from fedsparse.core.weights import distinct
 from fedsparse.data.datamodule import FederatedDataModule
@@ -28,6 +29,7 @@ from fedsparse.federation.schedule import Schedule
 from fedsparse.federation.server.aggregation import Aggregation
 from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.server.mixing import Mixing
+from fedsparse.federation.server.regrouping import Regrouping
 from fedsparse.federation.server.server import MakeOptimizer
 from fedsparse.federation.server.topology import Topology
 from fedsparse.federation.trajectory import Trajectory
@@ -50,6 +52,7 @@ class Problem:
         dataset: the splits.
         parts: sample indices of every client.
         tests: indices into the test split, of every client.
+        vals: indices into the validation split, of every client; empty where nothing stays with the clients.
         net: the network, with its initial weights.
         space: its federated tensors.
         head: patterns of the head's parameters.
@@ -67,6 +70,7 @@ class Problem:
     dataset: Dataset
     parts: Sequence[np.ndarray]
     tests: Sequence[np.ndarray]
+    vals: Sequence[np.ndarray]
     net: nn.Module
     space: ParamSpace
     head: Patterns
@@ -83,6 +87,11 @@ class Problem:
     def eligible(self) -> list[int]:
         """Clients that hold data."""
         return [client for client, part in enumerate(self.parts) if len(part)]
+
+    @property
+    def monitor(self) -> str:
+        """Name the accuracy of validation that chooses rounds: that of the clients' own models, where they have one."""
+        return PERSONAL_ACCURACY if any(len(part) for part in self.vals) else ACCURACY
 
     def truth_of(self, topology: Topology) -> tuple[int, ...]:
         """Give the true cluster of each group of a topology; empty if its groups are not the data's departments."""
@@ -156,6 +165,7 @@ class Method:
         aggregation: averages updates to one change.
         topology: assigns clients to global rows.
         mixing: mixes the rows of groups; None: they stay apart.
+        regrouping: assigns clients to groups of their departments between rounds; None: they stay where they are.
         merging: builds what merges adapters into the frozen weights of a network; None: these stay.
         make_server: builds the server's optimizer.
         untouched: treatment of coordinates that no client sent; see ``Server``.
@@ -177,6 +187,7 @@ class Method:
     aggregation: Aggregation
     topology: Topology
     mixing: Mixing | None
+    regrouping: Regrouping | None
     merging: Callable[[nn.Module], Merging] | None
     make_server: MakeOptimizer
     untouched: str
@@ -210,6 +221,7 @@ class Method:
             aggregation=self.aggregation,
             topology=self.topology,
             mixing=self.mixing,
+            regrouping=self.regrouping,
             make_server=self.make_server,
             untouched=self.untouched,
             phases=phases,
@@ -231,7 +243,7 @@ class Assembly:
         course: the plan of all rounds.
         method: mask, clients, exchange, server.
         session: options of training, checkpoints and logging on this machine.
-        make_data: builds the data module of a data set, a plan and the clients' test parts.
+        make_data: builds the data module of a data set, a plan, and the clients' test and validation parts.
         config: the configuration as plain values, for loggers, cache keys, and what a message says as it was typed.
         pictures: whether figures are drawn.
         keep_deviation: whether the deviation observed in an exploration is saved.
@@ -249,7 +261,8 @@ class Assembly:
 
     def datamodule(self) -> FederatedDataModule:
         """Build the loaders of cohorts and splits."""
-        return self.make_data(self.problem.dataset, self.course.phased, self.problem.tests)
+        problem = self.problem
+        return self.make_data(problem.dataset, self.course.phased, problem.tests, vals=problem.vals)
 
     def module(self) -> ClientModule:
         """Build the clients of the run's cohorts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,30 @@ def deal_shards(
     if test:
         return dataset, parts, list(deal(labels=_classes(dataset.test), num_clients=num_clients, seed=seed, test=True))
     return dataset, parts, client_tests(parts, dataset.train.labels, dataset.test.labels, seed)
+
+
+def deal_validation(
+    dataset: Dataset, parts: Sequence[np.ndarray], seed: int, *, users: bool = False
+) -> list[np.ndarray]:
+    """Deal the validation split to the clients, for their own models: as the test split, by a stream of its own.
+
+    A client's part has the class mix of its training part, whatever the partition. Where clients are users of the data
+    set, and the validation split has users too, a client has its own user's samples, or none.
+
+    Args:
+        dataset: the splits.
+        parts: training parts.
+        seed: the run's seed.
+        users: whether the partition takes the users of the samples.
+
+    Returns:
+        Indices into the validation split, of every client.
+
+    """
+    train, val = dataset.train, dataset.val
+    if users and train.users is not None and val.users is not None:
+        return user_tests(train.users, val.users)
+    return client_tests(parts, train.labels, val.labels, seed, validation=True)
 
 
 def _classes(split: Split) -> np.ndarray:

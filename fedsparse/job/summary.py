@@ -19,6 +19,7 @@ from fedsparse.analysis.clusters_plot import clusters_figure, read_clusters
 from fedsparse.analysis.curves import curves_figure
 from fedsparse.core import files, parallel
 from fedsparse.core.folder import ADAPTERS, ADAPTERS_PICTURE, CLUSTERS, CLUSTERS_PICTURE, CURVES, METRICS, SUMMARY
+from fedsparse.core.monitor import ACCURACY, monitor_of
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.space import ParamSpace
 from fedsparse.federation.exchange.ledger import Ledger
@@ -48,13 +49,13 @@ def sha256(row: Tensor) -> str:
 
 
 def best_row(rows: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    """Find the first row with the best validation accuracy; an empty mapping without validation.
+    """Find the first row with the best validation accuracy, of own models where there are any; empty without rows.
 
     >>> best_row([{"round": 1, "val/acc": 0.5}, {"round": 2}, {"round": 3, "val/acc": 0.7}])["round"]
     3
     """
-    validated = [row for row in rows if "val/acc" in row]
-    return max(validated, key=lambda row: row["val/acc"], default={})
+    key = monitor_of(*[row for row in rows if ACCURACY in row][-1:])  # an older version wrote the first rows
+    return max((row for row in rows if key in row), key=lambda row: row[key], default={})
 
 
 def summarise(
@@ -74,11 +75,13 @@ def summarise(
     problem, course, ledger = assembly.problem, assembly.course, federation.ledger
     space, net, rows = problem.space, problem.net, read_rows(job.folder / METRICS)
     parameters = sum(p.numel() for p in net.parameters())
-    last = next((row for row in reversed(rows) if "val/acc" in row), {})
+    last = next((row for row in reversed(rows) if ACCURACY in row), {})
+    best = best_row(rows[course.phases.explored :])
     always = space.where(assembly.method.sparsity.always_train)
     return {
         **{key: value for key, value in last.items() if "/" in key and not key.startswith("train")},
-        "test/acc_best": best_row(rows[course.phases.explored :]).get("test/acc"),
+        "test/acc_best": best.get("test/acc"),
+        **({"personal/acc_best": best[own]} if (own := "personal/acc_mean") in best else {}),
         "rounds": len(rows),
         "rounds_asked": course.phases.total,
         "num_parameters": parameters,
@@ -216,6 +219,7 @@ def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     percent = {
         "accuracy of clients' own models, mean": "personal/acc_mean",
         "accuracy of clients' own models, worst tenth": "personal/acc_worst10",
+        "accuracy of clients' own models, best round by validation": "personal/acc_best",
         "test accuracy": "test/acc",
         "test accuracy, best round by validation": "test/acc_best",
         "accuracy per client, mean": "client/acc_mean",

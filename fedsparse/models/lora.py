@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -154,9 +155,19 @@ class Setting(NamedTuple):
     """
 
     rank: int
-    alpha: int
+    alpha: float
     dropout: float
     rslora: bool
+
+    def of_rank(self, rank: int) -> Setting:
+        """Set a smaller rank, and the alpha that leaves the scale as it is.
+
+        >>> Setting(8, 16, 0.0, False).of_rank(4), Setting(8, 16, 0.0, True).of_rank(2)
+        (Setting(rank=4, alpha=8, dropout=0.0, rslora=False), Setting(rank=2, alpha=8, dropout=0.0, rslora=True))
+        """
+        share = rank / self.rank
+        alpha = self.alpha * (math.sqrt(share) if self.rslora else share)
+        return self._replace(rank=rank, alpha=int(alpha) if alpha == int(alpha) else alpha)
 
 
 def settings(net: nn.Module) -> dict[str, Setting]:

@@ -8,6 +8,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from fedsparse.data.datasets import Split
 from fedsparse.models.copies import copied
 from fedsparse.simulation.module import ClientModule
 
@@ -48,31 +49,39 @@ class CopiedNet:
             Logits (N, classes), labels (N,) and losses (N,), on the CPU.
 
         """
+        test = trainer.datamodule.dataset.test  # type: ignore[attr-defined]
         batches = [
             (_single(logits), y.cpu(), _single(module.losses(lambda _: logits, x, y)))  # noqa: B023  (called at once)
-            for logits, x, y in self._batches(trainer, module, samples)
+            for logits, x, y in self._batches(trainer, module, test, samples)
         ]
         logits, labels, losses = (torch.cat(parts) for parts in zip(*batches, strict=True))
         return logits, labels, losses
 
     @torch.no_grad()
-    def scores(self, trainer: lightning.Trainer, module: ClientModule, samples: Tensor) -> dict[str, Tensor]:
-        """Evaluate the copy on samples of the test split, as ``outputs``, without keeping logits.
+    def scores(
+        self, trainer: lightning.Trainer, module: ClientModule, split: Split, samples: Tensor
+    ) -> dict[str, Tensor]:
+        """Evaluate the copy on samples of a split, as ``outputs``, without keeping logits.
+
+        Args:
+            trainer: its data module has the size of a batch.
+            module: transforms the inputs and computes the losses.
+            split: the samples.
+            samples: indices of the split, int64 (N,).
 
         Returns:
             What ``ClientModule.scores`` returns of all samples, on the CPU.
 
         """
-        batches = [module.scores(*batch) for batch in self._batches(trainer, module, samples)]
+        batches = [module.scores(*batch) for batch in self._batches(trainer, module, split, samples)]
         return {key: torch.cat([_single(scores[key]) for scores in batches]) for key in batches[0]}
 
     def _batches(
-        self, trainer: lightning.Trainer, module: ClientModule, samples: Tensor
+        self, trainer: lightning.Trainer, module: ClientModule, split: Split, samples: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield logits, inputs and targets of each batch, in the precision of a validation."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in samples.split(data.eval_batch_size):
-            x, y = (values[batch].to(module.device) for values in (data.dataset.test.x, data.dataset.test.y))
+        for batch in samples.split(trainer.datamodule.eval_batch_size):  # type: ignore[attr-defined]
+            x, y = split.x[batch].to(module.device), split.y[batch].to(module.device)
             with trainer.precision_plugin.val_step_context():
                 yield self.net(module.inputs(x)), x, y
 

@@ -5,11 +5,14 @@ Shapes: P coordinates, n of them train.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import lightning
 import numpy as np
 import torch
 
 from fedsparse.core import parallel
+from fedsparse.core.monitor import PERSONAL_ACCURACY, PERSONAL_LOSS
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.copied import CopiedNet
 from fedsparse.simulation.evaluation import mean_loss, spread
@@ -17,12 +20,13 @@ from fedsparse.simulation.module import ClientModule
 
 
 class OwnModels(lightning.Callback):
-    """Evaluates own models on their clients' parts of the test split.
+    """Evaluates own models on their clients' parts of the test split and of the validation split.
 
     The global model holds no trained value of what stays: with B of LoRA kept it computes with B = 0. So every client
-    that has a test part is evaluated, whether it took part in the round or not. After an evaluation ``figures`` has
-    ``personal/acc_mean``, ``personal/acc_worst10``, ``personal/acc_std`` (unweighted, over clients) and
-    ``personal/loss``.
+    that has a part is evaluated, whether it took part in the round or not. After an evaluation ``figures`` has of the
+    test split ``personal/acc_mean``, ``personal/acc_worst10``, ``personal/acc_std`` and ``personal/loss``, and of the
+    validation split ``val/personal_acc``, by which rounds are chosen, and ``val/personal_loss``: unweighted over the
+    clients that have a part of the split; none of a split of which no client has one.
 
     Args:
         rounds: of the federation, whose stores have the values.
@@ -46,18 +50,23 @@ class OwnModels(lightning.Callback):
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Evaluate the own models, divided among the processes."""
-        tests = trainer.datamodule.tests  # type: ignore[attr-defined]
-        holders = [client for client, part in enumerate(tests) if len(part)]
-        found = dict[int, tuple[float, float]]()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        splits = [(data.dataset.test, data.tests), (data.dataset.val, data.vals)]
+        holders = sorted({client for _, parts in splits for client, part in enumerate(parts) if len(part)})
+        found: list[dict[int, tuple[float, float]]] = [{}, {}]
         for client in holders[parallel.process() :: parallel.processes()]:
             self._load(module, client)
-            scores = self.copied.scores(trainer, module, torch.as_tensor(tests[client]))
-            found[client] = float(scores["correct"].double().mean()), mean_loss(scores)
-        everyone = {client: pair for part in parallel.gather(found) for client, pair in part.items()}
-        if everyone:
-            accuracies, losses_of = (np.array(part) for part in zip(*(everyone[c] for c in holders), strict=True))
-            self.figures = {**spread("personal/acc", accuracies), "personal/loss": float(losses_of.mean())}
-            module.log_dict(self.figures, logger=False, batch_size=1)
+            for (split, parts), pairs in zip(splits, found, strict=True):
+                if client < len(parts) and len(parts[client]):
+                    scores = self.copied.scores(trainer, module, split, torch.as_tensor(parts[client]))
+                    pairs[client] = float(scores["correct"].double().mean()), mean_loss(scores)
+        test, val = (_by_client(pairs) for pairs in zip(*parallel.gather(found), strict=True))
+        if len(test):
+            self.figures |= {**spread("personal/acc", test[:, 0]), "personal/loss": float(test[:, 1].mean())}
+        if len(val):  # the accuracy as float32, in which checkpoints compare it, so that ties are ties everywhere
+            accuracy, loss = float(np.float32(val[:, 0].mean())), float(val[:, 1].mean())
+            self.figures |= {PERSONAL_ACCURACY: accuracy, PERSONAL_LOSS: loss}
+        module.log_dict(self.figures, logger=False, batch_size=1)
 
     def _load(self, module: ClientModule, client: int) -> None:
         """Load a client's own model into the copy."""
@@ -68,3 +77,9 @@ class OwnModels(lightning.Callback):
             values = server.subspace.of(row).unsqueeze(0)
             server.subspace.write(row, federation.restored([client], values, clients.local)[0])
         self.copied.load(module, row, clients.buffers.of(client, group))
+
+
+def _by_client(found: Sequence[Mapping[int, tuple[float, float]]]) -> np.ndarray:
+    """Order the accuracies and losses of all processes by client: (N, 2), or (0,) of no client."""
+    everyone = {client: pair for pairs in found for client, pair in pairs.items()}
+    return np.array([everyone[client] for client in sorted(everyone)])

@@ -47,6 +47,7 @@ class Session:
         max_time: seconds after which the round is closed and saved; None: no limit.
         eval_every: rounds between evaluations.
         checkpoint_every: rounds between checkpoints.
+        monitor: the accuracy of validation that chooses the best checkpoint.
         loggers: by name, builders of a logger in a folder.
         callbacks: the user's.
         personal: builds the evaluation of each client; None: there is none.
@@ -62,6 +63,7 @@ class Session:
     max_time: float | None
     eval_every: int
     checkpoint_every: int
+    monitor: str
     loggers: Mapping[str, Callable[..., Any]]
     callbacks: Sequence[lightning.Callback]
     personal: Callable[..., Personal] | None
@@ -117,12 +119,14 @@ def build_callbacks(
     personal = None
     if session.personal is not None:
         personal = session.personal(path=folder / CLIENTS if parallel.process() == 0 else None, rounds=rounds)
-    checkpoints = build_checkpoints(folder / CHECKPOINTS, rounds, phases, session.checkpoint_every)
+    checkpoints = build_checkpoints(folder / CHECKPOINTS, rounds, phases, session)
     log, stop = RoundLog(rounds, evaluation, own, personal), GracefulStop(session.max_time)
     return Callbacks(rounds, log, stop, artifacts, [progress, *session.callbacks, *checkpoints], personal)
 
 
-def build_checkpoints(folder: Path, rounds: FederatedRounds, phases: Phases, every: int) -> list[lightning.Callback]:
+def build_checkpoints(
+    folder: Path, rounds: FederatedRounds, phases: Phases, session: Session
+) -> list[lightning.Callback]:
     """Build the callbacks of the best checkpoint by validation and the last one; the latter calls ``rounds.saved``."""
     shared: dict[str, Any] = {
         "dirpath": folder,
@@ -131,8 +135,9 @@ def build_checkpoints(folder: Path, rounds: FederatedRounds, phases: Phases, eve
         "save_on_train_epoch_end": True,
     }
     best = RoundCheckpoint(
-        phases.explores, **shared, monitor="val/acc", mode="max", filename=BEST.removesuffix(".ckpt")
+        phases.explores, **shared, monitor=session.monitor, mode="max", filename=BEST.removesuffix(".ckpt")
     )
+    every = session.checkpoint_every
     last = RoundCheckpoint(on_saved=rounds.saved, **shared, filename=Path(LAST).stem, every_n_epochs=every)
     return [best, last]
 

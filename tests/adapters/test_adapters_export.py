@@ -36,9 +36,15 @@ def loaded(folder, net=None):
     return peft.PeftModel.from_pretrained(base() if net is None else net, folder).eval()
 
 
-def by_hand(folder, department, client=None, checkpoint="last.ckpt"):
-    """The run's own network with a model of a checkpoint, whose values are placed name by name -> logits."""
-    net = lora(base(), r=4, dropout=0.0, targets=["qkv"], head="head.*", seed=0).eval()
+def by_hand(*args, **options):
+    """Logits of ``network_by_hand``."""
+    with torch.no_grad():
+        return network_by_hand(*args, **options)(inputs())
+
+
+def network_by_hand(folder, department, client=None, checkpoint="last.ckpt", rslora=False):
+    """The run's own network with a model of a checkpoint, whose values are placed name by name."""
+    net = lora(base(), r=4, dropout=0.0, targets=["qkv"], head="head.*", seed=0, rslora=rslora).eval()
     state = torch.load(folder / "checkpoints" / checkpoint, weights_only=True)
     own = {name[4:]: tensor for name, tensor in state["state_dict"].items() if name.startswith("net.")}
     net.load_state_dict(load_file(folder / "model.safetensors"))  # a checkpoint may hold what trains alone
@@ -56,7 +62,7 @@ def by_hand(folder, department, client=None, checkpoint="last.ckpt"):
     with torch.no_grad():
         for name, value in values.items():
             net.get_parameter(name).copy_(value.view(own[name].shape))
-        return net(inputs())
+    return net
 
 
 def keepers(folder, checkpoint="last.ckpt"):
@@ -89,6 +95,34 @@ def test_peft_computes_what_the_run_computed(exported):
         own = [logits for place, logits in found.items() if "clients" in place.parts]
         assert not any(torch.equal(a, b) for i, a in enumerate(own) for b in own[:i])
         assert all(float((logits - base().eval()(inputs())).abs().max()) > 1e-3 for logits in own)
+
+
+def test_an_adapter_has_the_rank_of_its_department(tmp_path):
+    """What is left out of rank 4 adds nothing, to the bit; logits differ by the order in which products are summed."""
+    folder = tmp_path / "run"
+    trained(folder, *DEPARTMENTS, "exchange=masked", "lora.ranks=[1,4]", "lora.rslora=true")
+    export(Kept.of(folder))
+    places = {folder / "peft" / "adapters" / f"department_{d}": (d, None) for d in (0, 1)}
+    places |= {folder / "peft" / "clients" / str(c) / "round_2": (c // 2, c) for c in keepers(folder)}
+    assert len({department for department, client in places.values() if client is not None}) == 2
+    for place, (department, client) in places.items():
+        rank = (1, 4)[department]
+        tensors = load_file(place / "adapter_model.safetensors")
+        assert json.loads((place / "adapter_config.json").read_text())["r"] == rank
+        assert {t.shape[0] for name, t in tensors.items() if "lora_A" in name} == {rank}
+        assert {t.shape[1] for name, t in tensors.items() if "lora_B" in name} == {rank}
+        wanted, found = network_by_hand(folder, department, client, rslora=True), loaded(place)
+        for layer, setting in settings(wanted).items():
+            ours, peft_layer = wanted.get_submodule(layer), found.base_model.model.get_submodule(layer)
+            assert peft_layer.scaling["default"] == ours.scaling["default"]
+            assert setting.rank == 4
+            down, up = ours.lora_A["default"].weight, ours.lora_B["default"].weight
+            assert torch.equal(peft_layer.lora_A["default"].weight, down[:rank])
+            assert torch.equal(peft_layer.lora_B["default"].weight, up[:, :rank])
+            assert not bool(up[:, rank:].any())
+            assert bool(up[:, :rank].any()) is (client is not None)  # B stays with the clients
+        with torch.no_grad():
+            torch.testing.assert_close(found(inputs()), wanted(inputs()), rtol=0, atol=2e-6)
 
 
 def test_the_inventory_says_what_is_where(exported):

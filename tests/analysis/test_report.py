@@ -99,6 +99,16 @@ def test_a_row_takes_the_learning_rate_that_validates_best(sweep):
     assert len(row_of(sweep, "head alone").runs) == 1
 
 
+def test_a_rate_is_chosen_by_clients_own_models_where_all_runs_have_them(sweep):
+    """At 0.3 they validate better, and the global model does not."""
+    for seed in range(3):
+        for name, own in (("a", 0.3), ("b", 0.6)):
+            edit(sweep / f"{name}{seed}", **{"val/personal_acc": own})
+    assert row_of(sweep, "random").lr == 0.3
+    edit(sweep / "a1", **{"val/personal_acc": None})
+    assert row_of(sweep, "random").lr == 0.1
+
+
 def test_a_learning_rate_that_lost_a_seed_does_not_compete(sweep):
     a_run(sweep / "lucky", lr=1.0, seed=0, val=0.99)
     assert row_of(sweep, "random").lr == 0.1

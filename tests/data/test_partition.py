@@ -262,6 +262,14 @@ def test_client_tests_have_the_mix_of_the_training_parts():
     assert not all(map(np.array_equal, tests, partition.client_tests(parts, train, test, 1)))
 
 
+def test_validation_parts_have_the_mix_too_and_draws_of_their_own():
+    """Of equal labels the same counts, and by another stream other samples."""
+    parts = partition.dirichlet(DIGITS, 20, 0.5, 0)
+    tests, vals = (partition.client_tests(parts, DIGITS, DIGITS[:300], 0, validation=v) for v in (False, True))
+    assert table(DIGITS, tests) == table(DIGITS, vals)
+    assert not any(np.array_equal(one, other) for one, other in zip(tests, vals, strict=True) if len(one) > 4)
+
+
 def test_client_tests_share_samples_only_when_the_pool_is_used_up():
     parts = partition.classes_per_client(DIGITS, 1000, 1, 0)
     test = np.repeat(np.arange(9), 5)  # class 9 is not in the test set

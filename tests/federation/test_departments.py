@@ -276,7 +276,7 @@ def test_departments_go_with_other_parts(tmp_path, options):
         (lambda: mixing(compat="original"), "clusters A by its own elbow: set mixing=original"),
         (lambda: GlobalMixing(1.5), "topology.global_mix is 1.5"),
         (lambda: Departments(None, 8, 0), "topology.clients_per_department is 0"),
-        (lambda: Departments(None, 8, 3, 2), "topology.clusters_within is 2, and a department has one model"),
+        (lambda: Departments(None, 8, 3, 0), "topology.clusters_within is 0"),
         (
             lambda: Departments("hr", 2),
             "topology.of is 'hr'; it must be null, a number of departments, or one for each",

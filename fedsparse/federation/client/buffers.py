@@ -73,6 +73,10 @@ class Buffers:
         if self.size:
             self.values[group] = self.space.read(self.net)
 
+    def copy(self, group: int, other: int) -> None:
+        """Copy the global values of another group."""
+        self.values[group] = self.values[other]
+
     def step(self, change: Tensor, sent: Sequence[bool]) -> None:
         """Add the mean change (G, Q) to the groups that received an update.
 

@@ -65,7 +65,9 @@ class Downlink:
         count, positions = torch.stack([marks.count_nonzero(), positions_size(marks)]).tolist()
         return counted_size(count, positions, buffers, row.dtype, row.dtype)
 
-    def close(self, round: int, start: Tensor, after: Tensor, clients: Iterable[int] = ()) -> None:
+    def close(
+        self, round: int, start: Tensor, after: Tensor, clients: Iterable[int] = (), others: Iterable[int] = ()
+    ) -> None:
         """Record which coordinates a round changed, and its clients.
 
         Args:
@@ -73,9 +75,12 @@ class Downlink:
             start: values (n,) that the clients started from, and hold.
             after: values (n,) after the server's step.
             clients: that took part.
+            others: that took part with another global row, and no longer hold this one.
 
         """
         self.sizes = {}
+        for client in others:
+            self.holds.pop(client, None)
         self.holds.update(dict.fromkeys(clients, round))
         moved = start != after
         if bool(moved.all()):

@@ -113,6 +113,51 @@ class RankedMixing:
         return replace(mixed, rows=torch.where(self.marks.to(rows.device), mixed.rows, rows))
 
 
+class Comparison:
+    """Inner products of rows, by what of them is compared: the averaged factors of adapters, or the whole row.
+
+    Args:
+        space: of the rows.
+        adapters: of the network, by layer; empty without.
+        start: the row (P,) of the network as built.
+
+    Attributes:
+        factors: of the adapters.
+        known: what can be compared; see ``ClusterMixing``.
+
+    """
+
+    def __init__(self, space: ParamSpace, adapters: Mapping[str, Adapter], start: Tensor) -> None:
+        self.factors, self.start = Factors(adapters, space), start
+        self.known = (ROW, *_compared(self.factors))
+
+    def check(self, key: str, of: str) -> None:
+        """Refuse to compare what the rows do not hold; ``key`` is the config key.
+
+        Raises:
+            ValueError: one line, with what to set.
+
+        """
+        check_choice(key, of, *REPRESENTATIONS, ROW)
+        if of not in self.known:
+            factors = "both factors are" if of == BA else f"{of[0]} is"
+            raise ValueError(
+                f"{key}={of} compares adapters of which {factors} averaged, and there are none: set "
+                f"{key}=row, or lora=r8 with method=fedit"
+            )
+
+    def gram(self, of: str, rows: Tensor) -> Tensor:
+        """Compute the inner products (M, M), float64 on the CPU, of M rows (M, P)."""
+        start, factors = self.start.to(rows), self.factors
+        vectors: dict[str, Callable[[Tensor], Tensor]] = {
+            ROW: lambda row: row - start,
+            A: factors.a_of,
+            A_START: lambda row: factors.a_of(row.double()) - factors.a_of(start.double()),
+            B: factors.b_of,
+        }
+        return gram_of_updates([factors.of(row) for row in rows]) if of == BA else gram([vectors[of](r) for r in rows])
+
+
 class ClusterMixing:
     """Clusters groups by their adapters, or by their rows, and moves each towards the mean of its cluster.
 
@@ -158,7 +203,8 @@ class ClusterMixing:
         compat: str | None = None,
         seed: int = 0,
     ) -> None:
-        check_choice("mixing.of", of, *REPRESENTATIONS, ROW)
+        self.comparison = Comparison(space, adapters, start)
+        self.comparison.check("mixing.of", of)
         check_choice("mixing.metric", metric, *METRICS)
         check_choice("mixing.method", method, *METHODS)
         check_choice("mixing.compat", compat, None, ORIGINAL)
@@ -167,15 +213,7 @@ class ClusterMixing:
         _check_counts(k, k_range, groups)
         if compat and (of, metric, method, k) != (A, EUCLIDEAN, KMEANS, ELBOW):
             raise ValueError("mixing.compat=original clusters A by its own elbow: set mixing=original")
-        self.factors = Factors(adapters, space)
-        self.compared = _compared(self.factors)
-        if of != ROW and of not in self.compared:
-            factors = "both factors are" if of == BA else f"{of[0]} is"
-            raise ValueError(
-                f"mixing.of={of} compares adapters of which {factors} averaged, and there are none: set "
-                "mixing.of=row, or lora=r8 with method=fedit"
-            )
-        self.start, self.of, self.metric, self.method = start, of, metric, method
+        self.of, self.metric, self.method = of, metric, method
         self.k, self.k_range, self.every = k, (k_range[0], k_range[1]), every
         self.share, self.compat, self.seed = share, compat, seed
         self.fixed = _fixed(truth if fixed is None else fixed, groups) if method == FIXED else tuple(range(groups))
@@ -189,7 +227,7 @@ class ClusterMixing:
         """
         if (round + 1) % self.every:
             return Mixed(rows)
-        grams = self.grams(rows)
+        grams = {name: self.comparison.gram(name, rows) for name in self.comparison.known}
         found = self._clustered(rows, grams[self.of], round)
         mixed = rows.clone()
         for label in range(found.k):
@@ -204,7 +242,9 @@ class ClusterMixing:
         if self.method in (FIXED, NONE):
             return measured(points, self.fixed)
         if self.compat:
-            return cluster_as_original(np.stack([self.factors.a_of(row).cpu().numpy() for row in rows]), round + 1)
+            return cluster_as_original(
+                np.stack([self.comparison.factors.a_of(row).cpu().numpy() for row in rows]), round + 1
+            )
         seed = number(self.seed, Purpose.CLUSTERS, round) % SEEDS
         return cluster(points, self.method, self.k, self.k_range, seed)
 
@@ -212,20 +252,8 @@ class ClusterMixing:
         """Average the rows of a cluster."""
         if not self.compat:
             return rows.mean(0)
-        weights = rows.new_tensor([max(1, int(self.factors.norm(row))) for row in rows]).unsqueeze(1)
+        weights = rows.new_tensor([max(1, int(self.comparison.factors.norm(row))) for row in rows]).unsqueeze(1)
         return (weights / weights.sum() * rows).sum(0)
-
-    def grams(self, rows: Tensor) -> dict[str, Tensor]:
-        """Compute the groups' inner products (G, G) by all that can be compared."""
-        start, factors = self.start.to(rows), self.factors
-        vectors: dict[str, Callable[[Tensor], Tensor]] = {
-            ROW: lambda row: row - start,
-            A: factors.a_of,
-            A_START: lambda row: factors.a_of(row.double()) - factors.a_of(start.double()),
-            B: factors.b_of,
-        }
-        found = {name: gram([of(row) for row in rows]) for name, of in vectors.items() if name in (ROW, *self.compared)}
-        return found | ({BA: gram_of_updates([factors.of(row) for row in rows])} if BA in self.compared else {})
 
 
 def _compared(factors: Factors) -> tuple[str, ...]:

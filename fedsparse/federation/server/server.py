@@ -75,6 +75,18 @@ class Server:
             self.subspace.write(self.rows, self.values)
 
     @torch.no_grad()
+    def copy(self, group: int, other: int) -> None:
+        """Make a group a copy of another one: its values, and the optimizer's state of them."""
+        source, target = self.parameters[other], self.parameters[group]
+        target.copy_(source)
+        self.optimizer.state.pop(target, None)
+        if source in self.optimizer.state:
+            state = self.optimizer.state[source].items()
+            self.optimizer.state[target] = {k: t.clone() if isinstance(t, Tensor) else t for k, t in state}
+        if self.values is not self.rows:
+            self.subspace.write(self.rows, self.values)
+
+    @torch.no_grad()
     def step(self, change: Change) -> None:
         """Take one step of the optimizer along the mean change of every group that received an update."""
         touched = None if self.untouched == "step" else change.touched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -30,20 +31,24 @@ class Flat:
 
 
 class Departments:
-    """Groups of clients with a global row each.
+    """Groups of clients with a global row each, or with several (``Regrouping`` assigns the clients to these).
 
     Args:
         of: department of each client, from 0; or the number of departments, which clients then make up in even blocks;
             None: each department is ``clients_per_department`` consecutive clients, the last one perhaps fewer.
         num_clients: number of clients.
         clients_per_department: of ``of`` None.
-        clusters_within: models of a department; 1.
+        clusters_within: groups of each department, of whose clients all begin in the first.
 
     Attributes:
-        groups: number of departments.
+        members: department of each client.
+        number: of departments.
+        within: groups of a department.
+        groups: number of all groups.
+        labels: group of each client within its department.
 
     Raises:
-        ValueError: not one department for each client, a department without a client, or several models of one.
+        ValueError: not one department for each client, or a department without a client.
 
     >>> Departments(2, 5).group([0, 2, 3, 4])
     (0, 0, 1, 1)
@@ -60,12 +65,6 @@ class Departments:
     ) -> None:
         check_whole("topology.clients_per_department", clients_per_department, 1)
         check_whole("topology.clusters_within", clusters_within, 1)
-        if clusters_within > 1:
-            raise ValueError(
-                f"topology.clusters_within is {clusters_within}, and a department has one model: clients that change "
-                "models would need the history of each; list smaller departments in topology.of, and join those that "
-                "are alike by mixing=clusters"
-            )
         if of is None:
             self.members = tuple(client // clients_per_department for client in range(num_clients))
         elif isinstance(of, int):
@@ -82,10 +81,25 @@ class Departments:
                 f"topology.of lists the departments of {len(self.members)} clients, and there are {num_clients} "
                 "(federation.num_clients)"
             )
-        self.groups = max(self.members) + 1
-        if empty := sorted(set(range(self.groups)) - set(self.members)):
+        self.number, self.within = max(self.members) + 1, clusters_within
+        self.groups, self.labels = self.number * self.within, (0,) * num_clients
+        if empty := sorted(set(range(self.number)) - set(self.members)):
             raise ValueError(f"topology.of gives department {empty[0]} no client; number them from 0 without a gap")
 
     def group(self, clients: Sequence[int]) -> tuple[int, ...]:
-        """Map clients to their departments; padding rows, below 0, to department 0."""
-        return tuple(self.members[client] if client >= 0 else 0 for client in clients)
+        """Map clients to the groups of their departments; padding rows, below 0, to group 0."""
+        return tuple(self.members[c] * self.within + self.labels[c] if c >= 0 else 0 for c in clients)
+
+    def assign(self, labels: Sequence[int]) -> None:
+        """Move every client to a group of its department, from 0."""
+        self.labels = tuple(labels)
+
+    def empty(self) -> list[tuple[int, int]]:
+        """List the groups without a client, each with the largest group of its department, of equals the first."""
+        sizes = Counter(self.group(range(len(self.members))))
+        found = list[tuple[int, int]]()
+        for department in range(self.number):
+            groups = range(department * self.within, (department + 1) * self.within)
+            largest = max(groups, key=lambda group: sizes[group])
+            found += [(group, largest) for group in groups if not sizes[group]]
+        return found
