@@ -54,17 +54,27 @@ class Tally:
         device: where the sums are kept.
         per_coordinate: whether clients send different coordinates, so that weights are summed for each coordinate too.
 
+    Attributes:
+        layout: these arguments, by which a round finds whether it can take the memory of the one before.
+
     """
 
     def __init__(
         self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False
     ) -> None:
+        self.layout = groups, size, buffers, device, per_coordinate
         sizes = [groups * size, groups * buffers, groups * size * per_coordinate, 2 * groups + 1]
         self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         rows, extra, senders, self.numbers = self.vector.split(sizes)
         self.rows, self.buffers = rows.view(groups, size), extra.view(groups, buffers)
         self.senders = senders.view(groups, size) if per_coordinate else None
         self.weight, self.steps, self.loss = [0.0] * groups, [0.0] * groups, 0.0
+
+    def restart(self) -> Tally:
+        """Set all sums to 0, in place: new memory would be mapped page by page."""
+        self.vector.zero_()
+        self.weight, self.steps, self.loss = [0.0] * len(self.weight), [0.0] * len(self.weight), 0.0
+        return self
 
     def count(self, group: int, update: Update, k: int) -> None:
         """Add a client's weight, and its loss and steps times the weight."""
