@@ -22,6 +22,7 @@ DEFAULT = BEFORE.pop("")
 # keys that a node has got since, which change no figure on a CPU
 SINCE = {"federation": {"graph": True, "tf32": False}, "trainer": {"deterministic": False}}
 SINCE |= {"schedule": {"within": "constant"}}
+MEANS = ("WeightedMean", "FedNova")  # the averages that have got a block since
 # where a target of then stood in its group
 NESTED = {"optimizer": "build", "server": "optimizer", "model": "net", "data": "source"}
 
@@ -32,6 +33,8 @@ def before(option):
         found = found | {"model": found["model"] | {"name": found["model"]["net"]["name"]}}
     if found["federation"]["cohort"] == "${model.cohort}":  # as null is on a CPU
         found = found | {"federation": found["federation"] | {"cohort": None}}
+    if found["aggregation"]["_target_"].endswith(MEANS):
+        found = found | {"aggregation": found["aggregation"] | {"block": 1}}
     return found | {group: found[group] | keys for group, keys in SINCE.items()}
 
 
