@@ -22,6 +22,7 @@ DEFAULT = BEFORE.pop("")
 # keys that a node has got since, which change no figure on a CPU
 SINCE = {"federation": {"graph": True, "tf32": False}, "trainer": {"deterministic": False}}
 SINCE |= {"schedule": {"within": "constant"}}
+MEANS = ("WeightedMean", "FedNova")  # the averages that have got a block since
 # where a target of then stood in its group
 NESTED = {"optimizer": "build", "server": "optimizer", "model": "net", "data": "source"}
 
@@ -35,6 +36,8 @@ def before(option):
     if option == "callbacks/early_stopping":  # as auto is where nothing stays with the clients
         stop = found["callbacks"]["early_stopping"]
         found = found | {"callbacks": {"early_stopping": stop | {"monitor": "auto"}}}
+    if found["aggregation"]["_target_"].endswith(MEANS):
+        found = found | {"aggregation": found["aggregation"] | {"block": 1}}
     return found | {group: found[group] | keys for group, keys in SINCE.items()}
 
 

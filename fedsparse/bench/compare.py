@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedsparse.bench.loop import HandWritten, fastest
+from fedsparse.bench.loop import HandWritten, fastest, named
 from fedsparse.bench.pairs import Clock, Train, Trained
 from fedsparse.bench.problems import Problem, Task
 from fedsparse.bench.rows import outcome, summarise
@@ -25,4 +25,9 @@ def in_pairs(train: Train, problem: Problem, cohort: int = 1) -> dict[str, Any]:
     clock = Clock(task.batches, options, hand.round, range(problem.warmup, task.rounds - 1))
     trained = train(task, clock)
     clock.finish(task.rounds)
-    return {"cohort": cohort, **summarise(clock.times, cohort), **outcome(trained, Trained(hand.weights))}
+    return {
+        "cohort": cohort,
+        "sgd": named(options),
+        **summarise(clock.times, cohort),
+        **outcome(trained, Trained(hand.weights)),
+    }

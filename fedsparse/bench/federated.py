@@ -16,7 +16,7 @@ from torch import nn
 from fedsparse import __version__
 from fedsparse.bench.compare import in_pairs
 from fedsparse.bench.pairs import Feed, Trained
-from fedsparse.bench.problems import BARE, CLIENTS, EVERYTHING, LR, MOMENTUM, Problem, Task
+from fedsparse.bench.problems import BARE, BLOCKS, CLIENTS, EVERYTHING, LR, MOMENTUM, UNVALIDATED, Problem, Task
 from fedsparse.bench.rows import Row
 from fedsparse.core.space import ParamSpace
 from fedsparse.data.datamodule import FederatedDataModule
@@ -51,7 +51,7 @@ def measure(problem: Problem, setting: str, folder: Path, cohort: int = 1) -> Ro
 
     Args:
         problem: the model, and how often it is measured.
-        setting: one of ``SETTINGS``.
+        setting: one of ``SETTINGS``, or ``BLOCKS``.
         folder: for what the run writes.
         cohort: bound of the clients that train together; the row says how many do.
 
@@ -63,7 +63,7 @@ def measure(problem: Problem, setting: str, folder: Path, cohort: int = 1) -> Ro
 
 def train(task: Task, feed: Feed, setting: str = BARE, folder: Path = Path()) -> Trained:
     """Run the federation."""
-    module, rounds = _federation(task.net(), task.cohort)
+    module, rounds = _federation(task.net(), task.cohort, 8 if setting == BLOCKS else 1)
     data = FederatedDataModule(task.dataset, task.plan(task.cohort))
     _trainer(rounds, Ticks(feed), task.rounds, setting, folder).fit(module, data)
     if wandb.run is not None:
@@ -71,19 +71,19 @@ def train(task: Task, feed: Feed, setting: str = BARE, folder: Path = Path()) ->
     return Trained(rounds.federation.server.rows[0], rounds.federation.ledger.bytes_up // task.rounds)
 
 
-def _federation(net: nn.Module, cohort: int) -> tuple[ClientModule, FederatedRounds]:
+def _federation(net: nn.Module, cohort: int, block: int) -> tuple[ClientModule, FederatedRounds]:
     """Build clients and protocol."""
     space = ParamSpace.of(net)
     trained = torch.ones(space.size, dtype=torch.bool)
     module = ClientModule(net, space, trained, partial(SparseSGDM, lr=LR, momentum=MOMENTUM), cohort=cohort)
     exchange = Full(trained=trained, local=space.local)
-    federate = partial(Federation, exchange=exchange, aggregation=WeightedMean(), topology=Flat())
+    federate = partial(Federation, exchange=exchange, aggregation=WeightedMean(block=block), topology=Flat())
     return module, FederatedRounds(federate)
 
 
 def _trainer(federation: FederatedRounds, ticks: Ticks, rounds: int, setting: str, folder: Path) -> lightning.Trainer:
     """Build the trainer: bytes and csv always, the rest if asked for."""
-    evaluation, more = Evaluation(), setting != BARE
+    evaluation, more = Evaluation(), setting in (UNVALIDATED, EVERYTHING)
     callbacks = [federation, evaluation, RoundLog(federation, evaluation), ticks]
     loggers: list[Any] = [RoundCSV(folder)]
     if more:

@@ -71,6 +71,15 @@ def fastest(task: Task, measure: Callable[[HandWritten, Batches], float] = least
     return SGDS[min(times, key=lambda i: times[i])]
 
 
+def named(options: Options) -> str:
+    """Name an implementation of SGD.
+
+    >>> [named(options) for options in SGDS]
+    ['fused', 'foreach', 'plain']
+    """
+    return next((name for name, chosen in options.items() if chosen), "plain")
+
+
 def timed(function: Callable[[], object]) -> float:
     """Seconds that a call takes."""
     began = time.perf_counter()

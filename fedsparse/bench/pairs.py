@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,12 +51,56 @@ class Feed:
         self.batches = self.batches_of(self.round)
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What some work took.
+
+    Attributes:
+        seconds: on the clock.
+        cpu: seconds of this process's threads, together.
+        faults: pages that were mapped, mostly of memory that had been given back to the system.
+
+    """
+
+    seconds: float
+    cpu: float
+    faults: int
+
+    @classmethod
+    def now(cls) -> Spent:
+        """Read the clocks and counters of this process."""
+        return cls(time.perf_counter(), time.process_time(), faults())
+
+    def since(self, before: Spent) -> Spent:
+        """Subtract what was spent before."""
+        return Spent(self.seconds - before.seconds, self.cpu - before.cpu, self.faults - before.faults)
+
+
+def faults() -> int:
+    """Count the page faults of this process that needed no disk (``ru_minflt``); 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 @dataclass
 class Times:
-    """Seconds of the rounds that count."""
+    """What the rounds that count have taken of a runner and of the hand-written loop."""
 
-    runner: list[float] = field(default_factory=list)
-    hand: list[float] = field(default_factory=list)
+    of_runner: list[Spent] = field(default_factory=list)
+    of_hand: list[Spent] = field(default_factory=list)
+
+    @property
+    def runner(self) -> list[float]:
+        """Seconds of the runner's rounds."""
+        return [spent.seconds for spent in self.of_runner]
+
+    @property
+    def hand(self) -> list[float]:
+        """Seconds of the loop's rounds."""
+        return [spent.seconds for spent in self.of_hand]
 
 
 class Clock(Feed):
@@ -78,22 +123,22 @@ class Clock(Feed):
     ) -> None:
         super().__init__(batches_of, options)
         self.hand, self.count, self.times = hand, count, Times()
-        self.resumed = 0.0
+        self.resumed = Spent.now()
 
     def tick(self) -> None:
         """Time the runner's round from tick to tick, then the hand-written one of the same batches."""
-        now = time.perf_counter()
+        runner = Spent.now().since(self.resumed)
         if self.round >= 0:
-            self._close(now - self.resumed)
+            self._close(runner)
         super().tick()
-        self.resumed = time.perf_counter()
+        self.resumed = Spent.now()
 
-    def _close(self, runner: float) -> None:
-        began = time.perf_counter()
+    def _close(self, runner: Spent) -> None:
+        began = Spent.now()
         self.hand(self.batches)
         if self.round in self.count:
-            self.times.runner.append(runner)
-            self.times.hand.append(time.perf_counter() - began)
+            self.times.of_runner.append(runner)
+            self.times.of_hand.append(Spent.now().since(began))
 
     def finish(self, rounds: int) -> None:
         """Let the loop catch up with the last round, if no tick closed it."""

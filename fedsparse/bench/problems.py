@@ -21,6 +21,7 @@ from fedsparse.models.vision import conv, mlp
 CLIENTS, STEPS, LR, MOMENTUM, CLASSES = 10, 4, 0.05, 0.9, 10
 BARE, UNVALIDATED, EVERYTHING = "bytes, csv", "all but validation", "everything"
 SETTINGS = (BARE, UNVALIDATED, EVERYTHING)
+BLOCKS = "bytes, csv, aggregation.block=8"
 Batches = list[list[tuple[Tensor, Tensor]]]  # of every client, its local steps
 
 
@@ -118,7 +119,7 @@ PROBLEMS = {
         Problem("conv", partial(conv, num_classes=CLASSES, in_chans=1, seed=0), (1, 16, 16)),
         Problem("conv_digits", partial(conv, num_classes=CLASSES, in_chans=1, seed=0), (1, 8, 8), settings=(BARE,)),
         Problem("vit", _vit, (1, 8, 8)),
-        Problem("mlp_large", _mlp_large, (1, 28, 28), **_FEW),
+        Problem("mlp_large", _mlp_large, (1, 28, 28), **_FEW | {"settings": (BARE, BLOCKS)}),
         Problem("resnet18_gn", partial(resnet18_gn, num_classes=CLASSES), (3, 32, 32), batch=4, **_LONG),
         Problem("vit_small", partial(vit_small, CLASSES), (3, 224, 224), batch=2, **_LONG),
     )

@@ -24,6 +24,9 @@ class Row:
         runner_ms: a round of the runner.
         ratio: median over the pairs; ``ratio_min`` and ``ratio_max`` are the least and the greatest.
         ratio_of_least: the runner's fastest round over the loop's fastest, which a busy machine disturbs least.
+        hand_cpu_ms: processor time of a round of the hand-written loop, and ``runner_cpu_ms`` of the runner's process.
+        hand_faults: pages mapped in a round of the loop, and ``runner_faults`` of the runner.
+        sgd: torch's implementation of SGD that the loop was given, the fastest: ``fused``, ``foreach`` or ``plain``.
         extra_ms_per_cohort: what the runner takes more, a cohort of K clients.
         weights_differ: largest difference of the final weights.
         bytes_up: what the clients of a round send, as serialised; None if nothing is.
@@ -46,6 +49,11 @@ class Row:
     ratio_min: float | None = None
     ratio_max: float | None = None
     ratio_of_least: float | None = None
+    hand_cpu_ms: float | None = None
+    runner_cpu_ms: float | None = None
+    hand_faults: float | None = None
+    runner_faults: float | None = None
+    sgd: str = ""
     extra_ms_per_cohort: float | None = None
     weights_differ: float | None = None
     bytes_up: int | None = None
@@ -58,9 +66,11 @@ class Row:
 def summarise(times: Times, cohort: int) -> dict[str, float | int]:
     """Take medians over the pairs.
 
-    >>> found = summarise(Times([0.02, 0.03, 0.06], [0.01, 0.01, 0.02]), cohort=10)
-    >>> found["ratio"], found["ratio_of_least"], round(found["extra_ms_per_cohort"])
-    (3.0, 2.0, 20)
+    >>> from fedsparse.bench.pairs import Spent
+    >>> pair = [[Spent(s, s / 2, pages) for s in seconds] for seconds, pages in (([2, 3, 6], 70), ([1, 1, 2], 9))]
+    >>> found = summarise(Times(*pair), cohort=10)
+    >>> found["ratio"], found["ratio_of_least"], found["extra_ms_per_cohort"], found["runner_faults"]
+    (3.0, 2.0, 2000.0, 70)
     """
     pairs, median = list(zip(times.runner, times.hand, strict=True)), statistics.median
     ratios = [a / b for a, b in pairs]
@@ -72,6 +82,10 @@ def summarise(times: Times, cohort: int) -> dict[str, float | int]:
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
         "ratio_of_least": min(times.runner) / min(times.hand),
+        "hand_cpu_ms": 1e3 * median(spent.cpu for spent in times.of_hand),
+        "runner_cpu_ms": 1e3 * median(spent.cpu for spent in times.of_runner),
+        "hand_faults": median(spent.faults for spent in times.of_hand),
+        "runner_faults": median(spent.faults for spent in times.of_runner),
         "extra_ms_per_cohort": 1e3 * median(a - b for a, b in pairs) / -(-CLIENTS // cohort),
     }
 

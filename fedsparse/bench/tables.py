@@ -24,6 +24,14 @@ OWN = (
     "peak memory / the loop's, MB",
     "bytes up a round",
 )
+SPENT = (
+    "model",
+    "with",
+    "K",
+    "SGD of the loop",
+    "processor, the loop's and fedsparse's, ms a round",
+    "pages mapped, by the loop and by fedsparse, a round",
+)
 BESIDE = (
     "model",
     "runner",
@@ -55,11 +63,12 @@ class Table:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Make a table of fedsparse's rows, and one of the peers' with fedsparse among them, if there are any."""
+    """Make two tables of fedsparse's rows, and one of the peers' with fedsparse among them, where there are any."""
     own = Table(OWN, [_own(row) for row in rows if row.runner == "fedsparse"])
+    spent = Table(SPENT, [_spent(row) for row in rows if row.runner == "fedsparse" and row.sgd])
     models = {row.model for row in rows if row.runner != "fedsparse"}
     beside = Table(BESIDE, [_beside(row) for row in rows if row.model in models and row.setting in ("", BARE)])
-    return [table for table in (own, beside) if table.lines]
+    return [table for table in (own, spent, beside) if table.lines]
 
 
 def read(path: Path) -> list[Row]:
@@ -79,6 +88,12 @@ def _own(row: Row) -> list[str]:
     times = [milliseconds(row.hand_ms), milliseconds(row.runner_ms), _ratio(row)]
     more = "" if row.extra_ms_per_cohort is None else f"{row.extra_ms_per_cohort:.2f}"
     return [row.model, row.setting, str(row.cohort), *times, more, _memory(row), _bytes(row)]
+
+
+def _spent(row: Row) -> list[str]:
+    cpu = f"{milliseconds(row.hand_cpu_ms)} / {milliseconds(row.runner_cpu_ms)}"
+    pages = "" if row.hand_faults is None else f"{row.hand_faults:,.0f} / {row.runner_faults:,.0f}"
+    return [row.model, row.setting, str(row.cohort), row.sgd, cpu, pages]
 
 
 def _beside(row: Row) -> list[str]:

@@ -121,7 +121,7 @@ class ParamSpace:
     def read(self, net: nn.Module) -> Tensor:
         """Copy the network's tensors into a new row (P,)."""
         flat = [t.detach().reshape(-1) for t in self.tensors(net)]
-        return torch.cat(flat).clone() if flat else torch.zeros(0)
+        return torch.cat(flat) if flat else torch.zeros(0)
 
     @torch.no_grad()
     def write(self, net: nn.Module, row: Tensor) -> None:

@@ -37,9 +37,9 @@ class ByteCount(Watcher):
         merging: what is merged into frozen weights travels down as factors; None: these stay.
 
     Attributes:
-        travelling: bool (n,), trained coordinates that travel; None if all do.
+        travelling: index of the trained coordinates that travel, bool (n,); a slice of all if all do.
         downlinks: of each group, what its clients hold.
-        start: of each group, the travelling values before the open round.
+        before: of each group, the travelling values before the server's step; empty while clients train.
 
     """
 
@@ -58,12 +58,12 @@ class ByteCount(Watcher):
         self.model_length, self.mask_length, self.prunes = model_length, mask_length(subspace), prunes
         self.downlinks = [Downlink() for _ in range(groups)]
         self.travelling = self._travelling(subspace)
-        self.start: list[Tensor] = []
+        self.before: list[Tensor] = []
 
-    def _travelling(self, subspace: Subspace) -> Tensor | None:
-        """Mark the trained coordinates that travel, bool (n,); None if all do."""
+    def _travelling(self, subspace: Subspace) -> Tensor | slice:
+        """Mark the trained coordinates that travel, bool (n,); all of them by a slice, which copies nothing."""
         travels = ~subspace.of(self.local.to(subspace.mask.device))
-        return None if bool(travels.all()) else travels
+        return slice(None) if bool(travels.all()) else travels
 
     def move(self, carry: Carry) -> None:
         """Take over another mask, and send it to every client again."""
@@ -73,13 +73,9 @@ class ByteCount(Watcher):
         self.ledger.has_mask.clear()
         self.mask_length = mask_length(carry.after)
 
-    def open(self, round: Round) -> None:
+    def step(self, round: Round) -> None:
         """Copy the travelling values of each global row, to find what the round changes."""
-        self.start = [self._of(row) for row in round.federation.server.values]
-
-    def _of(self, values: Tensor) -> Tensor:
-        """Copy the travelling ones of trained values (n,)."""
-        return values.clone() if self.travelling is None else values[self.travelling]
+        self.before = [row[self.travelling].clone() for row in round.federation.server.values]
 
     def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
         """Count the round's bytes, record which coordinates it changed and which model each client holds, add rows."""
@@ -89,18 +85,18 @@ class ByteCount(Watcher):
             self.ledger.stepped(report.local_steps, report.clipped)
         pairs = [pair for report in reports for pair in zip(report.clients, report.group, strict=True)]
         for group, downlink in enumerate(self.downlinks):
-            after, members = self._of(round.federation.server.values[group]), [c for c, g in pairs if g == group]
-            others = [c for c, g in pairs if g != group]
+            after = round.federation.server.values[group][self.travelling]
             if self.merging is not None:
-                drawn = self._of(round.federation.server.subspace.of(self.merging.drawn.to(after.device)))
-                after = torch.where(drawn, self.start[group], after)
-            downlink.close(round.number, self.start[group], after, members, others)
-        self.start = []
+                drawn = round.federation.server.subspace.of(self.merging.drawn.to(after.device))[self.travelling]
+                after = torch.where(drawn, self.before[group], after)
+            members, others = ([c for c, g in pairs if (g == group) is own] for own in (True, False))
+            downlink.close(round.number, self.before[group], after, members, others)
+        self.before = []
         self.traffic.write(round.number + 1, self.ledger.close())
 
     def _count(self, round: Round, client: int, group: int, up: Size) -> None:
         """Count the bytes of one client, which sent ``up``."""
-        federation, ledger, row = round.federation, self.ledger, self.start[group]
+        federation, ledger, row = round.federation, self.ledger, self.before[group]
         first, setup, trained = client not in ledger.has_model, ledger.bytes_setup_down, federation.server.subspace
         zeros = self.prunes * (trained.total - trained.size) * row.element_size()
         ledger.first_model([client], self.model_length - zeros)

@@ -27,7 +27,7 @@ from fedsparse.federation.phases import Phase, Phases
 from fedsparse.federation.reports import Dropped, Report, named
 from fedsparse.federation.round import Round
 from fedsparse.federation.schedule import Schedule, constant
-from fedsparse.federation.server.aggregation import Aggregation, Change, WeightedMean
+from fedsparse.federation.server.aggregation import Aggregation, Change, Tally, WeightedMean
 from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.server.mixing import Mixing
 from fedsparse.federation.server.regrouping import SENT, Regrouping
@@ -73,6 +73,7 @@ class Federation:
     Attributes:
         stores: what clients keep between rounds, by name.
         keepers: objects with a number for each trained coordinate, which follow a changed mask.
+        sums: of the last round, whose memory the next one takes; None where rounds cannot share it.
         dropped: updates that were left out of the average.
         closed: number of closed rounds.
 
@@ -114,7 +115,7 @@ class Federation:
         _check_groups(topology, choice, self.phases)
         self.exchange.follow(subspace.mask)
         self.buffers.spread(topology.groups)
-        rows = clients.space.read(clients.net).repeat(topology.groups, 1)
+        rows = clients.space.read(clients.net).expand(topology.groups, -1).contiguous()
         self.server = Server(rows, make_server, subspace, untouched)
         self.ledger, traffic = Ledger() if ledger is None else ledger, Traffic() if traffic is None else traffic
         self.bytes = ByteCount(self.ledger, traffic, subspace, local, topology.groups, model_length, prunes, merging)
@@ -126,6 +127,7 @@ class Federation:
         self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **added, **sent}
         self.keepers: list[Keeper] = [clients, self.server, self.exchange, self.objective, self.bytes]
         self.keepers += [Part(store, local), *added.values()]
+        self.sums: Tally | None = None
         self.dropped: list[Dropped] = []
         self.closed = 0
 
@@ -143,6 +145,15 @@ class Federation:
         for watcher in self.watchers:
             watcher.open(round)
         return round
+
+    def tally(self, size: int) -> Tally:
+        """Start the sums of a round over n coordinates, in the memory of the last round's where they fit."""
+        wanted = self.topology.groups, size, self.buffers.size, self.server.rows.device, self.exchange.per_coordinate
+        if self.sums is not None and self.sums.layout == wanted:
+            return self.sums.restart()
+        tally = self.aggregation.zero(*wanted)
+        self.sums = tally if tally.layout == wanted else None
+        return tally
 
     def train_only(self, mask: Tensor, number: int) -> None:
         """Train the coordinates of another mask, bool (P,), from a round on: every keeper carries its numbers over."""

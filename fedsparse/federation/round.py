@@ -72,9 +72,7 @@ class Round:
         self.mixed: Mixed | None = None
         self.watchers = list(federation.watchers)
         f, size = federation, 0 if phase.explores else federation.server.subspace.size
-        self.tally = f.aggregation.zero(
-            f.topology.groups, size, f.buffers.size, f.server.rows.device, f.exchange.per_coordinate
-        )
+        self.tally = f.tally(size)
 
     def watch(self, watcher: Watcher) -> None:
         """Add a watcher of this round alone."""
@@ -128,6 +126,8 @@ class Round:
         everyone = [report for part in parallel.gather(self.reports) for report in part]  # of all processes
         reports = [f.keep(report) if report.kept else report for report in everyone]
         f.objective.close()
+        for watcher in self.watchers:
+            watcher.step(self)
         change = self._step()
         if change is None:
             dropped = [drop for report in reports for drop in report.dropped]
@@ -140,7 +140,7 @@ class Round:
         f = self.federation
         change = f.aggregation.finish(f.aggregation.merge(self.tally))
         if change is not None:
-            f.server.step(change)
+            change = f.server.step(change)
             if f.merging is not None:
                 f.server.put(f.server.subspace.of(f.merging.close(self.number, f.server.rows[0]).unsqueeze(0)))
             if f.mixing is not None:

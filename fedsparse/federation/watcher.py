@@ -29,6 +29,9 @@ class Watcher:
 
         """
 
+    def step(self, round: Round) -> None:
+        """Called when all updates of a round are there, before the server's step."""
+
     def close(self, round: Round, reports: Sequence[Report], change: Change) -> None:
         """Called when a round closes, after the server's step.
 

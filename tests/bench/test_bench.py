@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,20 +15,28 @@ from fedsparse import bench
 from fedsparse.bench import pairs
 from fedsparse.bench.loop import SGDS, HandWritten, fastest
 from fedsparse.bench.peers import PEERS
-from fedsparse.bench.problems import LR, MOMENTUM, Task
+from fedsparse.bench.problems import BLOCKS, LR, MOMENTUM, Task
 
 SHORT = replace(bench.PROBLEMS["mlp"], pairs=2, warmup=1)
 
 
 @pytest.mark.parametrize(
     ("setting", "bound", "cohort", "tolerance"),
-    [(bench.BARE, 1, 1, 1e-6), (bench.UNVALIDATED, 1, 1, 1e-6), (bench.BARE, 10, 10, 1e-5), (bench.BARE, 8, 5, 1e-5)],
+    [
+        (bench.BARE, 1, 1, 1e-6),
+        (BLOCKS, 1, 1, 1e-6),
+        (bench.UNVALIDATED, 1, 1, 1e-6),
+        (bench.BARE, 10, 10, 1e-5),
+        (bench.BARE, 8, 5, 1e-5),
+    ],
 )
 def test_both_loops_end_at_the_same_weights(tmp_path, setting, bound, cohort, tolerance):
     row = bench.measure(SHORT, setting, tmp_path, bound)
     assert row.weights_differ < tolerance
     assert row.ratio_min <= row.ratio <= row.ratio_max
     assert row.hand_ms > 0
+    assert row.sgd in ("fused", "foreach", "plain")
+    assert min(row.hand_cpu_ms, row.runner_cpu_ms) > 0
     assert (row.runner, row.setting, row.cohort, row.pairs) == ("fedsparse", setting, cohort, 2)
     assert row.bytes_up > 10 * 4 * 9610  # ten clients, four bytes a weight
     assert (tmp_path / "metrics.csv").is_file()
@@ -78,6 +87,12 @@ class Watch:
     def perf_counter(self):
         return self.now
 
+    def process_time(self):
+        return self.now / 2
+
+    def faults(self):
+        return 4 * self.now
+
     def work(self, what, seconds):
         self.log.append(what)
         self.now += seconds
@@ -87,6 +102,7 @@ class Watch:
 def test_rounds_alternate_and_neither_counts_the_others_time(monkeypatch, ticks_at_the_end):
     watch, rounds = Watch(), 5
     monkeypatch.setattr(pairs, "time", watch)
+    monkeypatch.setattr(pairs, "faults", watch.faults)
 
     def gather(round):
         watch.now += 1000.0
@@ -100,7 +116,17 @@ def test_rounds_alternate_and_neither_counts_the_others_time(monkeypatch, ticks_
         clock.tick()
     clock.finish(rounds)
     assert watch.log == [f"{who} {round}" for round in range(rounds) for who in ("runner", "hand")]
-    assert clock.times == pairs.Times(runner=[4.0, 5.0, 6.0], hand=[11.0, 12.0, 13.0])
+    spent = [[pairs.Spent(s, s / 2, 4 * s) for s in seconds] for seconds in ([4.0, 5.0, 6.0], [11.0, 12.0, 13.0])]
+    assert clock.times == pairs.Times(*spent)
+
+
+def test_pages_that_are_mapped_are_counted():
+    size, before = 256, pairs.faults()
+    held = mmap.mmap(-1, size * mmap.PAGESIZE)
+    held.madvise(mmap.MADV_NOHUGEPAGE)
+    for page in range(size):
+        held[page * mmap.PAGESIZE] = 1
+    assert size <= pairs.faults() - before < 2 * size
 
 
 def test_the_fastest_sgd_is_chosen():

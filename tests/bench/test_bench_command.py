@@ -89,8 +89,8 @@ def test_without_peers_a_line_says_how_to_get_them(tmp_path, small, capsys):
     assert small == []
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == HINT
-    (line,) = [line for line in out.splitlines() if line.startswith("│ mlp")]
-    assert line.split("│")[3].strip() == "5"
+    lines = [line for line in out.splitlines() if line.startswith("│ mlp")]
+    assert [line.split("│")[3].strip() for line in lines] == ["5", "5"]  # times; processor and pages
 
 
 def test_figures_are_kept_row_by_row(tmp_path, small, monkeypatch):
@@ -116,7 +116,8 @@ TIMES = {"pairs": 5, "hand_ms": 10.04, "runner_ms": 1234.5, "ratio": 1.254, "rat
 ROWS = [
     {"model": "mlp", "runner": "fedsparse", "version": "0.1.0", "setting": "bytes, csv", "cohort": 1, **TIMES}
     | {"extra_ms_per_cohort": 0.714, "weights_differ": 4.2e-8, "bytes_up": 384720}
-    | {"memory": 4_200_000, "hand_memory": 2_600_000},
+    | {"memory": 4_200_000, "hand_memory": 2_600_000, "sgd": "fused", "hand_cpu_ms": 9.96, "runner_cpu_ms": 1200.0}
+    | {"hand_faults": 93121, "runner_faults": 7.5},
     {"model": "mlp", "runner": "fedsparse", "version": "0.1.0", "setting": "everything", "cohort": 10, **TIMES}
     | {"extra_ms_per_cohort": -3.0, "weights_differ": 4e-8, "bytes_up": 384720},
     {"model": "vit", "runner": "fedsparse", "setting": "bytes, csv", "failed": True, "note": "no such net"},
@@ -129,6 +130,10 @@ EXPECTED = """\
 | mlp | bytes, csv | 1 | 10.0 | 1,234 | 1.25 (1.00 to 2.00) | 0.71 | 4.2 / 2.6 | 384,720 |
 | mlp | everything | 10 | 10.0 | 1,234 | 1.25 (1.00 to 2.00) | -3.00 |  | 384,720 |
 | vit | bytes, csv | 1 |  |  | failed: no such net |  |  |  |
+
+| model | with | K | SGD of the loop | processor, the loop's and fedsparse's, ms a round | pages mapped, by the loop and by fedsparse, a round |
+| --- | --- | --- | --- | --- | --- |
+| mlp | bytes, csv | 1 | fused | 10.0 / 1,200 | 93,121 / 8 |
 
 | model | runner | version | ratio (least to greatest) | peak memory / the loop's, MB | bytes up a round | weights differ |
 | --- | --- | --- | --- | --- | --- | --- |

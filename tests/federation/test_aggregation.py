@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from fedsparse.federation.exchange.update import Update
+from fedsparse.core.subspace import CHUNK
+from fedsparse.federation.exchange.update import Update, finite, subtract
 from fedsparse.federation.server import coordinate_mean, krum, median
 from fedsparse.federation.server.aggregation import FedNova, Robust, Tally, WeightedMean
 
@@ -129,3 +131,72 @@ def test_rows_are_taken_in_the_order_of_their_clients():
 def test_another_denominator_is_refused():
     with pytest.raises(ValueError, match="aggregation.denominator is 'everyone'; it must be senders or participants"):
         WeightedMean("everyone")
+
+
+@pytest.mark.parametrize("rule", [WeightedMean, FedNova])
+def test_blocks_are_float32_sums_of_so_many_clients_of_a_group(rule):
+    """Of seven clients in cohorts of three, in two groups, beside the same sums in plain numpy."""
+    rng, group, n, block = np.random.default_rng(0), [0, 1, 0, 0, 1, 0, 0], 5, 2
+    rows, weight = rng.normal(size=(7, n)).astype(np.float32), [3.0, 2.0, 0.0, 1.0, 4.0, 2.5, 1.0]
+    steps = rng.integers(1, 9, 7).astype(float).tolist()
+    aggregation = rule(block=block)
+    tally = aggregation.zero(2, n, 0, CPU)
+    for first in range(0, 7, 3):
+        part = slice(first, first + 3)
+        aggregation.add(tally, update(rows[part], weight[part], steps=steps[part]), group[part])
+    found = aggregation.finish(aggregation.merge(tally)).rows
+    for g in (0, 1):
+        those = [k for k in range(7) if group[k] == g and weight[k] > 0]
+        scale = [weight[k] / steps[k] if rule is FedNova else weight[k] for k in those]
+        total = np.zeros(n)
+        for at in range(0, len(those), block):
+            part = np.zeros(n, dtype=np.float32)
+            for k, w in zip(those[at : at + block], scale[at : at + block], strict=True):
+                part = torch.from_numpy(part).add(torch.from_numpy(rows[k]), alpha=w).numpy()
+            total += part
+        mean = total / sum(weight[k] for k in those)
+        nova = sum(weight[k] * steps[k] for k in those) / sum(weight[k] for k in those)
+        assert found[g].tolist() == pytest.approx((mean * nova if rule is FedNova else mean).tolist(), rel=1e-15)
+
+
+def test_a_block_of_one_is_the_sum_in_float64_and_a_larger_one_is_rounded():
+    given = update([[1e8], [1.0]], [1.0, 1.0])
+    assert closed(WeightedMean(block=1), given, [0, 0], groups=1).rows.tolist() == [[50_000_000.5]]
+    assert closed(WeightedMean(block=2), given, [0, 0], groups=1).rows.tolist() == [[50_000_000.0]]
+
+
+@pytest.mark.parametrize("block", [0, 1.5, "8", True])
+def test_a_block_that_cannot_be_is_refused(block):
+    with pytest.raises(ValueError, match="aggregation.block is .*; it must be a whole number"):
+        WeightedMean(block=block)
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_tally_that_starts_again_has_nothing_of_the_round_before(block):
+    """Also where that ended with an open block; in the same memory."""
+    aggregation, given = WeightedMean(block=block), update([[4.0, 8.0]], [2.0], buffers=[[3.0]], loss=[5.0])
+    tally = aggregation.zero(1, 2, 1, CPU)
+    aggregation.add(tally, update([[1e6, math.pi]], [7.0], buffers=[[9.0]]), [0])
+    place = tally.vector.data_ptr()
+    again = tally.restart()
+    aggregation.add(again, given, [0])
+    change = aggregation.finish(again)
+    assert (change.rows.tolist(), change.buffers.tolist(), change.loss) == ([[4.0, 8.0]], [[3.0]], 5.0)
+    assert change.rows.data_ptr() == place
+
+
+def test_rows_that_are_not_finite_leave_the_sum_as_it_was_by_hand():
+    """Differences and their sums in chunks: a NaN in the last of three, and finite values whose sum is not."""
+    n = 2 * CHUNK + 5
+    start, values = torch.zeros(3, n), torch.ones(3, n)
+    values[1, -1], values[2] = math.nan, 1e38
+    out = torch.empty(3, n)
+    sums = subtract(values, start, out)
+    assert torch.equal(out[0], values[0])
+    assert torch.equal(out[1, :-1], values[1, :-1])
+    assert [math.isfinite(value) for value in sums.tolist()] == [True, False, False]
+    assert sums[0] == n
+    given = finite(Update((0, 1, 2), out, torch.zeros(3, 0), (1.0,) * 3, (1.0,) * 3), sums.tolist())
+    assert given.weight == (1.0, 0.0, 1.0)
+    change = closed(WeightedMean(), given, [0] * 3, groups=1)
+    assert change.rows[0, -1] == pytest.approx(5e37, rel=1e-6)

@@ -7,6 +7,7 @@ import csv
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from small import Small, small_data, small_net, uneven_parts
@@ -106,6 +107,44 @@ def test_its_state_goes_on():
     for client in (1, 2, 3):
         assert again.size(client, row, 0) == first.size(client, row, 0)
     assert again.size(1, row, 0).total == real({4, 7, 50})
+
+
+def written(last, since, buffers):
+    """Bytes of the shorter message, by numpy's record of the round in which each coordinate last changed."""
+    late = torch.from_numpy(last >= since)
+    return min(len(encode(torch.zeros(len(last)), late, buffers=torch.zeros(buffers))), H + 4 * (len(last) + buffers))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_history_is_that_of_a_plain_record(seed):
+    """Rounds that move nothing, few, many, almost all and all, in any order, to clients that joined in any round."""
+    n, rng, buffers = 400, np.random.default_rng(seed), seed % 3
+    downlink, last, holds = Downlink(), np.full(n, -1), {}
+    for number in range(25):
+        for client, since in holds.items():
+            assert downlink.size(client, torch.zeros(n), buffers).total == written(last, since, buffers)
+        still = rng.permutation(n)[: rng.choice([0, 0, 1, 5, 50, 51, 200, 396, 400])]
+        start = torch.from_numpy(rng.normal(size=n))
+        after = start + 1
+        after[still] = start[still]
+        taking_part = rng.permutation(9)[:3].tolist()
+        downlink.close(number, start, after, taking_part)
+        last[np.setdiff1d(np.arange(n), still)] = number
+        holds |= dict.fromkeys(taking_part, number)
+        if rng.random() < 0.3:
+            state, downlink = downlink.state_dict(), Downlink()
+            downlink.load_state_dict(copy.deepcopy(state))
+
+
+def test_few_that_rest_take_no_row():
+    """One dead unit does not make the record a number a coordinate: the list of what rests is as long as it is."""
+    n, downlink = 1000, Downlink()
+    rests = [([], []), ([0, 1], [0, 0]), ([1, 2], [0, 1]), ([0], [2])]  # 1 rested twice, 2 moved in round 1
+    for number, (resting, rested) in enumerate(rests):
+        after = torch.ones(n)
+        after[resting] = 0.0
+        downlink.close(number, torch.zeros(n), after)
+        assert (downlink.moved, downlink.resting.tolist(), downlink.rested.tolist()) == (number, resting, rested)
 
 
 def build(**options):

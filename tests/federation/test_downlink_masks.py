@@ -109,7 +109,7 @@ def test_any_history_of_masks_equals_a_plain_record(seed, zeros):
             late = [last[place] >= since and place not in training for place in range(P)]
             more = length(late) - H if any(late) and not zeros else 0
             assert size(downlink, client, training).total == min(here, H + 4 * len(training)) + more
-        moved = draw.sample(training, draw.choice([0, 1, 3, len(training)]))
+        moved = draw.sample(training, draw.choice([0, 1, 3, len(training) - 1, len(training)]))
         close(downlink, round, training, moved)
         for place in moved:
             last[place] = round

@@ -36,7 +36,7 @@ from fedsparse.federation.client.early_stopping import Counts, Patience
 from fedsparse.federation.client.graphs import LONGEST, Graphs
 from fedsparse.federation.client.stacked import StackedRows
 from fedsparse.federation.client.whole import WholeRow
-from fedsparse.federation.exchange.update import Start, Update, finite, row_sums
+from fedsparse.federation.exchange.update import Start, Update, finite, subtract
 from fedsparse.federation.schedule import Within
 from fedsparse.masks.bitmaps import unpack
 from fedsparse.optim.index import LARGE, Block, blocks
@@ -213,10 +213,11 @@ class Clients:
         """
         if self.change.shape != values.shape or self.change.device != values.device:
             self.change = torch.empty_like(values)  # reused: the next cohort overwrites it
-        change = torch.sub(values, start.values, out=self.change)
+        change, totals = self.change, subtract(values, start.values, self.change)
         buffers = self.buffers.change(start.group) if self.buffers.size else values.new_zeros(len(values), 0)
         clipped = [(torch.cat(self.factors) < 1).sum().view(1)] if self.factors else []
-        of_steps, sums, *counts = read(losses, row_sums(change, buffers), *clipped)
+        totals = totals + buffers.sum(1) if buffers.shape[1] else totals
+        of_steps, sums, *counts = read(losses, totals, *clipped)
         steps = range(0, len(of_steps), self.cohort)
         update = Update(
             cohort.clients,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -72,8 +72,7 @@ class Sendable:
         subspace: of the n coordinates that train.
         travels: bool (n,), trained coordinates that do not stay with the client.
         index: positions of these among the n; None if all travel.
-        layout: the tensors of the n coordinates.
-        sent: the tensors of those that travel.
+        space: the tensors' names; None where nothing reads them.
         size: number of coordinates that travel.
         frozen: number of coordinates that neither train nor stay with the client.
 
@@ -82,8 +81,7 @@ class Sendable:
     subspace: Subspace
     travels: Tensor
     index: Tensor | None
-    layout: Layout
-    sent: Layout
+    space: ParamSpace | None
     size: int
     frozen: int
 
@@ -92,9 +90,20 @@ class Sendable:
         """Build from the coordinates that train, and those that stay with the client: bool (P,)."""
         local = local.to(trained.device)
         travels, frozen = ~local[trained], int((~trained & ~local).sum())
-        index, layout = None if bool(travels.all()) else travels.nonzero().squeeze(1), _layout(space, trained)
+        index = None if bool(travels.all()) else travels.nonzero().squeeze(1)
+        travels = travels.new_ones(()).expand(len(travels)) if index is None else travels  # one byte, not n
         size = len(travels) if index is None else len(index)
-        return cls(Subspace(trained), travels, index, layout, layout.at(index), size, frozen)
+        return cls(Subspace(trained), travels, index, space, size, frozen)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The tensors of the n coordinates, which take two rows of memory and sparsifiers alone read."""
+        return _layout(self.space, self.subspace.mask)
+
+    @cached_property
+    def sent(self) -> Layout:
+        """The tensors of the coordinates that travel."""
+        return self.layout.at(self.index)
 
 
 @dataclass(frozen=True)

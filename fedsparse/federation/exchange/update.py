@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fedsparse.core.subspace import CHUNK
 from fedsparse.federation.exchange.wire.message import Size
 from fedsparse.federation.stores.store import Kept
 
@@ -130,12 +131,20 @@ def finite(update: Update, sums: Sequence[float] | None = None) -> Update:
     return refuse(update, why) if why else update
 
 
+def subtract(values: Tensor, start: Tensor, out: Tensor) -> Tensor:
+    """Write the differences of K rows (K, n) into ``out``, and sum each, (K,): finite only if the row is.
+
+    On a CPU in chunks, so that what is summed is still in its cache.
+    """
+    size = CHUNK if out.device.type == "cpu" else max(1, out.shape[1])
+    parts = zip(*(rows.split(size, 1) for rows in (values, start, out)), strict=True)
+    sums = [torch.sub(one, other, out=place).sum(1) for one, other, place in parts]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
 def row_sums(first: Tensor, *others: Tensor) -> Tensor:
     """Sum each of K rows, in parts (K, *): (K,), which is finite only if the row is."""
-    sums = first.sum(1)
-    for part in others:
-        sums = sums + part.sum(1) if part.shape[1] else sums
-    return sums
+    return sum((part.sum(1) for part in others if part.shape[1]), first.sum(1))
 
 
 def finite_rows(first: Tensor, *others: Tensor, sums: Sequence[float] | None = None) -> list[bool]:
@@ -144,7 +153,7 @@ def finite_rows(first: Tensor, *others: Tensor, sums: Sequence[float] | None = N
     The host waits for the device once if all sums are finite, and not at all if it has read them (``row_sums``).
     """
     parts = (first, *others)  # huge values are finite one by one, and their sum may not be
-    known = row_sums(*parts).tolist() if sums is None else sums
+    known = sum((part.sum(1) for part in others if part.shape[1]), first.sum(1)).tolist() if sums is None else sums
     return [math.isfinite(s) or all(bool(p[k].isfinite().all()) for p in parts) for k, s in enumerate(known)]
 
 

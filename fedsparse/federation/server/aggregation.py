@@ -7,7 +7,7 @@ all rows of a round at once: their memory grows with the clients, and processes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core import parallel
-from fedsparse.core.checks import check_choice
+from fedsparse.core.checks import check_choice, check_whole
 from fedsparse.core.subspace import CHUNK
 from fedsparse.federation.exchange.update import Update
 from fedsparse.federation.server.robust import DENOMINATORS, Averaged, krum, multi_krum
@@ -53,18 +53,56 @@ class Tally:
         buffers: Q.
         device: where the sums are kept.
         per_coordinate: whether clients send different coordinates, so that weights are summed for each coordinate too.
+        block: clients of a group whose rows are first summed in float32; 1: each is added in float64.
+
+    Attributes:
+        parts: float32 (G, n), sums of the open blocks; None without blocks.
+        open: of each group, how many clients its open block has.
+        layout: all arguments but the last, by which a round finds whether it can take the memory of the one before.
 
     """
 
     def __init__(
-        self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False
+        self,
+        groups: int,
+        size: int,
+        buffers: int,
+        device: torch.device,
+        per_coordinate: bool = False,
+        block: int = 1,
     ) -> None:
+        self.block, self.open = block, [0] * groups
+        self.parts = torch.zeros(groups, size, device=device) if block > 1 else None
+        self.layout = groups, size, buffers, device, per_coordinate
         sizes = [groups * size, groups * buffers, groups * size * per_coordinate, 2 * groups + 1]
         self.vector = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         rows, extra, senders, self.numbers = self.vector.split(sizes)
         self.rows, self.buffers = rows.view(groups, size), extra.view(groups, buffers)
         self.senders = senders.view(groups, size) if per_coordinate else None
         self.weight, self.steps, self.loss = [0.0] * groups, [0.0] * groups, 0.0
+
+    def restart(self) -> Tally:
+        """Set all sums to 0, in place: new memory would be mapped page by page."""
+        if self.parts is not None:
+            self.close_blocks()
+        self.vector.zero_()
+        self.weight, self.steps, self.loss = [0.0] * len(self.weight), [0.0] * len(self.weight), 0.0
+        return self
+
+    def add_to_block(self, parts: Tensor, group: int, row: Tensor, weight: float) -> None:
+        """Add a row times a weight to the open block of a group, and a full block to the sum."""
+        parts[group].add_(row, alpha=weight)
+        self.open[group] += 1
+        if self.open[group] == self.block:
+            self.close_blocks([group])
+
+    def close_blocks(self, groups: Iterable[int] | None = None) -> None:
+        """Add the open blocks of some groups, by default of all, to the sums."""
+        for group in range(len(self.open)) if groups is None else groups:
+            if self.parts is not None and self.open[group]:
+                add_scaled(self.rows[group], self.parts[group], 1.0)
+                self.parts[group].zero_()
+                self.open[group] = 0
 
     def count(self, group: int, update: Update, k: int) -> None:
         """Add a client's weight, and its loss and steps times the weight."""
@@ -75,6 +113,7 @@ class Tally:
 
     def all_reduce(self) -> None:
         """Sum over processes in one all-reduce."""
+        self.close_blocks()
         groups = len(self.weight)
         self.numbers.copy_(torch.tensor([*self.weight, *self.steps, self.loss], dtype=torch.float64))
         torch.distributed.all_reduce(self.vector)
@@ -125,27 +164,35 @@ class WeightedMean:
     Args:
         denominator: if clients send different coordinates, each is averaged over its ``senders``, or over all
             ``participants`` of the round, where an unsent coordinate is a change of 0.
+        block: clients whose rows are first summed in float32, and that sum in float64, which reads and writes less
+            memory; 1: each row is added in float64. With more, several processes agree to rounding only: each closes
+            its own blocks.
 
     Raises:
-        ValueError: an unknown denominator.
+        ValueError: an unknown denominator, or a block below 1.
 
     """
 
     per_step = False  # whether a client's change is divided by its steps
 
-    def __init__(self, denominator: str = "senders") -> None:
+    def __init__(self, denominator: str = "senders", block: int = 1) -> None:
         check_choice("aggregation.denominator", denominator, *DENOMINATORS)
-        self.denominator = denominator
+        check_whole("aggregation.block", block, 1)
+        self.denominator, self.block = denominator, block
 
     def zero(self, groups: int, size: int, buffers: int, device: torch.device, per_coordinate: bool = False) -> Tally:
         """Start a round with sums of 0."""
-        return Tally(groups, size, buffers, device, per_coordinate)
+        return Tally(groups, size, buffers, device, per_coordinate, self.block)
 
     def add(self, tally: Tally, update: Update, group: Sequence[int]) -> None:
         """Add w * rows in client order, so that the cohort size does not change the order of summation."""
         for k, (weight, g) in enumerate(zip(update.weight, group, strict=True)):
             if weight > 0:
-                add_scaled(tally.rows[g], update.rows[k], weight / update.steps[k] if self.per_step else weight)
+                scale = weight / update.steps[k] if self.per_step else weight
+                if tally.parts is None:
+                    add_scaled(tally.rows[g], update.rows[k], scale)
+                else:
+                    tally.add_to_block(tally.parts, g, update.rows[k], scale)
                 tally.count(g, update, k)
                 if update.buffers.numel():
                     tally.buffers[g].add_(update.buffers[k], alpha=weight)
@@ -162,6 +209,8 @@ class WeightedMean:
         """Divide by the weights."""
         if sum(tally.weight) == 0:
             return None
+        if tally.parts is not None:
+            tally.close_blocks()
         weight = tally.rows.new_tensor(tally.weight).unsqueeze(1)
         divisor = torch.where(weight > 0, weight, 1.0)
         if tally.senders is None:  # in place: the tally is not used again

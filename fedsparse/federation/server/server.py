@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_choice
-from fedsparse.core.subspace import Carry, Subspace
+from fedsparse.core.subspace import CHUNK, Carry, Subspace
 from fedsparse.federation.server.aggregation import Change
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -87,17 +88,29 @@ class Server:
             self.subspace.write(self.rows, self.values)
 
     @torch.no_grad()
-    def step(self, change: Change) -> None:
-        """Take one step of the optimizer along the mean change of every group that received an update."""
+    def step(self, change: Change) -> Change:
+        """Take one step of the optimizer along the mean change of every group that received an update.
+
+        Returns:
+            The change in the dtype of the rows, which takes the memory of the one given.
+
+        """
+        rows, dtype = change.rows, self.values.dtype
+        if rows.device.type == "cpu" and rows.is_contiguous() and rows.element_size() > self.values.element_size():
+            parts = rows.view(-1).split(CHUNK)  # in place: a chunk that was rounded ends before the next one begins
+            rows = rows.view(-1).view(dtype)[: rows.numel()].view(rows.shape)
+            for part, place in zip(parts, rows.view(-1).split(CHUNK), strict=True):
+                place.copy_(part.to(dtype))
+        rows = rows.to(dtype)
         touched = None if self.untouched == "step" else change.touched
         stepped = [group for group, sent in enumerate(change.sent) if sent]
         kept = [] if touched is None else [(group, t, t.clone()) for group in stepped for t in self._kept(group)]
         first = [group for group in stepped if touched is not None and not self._moments(group)]
         for group in stepped:
-            change_of = change.rows[group : group + 1]
-            self.parameters[group].grad = change_of.to(self.values.dtype, copy=True).neg_()
+            self.parameters[group].grad = rows[group : group + 1].neg_()
         self.optimizer.step()
         for group in stepped:
+            rows[group].neg_()
             self.parameters[group].grad = None
         for group, tensor, old in kept:
             tensor.copy_(torch.where(touched[group], tensor, old))  # type: ignore[index]
@@ -105,6 +118,7 @@ class Server:
             self._forget(group, touched[group])  # type: ignore[index]
         if self.values is not self.rows:
             self.subspace.write(self.rows, self.values)
+        return replace(change, rows=rows)
 
     def _kept(self, group: int) -> list[Tensor]:
         """Tensors that stay at untouched coordinates: the values, and with ``freeze`` the moments."""
