@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,20 +17,31 @@ FREE = ("phases", "callbacks", "logger", *shipped.WHOLE)  # their keys are names
 
 
 def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
-    """Refuse keys that no code reads.
+    """Refuse keys that no group or section has, by the YAML files alone.
 
     Args:
         cfg: the configuration.
         choices: option chosen of each group; the keys of a user's option are not checked.
 
     Raises:
-        ValueError: one line with the first of them and a suggestion; or a ``_target_`` cannot be imported.
+        ValueError: one line with the first of them and a suggestion.
 
     """
     written = OmegaConf.to_yaml(cfg)
     unknown = [key for key in _unknown(cfg, choices) if f"${{{key}}}" not in written]  # no other key refers to it
     moved = [then for then in MOVES if OmegaConf.is_dict(OmegaConf.select(cfg, then))]
-    for key in chain(unknown, moved, _not_taken(OmegaConf.to_container(cfg), "")):
+    for key in (*unknown, *moved):
+        raise ValueError(no_key(key))
+
+
+def check_taken(cfg: DictConfig) -> None:
+    """Refuse keys beside a ``_target_`` that it does not take; this imports the targets, and with them torch.
+
+    Raises:
+        ValueError: one line with the first of them and a suggestion; or a ``_target_`` cannot be imported.
+
+    """
+    for key in _not_taken(OmegaConf.to_container(cfg), ""):
         raise ValueError(no_key(key))
 
 
