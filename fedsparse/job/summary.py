@@ -14,9 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedsparse.analysis.adapters_plot import adapters_figure, read_adapters
-from fedsparse.analysis.clusters_plot import clusters_figure, read_clusters
-from fedsparse.analysis.curves import curves_figure
 from fedsparse.core import files, parallel
 from fedsparse.core.folder import ADAPTERS, ADAPTERS_PICTURE, CLUSTERS, CLUSTERS_PICTURE, CURVES, METRICS, SUMMARY
 from fedsparse.core.precisions import dtype_of, made_in
@@ -161,6 +158,8 @@ def mean_client_overlap(found: Calibrated, space: ParamSpace) -> float | None:
 def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = True) -> None:
     """Write the pictures, then the summary, which marks a run as finished."""
     if pictures:
+        from fedsparse.analysis.curves import curves_figure  # here: a run without pictures draws none
+
         title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}"
         picture(folder / CURVES, lambda: curves_figure(read_rows(folder / METRICS), title))
         _draw_adapters(folder, summary)
@@ -169,6 +168,9 @@ def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = Tru
 
 def _draw_adapters(folder: Path, summary: Mapping[str, Any]) -> None:
     """Draw what averaging did to adapters, and the clusters of departments, where a round wrote any."""
+    from fedsparse.analysis.adapters_plot import adapters_figure, read_adapters  # here, as above
+    from fedsparse.analysis.clusters_plot import clusters_figure, read_clusters
+
     table, clusters = folder / ADAPTERS, folder / CLUSTERS
     if table.is_file() and table.read_text(encoding="utf-8", errors="replace").count("\n") > 1:  # more than its header
         title = f"low-rank adapters, method {summary['method'] or 'of its own'}"
