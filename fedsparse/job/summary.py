@@ -17,6 +17,7 @@ from torch import Tensor
 from fedsparse.core import files, parallel
 from fedsparse.core.folder import ADAPTERS, ADAPTERS_PICTURE, CLUSTERS, CLUSTERS_PICTURE, CURVES, METRICS, SUMMARY
 from fedsparse.core.precisions import dtype_of, made_in
+from fedsparse.core.rows import read_rows
 from fedsparse.core.space import ParamSpace
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.federation import Federation
@@ -27,7 +28,6 @@ from fedsparse.masks import Mask, overlaps
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.models.flops import pruning_figures
 from fedsparse.preparation.calibration import Calibrated
-from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.simulation.devices import device_of, peak_memory
 from fedsparse.simulation.progress import human_bytes
 

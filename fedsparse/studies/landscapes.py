@@ -24,7 +24,7 @@ from fedsparse.job.command import one_line
 from fedsparse.job.earlier import renewed
 from fedsparse.job.execute import quiet
 from fedsparse.job.sweep import short_path
-from fedsparse.landscape.__main__ import landscape
+from fedsparse.landscape.drawing import landscape
 from fedsparse.landscape.options import GLOBAL, Options
 
 GRID = 11
