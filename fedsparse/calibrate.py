@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Calibrate as the command line does; returns the contents of ``calibration.json``, and the run folder."""
+    import torchmetrics  # noqa: F401  whole, as the program that calls may use all of it
+
     return compose_and_run(execute_hydra, overrides)
 
 

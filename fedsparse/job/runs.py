@@ -41,6 +41,8 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
         ValueError: the configuration is invalid; one line with the key and its valid values.
 
     """
+    import torchmetrics  # noqa: F401  whole, as the program that calls may use all of it
+
     register_resolvers()
     check_typed(overrides)
     resumed = resume_folder(overrides)

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedsparse.job import shipped
+from fedsparse.job import lean, shipped, trust
 from fedsparse.job.advice import no_key
 from fedsparse.job.earlier import MOVES
 from fedsparse.job.keys import JOBS, taken
@@ -35,13 +35,17 @@ def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
 
 
 def check_taken(cfg: DictConfig) -> None:
-    """Refuse keys beside a ``_target_`` that it does not take; this imports the targets, and with them torch.
+    """Refuse keys beside a ``_target_`` that it does not take; this imports the targets, and with them Lightning.
 
     Raises:
         ValueError: one line with the first of them and a suggestion; or a ``_target_`` cannot be imported.
 
     """
-    for key in _not_taken(OmegaConf.to_container(cfg), ""):
+    plain = OmegaConf.to_container(cfg)
+    targets = {node["_target_"] for _, node in trust.nodes(plain) if isinstance(node, dict) and "_target_" in node}
+    if targets <= trust.shipped().arguments.keys():  # code of one's own may use all of torchmetrics
+        lean.import_torchmetrics()
+    for key in _not_taken(plain, ""):
         raise ValueError(no_key(key))
 
 
