@@ -20,7 +20,7 @@ from fedsparse.job.config import check
 PACKAGE = Path(__file__).parent.parent / "fedsparse"
 OPTIONAL = {"matplotlib", "pandas", "peft", "scipy", "sklearn", "timm", "transformers", "wandb"}
 HEAVY = {"lightning", "numpy", "torch", "torchmetrics", "torchvision", *OPTIONAL}
-LIGHT = ("adapters.__main__", "calibrate", "landscape.__main__", "repeat", "report", "train")
+LIGHT = ("adapters.__main__", "calibrate", "export", "landscape.__main__", "repeat", "report", "train")
 
 
 def at_the_top(body):
@@ -63,7 +63,7 @@ def loaded(start):
     return {name.split(".")[0] for name in seen}
 
 
-@pytest.mark.parametrize("command", LIGHT)
+@pytest.mark.parametrize("command", [*LIGHT, "studies.landscapes"])
 def test_a_command_is_read_without_torch(command):
     assert loaded(f"fedsparse.{command}") & HEAVY == set()
 
@@ -90,6 +90,7 @@ REFUSED = {
     "train trainer.precision=16": "trainer.precision is 16; write trainer.precision=16-mixed",
     "train mask_rule=nonsense": "there is no mask_rule=nonsense; ",
     "calibrate optimizer.lr=0": "optimizer.lr is 0; it must be a finite number above 0",
+    "export folder=x": "folder=x: give run=<run folder>",
     "landscape.__main__ runs/x grid=two": "grid is 'two'; it must be a whole number of 3 or more",
     "adapters.__main__ runs/x mend": "argument list|export|merge|evaluate|answer: invalid choice: 'mend'",
 }
