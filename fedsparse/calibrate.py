@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,23 +17,22 @@ from omegaconf import DictConfig
 
 from fedsparse.core import files
 from fedsparse.core.folder import CALIBRATION
-from fedsparse.federation.exchange.ledger import Ledger
-from fedsparse.job.assemble import assemble
 from fedsparse.job.command import arrange, on_command_line
 from fedsparse.job.config import check
-from fedsparse.job.execute import quiet
-from fedsparse.job.parts import Assembly
-from fedsparse.job.prepare import prepare
 from fedsparse.job.resume import Job, composed, store
 from fedsparse.job.runs import compose_and_run
 from fedsparse.job.shipped import conf_dir
-from fedsparse.job.summary import mean_client_overlap, sparsity_of
 from fedsparse.job.sweep import already_used, locked, used
-from fedsparse.preparation.calibration import Calibrated
+
+if TYPE_CHECKING:
+    from fedsparse.job.parts import Assembly
+    from fedsparse.preparation.calibration import Calibrated
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Calibrate as the command line does; returns the contents of ``calibration.json``, and the run folder."""
+    import torchmetrics  # noqa: F401  whole, as the program that calls may use all of it
+
     return compose_and_run(execute_hydra, overrides)
 
 
@@ -56,6 +55,11 @@ def execute(job: Job) -> dict[str, Any]:
         ValueError: the mask depends on an exploration, which is training.
 
     """
+    from fedsparse.federation.exchange.ledger import Ledger  # here, so that a wrong argument is refused without torch
+    from fedsparse.job.assemble import assemble
+    from fedsparse.job.execute import quiet
+    from fedsparse.job.prepare import prepare
+
     quiet()
     assembly, ledger, began = assemble(job.cfg), Ledger(), time.perf_counter()
     if assembly.course.phases.explore is not None:
@@ -71,6 +75,8 @@ def execute(job: Job) -> dict[str, Any]:
 
 def figures(job: Job, assembly: Assembly, found: Calibrated) -> dict[str, Any]:
     """Compute the figures of the masks: densities, and overlaps between calibration rounds and between clients."""
+    from fedsparse.job.summary import mean_client_overlap, sparsity_of  # here, as above
+
     space, mask = assembly.problem.space, found.mask
     always = space.where(assembly.method.sparsity.always_train)
     return {

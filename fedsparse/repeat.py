@@ -18,7 +18,6 @@ from joblib import Parallel, delayed
 from omegaconf import DictConfig
 
 from fedsparse.analysis.folders import Run, read_runs
-from fedsparse.analysis.table import once, rows
 from fedsparse.core.signals import command
 from fedsparse.job import trust
 from fedsparse.job.command import one_line
@@ -43,6 +42,8 @@ def cells(folder: Path, seeds: Sequence[int], into: Path | None = None) -> Itera
         ValueError: the sweep has no finished run.
 
     """
+    from fedsparse.analysis.table import once, rows  # here, so that --help imports no scipy
+
     runs, _ = read_runs([folder], renewed)
     best = [overrides_of(row.runs[0]) for row in rows(once(runs)[0])]
     left_out = [

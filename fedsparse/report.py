@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedsparse.analysis import convergence, equal_steps, exchange_table, landscapes_table, overlap, pareto, tables
 from fedsparse.analysis.files import short
 from fedsparse.analysis.folders import Problem, Run, read_runs
 from fedsparse.analysis.page import Picture, Section, Table, markdown, page, png
-from fedsparse.analysis.table import once, rows
 from fedsparse.core import files
 from fedsparse.core.signals import command
 from fedsparse.job.earlier import renewed
@@ -68,6 +66,9 @@ def _unshown(run: Run, target: float) -> str:
 
 def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) -> list[Section]:
     """Build the sections of a report."""
+    from fedsparse.analysis import convergence, equal_steps, exchange_table, landscapes_table, overlap, pareto, tables
+    from fedsparse.analysis.table import once, rows  # here, so that --help imports neither torch nor matplotlib
+
     runs, repeated, apart = once(found)
     table = rows(runs)
     known = [row for row in table if not row.exchange]  # without a choice in the exchange: bytes are known in advance

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from fedsparse.landscape.__main__ import landscape
+from fedsparse.landscape.drawing import landscape
 from fedsparse.landscape.options import Options
 from fedsparse.models.vision import mlp
 

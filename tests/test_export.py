@@ -242,7 +242,7 @@ def test_a_model_that_differs_is_not_written(folder, command, monkeypatch):
             net.head.bias -= 2e-5
         return other, []
 
-    monkeypatch.setattr(export, "shrink", wrong)
+    monkeypatch.setattr("fedsparse.job.exporting.shrink", wrong)
     (folder / "export").mkdir()
     (folder / "export" / "old").touch()
     code, _, err = command(f"run={folder}", "format=safetensors")

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from fedsparse.adapters.kept import Kept, Model, Moment
+from fedsparse.adapters.limits import MOST
 from fedsparse.core.checks import check_whole
 from fedsparse.data.sequences import ids_of, prompts
 from fedsparse.data.tokens import load_tokenizer
 from fedsparse.models.text_net import TextNet
 from fedsparse.simulation.devices import device_of
-
-MOST = 64  # new tokens of an answer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedsparse.analysis.files import finite, flatten, json_of, short, yaml_of
 from fedsparse.core.folder import CONFIG, HYDRA, METRICS, SUMMARY
-from fedsparse.simulation.csv_logger import read_rows
+from fedsparse.core.rows import read_rows
 
 _LARGEST, _WIDEST = 1 << 28, 5000  # bytes and columns of a metrics.csv that is read
 _NAMED = ("mask_rule", "partition")

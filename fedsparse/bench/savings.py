@@ -11,8 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from fedsparse.bench.problems import vit_small
 from fedsparse.core import files
 from fedsparse.core.signals import command
 from fedsparse.core.space import ParamSpace
+from fedsparse.core.timing import interleaved
 from fedsparse.federation.client.drift import GradientCorrection
 from fedsparse.federation.client.training import Clients
 from fedsparse.masks import Sparsity
@@ -89,17 +89,6 @@ def batch(samples: int) -> tuple[Tensor, Tensor]:
     """Draw images of the published size, and labels."""
     g = torch.Generator().manual_seed(1)
     return torch.randn(samples, 3, 224, 224, generator=g), torch.randint(CLASSES, (samples,), generator=g)
-
-
-def interleaved(works: Mapping[str, Callable[[], object]], pairs: int) -> dict[str, list[float]]:
-    """Time each piece of work in turn, so that the machine's drift meets all alike; the first turn does not count."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(pairs + 1):
-        for name, work in works.items():
-            began = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - began)
-    return {name: found[1:] for name, found in times.items()}
 
 
 def torch_sgd(fused: bool) -> torch.optim.SGD:

@@ -21,7 +21,7 @@ from fedsparse.bench.__main__ import positive
 from fedsparse.bench.machine import load
 from fedsparse.bench.problems import CLIENTS, STEPS
 from fedsparse.core.folder import METRICS
-from fedsparse.simulation.csv_logger import read_rows
+from fedsparse.core.rows import read_rows
 
 BATCH, SIDE, CLASSES = 2, 224, 10
 

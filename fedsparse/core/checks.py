@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DOUBLE = sys.float_info.max
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32, the dtype of rows and rates, where a larger number is infinite
@@ -136,6 +136,8 @@ def check_tensors(name: str, tensors: Iterable[Tensor], real: bool = True) -> No
         ValueError: one line with the valid kinds.
 
     """
+    import torch  # here, so that a configuration is checked without it
+
     for tensor in tensors:
         if tensor.layout != torch.strided or not (tensor.is_floating_point() or (tensor.is_complex() and not real)):
             kinds = "real" if real else "real or complex"

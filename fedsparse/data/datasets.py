@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from fedsparse.core.targets import IGNORED, count
@@ -273,6 +271,8 @@ def digits(val_fraction: float = 0.15, test_fraction: float = 0.2, split_seed: i
         ValueError: a fraction leaves a split without an image of every class.
 
     """
+    from sklearn.datasets import load_digits  # here: with pandas, it takes half a second to import
+
     raw = load_digits()
     x, y = scale_pixels(raw.images[:, None]), torch.from_numpy(raw.target.astype(np.int64))
     indices = stratified(raw.target, val_fraction, test_fraction, split_seed)
@@ -302,6 +302,8 @@ def stratified(y: np.ndarray, val_fraction: float, test_fraction: float, seed: i
             f"fewer than {smallest}, one for each class; choose fractions of at least {smallest / len(y):.3f} that "
             "leave as much to train"
         )
+    from sklearn.model_selection import train_test_split  # here, as above
+
     rest, test = train_test_split(np.arange(len(y)), test_size=sizes[1], random_state=seed, stratify=y)
     train, val = train_test_split(rest, test_size=sizes[0], random_state=seed, stratify=y[rest])
     return np.sort(train), np.sort(val), np.sort(test)
@@ -334,6 +336,8 @@ def hold_out(y: np.ndarray, fraction: float, seed: int, key: str = "data.val_fra
             f"{key}={fraction} of {len(y)} samples leaves a part with fewer than {len(counts)}, one for each class; "
             f"choose a fraction of {least:.3f} to {1 - least:.3f}"
         )
+    from sklearn.model_selection import train_test_split  # here, as above
+
     rest, held = train_test_split(np.arange(len(y)), test_size=fraction, random_state=seed, stratify=y)
     return np.sort(rest), np.sort(held)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.update import NOT_FINITE, Update
 from fedsparse.federation.exchange.wire.message import Size
 from fedsparse.federation.stores.store import Kept
@@ -61,10 +62,6 @@ class Report:
         """Copy the rows to the CPU, where other processes can read them."""
         copied = {name: (clients, rows.to("cpu", copy=True)) for name, (clients, rows) in self.kept.items()}
         return replace(self, kept=copied)
-
-
-class Diverged(RuntimeError):
-    """The model is not finite; the message says what to try."""
 
 
 class EveryUpdateDropped(Diverged):

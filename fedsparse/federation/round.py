@@ -12,9 +12,10 @@ from fedsparse.core import parallel
 from fedsparse.data.rounds import PADDING, Cohort
 from fedsparse.federation.client.drift import VARIATES
 from fedsparse.federation.client.training import Clients
+from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.update import Payload, Start, Update, finite_rows, of_those
 from fedsparse.federation.phases import Phase
-from fedsparse.federation.reports import Diverged, EveryUpdateDropped, Report
+from fedsparse.federation.reports import EveryUpdateDropped, Report
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.server.mixing import Mixed
 from fedsparse.federation.server.regrouping import SENT

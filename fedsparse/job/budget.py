@@ -11,10 +11,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fedsparse.federation.server.sampling import participants
-from fedsparse.masks import MaskRule
-from fedsparse.masks.evidence import calibration
-
 
 def rounds_within(budget: int, before: int, per_round: int) -> int:
     """Count the rounds that fit into a budget after preparation, rounded down.
@@ -74,10 +70,15 @@ def _asks_clients(target: str) -> bool:
     module, _, name = target.rpartition(".")
     if not module.startswith("fedsparse."):
         return False
+    from fedsparse.masks import MaskRule  # here, so that a configuration without a budget is composed without torch
+    from fedsparse.masks.evidence import calibration
+
     rule = getattr(import_module(module), name, MaskRule)  # unknown names are refused later
     found = calibration(rule.needs)
     return found is not None and found.clients
 
 
 def _clients(cfg: DictConfig, chosen: float | int) -> int:
+    from fedsparse.federation.server.sampling import participants  # here, as above
+
     return participants(chosen, cfg.federation.num_clients)

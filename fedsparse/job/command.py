@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from fedsparse.core import signals
 from fedsparse.data.files import printable
-from fedsparse.federation.reports import Diverged
+from fedsparse.federation.diverged import Diverged
 from fedsparse.job.advice import no_key, no_option
 from fedsparse.job.config import RunFolderUsed, register_resolvers
 from fedsparse.job.typed import arranged, given_twice

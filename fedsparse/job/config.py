@@ -25,7 +25,7 @@ from fedsparse.core.precisions import PRECISIONS
 from fedsparse.job.budget import rounds_for_steps
 from fedsparse.job.limits import check_trainer
 from fedsparse.job.sweep import already_used, cell_name, used
-from fedsparse.job.unread import check_keys
+from fedsparse.job.unread import check_keys, check_taken
 
 BEFORE_A_RUN = {".hydra", LOCK, LOG, PARTITION}
 COUNTS = (
@@ -176,6 +176,8 @@ def register_resolvers() -> None:
 def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> None:
     """Check keys and plain numbers of a configuration; the constructors of its parts check the rest.
 
+    What the configuration alone shows to be wrong comes first: only the last check imports torch.
+
     Args:
         cfg: the configuration.
         choices: option chosen of each group; by default the shipped defaults.
@@ -204,6 +206,7 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
     check_number("seed", cfg.seed, whole=True, least=0, most=LARGEST_SEED)
     _check_server(cfg.server)
     _check_precision(cfg.trainer.precision)
+    check_taken(cfg)
 
 
 def _check_count(key: str, value: Any, **others: Any) -> None:

@@ -36,9 +36,9 @@ from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation.adapters import COLUMNS, AdapterTable
 from fedsparse.federation.client.training import LOCAL
 from fedsparse.federation.clustering import ClusterTable
+from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
 from fedsparse.federation.masking import MaskSchedule, zero
-from fedsparse.federation.reports import Diverged
 from fedsparse.federation.stores.store import ClientStore, make_store
 from fedsparse.federation.watcher import Watcher
 from fedsparse.job.assemble import assemble

@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
-from fedsparse.analysis.mask_plot import mask_figure
-from fedsparse.analysis.partition_plot import partition_figure
 from fedsparse.core import files
 from fedsparse.core.folder import CLIENT_MASKS, DEVIATION, MASK, MASK_PICTURE, PARTITION
 from fedsparse.core.precisions import dtype_of, made_in
@@ -42,6 +39,9 @@ from fedsparse.preparation.head import prepare_head
 from fedsparse.preparation.preparation import Preparation
 from fedsparse.simulation.devices import device_of
 from fedsparse.simulation.module import ClientModule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger("fedsparse")
 OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed run reports it
@@ -64,6 +64,8 @@ def prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger) 
 def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger) -> Calibrated:
     problem, phases, rule = assembly.problem, assembly.course.phases, assembly.method.rule
     if assembly.pictures:
+        from fedsparse.analysis.partition_plot import partition_figure  # here: a run without pictures draws none
+
         labels, title = problem.dataset.train.labels, job.choices.get("partition", "")
         classes = 1 if problem.dataset.sequences else problem.dataset.classes  # without classes: sizes alone
         picture(
@@ -145,6 +147,8 @@ def record(job: Job, chosen: Mask, bitmaps: Tensor | None = None, overlap: Seque
 
 def draw(folder: Path, mask: Mask) -> None:
     """Draw a mask's figure into the run folder."""
+    from fedsparse.analysis.mask_plot import mask_figure  # here, as above
+
     title = f"mask rule {mask.metadata['rule']}, {mask.density:.1%} of the weights train"
     picture(folder / MASK_PICTURE, lambda: mask_figure(mask, title=title))
 

@@ -20,7 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 from fedsparse.analysis.files import yaml_of
 from fedsparse.core import files
 from fedsparse.core.folder import CONFIG, HYDRA, LOG, OVERRIDES, SUMMARY
-from fedsparse.federation.phases import Phases
 from fedsparse.job import trust
 from fedsparse.job.shipped import conf_dir
 from fedsparse.job.sweep import already_used, difference, used
@@ -233,6 +232,8 @@ def _rounds(cfg: DictConfig) -> int:
     try:
         if "phases" not in cfg:
             return int(cfg.federation.rounds)
+        from fedsparse.federation.phases import Phases  # here, so that a new run is composed without torch
+
         return Phases.of(OmegaConf.to_container(cfg.phases, resolve=True)).total  # type: ignore[arg-type]
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
         raise ValueError(f"the stored configuration does not say its rounds: {trust.one_line_of(error)}") from error

@@ -1,4 +1,7 @@
-"""Starts runs: a single run, a cell of a sweep, or a resumed run."""
+"""Starts runs: a single run, a cell of a sweep, or a resumed run.
+
+What trains is imported after the configuration is composed and checked: a mistake in it is found without torch.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,8 @@ from omegaconf import DictConfig
 from fedsparse.job import trust
 from fedsparse.job.command import hydras_as_value_errors, logging_kept, one_line
 from fedsparse.job.config import check, register_resolvers
-from fedsparse.job.execute import execute
 from fedsparse.job.resume import Job, composed, continued, finished, open_log, read_job, store
 from fedsparse.job.shipped import conf_dir
-from fedsparse.job.summary import at_chance, print_table
 from fedsparse.job.sweep import CellFailed, locked, short_path
 from fedsparse.job.typed import check_typed
 
@@ -40,6 +41,8 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
         ValueError: the configuration is invalid; one line with the key and its valid values.
 
     """
+    import torchmetrics  # noqa: F401  whole, as the program that calls may use all of it
+
     register_resolvers()
     check_typed(overrides)
     resumed = resume_folder(overrides)
@@ -75,6 +78,9 @@ def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
     with logging_kept(), locked(folder):
         open_log(folder)
         check(job.cfg, job.choices)
+        from fedsparse.job.execute import execute
+        from fedsparse.job.summary import print_table
+
         summary = execute(job)
         print_table(folder, summary)
         return summary
@@ -96,6 +102,9 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
 def _single(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     """Execute a run in a new folder, and print its results."""
     check(job.cfg, job.choices)
+    from fedsparse.job.execute import execute
+    from fedsparse.job.summary import print_table
+
     with locked(job.folder):
         store(job, hydra_cfg)
         summary = execute(job)
@@ -126,6 +135,9 @@ def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
         print(f"{short_path(job.folder)} is finished after {done['rounds']} rounds", flush=True)
         return done | {"folder": str(job.folder)}
     check(job.cfg, job.choices)
+    from fedsparse.job.execute import execute
+    from fedsparse.job.summary import at_chance
+
     with locked(job.folder):
         if not job.resumed:
             store(job, hydra_cfg)

@@ -14,13 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedsparse.analysis.adapters_plot import adapters_figure, read_adapters
-from fedsparse.analysis.clusters_plot import clusters_figure, read_clusters
-from fedsparse.analysis.curves import curves_figure
 from fedsparse.core import files, parallel
 from fedsparse.core.folder import ADAPTERS, ADAPTERS_PICTURE, CLUSTERS, CLUSTERS_PICTURE, CURVES, METRICS, SUMMARY
 from fedsparse.core.monitor import ACCURACY, monitor_of
 from fedsparse.core.precisions import dtype_of, made_in
+from fedsparse.core.rows import read_rows
 from fedsparse.core.space import ParamSpace
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.federation import Federation
@@ -31,7 +29,6 @@ from fedsparse.masks import Mask, overlaps
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.models.flops import pruning_figures
 from fedsparse.preparation.calibration import Calibrated
-from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.simulation.devices import device_of, peak_memory
 from fedsparse.simulation.progress import human_bytes
 
@@ -164,6 +161,8 @@ def mean_client_overlap(found: Calibrated, space: ParamSpace) -> float | None:
 def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = True) -> None:
     """Write the pictures, then the summary, which marks a run as finished."""
     if pictures:
+        from fedsparse.analysis.curves import curves_figure  # here: a run without pictures draws none
+
         title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}"
         picture(folder / CURVES, lambda: curves_figure(read_rows(folder / METRICS), title))
         _draw_adapters(folder, summary)
@@ -172,6 +171,9 @@ def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = Tru
 
 def _draw_adapters(folder: Path, summary: Mapping[str, Any]) -> None:
     """Draw what averaging did to adapters, and the clusters of departments, where a round wrote any."""
+    from fedsparse.analysis.adapters_plot import adapters_figure, read_adapters  # here, as above
+    from fedsparse.analysis.clusters_plot import clusters_figure, read_clusters
+
     table, clusters = folder / ADAPTERS, folder / CLUSTERS
     if table.is_file() and table.read_text(encoding="utf-8", errors="replace").count("\n") > 1:  # more than its header
         title = f"low-rank adapters, method {summary['method'] or 'of its own'}"

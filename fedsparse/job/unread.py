@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedsparse.job import shipped
+from fedsparse.job import lean, shipped, trust
 from fedsparse.job.advice import no_key
 from fedsparse.job.earlier import MOVES
 from fedsparse.job.keys import JOBS, taken
@@ -18,20 +17,35 @@ FREE = ("phases", "callbacks", "logger", *shipped.WHOLE)  # their keys are names
 
 
 def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
-    """Refuse keys that no code reads.
+    """Refuse keys that no group or section has, by the YAML files alone.
 
     Args:
         cfg: the configuration.
         choices: option chosen of each group; the keys of a user's option are not checked.
 
     Raises:
-        ValueError: one line with the first of them and a suggestion; or a ``_target_`` cannot be imported.
+        ValueError: one line with the first of them and a suggestion.
 
     """
     written = OmegaConf.to_yaml(cfg)
     unknown = [key for key in _unknown(cfg, choices) if f"${{{key}}}" not in written]  # no other key refers to it
     moved = [then for then in MOVES if OmegaConf.is_dict(OmegaConf.select(cfg, then))]
-    for key in chain(unknown, moved, _not_taken(OmegaConf.to_container(cfg), "")):
+    for key in (*unknown, *moved):
+        raise ValueError(no_key(key))
+
+
+def check_taken(cfg: DictConfig) -> None:
+    """Refuse keys beside a ``_target_`` that it does not take; this imports the targets, and with them Lightning.
+
+    Raises:
+        ValueError: one line with the first of them and a suggestion; or a ``_target_`` cannot be imported.
+
+    """
+    plain = OmegaConf.to_container(cfg)
+    targets = {node["_target_"] for _, node in trust.nodes(plain) if isinstance(node, dict) and "_target_" in node}
+    if targets <= trust.shipped().arguments.keys():  # code of one's own may use all of torchmetrics
+        lean.import_torchmetrics()
+    for key in _not_taken(plain, ""):
         raise ValueError(no_key(key))
 
 

@@ -5,11 +5,11 @@ Shapes: H heads of D dimensions, so H * D rows each of queries, keys and values;
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from timm.models.vision_transformer import Attention as TimmAttention  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 
@@ -102,7 +102,8 @@ def keep_columns(layer: nn.Module, kept: Tensor) -> None:
 
 def _timm(name: str, module: nn.Module) -> Attention | None:
     """Read timm's ``Attention``, unless a norm or a gate stands between heads and ``proj``."""
-    if not isinstance(module, TimmAttention) or getattr(module, "gate", None) is not None:
+    timm = sys.modules.get("timm.models.vision_transformer")  # while it is not imported, no module is timm's
+    if timm is None or not isinstance(module, timm.Attention) or getattr(module, "gate", None) is not None:
         return None
     if not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity):
         return None

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -152,6 +151,8 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
         labels: int64 (N,).
 
     """
+    from scipy.optimize import minimize_scalar  # here, as no other part needs scipy.optimize
+
     exact = logits.double()
 
     def loss(log_t: float) -> float:

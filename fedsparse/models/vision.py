@@ -11,15 +11,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from fedsparse.core.checks import check_whole
 from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.models.loading import load_backbone
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 HEAD = "head."
 
@@ -120,6 +122,8 @@ def start_head(head: nn.Module, std: float, seed: int) -> None:
 
 
 def _vit(num_classes: int, in_chans: int) -> VisionTransformer:
+    from timm.models.vision_transformer import VisionTransformer  # here: timm takes a second to import
+
     return VisionTransformer(
         img_size=8, patch_size=2, in_chans=in_chans, num_classes=num_classes, embed_dim=64, depth=4, num_heads=4
     )

@@ -19,8 +19,9 @@ from fedsparse.core.checks import check_choice, check_number
 from fedsparse.core.seeding import Purpose, generator, torch_generator
 from fedsparse.core.space import Patterns
 from fedsparse.data.datasets import Split
+from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.wire.message import bitmap_size, known_size
-from fedsparse.federation.reports import Diverged, left_out
+from fedsparse.federation.reports import left_out
 from fedsparse.masks import Evidence, Mask, MaskRule, Sparsity, Thinning, choose
 from fedsparse.masks.bitmaps import pack
 from fedsparse.masks.thinning import exchanged, ordered, shrunk, thin

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.seeding import Purpose, generator
 from fedsparse.core.space import Patterns, matches
+from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.wire.message import length
-from fedsparse.federation.reports import Diverged, left_out
+from fedsparse.federation.reports import left_out
 from fedsparse.models.head import Statistics, features, head_of, temperature
 from fedsparse.models.modes import evaluating
 from fedsparse.preparation.preparation import Preparation

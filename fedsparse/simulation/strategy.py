@@ -13,6 +13,8 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
+from fedsparse.core import launch
+
 PATIENCE = timedelta(days=7)  # longest wait for a process that trains; one that ends is noticed at once
 
 
@@ -25,7 +27,7 @@ class CohortStrategy(DDPStrategy):
 
 def environment() -> ClusterEnvironment | None:
     """Detect the launcher of several processes: torchrun, with its variables, or SLURM; else None."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+    if launch.torchrun():
         return TorchElasticEnvironment()
     if SLURMEnvironment.detect() and SLURMEnvironment().world_size() > 1:
         return SLURMEnvironment()

@@ -22,9 +22,7 @@ from fedsparse.data.files import printable
 from fedsparse.job import trust
 from fedsparse.job.command import one_line
 from fedsparse.job.earlier import renewed
-from fedsparse.job.execute import quiet
 from fedsparse.job.sweep import short_path
-from fedsparse.landscape.__main__ import landscape
 from fedsparse.landscape.options import GLOBAL, Options
 
 GRID = 11
@@ -59,6 +57,9 @@ def draw(run: Run, options: Sequence[Options], trusted: Sequence[str] = ()) -> i
         trusted: names of packages whose code the run may name.
 
     """
+    from fedsparse.job.execute import quiet  # here, so that a wrong argument is refused without torch
+    from fedsparse.landscape.drawing import landscape
+
     quiet()
     done = list[int | None]()
     for each in options:

@@ -13,6 +13,7 @@ from small import Small, small_data, small_net, uneven_parts
 
 from fedsparse.data.rounds import LocalWork
 from fedsparse.federation.client.drift import VARIATES, Scaffold
+from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.exchange import Exchange, Filter
 from fedsparse.federation.exchange.filters import ErrorFeedback, Quantize, SignFlip
 from fedsparse.federation.exchange.sparsifiers import RandomK, Threshold, TopK
@@ -28,7 +29,7 @@ from fedsparse.federation.exchange.update import (
 )
 from fedsparse.federation.exchange.wire.message import encode
 from fedsparse.federation.phases import Phase
-from fedsparse.federation.reports import Diverged, Dropped, EveryUpdateDropped, named
+from fedsparse.federation.reports import Dropped, EveryUpdateDropped, named
 from fedsparse.federation.server import robust
 from fedsparse.federation.server.aggregation import Robust
 

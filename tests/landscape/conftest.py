@@ -27,5 +27,5 @@ def made(tmp_path_factory):
 @pytest.fixture
 def folder(made, tmp_path, monkeypatch):
     """A copy of the run, without pictures: those have a test of their own."""
-    monkeypatch.setattr("fedsparse.landscape.__main__.draw", lambda *_: [])
+    monkeypatch.setattr("fedsparse.landscape.drawing.draw", lambda *_: [])
     return shutil.copytree(made[0], tmp_path / "run")

@@ -21,7 +21,8 @@ from fedsparse import run
 from fedsparse.data.datasets import digits
 from fedsparse.landscape import figures as figures_of
 from fedsparse.landscape import points, scene
-from fedsparse.landscape.__main__ import landscape, main
+from fedsparse.landscape.__main__ import main
+from fedsparse.landscape.drawing import landscape
 from fedsparse.landscape.options import Options
 from fedsparse.landscape.replay import load, local_row
 from fedsparse.landscape.scene import Scene

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from fedsparse.data.datasets import digits
-from fedsparse.landscape.__main__ import landscape
+from fedsparse.landscape.drawing import landscape
 from fedsparse.landscape.film import film
 from fedsparse.landscape.options import Options
 from fedsparse.landscape.points import Here

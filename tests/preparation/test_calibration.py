@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from sklearn.linear_model import Ridge
 from small import Small, small_data, small_net, uneven_parts
 
+from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.exchange.wire.message import HEADER
-from fedsparse.federation.reports import Diverged
 from fedsparse.job.shipped import conf_dir
 from fedsparse.masks import Sparsity
 from fedsparse.masks.bitmaps import masks_of

@@ -17,9 +17,9 @@ from torch import Tensor
 from fedsparse.bench.gpu.runs import Job, Runs
 from fedsparse.bench.gpu.session import Figures, Session
 from fedsparse.core.folder import MASK, METRICS, WEIGHTS
+from fedsparse.core.rows import read_rows
 from fedsparse.core.weights import load_weights
 from fedsparse.masks import Mask
-from fedsparse.simulation.csv_logger import read_rows
 
 COLUMNS = ("train/loss", "val/acc", "test/acc", "seconds")
 AT_ONCE = 7  # runs that one GPU and 16 cores carry; their bits do not depend on time

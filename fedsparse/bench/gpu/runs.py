@@ -16,7 +16,7 @@ from typing import Self
 
 import fedsparse
 from fedsparse.core.folder import METRICS
-from fedsparse.simulation.csv_logger import read_rows
+from fedsparse.core.rows import read_rows
 
 TRAIN = (sys.executable, "-m", "fedsparse.train")
 LEAST = 30.0  # seconds of the budget that no run may enter: they are stopped, and the rest begins
