@@ -47,14 +47,11 @@ class Downlink:
         """Bytes of the message that brings a client's model up to date: row (n,), and so many buffer values."""
         since = self.holds.get(client, _NEVER)
         if since not in self.sizes:
-            self.sizes[since] = self._size(since, row, buffers)
+            size = self._trained(since, row, buffers)
+            if self.stopped is not None and not self.zeros and bool((late := self.stopped >= max(since, 0)).any()):
+                size += replace(self._some(late, 0, row), header=0)
+            self.sizes[since] = size
         return self.sizes[since]
-
-    def _size(self, since: int, row: Tensor, buffers: int) -> Size:
-        size = self._trained(since, row, buffers)
-        if self.stopped is None or self.zeros or not bool((late := self.stopped >= max(since, 0)).any()):
-            return size
-        return size + replace(self._some(late, 0, row), header=0)
 
     def _trained(self, since: int, row: Tensor, buffers: int) -> Size:
         """Bytes of a message with the coordinates that train now."""
