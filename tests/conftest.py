@@ -16,7 +16,8 @@ torch.set_num_threads(1)
 
 collect_ignore = ["outside", "conftest.py"]  # a package that a run imports from a folder of its own; no doctests here
 
-FAST = ["model=mlp", "logger=csv", "federation.rounds=3", "calibration.head_steps=4"]
+# pictures take as long as the rest of such a run
+FAST = ["model=mlp", "logger=csv", "federation.rounds=3", "calibration.head_steps=4", "pictures=false"]
 
 
 @pytest.fixture
@@ -31,6 +32,15 @@ def run_in(tmp_path, monkeypatch):
         return run([*(FAST if fast else []), f"hydra.run.dir={folder}", *overrides]), folder
 
     return go
+
+
+@pytest.fixture(scope="session")
+def fast_run(tmp_path_factory):
+    """The summary of what ``run_in`` runs without options, made once."""
+    from fedsparse import run
+
+    place = tmp_path_factory.mktemp("fast")
+    return run([*FAST, f"calibration.cache={place / 'cache'}", f"hydra.run.dir={place / 'run'}"])
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 from fedsparse import calibrate, run
 from fedsparse.masks import Mask
 
-FAST = ["model=mlp", "logger=csv", "federation.rounds=2", "calibration.head_steps=4"]
+FAST = ["model=mlp", "logger=csv", "federation.rounds=2", "calibration.head_steps=4", "pictures=false"]
 
 
 @pytest.fixture
@@ -24,8 +24,17 @@ def calibrated(tmp_path, monkeypatch):
     return go
 
 
-def test_the_mask_file_is_what_training_would_have_chosen(calibrated, tmp_path):
-    facts, folder = calibrated("mask", "sparsity=s90")
+@pytest.fixture(scope="module")
+def at_090(tmp_path_factory):
+    """Facts and folder of one calibration, for tests that leave it as it is."""
+    place = tmp_path_factory.mktemp("calibrated")
+    options = ["sparsity=s90", f"calibration.cache={place / 'cache'}", f"hydra.run.dir={place / 'mask'}"]
+    return calibrate.run([*FAST, *options]), place / "mask"
+
+
+def test_the_mask_file_is_what_training_would_have_chosen(at_090, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    facts, folder = at_090
     whole = run([*FAST, "sparsity=s90", f"hydra.run.dir={tmp_path / 'whole'}"])
     assert (
         Mask.load(folder / "mask.safetensors").to_bytes() == Mask.load(tmp_path / "whole/mask.safetensors").to_bytes()
@@ -37,7 +46,7 @@ def test_the_mask_file_is_what_training_would_have_chosen(calibrated, tmp_path):
 
 
 def test_it_leaves_mask_picture_and_facts_and_trains_nothing(calibrated):
-    facts, folder = calibrated("mask", "mask_rule=talos", "calibration.rounds=3")
+    facts, folder = calibrated("mask", "mask_rule=talos", "calibration.rounds=3", "pictures=true")
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert names - {"run.log"} == {"mask.safetensors", "mask.png", "calibration.json", "partition.png"}
     assert json.loads((folder / "calibration.json").read_text()) == {k: v for k, v in facts.items() if k != "folder"}
@@ -59,8 +68,9 @@ def test_own_masks_are_compared(calibrated):
     assert (folder / "client_masks.safetensors").is_file()
 
 
-def test_another_sparsity_beside_a_file_is_refused_and_its_own_is_not(calibrated):
-    _, folder = calibrated("mask", "sparsity=s90")
+def test_another_sparsity_beside_a_file_is_refused_and_its_own_is_not(at_090, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, folder = at_090
     use = [*FAST, "mask_rule=from_file", f"mask_rule.path={folder}/mask.safetensors"]
     with pytest.raises(ValueError, match=r"has sparsity.ratio=0.9; leave out sparsity.ratio=0.5"):
         run([*use, "sparsity.ratio=0.5", "hydra.run.dir=other"])

@@ -31,6 +31,8 @@ def before(option):
     found = DEFAULT | BEFORE[option]
     if found["model"]["name"] == "dino_vits16":  # the one value that another takes over: the name that timm gives it
         found = found | {"model": found["model"] | {"name": found["model"]["net"]["name"]}}
+    if found["model"]["name"] == "conv":  # the one value that has changed since: as large images were slower
+        found = found | {"model": found["model"] | {"cohort": 4}}
     if found["federation"]["cohort"] == "${model.cohort}":  # as null is on a CPU
         found = found | {"federation": found["federation"] | {"cohort": None}}
     if option == "callbacks/early_stopping":  # as auto is where nothing stays with the clients

@@ -1,7 +1,8 @@
 """``federation.cohort=auto``: the number of clients that train stacked.
 
-On a CPU a few sizes are measured for two seconds. On a GPU a step of many clients launches as many kernels as a step of
-one, so that the largest that fits in memory is taken: it is the same whenever a command runs, and so are the bits.
+On a CPU a few sizes are measured for two seconds of CPU time. On a GPU a step of many clients launches as many
+kernels as a step of one, so that the largest that fits in memory is taken: it is the same whenever a command runs, and
+so are the bits.
 
 Shapes: K clients of a cohort, B samples of a step, P coordinates.
 """
@@ -20,6 +21,8 @@ from fedsparse.federation.client.drift import GradientCorrection
 from fedsparse.federation.client.training import Clients
 
 SECONDS = 2.0
+TURNS = 3  # least number of steps of each size, so that one slow step does not decide
+MOST = 50  # steps of each size
 GAIN = 0.97  # a larger cohort must take less than this share of a smaller one's time, as timings are noisy
 ROWS = 3  # values, gradient and change of each client, without the optimizer's moments
 SHARE = 0.5  # largest share of the free memory for a cohort
@@ -69,9 +72,12 @@ def largest(make: Make, batch: Batch, clients: int) -> int:
 
 
 def measure(make: Make, batch: Batch, clients: int, budget: float = SECONDS) -> dict[int, float]:
-    """Measure a local step with several cohort sizes: seconds a client, by size.
+    """Measure a local step with several cohort sizes on a CPU: median seconds a client, by size.
 
-    A size is left out if it would not fit in memory, or would exceed the time budget.
+    The sizes take turns, so that a machine that slows down slows all of them. Seconds are CPU time of this thread, so
+    that those of other programs do not count; torch's other threads work beside it.
+
+    A size is left out if it and the smaller ones would not fit in memory, or would exceed the time budget.
 
     Args:
         make: builds ``Clients`` of a cohort size.
@@ -80,31 +86,31 @@ def measure(make: Make, batch: Batch, clients: int, budget: float = SECONDS) -> 
         budget: seconds for all sizes.
 
     """
-    found: dict[int, float] = {}
-    end, room = time.perf_counter() + budget, free_memory(batch[0].device)
-    needed, size_limit = 0, clients
+    steps: dict[int, Callable[[], None]] = {}
+    times: dict[int, list[float]] = {}
+    end, room, taken, needed = time.thread_time() + budget, SHARE * free_memory(batch[0].device), 0.0, 0
     for size in sizes(clients):
-        left = end - time.perf_counter()
-        if found and (3 * size * min(found.values()) > left or size > size_limit):
+        expected = size * min((times[known][0] / known for known in times), default=0.0)
+        fits = (sum(steps) + size) * needed <= room
+        if steps and not (fits and time.thread_time() + (TURNS + 1) * (taken + expected) <= end):
             break
         formed = make(size)
-        if size == 1:
-            needed = client_bytes(formed, batch)
-            size_limit = max(1, int(SHARE * room) // needed)
-        found[size] = _seconds(formed, batch, size, left / 4)
-    return found
+        needed = needed or client_bytes(formed, batch)
+        steps[size] = _step(formed, batch, size)
+        steps[size]()  # the first is slower
+        times[size] = [_seconds(steps[size])]
+        taken += times[size][0]
+    while len(times[1]) < MOST and time.thread_time() + taken <= end:
+        for size, step in steps.items():
+            times[size].append(_seconds(step))
+    return {size: statistics.median(found) / size for size, found in times.items()}
 
 
-def _seconds(clients: Clients, batch: Batch, size: int, budget: float) -> float:
-    """Measure the median seconds of a local step a client, over at least one step after one for warm-up."""
-    step = _step(clients, batch, size)
+def _seconds(step: Callable[[], None]) -> float:
+    """Measure the CPU time of one step."""
+    began = time.thread_time()
     step()
-    times: list[float] = []
-    while not times or (sum(times) < budget and len(times) < 50):
-        began = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) / size
+    return time.thread_time() - began
 
 
 def _step(clients: Clients, batch: Batch, size: int) -> Callable[[], None]:

@@ -276,7 +276,7 @@ def test_a_run_of_today_and_one_of_earlier_keys_are_rows(run_in, tmp_path):
     (then / ".hydra/config.yaml").write_text(yaml.safe_dump(stored))
     found = fedsparse.runs(tmp_path / "runs")
     now = found.iloc[0]
-    assert now["overrides"].startswith("model=mlp logger=csv federation.rounds=3 calibration.head_steps=4 mask_rule=")
+    assert now["overrides"].startswith("model=mlp logger=csv federation.rounds=3 calibration.head_steps=4 pictures=")
     told = {key: value for key, value in summary.items() if key != "folder" and value is not None}
     assert {key: now[key] for key in told} == told
     assert now["optimizer"] == "sgdm"

@@ -122,5 +122,5 @@ def test_labels_of_arrays(tmp_path, monkeypatch, y, says):
     if says is not None:
         assert re.search(says, refused(" ".join(options)))
     else:
-        fast = ["model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=1"]
+        fast = ["model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=1", "pictures=false"]
         assert run([*fast, *options])["rounds"] == 1

@@ -9,12 +9,16 @@ import inspect
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 from scipy.stats import trim_mean
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedsparse.federation import server
 from fedsparse.federation.exchange.update import Update
@@ -394,6 +398,82 @@ def test_krum_ignores_a_dropped_row_that_would_be_best():
     by_hand(krum(*given), [1.0], [True])
     with pytest.raises(ValueError, match="attackers"):  # five take part: three attackers are too many
         krum(*given, attackers=3)
+
+
+def order_of(values, attackers):
+    """The order of ``multi_krum``, by which rows its mean has when one more is kept."""
+    given = values, torch.ones_like(values, dtype=torch.bool), torch.ones(len(values), dtype=torch.float64)
+    means = [multi_krum(*given, attackers=attackers, keep=kept)[0] * kept for kept in range(1, len(values) + 1)]
+    added = [means[0], *(after - before for before, after in pairwise(means))]
+    return [int((values - row).abs().sum(1).argmin()) for row in added]
+
+
+def clusters(second, apart=0.0, size=20):
+    """Two clusters of four rows, the second ``second`` times as wide, and far from the first in one coordinate."""
+    rows = torch.randn(4, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return torch.cat([pad(rows, (0, 1)), pad(second * rows, (0, 1), value=apart)])
+
+
+@pytest.mark.parametrize("clients", [9, 30])
+@pytest.mark.parametrize("attackers", [0, 3])
+def test_krums_order_of_long_rows_is_that_of_a_double_loop(clients, attackers):
+    """More coordinates than are compared at a time; not all pieces are of one length."""
+    generator = torch.Generator().manual_seed(clients)
+    values = torch.randn(clients, 2 * robust._COMPARED + 7, generator=generator, dtype=torch.float64)
+    scores = []
+    for i, row in enumerate(values):
+        far = sorted(float((row - other).square().sum()) for j, other in enumerate(values) if j != i)
+        scores.append(sum(far[: clients - attackers - 2]))
+    assert order_of(values, attackers) == sorted(range(clients), key=lambda i: (scores[i], i))
+
+
+@pytest.mark.parametrize("apart", [1e3, 1e6])
+@pytest.mark.parametrize("change", [1e-12, -1e-12])
+def test_krum_sees_that_a_cluster_is_closer_by_a_trillionth(apart, change):
+    """Products of rows would not: a difference of squares as large as ``apart`` squared rounds it off."""
+    values = clusters(1 + change, apart)
+    order = krum_order(values.numpy(), 3)  # three neighbours: those of the own cluster
+    picked = krum(values, torch.ones_like(values, dtype=torch.bool), torch.ones(8), attackers=3)[0]
+    assert (order[0] < 4) is (change > 0)
+    assert torch.equal(picked, values[order[0]])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_equal_clusters_krum_takes_the_row_of_the_lowest_index(first):
+    values = clusters(1.0, 1e3)
+    values = torch.cat([values[4:], values[:4]]) if first else values
+    picked = krum(values, torch.ones_like(values, dtype=torch.bool), torch.ones(8), attackers=3)[0]
+    assert float(picked[-1]) == (1e3 if first else 0.0)
+
+
+def test_krum_is_not_disturbed_by_what_all_rows_share():
+    """A common shift of 2^40: the differences stay exact, products would keep none of them."""
+    values = (clusters(1.5, 7.0) * 2**6).round()
+    one = torch.ones_like(values, dtype=torch.bool)
+    index = krum_order(values.numpy(), 3)[0]
+    assert torch.equal(krum(values + 2.0**40, one, torch.ones(8), attackers=3)[0], values[index] + 2.0**40)
+
+
+class Largest(TorchDispatchMode):
+    """The most values that a tensor has."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        found = [part.numel() for part in tree_leaves(result) if torch.is_tensor(part)]
+        self.values = max(self.values, *found, 0)
+        return result
+
+
+@every_rule
+def test_no_tensor_is_larger_than_the_rows(name):
+    values, sent, weight = ragged(9, clients=40, size=300, dropped=0)
+    with Largest() as largest:
+        RULES[name][0](values, sent, weight)
+    assert largest.values == values.numel()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-2, 1e2])

@@ -16,7 +16,7 @@ from fedsparse import run
 from fedsparse.job import execute
 from fedsparse.job.command import one_line
 
-BASE = ["model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=1"]
+BASE = ["model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=1", "pictures=false"]
 BAD = [
     ("mask_rule=lest_sensitive", "there is no mask_rule=lest_sensitive; did you mean mask_rule=least_sensitive"),
     (

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from fedsparse.job.config import register_resolvers
 from fedsparse.job.keys import JOBS, target_of
 from fedsparse.job.shipped import WHOLE, conf_dir
+from fedsparse.job.trust import admitted
 
 CONF = conf_dir()
 OPTIONS = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.glob("*/*.yaml"))
@@ -69,23 +70,14 @@ def test_there_are_options():
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_composes_and_instantiates(composed, option):
+def test_every_option_composes_passes_the_gate_of_stored_configurations_and_instantiates(composed, option):
     group, name = option.split("/")
     cfg = composed(f"{group}={name}", *NEEDS.get(option, []))
-    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert admitted(OmegaConf.to_container(cfg)) == OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if option not in COMPOSED_ONLY:
         node = target_of(group, cfg[group]) if group in JOBS else cfg.get(group)
         built = build_all(node)
         assert built or group in PLAIN or option in EMPTY
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_passes_the_gate_of_stored_configurations(composed, option):
-    from fedsparse.job.trust import admitted
-
-    group, name = option.split("/")
-    cfg = composed(f"{group}={name}", *NEEDS.get(option, []))
-    assert admitted(OmegaConf.to_container(cfg)) == OmegaConf.to_container(cfg, resolve=True)
 
 
 def test_every_group_has_a_default(composed):

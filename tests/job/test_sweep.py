@@ -24,7 +24,7 @@ from fedsparse.job.sweep import MAY_DIFFER, cell_name, difference, locked
 from fedsparse.simulation import tracking
 from fedsparse.simulation.csv_logger import read_rows
 
-OPTIONS = ["model=mlp", "logger=csv", "calibration.head_steps=1", "mask_rule=random"]
+OPTIONS = ["model=mlp", "logger=csv", "calibration.head_steps=1", "mask_rule=random", "pictures=False"]  # Hydra's case
 CELL = "mask_rule-random+model-mlp"
 
 

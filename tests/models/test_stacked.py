@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import lightning
 import pytest
@@ -256,10 +255,11 @@ def test_sizes_are_tried_until_the_clients_of_a_round():
     assert list(autotune.measure(trial, a_batch(), clients=6, budget=30.0)) == [1, 2, 4, 6]
 
 
-def test_a_size_that_would_not_fit_is_not_tried(monkeypatch):
+def test_sizes_that_would_not_fit_together_are_not_tried(monkeypatch):
     needed = autotune.client_bytes(trial(1), a_batch())
-    monkeypatch.setattr(autotune, "free_memory", lambda device: 2 * 4 * needed)  # half of it: four clients
-    assert list(autotune.measure(trial, a_batch(), clients=6, budget=30.0)) == [1, 2, 4]
+    for clients, sizes in ((7, [1, 2, 4]), (6, [1, 2])):
+        monkeypatch.setattr(autotune, "free_memory", lambda device, fit=clients: 2 * fit * needed)  # half of it
+        assert list(autotune.measure(trial, a_batch(), clients=6, budget=30.0)) == sizes
 
 
 def test_the_bytes_of_a_client_are_its_rows_and_what_the_backward_needs():
@@ -269,34 +269,60 @@ def test_the_bytes_of_a_client_are_its_rows_and_what_the_backward_needs():
     assert 4 * row + hidden <= autotune.client_bytes(clients, (x, y)) <= 4 * row + 4 * hidden
 
 
-def test_the_seconds_of_a_client_are_the_median_of_steps_after_the_first(monkeypatch):
-    """A clock that only steps move: 9 s for the first, then 1, 5, 1, 5, ... s; a cohort shares them."""
-    clock, clients = [0.0], trial(2)
-    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
-    taken = []
+class Paced:
+    """A clock that only steps move: ``seconds(size, n)`` for the n-th step of a size; and who took steps."""
 
-    def step(x, y, count, term):
-        taken.append((x.shape[:2], count))
-        clock[0] += 9.0 if len(taken) == 1 else 1.0 + 4 * (len(taken) % 2)
-        return torch.zeros(2)
+    def __init__(self, seconds, monkeypatch):
+        self.seconds, self.now, self.taken = seconds, 0.0, []
+        monkeypatch.setattr(autotune.time, "thread_time", lambda: self.now)
 
-    clients.step = step
-    assert autotune._seconds(clients, a_batch(), 2, budget=11.0) == (1 + 5) / 2 / 2
-    assert taken == [((2, 8), (8, 8))] * 5  # the first, and 1 + 5 + 1 + 5 s
-    clock[0] = 0.0
-    taken.clear()
-    assert autotune._seconds(clients, a_batch(), 2, budget=1e9) == (1 + 5) / 2 / 2
-    assert len(taken) == 51
+    def make(self, size):
+        def step(x, y, count, term):
+            assert (x.shape[:2], count) == ((8, 1) if size == 1 else (size, 8), (8,) * size)
+            self.taken.append(size)
+            self.now += self.seconds(size, self.taken.count(size))
+            return torch.zeros(size)
+
+        clients = trial(size)
+        clients.step = step
+        return clients
+
+    def measured(self, budget):
+        return autotune.measure(self.make, a_batch(), clients=6, budget=budget)
 
 
-def test_a_size_takes_a_quarter_of_the_time_that_is_left(monkeypatch):
-    """A clock that every look at it moves by 1 s: a step takes 2 s, of which 1 is measured, whatever the size.
+def test_sizes_take_turns_after_a_first_step_that_does_not_count(monkeypatch):
+    """Every third turn of each size takes five times as long; the first step of size 1 is that of its memory."""
+    paced = Paced(lambda size, n: 1e3 if n == 1 else size * (5.0 if n % 3 == 0 else 1.0), monkeypatch)
+    assert paced.measured(1e5) == {1: 1.0, 2: 1.0, 4: 1.0, 6: 1.0}
+    assert paced.taken == [1, 1, 1, 2, 2, 4, 4, 6, 6, *[1, 2, 4, 6] * (autotune.MOST - 1)]
 
-    30 steps of one client leave 59 s, 15 of two 28 s, and 7 of four 13 s, of which three steps of six may take 4.5. Had
-    the steps of four taken 8 s, they might take 36.
-    """
-    monkeypatch.setattr(autotune.time, "perf_counter", itertools.count().__next__)
-    assert list(autotune.measure(trial, a_batch(), clients=6, budget=121)) == [1, 2, 4, 6]
+
+def test_one_slow_step_decides_nothing(monkeypatch):
+    """Four clients are the fastest, and one of their steps takes a hundred times as long."""
+    usual = {1: 1.0, 2: 2.0, 4: 2.0, 6: 6.0}
+    for slow in (3, 4):
+        paced = Paced(lambda size, n, slow=slow: usual[size] * (100 if (size, n) == (4, slow) else 1), monkeypatch)
+        assert autotune.choose(paced.measured(400.0)) == 4
+
+
+def test_a_machine_that_slows_down_slows_all_sizes(monkeypatch):
+    """From half of the turns on everything takes three times as long, and a hundredth more each turn."""
+    paced = Paced(lambda size, n: size * (0.9 if size == 4 else 1.0) * (1 if n < 20 else 3 + n / 100), monkeypatch)
+    found = paced.measured(1e4)
+    assert autotune.choose(found) == 4
+    assert found[6] / found[2] == pytest.approx(1.0, abs=0.01)
+    assert found[4] / found[2] == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("budget", [0, 5, 11, 20, 40, 54, 90])
+def test_the_budget_holds_and_every_size_but_a_lone_one_is_measured_three_times(monkeypatch, budget):
+    paced = Paced(lambda size, n: float(size), monkeypatch)
+    found = paced.measured(budget)
+    assert paced.now <= max(budget, 3)  # of one client: its memory, a first step, and one that counts
+    counted = {size: paced.taken.count(size) - (2 if size == 1 else 1) for size in found}
+    assert counted == {1: 1} or min(counted.values()) >= autotune.TURNS
+    assert len(found) == sum(budget >= least for least in (0, 15, 35, 67)), (paced.now, list(found))
 
 
 @pytest.mark.parametrize(("fit", "size"), [(0.5, 1), (1, 1), (3, 2), (5.9, 4), (6, 6), (100, 6)])

@@ -22,6 +22,7 @@ from fedsparse.simulation.csv_logger import read_rows
 
 RUN = [sys.executable, "-m", "fedsparse.train"]
 OPTIONS = ["model=mlp", "logger=csv", "federation.rounds=6", "calibration.head_steps=4", "mask_rule=least_sensitive"]
+OPTIONS += ["pictures=false"]
 FEEDBACK = [
     "exchange=topk", "exchange.feedback=1.0", "aggregation=coordinate_mean", "aggregation.denominator=participants",
 ]  # fmt: skip
@@ -163,14 +164,21 @@ def test_sigterm_closes_the_round_and_exits_with_143(tmp_path):
     assert sha(summary) == sha(whole)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three rounds in one go, and the folder of the same run of two."""
+    place = tmp_path_factory.mktemp("finished")
+    options = [*OPTIONS, f"calibration.cache={place / 'cache'}"]
+    whole = run([*options, "federation.rounds=3", f"hydra.run.dir={place / 'whole'}"])
+    run([*options, "federation.rounds=2", f"hydra.run.dir={place / 'part'}"])
+    return whole, place / "part"
+
+
 @pytest.fixture
-def stopped(tmp_path, monkeypatch):
+def stopped(finished, tmp_path, monkeypatch):
     """A run of three rounds in one go, and a folder in which the same run stands after two."""
     monkeypatch.chdir(tmp_path)
-    whole = run([*OPTIONS, "federation.rounds=3", f"hydra.run.dir={tmp_path / 'whole'}"])
-    folder = tmp_path / "stopped"
-    run([*OPTIONS, "federation.rounds=2", f"hydra.run.dir={folder}"])
-    return whole, folder
+    return finished[0], shutil.copytree(finished[1], tmp_path / "stopped")
 
 
 def test_more_rounds_may_be_asked_for(stopped):

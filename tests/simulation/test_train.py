@@ -31,7 +31,7 @@ FILES = {
 
 
 def test_the_run_folder_and_the_summary_are_complete(run_in):
-    summary, folder = run_in("a", "mask_rule=random", "partition=noniid_nc1")
+    summary, folder = run_in("a", "mask_rule=random", "partition=noniid_nc1", "pictures=true")
     assert set(summary) >= KEYS
     assert json.loads((folder / "summary.json").read_text()) | {"folder": str(folder)} == summary
     assert all((folder / name).is_file() for name in FILES)
@@ -133,10 +133,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_changes_the_run(run_in, option):
-    base, _ = run_in("a")
+def test_an_option_changes_the_run(run_in, fast_run, option):
     other, _ = run_in("b", option)
-    assert other["global_sha256"] != base["global_sha256"]
+    assert other["global_sha256"] != fast_run["global_sha256"]
     assert math.isfinite(other["test/loss"])
 
 

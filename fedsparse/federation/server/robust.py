@@ -21,6 +21,7 @@ _FARTHEST = 1e100  # in units of a typical row: values are clamped to it, so tha
 _CLOSE = 1e3  # in median distances: the geometric median starts from the mean of the rows within it
 _CONVERGED = 1e-12  # in median distances: a shorter step ends the iteration
 _PIECE = 1 << 16  # coordinates that are sorted at a time
+_COMPARED = 1 << 12  # coordinates by which all pairs of rows are compared at a time: hundreds of rows stay in a cache
 Averaged = tuple[Tensor, Tensor]
 
 
@@ -141,11 +142,22 @@ def _krum_order(values: Tensor, attackers: int, lost: int) -> Tensor:
         raise ValueError(f"{attackers} attackers need {attackers + 3} clients in a round; there are {n + lost}")
     if not n:
         return torch.zeros(0, dtype=torch.long)
-    scaled, _ = _scaled(values)
-    squares = torch.stack([(scaled - row).square().sum(1) for row in scaled])
-    squares.fill_diagonal_(math.inf)
+    squares = _squared_distances(_scaled(values)[0])
     near = max(1, n - unknown - 2)  # at least one neighbour, also if more rows are lost than attackers assumed
     return squares.sort(1).values[:, :near].sum(1).argsort(stable=True)
+
+
+def _squared_distances(rows: Tensor) -> Tensor:
+    """Compute the squared distances of rows (K, P) to each other, (K, K), with infinity to themselves.
+
+    By differences: a Gram matrix would take as long, and lose the distances of rows that are far from 0 beside them.
+    """
+    n = len(rows)
+    squares = rows.new_full((n, n), math.inf)
+    first, second = torch.triu_indices(n, n, 1, device=rows.device)
+    pairs = sum(torch.pdist(part.contiguous()).square() for part in rows.split(_COMPARED, 1))
+    squares[first, second] = squares[second, first] = pairs
+    return squares
 
 
 def geometric_median(
