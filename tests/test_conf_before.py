@@ -17,6 +17,8 @@ from fedsparse.job.earlier import TARGETS, renewed
 from fedsparse.job.keys import JOBS, target_of
 from fedsparse.job.shipped import conf_dir, groups
 
+pytestmark = pytest.mark.slow
+
 BEFORE = json.loads(Path(__file__).with_name("conf_before.json").read_text(encoding="utf-8"))
 DEFAULT = BEFORE.pop("")
 # keys that a node has got since, which change no figure on a CPU

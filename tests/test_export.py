@@ -77,6 +77,7 @@ def by_hand(tensors, x):
     return np.maximum(x.reshape(len(x), -1) @ w1.T + b1, 0) @ w2.T + b2
 
 
+@pytest.mark.slow
 def test_files_agree_with_the_pruned_model(folder, command):
     code, out, err = command(f"run={folder}", "format=safetensors,onnx")
     assert (code, err) == (0, "")

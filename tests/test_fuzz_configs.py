@@ -17,6 +17,8 @@ from fedsparse.job import trust
 from fedsparse.job.command import one_line
 from fedsparse.job.resume import read_job, refuse_stored_overrides
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["model=mlp", "logger=csv", "pictures=false", "federation.rounds=1", "federation.local_steps=1"]
 SECRET = "5ecret-of-mine"
 TARGETS = ["canary_module.touch", "os.system", "torch.load", "torch.optim.SGD", "fedsparse.job.summary.sha256", ""]

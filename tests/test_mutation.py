@@ -139,6 +139,7 @@ def test_a_strong_test_notices_and_a_weak_one_does_not(toy, capsys, monkeypatch)
         main(["--root", str(toy)])
 
 
+@pytest.mark.slow
 def test_some_lines_by_some_tests(toy, capsys):
     tests = ["--tests", "tests/test_numbers.py"]
     (toy / "tests/test_numbers.py").write_text(TESTS.partition("def test_fails")[0])

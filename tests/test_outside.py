@@ -27,6 +27,8 @@ from fedsparse.data import datasets, partition
 from fedsparse.job.resume import read_job
 from fedsparse.models.vision import mlp
 
+pytestmark = pytest.mark.slow
+
 OUTSIDE = Path(__file__).parent / "outside"
 README = ROOT / "README.md"
 CLIENTS, EPOCHS, LR = 4, 2, 0.1

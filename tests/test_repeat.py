@@ -8,6 +8,8 @@ import pytest
 
 from fedsparse import repeat, run
 
+pytestmark = pytest.mark.slow
+
 FAST = ["model=mlp", "logger=csv", "calibration.head_steps=2", "pictures=false"]
 
 

@@ -83,6 +83,7 @@ def test_bad_input_is_one_line(tmp_path, arguments, said):
     assert "\n" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_card")
 def test_options_that_are_not_given(tmp_path, asked, capsys):
     short = ["--budget", "300", "--out", tmp_path / "a", "--only", "vit"]

@@ -199,6 +199,7 @@ def test_all_processes_have_as_many_cohorts_and_share_the_clients(cohort, count,
 PAIR = ["trainer.accelerator=cpu", "trainer.devices=2", "model=mlp", "federation.cohort=1"]
 
 
+@pytest.mark.slow
 def test_a_run_in_two_processes_leaves_what_one_leaves(run_in):
     one, alone = run_in(
         "one", *PAIR[2:], "partition=quantity", "federation.local_epochs=1", "federation.local_steps=null"

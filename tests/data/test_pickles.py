@@ -181,6 +181,7 @@ def test_what_no_batch_holds_is_refused_in_one_line(tmp_path, name):
     assert taken < 100 * len(content) + 2**20
 
 
+@pytest.mark.slow
 def test_a_program_without_end_is_refused_before_it_fills_the_memory(tmp_path):
     with pytest.raises(ValueError, match="steps"):
         read_pickle(written(tmp_path / "f", b"]" * (MOST_STEPS + 1) + b"."))

@@ -238,6 +238,7 @@ def test_a_shared_code_is_one_for_all_and_the_rest_is_as_before(library):
     assert own.fingerprint != shared.fingerprint
 
 
+@pytest.mark.slow
 def test_a_modules_sentences_lie_with_one_client_and_all_clients_hold_each_topic():
     found = docs.held_by_clients()
     dealt = deal_modules(found, 4, 3)

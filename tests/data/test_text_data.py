@@ -83,6 +83,7 @@ def test_a_library_without_source_files_is_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_running_python_has_a_thousand_sentences_a_topic():
     found = docs.held_by_clients()
     assert np.bincount([s.topic for s in found]).min() > 1000

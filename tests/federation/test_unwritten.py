@@ -155,6 +155,7 @@ def test_what_arrives_is_what_the_message_would_bring(**options):
     check("cpu", **options)
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(**CASES)
 def test_a_device_chooses_rounds_and_counts_as_the_cpu_does(**options):

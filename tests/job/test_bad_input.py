@@ -404,6 +404,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """A limit on the size of files stands in for a full disk: the mask cannot be written."""
     folder = tmp_path / "run"

@@ -16,6 +16,8 @@ from fedsparse.job import shipped
 from fedsparse.job.assemble import assemble
 from fedsparse.job.keys import JOBS, target_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FAST = ["model=mlp", "logger=csv", "mask_rule=random", "federation.num_clients=2"]
 PLAIN = (bool, int, float, str, list, type(None))

@@ -13,6 +13,8 @@ from fedsparse.data.balance import Balance
 from fedsparse.job.assemble import assemble
 from fedsparse.job.config import check
 
+pytestmark = pytest.mark.slow
+
 IMBALANCED = [1, 1, 0.7, 0.5, 0.05]
 SETTINGS = {  # data, model, partition, clients, rounds, server, shares of a client's even part
     "mnist": ("mnist", "fednet_mlp", "iid", 5, 60, "fedavg", [1] * 5),

@@ -24,6 +24,8 @@ from fedsparse.job.sweep import MAY_DIFFER, cell_name, difference, locked
 from fedsparse.simulation import tracking
 from fedsparse.simulation.csv_logger import read_rows
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["model=mlp", "logger=csv", "calibration.head_steps=1", "mask_rule=random", "pictures=False"]  # Hydra's case
 CELL = "mask_rule-random+model-mlp"
 

@@ -10,6 +10,8 @@ from fedsparse import run
 from fedsparse.landscape.options import Options
 from fedsparse.studies import landscapes
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "model=mlp", "logger=csv", "pictures=false", "mask_rule=dense", "head.init=random", "federation.rounds=3",
     "federation.local_steps=2", "model.hidden=8",
