@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow fuzz mutate lint format bench bench-peers grid exchange attack autoflip fedland landscapes lora departments weights weights-text wheel clean
+.PHONY: help setup train test test-slow soak fuzz mutate lint format bench bench-peers grid exchange attack autoflip fedland landscapes lora departments weights weights-text wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,7 +28,10 @@ test: $(READY) ## the tests
 	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(READY) ## the tests that take longer
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not soak"
+
+soak: $(READY) ## slow tests of whose kind others are in make test-slow, and checks of seconds
+	$(PYTEST) -m soak
 
 fuzz: $(READY) ## damaged files, messages and configurations: all attempts, where make test makes a tenth of them
 	FEDSPARSE_FUZZ=full $(PYTEST) -m fuzz

@@ -361,6 +361,7 @@ def elsewhere(venv, tmp_path, monkeypatch):
     return go
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_the_three_steps_as_printed_with_an_installed_wheel(elsewhere, venv, tmp_path):
     where = elsewhere(["python", "-c", "import fedsparse.job.shipped as s; print(s.__file__, s.conf_dir())"]).split()

@@ -279,6 +279,7 @@ def test_runs_have_names_of_their_own_and_pairs_name_runs():
         assert {name for pair in command_line.PAIRS for name in pair.runs} <= set(names)
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_tiny_federations_end_where_the_loop_does(capsys):
     assert call("--tiny", "--device", "cpu", "--only", "vit", "small") is None

@@ -314,7 +314,7 @@ def slurm(rank):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("starter", ["torchrun", "slurm"])
+@pytest.mark.parametrize("starter", ["torchrun", pytest.param("slurm", marks=pytest.mark.soak)])
 def test_processes_that_others_start_meet_in_one_folder(tmp_path, starter):
     if starter == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

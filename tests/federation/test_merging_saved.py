@@ -73,7 +73,7 @@ def test_factors_are_held_until_the_weight_is_smaller_and_give_its_bits(rounds, 
 
 
 @pytest.mark.slow  # it starts a process
-@pytest.mark.parametrize("method", ["flora", "fedex"])
+@pytest.mark.parametrize("method", ["flora", pytest.param("fedex", marks=pytest.mark.soak)])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, method):
     options = [*FAST, f"method={method}"]
     run([*options, f"hydra.run.dir={tmp_path / 'whole'}"])

@@ -106,7 +106,7 @@ def test_two_processes_equal_one(tmp_path, several, case, cohort):
     "options",
     [
         ["mask_rule=autoflip", "phases.explore.rounds=2"],
-        ["mask_rule=autoflip", "sparsity=gradual80", "mask_rule.refine=true"],
+        pytest.param(["mask_rule=autoflip", "sparsity=gradual80", "mask_rule.refine=true"], marks=pytest.mark.soak),
     ],
     ids=["explore", "renewals"],
 )

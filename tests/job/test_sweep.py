@@ -276,6 +276,7 @@ def rounds_of(folder):
     return [row["round"] for path in folder.glob("grid/*/metrics.csv") for row in read_rows(path)]
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_sweep_of_two_jobs_at_once_that_is_killed_goes_on(sweep, tmp_path):
     options = ["seed=0,1,2", "partition=iid,noniid_nc1", "federation.rounds=40"]
@@ -298,6 +299,7 @@ def test_a_sweep_of_two_jobs_at_once_that_is_killed_goes_on(sweep, tmp_path):
         assert summary["global_sha256"] == summary_of(f"undisturbed/{name}")["global_sha256"]
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_preempted_cell_is_queued_again_by_submitit(tmp_path, monkeypatch):
     """With submitit's launcher on this machine; its own handler and its own controller queue the job again."""

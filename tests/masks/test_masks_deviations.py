@@ -223,6 +223,7 @@ def test_above_quantile_refuses_what_has_no_quantile():
         above_quantile(torch.tensor([1.0, math.nan]), 0.5)
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_22_million_scores_of_one_tensor():
     """Beyond 16,777,216, where torch.quantile stops."""

@@ -60,6 +60,7 @@ def seconds(work):
     return time.perf_counter() - start
 
 
+@pytest.mark.soak
 def test_per_sample_fisher_costs_at_most_half_more_than_a_training_step():
     """On one thread, 8 samples, the least of five times each: 1.3."""
     net, (x, y) = seeded(), images(8)

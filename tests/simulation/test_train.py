@@ -159,6 +159,7 @@ def test_early_stopping_is_lightnings_own(run_in):
     assert summary["rounds"] == 2
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_cohort_sizes_agree_in_the_default_run(run_in):
     rows = []

@@ -86,6 +86,7 @@ def test_what_is_asked_of_a_run(tmp_path):
     assert (alone.round, alone.surface, alone.grid, alone.samples) == (25, True, 5, 9)
 
 
+@pytest.mark.soak
 @pytest.mark.slow  # it starts processes
 def test_several_at_the_same_time_draw_the_same(tmp_path):
     for name in ("one", "two"):
