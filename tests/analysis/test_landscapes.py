@@ -517,6 +517,7 @@ def test_names_of_other_parts_are_not_shown(tmp_path, capsys):
     assert max(map(len, out.splitlines())) < 2500
 
 
+@pytest.mark.slow
 def test_the_same_folders_give_the_same_bytes(study, tmp_path):
     for name in ("contour_test.png", "lines.png", "contour_<b>.png"):
         (study / "iid0/landscape" / name).write_bytes(b"")

@@ -95,6 +95,7 @@ def test_rounds_add_up(trained):
         torch.testing.assert_close(merged(folder, layer), first[layer] + second[layer], rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_fresh_factors_differ_by_round_and_seed_alone(tmp_path):
     downs = []
     for rounds, seed in ((1, 0), (2, 0), (1, 1), (1, 0)):
@@ -127,6 +128,7 @@ def down(folder):
         return [int(float(row["bytes_down"])) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_what_is_merged_travels_down_as_factors(tmp_path):
     """All clients take part in every round, so each gets the factors of the round before: of three, rank 8 each."""
     for method in ("fedit", "fedex", "flora"):

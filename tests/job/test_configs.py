@@ -69,6 +69,7 @@ def test_there_are_options():
     assert len(OPTIONS) > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_passes_the_gate_of_stored_configurations_and_instantiates(composed, option):
     group, name = option.split("/")

@@ -134,6 +134,7 @@ def test_the_originals_head_start_and_its_mask_run_as_the_comment_says(run_in, f
     assert summary["compression"] == pytest.approx(1 / 0.7, rel=0.01)  # total / (total - zeros), as it reports
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(image_files.CHANGED, "ignore:.*tie at the threshold.*")
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_more_rounds_after_a_finished_run_end_at_the_same_bits(run_in, files, rounds):

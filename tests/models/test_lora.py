@@ -84,6 +84,7 @@ def test_the_seed_decides_the_factors_and_nothing_else():
     assert all(name.endswith("lora_A") for name in differ)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
