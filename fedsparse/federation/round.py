@@ -150,7 +150,7 @@ class Round:
             f.buffers.step(change.buffers, change.sent)
             if f.regrouping is not None:
                 f.regrouping.close(self.number, f.server, f.buffers)
-            if not all(finite_rows(f.server.values)):
+            if not all(finite_rows(f.server.values, sums=f.server.values.sum(1).tolist())):
                 raise Diverged(
                     f"round {self.number + 1}: the server's step made the model NaN or infinite, so the run stops; try "
                     "a smaller server.lr"

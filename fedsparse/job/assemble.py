@@ -160,15 +160,16 @@ def assemble_course(cfg: DictConfig, problem: Problem) -> Course:
     """
     federation, eligible = cfg.federation, problem.eligible
     count = participants(federation.clients_per_round, federation.num_clients)
-    sampler = instantiate(cfg.sampling)
+    draw = partial(instantiate(cfg.sampling), eligible=eligible, count=count, seed=cfg.seed)
 
-    def sample(round: int, purpose: Purpose = Purpose.SAMPLING) -> Sequence[int]:
-        return sampler(round, eligible=eligible, count=count, seed=cfg.seed, purpose=purpose)
+    def sample(round: int, purpose: Purpose) -> Sequence[int]:
+        return draw(round, purpose=purpose)
 
     work = LocalWork(cfg.data.batch_size, federation.local_steps, federation.local_epochs, federation.weight)
     cohort = cohort_of(cfg)
     bound = 1 if cohort == AUTO else cohort
-    plan = RoundPlan(problem.parts, work, sample, bound, cfg.seed, parallel.processes(), parallel.process())
+    drawn = partial(draw, purpose=Purpose.SAMPLING)
+    plan = RoundPlan(problem.parts, work, drawn, bound, cfg.seed, parallel.processes(), parallel.process())
     phases = Phases.of(OmegaConf.to_container(cfg.phases, resolve=True))  # type: ignore[arg-type]
     count_of = partial(participants, num_clients=federation.num_clients)
     plans = [_plan_of(phase, plan, eligible, count_of, federation.clients_per_round) for phase in phases.rounds]

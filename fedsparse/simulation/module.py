@@ -15,7 +15,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from fedsparse.core.precisions import HALF, made_in
+from fedsparse.core.precisions import HALF
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.targets import Weigh, count, cross_entropy, hits
 from fedsparse.core.transfer import on_device
@@ -218,9 +218,9 @@ class ClientModule(lightning.LightningModule):
         self.round.watch(watcher)
 
     def training_step(self, bundle: Bundle, batch_idx: int) -> None:
-        """Train the cohorts of a bundle in the open round; only their local steps have the trainer's precision."""
+        """Train the cohorts of a bundle in the open round; only their local steps are autocast."""
         assert self.round is not None  # set by ``FederatedRounds.on_train_epoch_start``
-        with torch.autocast(self.device.type, enabled=False), made_in(torch.float32):
+        with torch.autocast(self.device.type, enabled=False):
             take_part(self.round, self.clients, bundle.cohorts)
         if self.trainer.is_last_batch:
             self.optimizers().step()  # type: ignore[union-attr]

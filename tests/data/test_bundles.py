@@ -92,7 +92,7 @@ def test_the_server_computes_in_the_dtype_of_its_rows(tmp_path):
     assert set(found) == {("client", True), ("server", False)}
 
 
-def test_a_double_network_finds_double_as_default_while_it_trains_alone(tmp_path):
+def test_a_double_network_finds_double_as_default(tmp_path):
     found = []
 
     class Noting(ClientModule):

@@ -31,6 +31,7 @@ CASES = {
         "server": partial(FedYogi, lr=0.01),
         "untouched": "freeze",
     },
+    "blocks": {"aggregation": partial(WeightedMean, block=2)},
     "fednova": {"exchange": sparse(RandomK(0.2)), "aggregation": FedNova},
     "median": {"exchange": sparse(TopK(fraction=0.3)), "aggregation": partial(Robust, median)},
     "original": {"exchange": sparse(TopK(fraction=0.2, compat="original"), payload="value", compat="original")},
@@ -70,7 +71,8 @@ def test_two_processes_equal_one(tmp_path, several, case):
     row, stores, mean, *counted = outcome(build(case, cohort=3).fit(3, tmp_path))
     for process in several:
         other, kept, other_mean, *others = process[case]
-        torch.testing.assert_close(other, row, rtol=0, atol=1e-9)
+        # blocks are summed in float32, and each process has its own
+        torch.testing.assert_close(other, row, rtol=0, atol=1e-6 if case == "blocks" else 1e-9)
         if case != "original":  # in float64 "all say 0" leaves a rounding, which counts as moved
             assert others == counted
         assert (mean is None) == (other_mean is None)

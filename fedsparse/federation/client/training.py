@@ -154,7 +154,7 @@ class Clients:
             return WholeRow(self.net, self.space, self.theta, mask, *given, by_unit=not on_cpu), [mask]
         whole = Block("", 0, (self.space.size,), mask)
         split = [whole] if len(self.bitmaps) else blocks(self.space, mask, self.large)
-        rows = BoundRow(self.net, self.space, self.theta, mask, split, self.losses, self.forward, self.weigh)
+        rows = BoundRow(self.net, self.space, self.theta, mask, split, *given)
         return rows, [block.mask for block in split]
 
     def _several(self, mask: Tensor) -> tuple[Rows, list[Tensor | None]]:

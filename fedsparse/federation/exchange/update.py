@@ -153,7 +153,7 @@ def finite_rows(first: Tensor, *others: Tensor, sums: Sequence[float] | None = N
     The host waits for the device once if all sums are finite, and not at all if it has read them (``row_sums``).
     """
     parts = (first, *others)  # huge values are finite one by one, and their sum may not be
-    known = sum((part.sum(1) for part in others if part.shape[1]), first.sum(1)).tolist() if sums is None else sums
+    known = row_sums(*parts).tolist() if sums is None else sums
     return [math.isfinite(s) or all(bool(p[k].isfinite().all()) for p in parts) for k, s in enumerate(known)]
 
 
