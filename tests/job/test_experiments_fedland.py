@@ -9,6 +9,7 @@ import torch
 from hydra.utils import instantiate
 from test_experiments import composed
 
+from fedsparse.core.seeding import Purpose
 from fedsparse.data.balance import Balance
 from fedsparse.job.assemble import assemble
 from fedsparse.job.config import check
@@ -124,7 +125,7 @@ def test_every_step_of_both_has_a_whole_batch_and_every_round_as_many(tmp_path, 
         assembly = assemble(cfg)
         least = min(len(part) for part in assembly.problem.parts)
         assert least >= cfg.data.batch_size  # so that the head's batches are whole as well
-        head = len(assembly.course.sample(0)) * cfg.calibration.head_steps * cfg.data.batch_size
+        head = len(assembly.course.sample(0, Purpose.HEAD)) * cfg.calibration.head_steps * cfg.data.batch_size
         plan = assembly.course.phased
         rounds = [sum(sum(map(sum, c.count)) for c in plan.cohorts(r)) for r in range(assembly.course.phases.total)]
         found[experiment] = [head, *rounds]
