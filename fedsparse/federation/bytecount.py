@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,16 +11,40 @@ from torch import Tensor
 from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.exchange.downlink import Downlink
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
-from fedsparse.federation.exchange.wire.message import HEADER, Size, bitmap_size, known_size
+from fedsparse.federation.exchange.wire.message import (
+    HEADER,
+    Size,
+    bitmap_size,
+    encode,
+    encode_mask,
+    known_size,
+)
+from fedsparse.federation.exchange.wire.model import write_model
 from fedsparse.federation.reports import Report
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.watcher import Watcher
 
 if TYPE_CHECKING:
+    from fedsparse.federation.federation import Federation
     from fedsparse.federation.round import Round
 
 NOTHING = Size(0, 0, 0)
+
+
+class Down(NamedTuple):
+    """The messages to a client in a round; empty where it has what they bring.
+
+    Attributes:
+        model: all floating-point tensors of the model, at first contact; without zeros that the mask implies.
+        mask: one bit a coordinate.
+        row: what changed since, and values that every round sends.
+
+    """
+
+    model: bytes
+    mask: bytes
+    row: bytes
 
 
 class ByteCount(Watcher):
@@ -112,6 +136,40 @@ class ByteCount(Watcher):
         buffers = federation.buffers.size * federation.buffers.values.element_size()
         dense = HEADER.size + federation.server.rows[0].nbytes + buffers
         ledger.trained(client, up, down, dense, setup, prepares=round.phase.explores)
+
+    def messages(self, federation: Federation, client: int, group: int, everything: bool = False) -> Down:
+        """Write the messages to a client before it trains, of the bytes that are counted when the round closes.
+
+        Args:
+            federation: between two rounds, or in an open one.
+            client: its id.
+            group: its global row.
+            everything: whether the client has lost what it held.
+
+        """
+        server, ledger = federation.server, self.ledger
+        first = everything or client not in ledger.has_model
+        row = server.values[group][self.travelling]
+        sent = federation.objective.broadcast(server.values[group])
+        extra = sent if first else torch.cat([federation.buffers.values[group][: federation.buffers.size], sent])
+        masked = self.mask_length and (everything or client not in ledger.has_mask)
+        model = self._model(federation, group) if first else b""
+        if first:
+            down = encode(row[:0], buffers=extra) if len(extra) else b""
+        else:
+            down = self.downlinks[group].message(client, row, extra)
+        return Down(model, encode_mask(server.subspace.mask) if masked else b"", down)
+
+    def _model(self, federation: Federation, group: int) -> bytes:
+        """Write the model of a group; the mask has to be read before it where zeros are left out."""
+        federation.show(group)
+        written = write_model(federation.clients.net, federation.clients.space, self._implied(federation))
+        federation.show(0)
+        return written
+
+    def _implied(self, federation: Federation) -> Tensor | None:
+        """Mark the coordinates that a message of the model has, bool (P,); None for all."""
+        return federation.server.subspace.mask if self.prunes else None
 
     def state_dict(self) -> dict[str, Any]:
         """Sums, and the model that each client holds."""

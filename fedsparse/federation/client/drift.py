@@ -88,6 +88,13 @@ class DriftCorrection:
         """Build the correction of K clients that start from rows (K, P)."""
         return GradientCorrection()
 
+    def broadcast(self, like: Tensor) -> Tensor:
+        """Gather what the server sends every client beside a row (n,): ``messages`` rows of values, in one."""
+        return like[:0]
+
+    def take(self, values: Tensor) -> None:
+        """Take over what the server sent, ``broadcast`` of it, where a client is alone with its data."""
+
     def update(self, kept: Kept) -> None:
         """Take in the rows that clients will store, before they are written."""
 
@@ -186,6 +193,14 @@ class Scaffold(DriftCorrection):
         difference = torch.zeros_like(theta)
         subspace.write(difference, mean - variates)
         return VariateCorrection(tuple(clients), variates, mean, difference)
+
+    def broadcast(self, like: Tensor) -> Tensor:
+        """The server's variate c, as clients use it."""
+        return torch.zeros_like(like) if self.mean is None else self.mean.to(like)
+
+    def take(self, values: Tensor) -> None:
+        """Take over c."""
+        self.mean = values.double()
 
     def update(self, kept: Kept) -> None:
         """Add the changes of the clients' variates, over N, to the shift of c."""
