@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedsparse.core.space import Patterns, matches
 from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.exchange.downlink import Downlink
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
@@ -32,17 +34,39 @@ if TYPE_CHECKING:
 NOTHING = Size(0, 0, 0)
 
 
+@dataclass(frozen=True)
+class PreparedHead:
+    """A head that was prepared before the first round, and that clients get once more then, as no round brings it all.
+
+    Attributes:
+        names: patterns of its parameters.
+        counted: whether the preparation has counted this message.
+
+    """
+
+    names: Patterns
+    counted: bool
+
+    def message(self, net: nn.Module) -> bytes:
+        """Write the head of a network."""
+        return encode(
+            torch.cat([p.detach().reshape(-1) for name, p in net.named_parameters() if matches(name, self.names)])
+        )
+
+
 class Down(NamedTuple):
     """The messages to a client in a round; empty where it has what they bring.
 
     Attributes:
         model: all floating-point tensors of the model, at first contact; without zeros that the mask implies.
+        head: the prepared head, for a client that has the model of before.
         mask: one bit a coordinate.
         row: what changed since, and values that every round sends.
 
     """
 
     model: bytes
+    head: bytes
     mask: bytes
     row: bytes
 
@@ -59,6 +83,7 @@ class ByteCount(Watcher):
         model_length: bytes of the first model.
         prunes: whether frozen coordinates are zero, so that the mask implies their values.
         merging: what is merged into frozen weights travels down as factors; None: these stay.
+        head: a prepared head that rounds do not bring; None without one.
 
     Attributes:
         travelling: index of the trained coordinates that travel, bool (n,); a slice of all if all do.
@@ -77,8 +102,10 @@ class ByteCount(Watcher):
         model_length: int = 0,
         prunes: bool = False,
         merging: Merging | None = None,
+        head: PreparedHead | None = None,
     ) -> None:
         self.ledger, self.traffic, self.local, self.merging = ledger, traffic, local, merging
+        self.head = head
         self.model_length, self.mask_length, self.prunes = model_length, mask_length(subspace), prunes
         self.downlinks = [Downlink() for _ in range(groups)]
         self.travelling = self._travelling(subspace)
@@ -123,6 +150,8 @@ class ByteCount(Watcher):
         federation, ledger, row = round.federation, self.ledger, self.before[group]
         first, setup, trained = client not in ledger.has_model, ledger.bytes_setup_down, federation.server.subspace
         zeros = self.prunes * (trained.total - trained.size) * row.element_size()
+        if not first and self.head is not None and not self.head.counted and self._is_new(client):
+            ledger.setup(1, up=0, down=len(self.head.message(federation.clients.net)))
         ledger.first_model([client], self.model_length - zeros)
         ledger.mask([client], self.mask_length)
         setup = ledger.bytes_setup_down - setup
@@ -154,11 +183,18 @@ class ByteCount(Watcher):
         extra = sent if first else torch.cat([federation.buffers.values[group][: federation.buffers.size], sent])
         masked = self.mask_length and (everything or client not in ledger.has_mask)
         model = self._model(federation, group) if first else b""
+        mask = encode_mask(server.subspace.mask) if masked else b""
         if first:
-            down = encode(row[:0], buffers=extra) if len(extra) else b""
-        else:
-            down = self.downlinks[group].message(client, row, extra)
-        return Down(model, encode_mask(server.subspace.mask) if masked else b"", down)
+            return Down(model, b"", mask, encode(row[:0], buffers=extra) if len(extra) else b"")
+        head = b""
+        if self.head is not None and self._is_new(client):
+            federation.show(0)
+            head = self.head.message(federation.clients.net)
+        return Down(model, head, mask, self.downlinks[group].message(client, row, extra))
+
+    def _is_new(self, client: int) -> bool:
+        """Whether a client has not trained before."""
+        return not any(client in downlink.holds for downlink in self.downlinks)
 
     def _model(self, federation: Federation, group: int) -> bytes:
         """Write the model of a group; the mask has to be read before it where zeros are left out."""

@@ -25,7 +25,7 @@ from fedsparse.masks import Evidence, Mask, MaskRule, Sparsity, Thinning, choose
 from fedsparse.masks.bitmaps import pack
 from fedsparse.masks.thinning import exchanged, ordered, shrunk, thin
 from fedsparse.preparation.preparation import Preparation
-from fedsparse.preparation.tasks import Observation
+from fedsparse.preparation.tasks import Observation, head_parameters
 
 log = logging.getLogger("fedsparse")
 
@@ -280,7 +280,7 @@ def _scores(
 def _count(preparation: Preparation, job: CalibrationJob, task: Observation, clients: Sequence[int]) -> None:
     """Count the messages and steps of a round's clients in the ledger."""
     scores, bitmap = exchanged(preparation.space.size, task.left)
-    head = int(preparation.space.where(job.head).sum())
+    head = sum(parameter.numel() for parameter in head_parameters(preparation.net, job.head))
     preparation.ledger.first_model(clients, preparation.model_length)
     preparation.ledger.client_steps += sum(_batches(preparation, job, client) for client in clients)
     dtype = preparation.space.tensors(preparation.net)[0].dtype

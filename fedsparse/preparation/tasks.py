@@ -150,15 +150,15 @@ class Observation:
 
     def down(self, preparation: Preparation) -> tuple[bytes, ...]:
         """Write what the server sends: the head, and from a thinning's second round what is left."""
-        values = preparation.space.read(preparation.net)[preparation.space.where(self.head)]
-        return (encode(values), *(() if self.left is None else (encode_mask(self.left),)))
+        head = written(head_parameters(preparation.net, self.head))
+        return (head, *(() if self.left is None else (encode_mask(self.left),)))
 
     @contextmanager
     def received(self, preparation: Preparation, parts: Sequence[bytes]) -> Iterator[None]:
         """Load what the server sent; what a thinning has given up is shrunk meanwhile."""
         net, space = preparation.net, preparation.space
-        row, head = space.read(net), space.where(self.head)
-        row[head] = read(parts[0], int(head.sum()), dtype=row.dtype).values
+        load(head_parameters(net, self.head), parts[0])
+        row = space.read(net)
         space.write(net, shrunk(row, self.left, self.shrink))
         yield
         space.write(net, row)

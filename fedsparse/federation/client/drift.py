@@ -212,8 +212,8 @@ class Scaffold(DriftCorrection):
 
     def close(self) -> None:
         """Add the shift to c."""
-        if self.mean is not None and self.shift is not None:
-            self.mean += self.shift.to(self.mean.device)
+        if self.shift is not None:  # a server whose clients are elsewhere has no c before the first shift
+            self.mean = self.shift if self.mean is None else self.mean.add_(self.shift.to(self.mean.device))
         self.shift = None
 
     def move(self, carry: Carry) -> None:

@@ -1,0 +1,1 @@
+"""Out of the simulator: the same clients and server on real machines, with bytes between them."""
