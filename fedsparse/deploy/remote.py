@@ -42,7 +42,7 @@ log = logging.getLogger("fedsparse")
 NODES = "nodes.json"
 
 
-class Fleet:
+class RemoteClients:
     """The clients of a run at their nodes.
 
     Args:
@@ -217,8 +217,8 @@ def join(link: Link, deployed: Deployed, job: Job, assembly: Assembly) -> Joined
     files.write(job.folder / NODES, json.dumps({"run": run, "samples": samples}, indent=2) + "\n")
     log.info("deployed run %s: %d clients with %d samples", run, len(samples), sum(samples.values()))
     assembly = at_nodes(job, assembly, samples, alone)
-    fleet = Fleet(post, members, assembly, deployed.options.max_share)
-    return Joined(assembly, fleet.gather, fleet.take_part, apart=True)
+    remote = RemoteClients(post, members, assembly, deployed.options.max_share)
+    return Joined(assembly, remote.gather, remote.take_part, apart=True)
 
 
 def stored_nodes(folder: Path) -> dict[str, Any]:
