@@ -36,7 +36,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.fleet_http_connection import http_request_response
 from httpx import HTTPError
 
-FIRST_WAIT, LONGEST_WAIT = 0.02, 1.0  # seconds until an object is asked for again that is still being uploaded
+FIRST_WAIT, LONGEST_WAIT = 0.05, 1.0  # seconds until an object is asked for again that is still being uploaded
 LOST = (ObjectPullError, RunNotRunningException)  # a message that cannot be had, or whose run has ended
 
 whole = partial(

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from fedsparse.deploy.worker import Worker
 
-SHORTEST, LONGEST = 0.05, 1.0  # seconds between two questions for messages
-SHARE = 0.05  # of the time since the last message that a node sleeps before it asks again
+SHORTEST, LONGEST = 0.05, 1.0  # seconds that a node sleeps between two questions for messages
+SHARE = 0.05  # it sleeps for this part of the time since the last message,
+TIMES = 4  # and so many times as long as the last question took, or questions in vain would delay answers
 
 
 class Connected(Protocol):
@@ -34,9 +35,15 @@ class Connected(Protocol):
         """Whether a run still goes on."""
 
 
-def pause(idle: float) -> float:
-    """Seconds until the next question, after so many without a message: a twentieth, so that few are asked in vain."""
-    return min(max(SHARE * idle, SHORTEST), LONGEST)
+def pause(idle: float, took: float) -> float:
+    """Seconds to sleep until the next question for messages.
+
+    Args:
+        idle: seconds without a message.
+        took: seconds that the last question took, which is longer when the SuperLink has much to do.
+
+    """
+    return min(max(SHARE * idle, TIMES * took, SHORTEST), LONGEST)
 
 
 def keep(connection: Connected, place: Place, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -56,11 +63,13 @@ def keep(connection: Connected, place: Place, sleep: Callable[[float], None] = t
     workers: dict[int, Worker] = {}
     last = time.monotonic()
     while True:
+        asked = time.monotonic()
         message = connection.receive()
+        start = time.monotonic()
         if message is None:
-            sleep(pause(time.monotonic() - last))
+            sleep(pause(start - last, start - asked))
             continue
-        start, run = time.monotonic(), message.metadata.run_id
+        run = message.metadata.run_id
         if run not in workers:
             workers = {other: worker for other, worker in workers.items() if connection.runs(other)}
         try:

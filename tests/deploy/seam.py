@@ -40,7 +40,7 @@ def gather(link, nodes, longest=120):
     replies, end = [], time.monotonic() + longest
     while len(replies) < len(nodes) and time.monotonic() < end:
         replies += link.pull()
-        time.sleep(0.02)
+        time.sleep(0.1)
     return {reply.node: reply for reply in replies}
 
 
