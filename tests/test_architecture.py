@@ -31,6 +31,7 @@ ENTRY = len(ORDER)
 MAY = {
     "hydra": ("job/", "train.py", "calibrate.py", "repeat.py"),
     "lightning": ("data/datamodule.py", "simulation/", "bench/federated.py", "bench/gpu/"),
+    "flwr": ("deploy/", "bench/peers/"),
     "wandb": ("simulation/artifacts.py", "bench/federated.py"),
     "omegaconf": ("job/", "train.py", "calibrate.py", "repeat.py"),
 }

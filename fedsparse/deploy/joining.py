@@ -1,0 +1,86 @@
+"""A node joins its server: what can be wrong with the connection is found before Flower is asked."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedsparse.deploy.fleet import Node, loopback
+from fedsparse.deploy.place import Place
+
+KEPT = "kept"  # folder of what a node keeps between rounds
+PROBE = 10.0  # seconds
+WRONG_NAME = (62, 64)  # OpenSSL's numbers of a host name and of an address that the certificate does not have
+
+
+def place(node: Node, own: Sequence[str]) -> Place:
+    """Where the node works.
+
+    Args:
+        node: the node.
+        own: overrides for it alone.
+
+    """
+    return Place((node.folder / KEPT).resolve(), node.client, tuple(own))
+
+
+def check(node: Node) -> None:
+    """Refuse a server that is not there, does not speak TLS or is not the one of this fleet, before anything is sent.
+
+    Raises:
+        ValueError: it is one of these, or the node's files are not there.
+
+    """
+    if node.insecure and not loopback(node.host):
+        raise ValueError(f"without TLS nodes and server are one machine, and the server is {node.host}")
+    for path in filter(None, (node.authority, node.key)):
+        if not path.is_file():
+            raise ValueError(f"{path} is not there: copy the whole folder of the node")
+    try:
+        with socket.create_connection((node.host, node.port), PROBE) as plain:
+            if node.authority is not None:
+                _shake_hands(plain, node, node.authority)
+    except OSError as error:
+        raise ValueError(f"no server at {node.address}: {error.strerror or error}") from None
+
+
+def _shake_hands(plain: socket.socket, node: Node, authority: Path) -> None:
+    """Open a TLS connection, and close it."""
+    context = ssl.create_default_context(cafile=str(authority))
+    try:
+        with context.wrap_socket(plain, server_hostname=node.host):
+            return
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in WRONG_NAME:
+            raise ValueError(f"the server's certificate is not for {node.host}: {error.verify_message}") from None
+        raise ValueError(
+            f"the server at {node.address} is not of this fleet: {authority} did not sign its certificate "
+            f"({error.verify_message})"
+        ) from None
+    except (ssl.SSLError, ConnectionError, TimeoutError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise ValueError(f"the server at {node.address} does not speak TLS: {reason}") from None
+
+
+def for_supernode(node: Node, place: Place, port: int | None) -> Sequence[str]:
+    """Command line of Flower's own SuperNode.
+
+    Args:
+        node: the node.
+        place: where it works.
+        port: for its own processes; None takes a free one.
+
+    """
+    trust = ["--insecure"]
+    if node.authority is not None:
+        trust = ["--root-certificates", str(node.authority), "--auth-supernode-private-key", str(node.key)]
+    own = ["--host", "127.0.0.1", "--port", str(port or free_port())]
+    return ["flower-supernode", *trust, "--superlink", node.address, *own, "--node-config", place.for_flower()]
+
+
+def free_port() -> int:
+    """A port of this machine on which nothing listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return listening.getsockname()[1]
