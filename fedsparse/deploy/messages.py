@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 FORMAT = 1
-KINDS = ("join", "prepare", "train")
+KINDS = ("join", "prepare", "train", "evaluate")
 LONGEST = 1 << 22  # characters of a line; a configuration has some thousands
 MOST_PARTS = 16
 

@@ -37,7 +37,9 @@ from fedsparse.preparation.tasks import (
     left_of,
     load,
 )
+from fedsparse.simulation.copied import Batches, CopiedNet
 from fedsparse.simulation.devices import fabric_of, kernels
+from fedsparse.simulation.own_models import scored
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class Learner:
         module.set_mask(mask.to(torch.as_tensor(module.mask).device))
         module.to(fabric.device)
         module.keep_in(_in_memory)
+        self.copied = CopiedNet(module.net)  # before its parameters become views of a row
         self.data = assembly.datamodule().to(fabric.device)
         scale = LOSS_SCALE if assembly.session.precision == HALF else 1.0
         clients = module.form(self.data.fetch, scale, fabric.autocast)
@@ -238,6 +241,28 @@ class Learner:
             round.receive(cohort, payload)
         return Trained(message, {"local_steps": update.local_steps, "clipped": update.clipped})
 
+    def evaluate(self) -> dict[str, tuple[float, float]]:
+        """Evaluate the client's own model, the server's values with what it keeps, on its parts of the splits.
+
+        Returns:
+            Accuracy and loss of ``test`` and ``val``; none of a split of which it has no part.
+
+        """
+        federation, clients, client = self.federation, self.clients, self.party.client
+        problem, values = self.party.assembly.problem, federation.server.values
+        if clients.local is not None:
+            values = federation.restored([client], values, clients.local)
+        row = federation.server.rows[0].clone()
+        federation.server.subspace.write(row, values[0])
+        self.copied.load(self.party.module, row, clients.buffers.of(client, 0))
+        splits = {"test": (problem.dataset.test, problem.tests), "val": (problem.dataset.val, problem.vals)}
+        how = Batches(self.data.eval_batch_size, self.party.fabric.autocast)
+        return {
+            name: scored(self.copied, how, self.party.module, split, parts[client])
+            for name, (split, parts) in splits.items()
+            if client < len(parts) and len(parts[client])
+        }
+
     def kept(self) -> dict[str, Tensor]:
         """Collect the rows that the client keeps between rounds, by the store's name."""
         nothing, found = torch.zeros(0), dict[str, Tensor]()
@@ -267,8 +292,9 @@ def _alone(cfg: DictConfig, client: int) -> Assembly:
     single.federation.num_clients, single.federation.clients_per_round = 1, 1
     single.partition = {"_target_": "fedsparse.data.partition.iid", "_partial_": True}
     assembly = assemble(single)
-    parts = [np.zeros(0, dtype=np.int64)] * client + [np.arange(len(assembly.problem.dataset.train.y))]
-    problem = replace(assembly.problem, parts=parts, tests=[], vals=[])
+    dataset, nobody = assembly.problem.dataset, [np.zeros(0, dtype=np.int64)] * client
+    parts, tests, vals = ([*nobody, np.arange(len(s.y))] for s in (dataset.train, dataset.test, dataset.val))
+    problem = replace(assembly.problem, parts=parts, tests=tests, vals=vals)
     course = assemble_course(single, problem)
     return replace(assembly, problem=problem, course=replace(course, sample=partial(_only, client)))
 

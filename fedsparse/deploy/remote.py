@@ -19,6 +19,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from fedsparse.core import files
+from fedsparse.core.monitor import ACCURACY, PERSONAL_ACCURACY
 from fedsparse.data.rounds import PADDING, Cohort
 from fedsparse.deploy.compose import Deployed
 from fedsparse.deploy.limits import check_deployed
@@ -29,6 +30,7 @@ from fedsparse.federation.client.training import Clients
 from fedsparse.federation.exchange.update import Payload, Update
 from fedsparse.federation.exchange.wire.message import PayloadError, split_size
 from fedsparse.federation.exchange.wire.model import write_model
+from fedsparse.federation.federation import Federation
 from fedsparse.federation.round import Round
 from fedsparse.job.assemble import assemble_course
 from fedsparse.job.parts import Assembly
@@ -37,6 +39,7 @@ from fedsparse.job.resume import Job
 from fedsparse.preparation.preparation import Answer as Tensors
 from fedsparse.preparation.preparation import Preparation
 from fedsparse.preparation.tasks import ClientTask, HeadGradient, Observation
+from fedsparse.simulation.own_models import Pairs
 
 log = logging.getLogger("fedsparse")
 NODES = "nodes.json"
@@ -105,6 +108,39 @@ class RemoteClients:
         for cohort in asked:
             take_in(round, cohort, said[cohort.clients[0]])
 
+    def evaluate(self, federation: Federation) -> tuple[Pairs, Pairs]:
+        """Have all clients evaluate their own models of the round that has closed, on test and validation split.
+
+        These messages are no part of the training, and the ledger does not count them.
+        """
+        errands = {client: self._evaluation(federation, client) for client in self.members}
+        said = self.post.ask(errands, self.members)
+        lost = {c: self._evaluation(federation, c, everything=True) for c, one in said.items() if _lacks(one)}
+        said |= self.post.ask(lost, self.members) if lost else {}
+        found: tuple[Pairs, Pairs] = ({}, {})
+        for client in sorted(said):
+            for name, pairs in zip(("test", "val"), found, strict=True):
+                if (pair := _pair(said[client], name)) is not None:
+                    pairs[client] = pair
+        return found
+
+    def _evaluation(self, federation: Federation, client: int, everything: bool = False) -> Errand:
+        """Write what a client is sent to evaluate its own model: the whole row, as it keeps what it trained from."""
+        (group,) = federation.topology.group([client])
+        if everything or client not in federation.ledger.has_model:
+            down = federation.bytes.messages(federation, client, group, everything=True)
+        else:
+            down = federation.bytes.whole(federation, client, group)
+        return Errand("evaluate", federation.closed, self._state(federation, client, group), down._asdict())
+
+    def _state(self, federation: Federation, client: int, group: int) -> dict[str, Any]:
+        """Describe what a client holds: the round it trained in last, and those whose updates were left out."""
+        return {
+            "holds": federation.bytes.downlinks[group].holds.get(client, -1),
+            "refused": sorted({drop.round for drop in federation.dropped if drop.client == client}),
+            "implied": federation.bytes.prunes,
+        }
+
     def _capped(self, cohorts: Sequence[Cohort]) -> list[Cohort]:
         """Limit each client's weight to its share of the round's."""
         weights = capped([cohort.weight[0] for cohort in cohorts], self.max_share)
@@ -115,14 +151,7 @@ class RemoteClients:
         federation, (client,) = round.federation, cohort.clients
         (group,) = federation.topology.group([client])
         down = federation.bytes.messages(federation, client, group, everything)
-        holds = federation.bytes.downlinks[group].holds.get(client, -1)
-        refused = sorted({drop.round for drop in federation.dropped if drop.client == client})
-        fields = {
-            "holds": holds,
-            "refused": refused,
-            "implied": federation.bytes.prunes,
-            "weight": cohort.weight[0],
-        }
+        fields = self._state(federation, client, group) | {"weight": cohort.weight[0]}
         return Errand("train", round.number, fields, down._asdict())
 
 
@@ -169,6 +198,13 @@ def payload_of(round: Round, cohort: Cohort, said: Said) -> Payload:
     except (struct.error, KeyError):
         raise PayloadError("header", f"{len(said.payload)} bytes begin no message of fedsparse") from None
     return Payload(expected, (size,), written=(said.payload,))
+
+
+def _pair(said: Said, name: str) -> tuple[float, float] | None:
+    """Read accuracy and loss of a split from an answer; None without."""
+    pair = said.fields.get(name) if isinstance(said, Answer) else None
+    numbers = isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, int | float) for one in pair)
+    return (float(pair[0]), float(pair[1])) if numbers else None  # type: ignore[index]
 
 
 def _bounded(value: Any, most: int) -> int:
@@ -218,7 +254,8 @@ def join(link: Link, deployed: Deployed, job: Job, assembly: Assembly) -> Joined
     log.info("deployed run %s: %d clients with %d samples", run, len(samples), sum(samples.values()))
     assembly = at_nodes(job, assembly, samples, alone)
     remote = RemoteClients(post, members, assembly, deployed.options.max_share)
-    return Joined(assembly, remote.gather, remote.take_part, apart=True)
+    own = remote.evaluate if bool(assembly.problem.space.local.any()) else None
+    return Joined(assembly, remote.gather, remote.take_part, own, apart=True)
 
 
 def stored_nodes(folder: Path) -> dict[str, Any]:
@@ -296,18 +333,18 @@ def _check_member(answer: Answer, members: Mapping[int, Member], assembly: Assem
 
 
 def at_nodes(job: Job, assembly: Assembly, samples: Mapping[int, int], alone: bool) -> Assembly:
-    """Take over what clients hold: their counts, where data are their own, and who is there.
-
-    Figures of the clients' own models need what stays with them, which the server does not have.
-    """
-    problem = replace(assembly.problem, vals=[])
-    assembly = replace(assembly, session=replace(assembly.session, monitor=problem.monitor))
+    """Take over what clients hold: their counts, where data are their own, and who is there."""
+    problem = assembly.problem
     if not alone and set(problem.eligible) <= set(samples):
-        return replace(assembly, problem=problem)
+        return assembly
     nothing, parts = np.zeros(0, dtype=np.int64), list(problem.parts)
     for client, part in enumerate(problem.parts):
         held = np.arange(samples.get(client, 0)) if alone else part  # positions at the node: nothing is read here
         parts[client] = held if client in samples else nothing
-    problem = replace(problem, parts=parts, tests=[] if alone else problem.tests)
-    course = assemble_course(OmegaConf.create(assembly.config), problem)
-    return replace(assembly, problem=problem, course=course, pictures=assembly.pictures and not alone)
+    course = assemble_course(OmegaConf.create(assembly.config), problem := replace(problem, parts=parts))
+    if not alone:
+        return replace(assembly, problem=problem, course=course)
+    monitor = PERSONAL_ACCURACY if bool(problem.space.local.any()) else ACCURACY
+    session = replace(assembly.session, monitor=monitor)
+    problem = replace(problem, tests=[], vals=[])
+    return replace(assembly, problem=problem, course=course, session=session, pictures=False)
