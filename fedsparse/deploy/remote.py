@@ -43,6 +43,7 @@ from fedsparse.simulation.own_models import Pairs
 
 log = logging.getLogger("fedsparse")
 NODES = "nodes.json"
+START = 600.0  # seconds that a server waits for its nodes at least
 
 
 class RemoteClients:
@@ -281,23 +282,28 @@ def meet(
     """
     options, text = deployed.options, deployed.text()
     wanted = options.min_clients or len(before) or len(assembly.problem.eligible)
-    asked, members, alone = set[int](), dict[int, Member](), set[bool]()
-    end = time.monotonic() + options.timeout
+    asked, members, alone = dict[int, int](), dict[int, Member](), set[bool]()
+    patience = max(options.timeout, START)
+    end = time.monotonic() + patience
+    log.info("waiting for %d clients", wanted)
     while len(members) < wanted:
-        for node in set(post.link.nodes()) - asked:
-            asked.add(node)
-            post.introductions(node, text)
+        for node in set(post.link.nodes()) - set(asked):
+            asked[node] = post.introduce(node, text)
         for reply in post.link.pull():
             if reply.error is not None:
                 raise ValueError(f"a node cannot take part: {' '.join(reply.error.split())[:300]}")
             answer = Answer.read(reply.meta, reply.payload)
+            if (answer.number, answer.run) != (asked[reply.node], post.run):
+                continue  # to a server of before
+            if members.get(answer.client, Member(-1, 0)).node == reply.node:
+                continue  # doubled
             _check_member(answer, members, assembly, before)
             members[answer.client] = Member(reply.node, answer.samples)
             alone.add(bool(answer.fields.get("alone")))
-        if time.monotonic() > end:
+        if len(members) < wanted and time.monotonic() > end:
             raise ValueError(
-                f"{len(members)} of {wanted} clients are there after {options.timeout:g} s (deploy.timeout); start the "
-                "other nodes, or set deploy.min_clients"
+                f"{len(members)} of {wanted} clients are there after {patience:g} s; start the other nodes, or set "
+                "deploy.min_clients"
             )
         time.sleep(0.02)
     if len(alone) > 1:
