@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow soak fuzz mutate lint format bench bench-peers grid exchange attack autoflip fedland landscapes lora departments weights weights-text wheel clean
+.PHONY: help setup train test test-slow soak fuzz mutate lint format docs bench bench-peers grid exchange attack autoflip fedland landscapes lora departments weights weights-text wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,6 +20,8 @@ $(READY): pyproject.toml .constraints.txt
 
 train: $(READY) ## the main job on the embedded data
 	$(BIN)/python -m fedsparse.train $(ARGS)
+
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 # files go to two processes as they become free
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -51,12 +53,21 @@ format: $(READY) ## put the code in its usual form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the packages of .venv stand behind mkdocs's own, so that the site is written from the code as it runs
+.docs-venv/.ready: docs/requirements.txt $(READY)
+	$(BIN)/python -m venv --clear --without-pip .docs-venv
+	$(BIN)/python $(PURELIB) > "$$(.docs-venv/bin/python $(PURELIB))/main.pth"
+	.docs-venv/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location --no-deps -r $<
+	@touch $@
+
+docs: .docs-venv/.ready ## the documentation site, in build/site; a broken link or a public name without a docstring fails
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. .docs-venv/bin/python -m mkdocs build --strict
+	@echo "file://$(CURDIR)/build/site/index.html"
+
 bench: $(READY) ## a round's time, memory and bytes beside a hand-written loop's, and the peers' that are installed
 	$(BIN)/python -m fedsparse.bench $(ARGS)
 
 # the packages of .venv stand behind a peer's own, so that torch is the same build and there once
-PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-
 bench-peers: $(addprefix .peers/,$(addsuffix /.ready,pfl flwr fedlab)) ## environments of the peers, for make bench
 
 .peers/%/.ready: fedsparse/bench/peers/%.txt $(READY)
@@ -216,4 +227,4 @@ wheel: $(READY) ## build the wheel
 	$(BIN)/python -m build --wheel
 
 clean: ## remove what was built, not the runs
-	rm -rf $(VENV) .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .peers .docs-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,18 +9,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import textwrap
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pages import pages
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from wheels import PIP, ROOT, call
+from wheels import PIP, call
 
 from fedsparse import calibrate, export, repeat, report, run, train
 from fedsparse.data import datasets, partition
@@ -30,7 +30,6 @@ from fedsparse.models.vision import mlp
 pytestmark = pytest.mark.slow
 
 OUTSIDE = Path(__file__).parent / "outside"
-README = ROOT / "README.md"
 CLIENTS, EPOCHS, LR = 4, 2, 0.1
 BASE = {  # one round of whole passes by plain gradient descent, in float64: what a few lines by hand can follow
     "data": "digits",
@@ -90,13 +89,13 @@ def mean(rows, parts):
     return (rows * held(parts)).sum(0) / held(parts).sum()
 
 
-def readme():
-    """The three steps of the README: the class and the YAML by their files, and the command."""
-    section = README.read_text(encoding="utf-8").split("## A part of your own in three steps")[1].split("\n## ")[0]
-    blocks = re.findall(r"`([\w/.]+)`:\n\n   ```\w+\n(.*?)   ```", section, flags=re.DOTALL)
-    (command,) = re.findall(r"   ```bash\n   (.*?)\n   ```", section)
+def printed():
+    """The three steps of the page: the class and the YAML by their files, and the command."""
+    page = pages()["docs/how-to/own-parts.md"].split("\n## ")[0]
+    blocks = re.findall(r"`([\w/.]+)`:\n\n```\w+\n(.*?)```", page, flags=re.DOTALL)
+    (command,) = re.findall(r"```bash\n(.*?)\n```", page)
     assert [name for name, _ in blocks] == ["mine/rules.py", "conf/mask_rule/heaviest.yaml"]
-    return {name: textwrap.dedent(text) for name, text in blocks}, command.split()
+    return dict(blocks), command.split()
 
 
 def write(folder, texts):
@@ -107,9 +106,9 @@ def write(folder, texts):
 
 @pytest.fixture(scope="session")
 def own(tmp_path_factory):
-    """A folder with ``mine`` and ``conf``: the README's rule, and a part of each other kind."""
+    """A folder with ``mine`` and ``conf``: the rule of the page, and a part of each other kind."""
     folder = shutil.copytree(OUTSIDE, tmp_path_factory.mktemp("own"), dirs_exist_ok=True)
-    write(folder, readme()[0])
+    write(folder, printed()[0])
     return folder
 
 
@@ -367,7 +366,7 @@ def test_the_three_steps_as_printed_with_an_installed_wheel(elsewhere, venv, tmp
     where = elsewhere(["python", "-c", "import fedsparse.job.shipped as s; print(s.__file__, s.conf_dir())"]).split()
     assert all(Path(place).is_relative_to(venv.parents[1]) for place in where)
     installed = {path: path.stat().st_mtime_ns for path in Path(where[0]).parent.rglob("*.py")}
-    texts, command = readme()
+    texts, command = printed()
     write(tmp_path, texts)
     short = ("model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=2")
     assert "mask rule heaviest" in elsewhere(command, *short, "hydra.run.dir=runs/one")

@@ -28,7 +28,7 @@ class Cohort:
         round: index of the round, from 0.
         clients: K ids; ``PADDING`` marks an unused row.
         samples: int64 (K, S, B), indices of every local step; entries past ``count`` are ignored.
-        count: [S][K] real samples of each step; 0 is no step.
+        count: real samples of each step, ``count[step][client]``; 0 is no step.
         weight: K weights in the average.
         x: (K, S, B, C, H, W), the samples, if the loader has gathered them; None if they lie on the device.
         processed: whether weights count processed samples, so that they shrink for a client that stops early.

@@ -7,13 +7,13 @@ import json
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
 from adapter_runs import DEPARTMENTS, trained
+from pages import pages
 from torch import nn
 
 from fedsparse import run
@@ -139,8 +139,8 @@ def test_refusals_are_one_line(folder, command, typed, line):
     assert not (folder / "peft").exists()
 
 
-def test_the_commands_of_the_readme_are_understood():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_commands_of_the_page_are_understood():
+    text = pages()["docs/how-to/export.md"]
     typed = [
         shlex.split(line, comments=True) for line in re.findall(r"^python -m fedsparse\.adapters (.*)", text, re.M)
     ]

@@ -11,6 +11,7 @@ import torch
 from composed import composed
 from hydra.utils import instantiate
 from leaf_json import texts, write_both
+from pages import pages
 
 from fedsparse.job import shipped
 from fedsparse.job.assemble import assemble
@@ -131,7 +132,7 @@ def test_what_is_typed_of_a_target_is_what_it_is_called_with(group, option):
 
 
 def test_every_key_is_typed_in_some_test():
-    texts = [path.read_text(encoding="utf-8") for path in [*ROOT.glob("tests/**/*.py"), ROOT / "README.md"]]
+    texts = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/*.py")] + list(pages().values())
     called = {key for pair in CALLED for key in arguments(*pair)}  # above
     by_hand = {key for key in keys() if any(re.search(rf"(?<![\w.]){re.escape(key)}=", t) for t in texts)}
     missing = sorted(keys() - by_hand - called)
