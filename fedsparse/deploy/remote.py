@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from fedsparse.core import files
+from fedsparse.core.folder import NODES
 from fedsparse.core.monitor import ACCURACY, PERSONAL_ACCURACY
 from fedsparse.data.rounds import PADDING, Cohort
-from fedsparse.deploy.compose import Deployed
 from fedsparse.deploy.limits import check_deployed
 from fedsparse.deploy.messages import Answer, Link, Malformed
 from fedsparse.deploy.post import Errand, Member, Post, Said
@@ -32,7 +31,8 @@ from fedsparse.federation.exchange.wire.message import PayloadError, split_size
 from fedsparse.federation.exchange.wire.model import write_model
 from fedsparse.federation.federation import Federation
 from fedsparse.federation.round import Round
-from fedsparse.job.assemble import assemble_course
+from fedsparse.job.assemble import with_problem
+from fedsparse.job.deployed import Deployed
 from fedsparse.job.parts import Assembly
 from fedsparse.job.reach import Joined
 from fedsparse.job.resume import Job
@@ -42,7 +42,6 @@ from fedsparse.preparation.tasks import ClientTask, HeadGradient, Observation
 from fedsparse.simulation.own_models import Pairs
 
 log = logging.getLogger("fedsparse")
-NODES = "nodes.json"
 START = 600.0  # seconds that a server waits for its nodes at least
 
 
@@ -347,10 +346,8 @@ def at_nodes(job: Job, assembly: Assembly, samples: Mapping[int, int], alone: bo
     for client, part in enumerate(problem.parts):
         held = np.arange(samples.get(client, 0)) if alone else part  # positions at the node: nothing is read here
         parts[client] = held if client in samples else nothing
-    course = assemble_course(OmegaConf.create(assembly.config), problem := replace(problem, parts=parts))
     if not alone:
-        return replace(assembly, problem=problem, course=course)
+        return with_problem(assembly, replace(problem, parts=parts))
     monitor = PERSONAL_ACCURACY if bool(problem.space.local.any()) else ACCURACY
-    session = replace(assembly.session, monitor=monitor)
-    problem = replace(problem, tests=[], vals=[])
-    return replace(assembly, problem=problem, course=course, session=session, pictures=False)
+    assembly = replace(assembly, session=replace(assembly.session, monitor=monitor), pictures=False)
+    return with_problem(assembly, replace(problem, parts=parts, tests=[], vals=[]))
