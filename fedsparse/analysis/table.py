@@ -9,7 +9,7 @@ import numpy as np
 
 from fedsparse.analysis.files import finite
 from fedsparse.analysis.folders import Problem, Run
-from fedsparse.analysis.names import LABEL, Settings, labels, settings
+from fedsparse.analysis.names import LABEL, Group, Settings, labels, settings
 from fedsparse.analysis.statistics import Interval, paired
 from fedsparse.core.monitor import ACCURACY, PERSONAL_ACCURACY
 
@@ -82,7 +82,8 @@ def rows(runs: Sequence[Run]) -> list[Row]:
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault(_key(run), []).append(run)
-    named = zip(labels([dict(key) for key in groups]), groups.items(), strict=True)
+    found = [Group.of(dict(key), group) for key, group in groups.items()]
+    named = zip(labels(found), groups.items(), strict=True)
     table = [_row(name, partition, dict(key), group) for (name, partition), (key, group) in named]
     return sorted(table, key=lambda row: (row.partition, row.sparsity, row.name))
 
