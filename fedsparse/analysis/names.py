@@ -46,14 +46,14 @@ _OPTIONS = ("mask_rule", "partition", "data", "model", "experiment", "method")
 _OPTION = {name: name for name in _OPTIONS} | {"sparsity": "mask_rule", "mask": "mask_rule"}
 # groups whose chosen option says what its keys say; the options of the first ones need no group beside them
 _ALONE = ("server", "aggregation", "objective", "optimizer", "merging")
-_CHOSEN = (*_ALONE, "schedule", "sampling", "topology", "mixing", "lora", "client", "callbacks")
+CHOSEN = (*_ALONE, "schedule", "sampling", "topology", "mixing", "lora", "client", "callbacks")
 _BLANK = ("none", "default")  # options that say nothing without their group
 _SPARSITY = "option of sparsity"  # no key of a configuration; of the usual ones the fraction says all
 _OF_METHODS = ("lora", "model.local", "exchange", "merging", "server")  # what files of conf/method set
 # what a sparse exchange consists of: its label says most of it, so only those that lie on one line are compared
 _OF_EXCHANGES = ("exchange", "aggregation")
 _FRACTIONS = ("exchange.fraction", "exchange.percentage")
-LABEL, _LINE = "label of the sparse exchange", "its line"  # no keys of a configuration
+LABEL, LINE = "label of the sparse exchange", "its line"  # no keys of a configuration
 PHASES = "phases"  # the key that names those beyond the usual
 _TRAINABLE = "model.trainable"
 _ALWAYS = "partition.beta"  # a Dirichlet partition without it says nothing
@@ -85,16 +85,16 @@ def settings(run: Run) -> dict[str, str]:
     """Keep what two runs must share to be averaged over seeds, or to compete as learning rates of one row."""
     dropped = _SWEPT + _IDLE + (_OF_MASKS if run.summary["mask_rule"] == "dense" else ())
     dropped += _FRACTIONS if exchange_label(run.summary) and fraction_of(run.summary) else ()  # the label says it
-    kept = {key: value for key, value in run.config.items() if not _under(key, dropped) and not _partial(key)}
+    kept = {key: value for key, value in run.config.items() if not under(key, dropped) and not _partial(key)}
     if not _phases(run):
-        kept = {key: value for key, value in kept.items() if not _usual(key, value)}
+        kept = {key: value for key, value in kept.items() if not usual(key, value)}
     choices = {key: str(run.summary[key]) for key in ("mask_rule", "partition")}
     return kept | choices | {"sparsity": f"{run.sparsity:g}"} | _exchange(run) | _phases(run)
 
 
 def _options(run: Run) -> dict[str, str]:
     """Find the options that names may say; older folders keep some in the summary, or nowhere."""
-    stored = {group: run.options.get(group) or run.summary.get(group) for group in _CHOSEN}
+    stored = {group: run.options.get(group) or run.summary.get(group) for group in CHOSEN}
     found = {group: option for group, option in stored.items() if isinstance(option, str)}
     sparsity = "" if run.summary["mask_rule"] == "dense" else run.options.get("sparsity", "")
     return found | ({} if re.fullmatch(r"(s\d+)?", sparsity) else {_SPARSITY: sparsity})
@@ -104,9 +104,9 @@ def _partial(key: str) -> bool:
     return key.endswith("._partial_")  # comes with the class
 
 
-def _usual(key: str, value: str) -> bool:
+def usual(key: str, value: str) -> bool:
     """Whether a key says nothing where head, calibration and learning are all: options of exploring, and defaults."""
-    return _under(key, ("explore",)) or (_under(key, ("phases",)) and (value.startswith("${") or value == "true"))
+    return under(key, ("explore",)) or (under(key, ("phases",)) and (value.startswith("${") or value == "true"))
 
 
 def _phases(run: Run) -> dict[str, str]:
@@ -120,11 +120,12 @@ def _exchange(run: Run) -> dict[str, str]:
     """Keep the label of a sparse exchange, and what it shares with those on its line; nothing for other exchanges."""
     label, chosen = exchange_label(run.summary), run.summary.get("exchange")
     if label:
-        return {LABEL: label, _LINE: line_label(run.summary)}
+        return {LABEL: label, LINE: line_label(run.summary)}
     return {"exchange": chosen} if chosen else {}
 
 
-def _under(key: str, keys: Sequence[str]) -> bool:
+def under(key: str, keys: Sequence[str]) -> bool:
+    """Whether a dotted key is one of some, or lies within one."""
     return any(key == one or key.startswith(f"{one}.") for one in keys)
 
 
@@ -168,7 +169,7 @@ def _differing(groups: Sequence[Group]) -> Differing:
     shared: dict[tuple[str, str], list[str]] = {}
     sizes: dict[str, int] = {}
     for keys in (group.keys for group in groups):
-        within = (*keys, "experiment", *_OF_EXCHANGES, *(f"{group}." for group in _CHOSEN))
+        within = (*keys, "experiment", *_OF_EXCHANGES, *(f"{group}." for group in CHOSEN))
         for option in {_option(key, keys) for key in within}:
             sizes[option] = sizes.get(option, 0) + 1
         for key, value in keys.items():
@@ -181,15 +182,15 @@ def _option(key: str, keys: Settings) -> str:
     """Say what a key is compared within: keys of a group among those who chose the same option of it."""
     first = key.split(".")[0]
     chosen = keys.get(_SPARSITY if first == "sparsity" else first, "") if "." in key else ""
-    of_group = f", {first}={chosen}" if chosen and (first in _CHOSEN or first == "sparsity") else ""
+    of_group = f", {first}={chosen}" if chosen and (first in CHOSEN or first == "sparsity") else ""
     return _within(key, first, keys) + of_group
 
 
 def _within(key: str, first: str, keys: Settings) -> str:
-    if keys["method"] and _under(key, _OF_METHODS):
+    if keys["method"] and under(key, _OF_METHODS):
         return f"method={keys['method']}"
     if first in _OF_EXCHANGES:
-        return f"experiment={keys['experiment']}, exchange={keys.get(_LINE, '')}"
+        return f"experiment={keys['experiment']}, exchange={keys.get(LINE, '')}"
     if first in _OF_PHASES:
         rule = f"mask_rule={keys['mask_rule']}"
         return rule if key == PHASES else f"{rule}, phases={keys.get(PHASES, '')}"
@@ -212,7 +213,7 @@ def _name(group: Group, differing: Differing) -> list[str]:
 
 def _rest(group: Group, differing: Differing, every: bool = False) -> list[str]:
     """Write the keys in which others differ, and unless ``every`` only those that were typed."""
-    skipped = {*_OPTIONS, "sparsity", _TRAINABLE, LABEL, _LINE, _MODE}
+    skipped = {*_OPTIONS, "sparsity", _TRAINABLE, LABEL, LINE, _MODE}
     keys = [key for key in sorted(group.keys) if key not in skipped and not key.startswith("partition.")]
     told = [key for key in keys if (key, _option(key, group.keys)) in differing and (every or _typed(key, group))]
     return [_shown(key, group.keys[key]) for key in sorted(told, key=lambda key: "." in key)]
@@ -223,7 +224,7 @@ def _typed(key: str, group: Group) -> bool:
     if group.typed is None:
         return True
     name = "sparsity" if key == _SPARSITY else key
-    within = [typed for typed in group.typed if typed not in _CHOSEN and name.startswith(f"{typed}.")]
+    within = [typed for typed in group.typed if typed not in CHOSEN and name.startswith(f"{typed}.")]
     return name in group.typed or bool(within) or any(typed.startswith(f"{name}.") for typed in group.typed)
 
 

@@ -17,11 +17,12 @@ from scipy import stats
 
 from fedsparse import report
 from fedsparse.analysis import convergence, overlap, pareto
+from fedsparse.analysis.baseline import dense_of
 from fedsparse.analysis.folders import read_runs
 from fedsparse.analysis.page import Bold, Picture, Section, Table, markdown
 from fedsparse.analysis.statistics import Interval, paired
 from fedsparse.analysis.style import styles
-from fedsparse.analysis.table import dense_of, once, rows
+from fedsparse.analysis.table import once, rows
 from fedsparse.masks import Mask
 
 CONFIG = {
@@ -202,7 +203,9 @@ def test_overlap_leaves_out_what_always_trains(tmp_path):
     (section,), problems = overlap.section(table_of(tmp_path))
     table = section.blocks[1]
     assert table.body == [["lowest_magnitude", "1.00", "0.33"], ["random", "0.33", "1.00"]]
-    assert table.caption == "iid, sparsity 80%; by chance 0.33"  # half of the body trains: 0.5 / 1.5
+    assert (
+        table.caption == "digits, mlp, iid, sparsity 80%, seed 0; by chance 0.33"
+    )  # half of the body trains: 0.5 / 1.5
     assert problems == []
     (tmp_path / "random/mask.safetensors").write_bytes(b"torn")
     sections, (problem,) = overlap.section(table_of(tmp_path))
@@ -424,7 +427,7 @@ def test_the_page_needs_nothing_beside_it(sweep, tmp_path):
 
 
 def files_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_the_same_folders_give_the_same_bytes(sweep, tmp_path):
@@ -438,7 +441,8 @@ def test_the_same_folders_give_the_same_bytes(sweep, tmp_path):
     for i, folders in enumerate([*places, [moved / "sweep", moved / "more"]]):
         report.main([*map(str, folders), "--out", str(tmp_path / f"out{i}")])
         written.append(files_of(tmp_path / f"out{i}"))
-    assert len(written[0]) == 5
+    assert len([name for name in written[0] if "/" not in name]) == 5
+    assert "tables/results.csv" in written[0]
     assert "more/torn" in written[0]["report.md"].decode()
     assert all(files == written[0] for files in written)
 
@@ -475,7 +479,7 @@ def test_rows_of_one_rule_share_its_colour_and_differ_in_their_line():
     found = styles(["random", "random, head.init=probe", "mine", "dense"])
     first, second = found["random"], found["random, head.init=probe"]
     assert first.colour == second.colour
-    assert (first.line, first.filled) != (second.line, second.filled)
+    assert (first.line, first.fill) != (second.line, second.fill)
     assert len({style.colour for style in found.values()}) == 3
 
 
@@ -483,7 +487,7 @@ def test_markdown_of_a_section():
     table = Table(["a", "b"], [[Bold("1"), "x|y"]], "what")
     picture = Picture("p", "seen", draw=lambda: None)
     text = markdown("T", [Section("S", "Read.", [table, picture])])
-    body = "**what**\n\n| a | b |\n| --- | --- |\n| **1** | x\\|y |\n\n![seen](p.png)\n"
+    body = "**what**\n\n| a | b |\n| ---: | --- |\n| **1** | x\\|y |\n\n![seen](p.png)\n"
     assert text == f"# T\n\n## S\n\nRead.\n\n{body}"
 
 

@@ -131,7 +131,7 @@ def test_a_picture_that_fails_is_a_line_and_the_report_has_none(tmp_path, monkey
     report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     assert "is left out (ZeroDivisionError" in capsys.readouterr().err
     assert "<img" not in (tmp_path / "out/report.html").read_text()
-    assert sorted(os.listdir(tmp_path / "out")) == ["report.html", "report.md"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["report.html", "report.md", "tables"]
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
