@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"fedsparse: {error}")
     if options.pixels:
         parts.append(Section("Reference", _pixels(), []))
-    print(markdown(_TITLE, parts, pictures=False), end="")
+    print(markdown(_TITLE, parts, terminal=True), end="")
     if options.out:
         try:
             write(parts, options.out)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 150
+_PADDED = 60  # characters of a column in a terminal; longer cells stand out
 _LONGEST = 120  # characters of a file's name
 _PART = r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
 _NUMBER = re.compile(rf"(?P<mean>[+-]?{_PART})(?: ± (?P<half>{_PART}))?(?P<percent> ?%)?\*?(?: [▲▼†])*$")
@@ -113,28 +114,44 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def markdown(title: str, sections: Sequence[Section], *, pictures: bool = True) -> str:
-    """Write sections as Markdown; pictures are links to files beside it, or left out."""
-    return "\n\n".join([f"# {_md(title)}", *(part for s in sections for part in _md_section(s, pictures))]) + "\n"
+def markdown(title: str, sections: Sequence[Section], *, terminal: bool = False) -> str:
+    """Write sections as Markdown; pictures are links to files beside it.
+
+    Args:
+        title: heading.
+        sections: what it holds.
+        terminal: for the eye: columns are padded to one width, and pictures left out.
+
+    """
+    return "\n\n".join([f"# {_md(title)}", *(part for s in sections for part in _md_section(s, terminal))]) + "\n"
 
 
-def _md_section(section: Section, pictures: bool) -> Iterator[str]:
+def _md_section(section: Section, terminal: bool) -> Iterator[str]:
     yield f"## {_md(section.title)}"
     yield _md(section.text)
     for block in section.blocks:
         if isinstance(block, Table):
             yield from [f"**{_md(block.caption)}**"] * bool(block.caption)
-            yield md_table(block)
-        elif pictures:
+            yield md_table(block, padded=terminal)
+        elif not terminal:
             yield f"![{_md(block.caption)}]({block.name}.png)"
 
 
-def md_table(table: Table) -> str:
-    """Write a table as Markdown, columns of numbers to the right."""
+def md_table(table: Table, *, padded: bool = False) -> str:
+    """Write a table as Markdown, columns of numbers to the right; if padded, for a terminal too."""
     cells = [[f"**{_md(cell)}**" if isinstance(cell, Bold) else _md(cell) for cell in line] for line in table.body]
-    rule = ["---:" if number else "---" for number in numeric(table)]
+    numbers = numeric(table)
+    rule = ["---:" if number else "---" for number in numbers]
     lines = [[_md(cell) for cell in table.head], rule, *cells]
+    if padded:
+        widths = [min(_PADDED, max(map(len, column))) for column in zip(*lines, strict=True)]
+        widths[-1] *= numbers[-1]  # a text at the end needs no room behind it
+        lines = [[_pad(*cell) for cell in zip(line, widths, numbers, strict=True)] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _pad(cell: str, width: int, number: bool) -> str:
+    return cell.rjust(width) if number else cell.ljust(width)
 
 
 def numeric(table: Table) -> list[bool]:

@@ -89,7 +89,7 @@ def test_one_bad_folder_ends_no_report(tmp_path, capsys, damage):
     assert (tmp_path / "out/report.html").stat().st_size < 3_000_000
     if damage in DAMAGED.values():
         assert "37.5" not in said
-        (line,) = [line for line in said.splitlines() if line.startswith("| bad |")]
+        (line,) = [line for line in said.splitlines() if line.startswith("| bad ")]
         assert len(line) < 300
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from test_report import a_run, edit, files_of, table_of
+from test_report import a_run, edit, files_of, printed, table_of
 
 from fedsparse import report
 from fedsparse.analysis.baseline import dense_of
@@ -281,7 +281,7 @@ def test_sparse_exchanges_alone_make_a_report(tmp_path, capsys):
     pictures += ["pareto-bytes_total", "pareto-bytes_up"]
     expected = [*(f"{name}.png" for name in pictures), "report.html", "report.md"]
     assert sorted(name for name in written if "/" not in name) == sorted(expected)
-    assert "| largest_change | 50 % | 0.00 | 0.00 | – | 70.0 | – | 1 | yes |" in capsys.readouterr().out
+    assert "| largest_change | 50 % | 0.00 | 0.00 | – | 70.0 | – | 1 | yes |" in printed(capsys)
 
 
 def test_the_pictures_are_part_of_the_page_and_masks_keep_theirs(sweep, tmp_path):

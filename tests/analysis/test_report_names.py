@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from test_report import a_run, edit, table_of
+from test_report import a_run, edit, printed, table_of
 
 from fedsparse import report
 from fedsparse.analysis.folders import read_runs
@@ -101,7 +101,7 @@ def test_a_calibration_is_neither_a_run_nor_unfinished(tmp_path, capsys):
         (mask / name).unlink()
     (mask / "calibration.json").write_text("{}")
     report.main([str(tmp_path)])
-    assert "| mask |" not in capsys.readouterr().out
+    assert "| mask |" not in printed(capsys)
     (mask / "metrics.csv").write_text("round,val/acc\n1,0.5\n")  # a run that began there was stopped
     found, (problem,) = read_runs([tmp_path])
     assert (len(found), problem.name) == (1, "mask")

@@ -12,7 +12,18 @@ from test_report import a_run, edit, files_of, table_of
 from fedsparse import report
 from fedsparse.analysis import convergence, equal_steps, pareto, tables
 from fedsparse.analysis.baseline import dense_of, nearest
-from fedsparse.analysis.page import Bold, Picture, Section, Table, csv_table, filled, latex_table, page, tables_of
+from fedsparse.analysis.page import (
+    Bold,
+    Picture,
+    Section,
+    Table,
+    csv_table,
+    filled,
+    latex_table,
+    md_table,
+    page,
+    tables_of,
+)
 from fedsparse.analysis.style import legend, panels, wrapped
 from fedsparse.analysis.table import lengths, locally
 
@@ -269,6 +280,16 @@ def test_a_table_as_latex():
         r"none & -- & -- & no mask \\",
         r"\bottomrule",
         r"\end{tabular}",
+    ]
+
+
+def test_columns_are_of_one_width_in_a_terminal():
+    table = Table(["rule", "MB", "why"], [["a_b & c", Bold("10.0 ▲"), "a long text"], ["x", "0.06", "b"]])
+    assert md_table(table, padded=True).splitlines() == [
+        "| rule        |         MB | why |",
+        "| ---         |       ---: | --- |",
+        "| a_b &amp; c | **10.0 ▲** | a long text |",
+        "| x           |       0.06 | b |",
     ]
 
 
