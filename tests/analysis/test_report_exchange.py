@@ -154,6 +154,21 @@ def test_a_line_goes_through_the_fractions(sweep):
     assert list(references(shown)) == ["dense", "random, 80% frozen"]
 
 
+def test_a_line_keeps_what_all_rows_of_its_place_share(tmp_path):
+    for fraction in SPARSE:
+        sparse(tmp_path / f"{fraction}", fraction=fraction, feedback=1.0)
+    ((_, shown),) = places(table_of(tmp_path)).items()
+    assert [(line, len(rows)) for line, rows in lines(shown).items()] == [(("largest_change", "feedback"), 2)]
+
+
+def test_references_share_all_but_the_mask_and_the_exchange(sweep):
+    for name, rule in (("dense", "dense"), ("masked", "random")):
+        a_run(sweep / name, rule, server={"_target_": "Adam"})
+    ((_, shown),) = places(table_of(sweep)).items()
+    assert {row.settings.get("server._target_") for row in references(shown).values()} == {None}
+    assert sorted(len(row.runs) for row in references(shown).values()) == [3, 3]
+
+
 def test_places_are_apart_and_references_elsewhere_stay_out(sweep):
     a_run(sweep / "far", "dense", partition="noniid_nc1")
     edit(sparse(sweep / "docs"), data="docs", model="bert_tiny")
