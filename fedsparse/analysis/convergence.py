@@ -15,7 +15,7 @@ from fedsparse.analysis.folders import Run
 from fedsparse.analysis.page import Picture, Section, Table, slug
 from fedsparse.analysis.statistics import Interval
 from fedsparse.analysis.style import Style, legend, panels, percent, plain, styles, title
-from fedsparse.analysis.table import Row, Task, lengths, partitions, seeds, sparsities, tasks
+from fedsparse.analysis.table import Row, Task, lengths, locally, partitions, seeds, sparsities, tasks
 from fedsparse.analysis.tables import rule_head, said, share
 from fedsparse.core.monitor import ACCURACY
 
@@ -85,8 +85,8 @@ def convergence_figure(table: Sequence[Row], sparsity: float) -> Figure:
         sparsity: the one to draw, with the rows that have no mask.
 
     """
-    shown = [row for row in table if row.sparsity in (0.0, sparsity)]
-    looks, parts = styles([row.name for row in table]), partitions(shown)
+    shown = locally([row for row in table if row.sparsity in (0.0, sparsity)])
+    looks, parts = styles([row.name for row in shown]), partitions(shown)
     figure, axes = panels(len(parts), len(SPLITS), shared=True)
     for line, part in zip(axes, parts, strict=True):
         line[0].set_ylabel(f"{plain(part)}\naccuracy")

@@ -15,7 +15,7 @@ from fedsparse.analysis.convergence import SPLITS, draw_curves
 from fedsparse.analysis.exchange import fraction_of
 from fedsparse.analysis.exchange_lines import Line, Place, line_of, lines, places, references, sent_fraction
 from fedsparse.analysis.pareto import AXES, interval, point, ticks
-from fedsparse.analysis.style import Style, legend_columns, panels, plain, styles, title
+from fedsparse.analysis.style import Style, legend_columns, panels, plain, styles, title, wrapped
 from fedsparse.analysis.table import Row, seeds
 
 _VARIANTS = (("-", "o", True), ("--", "s", False), (":", "^", True), ("-.", "D", False), ("-", "v", False))
@@ -23,6 +23,7 @@ _REFERENCES = "DXPvhdp"  # of masks; dense training is a star
 _DENSE, _DARK = "#000000", "#444444"
 _PLAIN = "no feedback, float32"
 _ACROSS = 0.003  # of the width of a panel, between lines whose points would hide each other
+_BESIDE = 26  # letters of a line beside a panel
 Looks = Mapping[Line, dict[str, Any]]
 
 
@@ -68,7 +69,7 @@ def curves_figure(table: Sequence[Row], fraction: float) -> Figure:
     drawn = [row for rows in parts.values() for row in rows]
     figure, axes = panels(len(parts), len(SPLITS), shared=True)
     for line, (place, shown) in zip(axes, parts.items(), strict=True):
-        line[0].set_ylabel(f"{_title(place)}\naccuracy")
+        line[0].set_ylabel(f"{wrapped(_title(place), _BESIDE)}\naccuracy")
         for panel, split in zip(line, SPLITS, strict=True):
             draw_curves(panel, shown, split, {row.name: _style(row, looks) for row in shown})
     for panel, split in zip(axes[0], SPLITS, strict=True):
