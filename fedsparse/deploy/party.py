@@ -5,14 +5,11 @@ Shapes: P coordinates, n of them train, m of which travel; Q float-buffer values
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
-import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from fedsparse.core.precisions import HALF, dtype_of, made_in
@@ -23,7 +20,6 @@ from fedsparse.federation.exchange.wire.model import read_model
 from fedsparse.federation.masking import zero
 from fedsparse.federation.server.topology import Flat
 from fedsparse.federation.stores.store import MemoryStore
-from fedsparse.job.assemble import assemble, assemble_course
 from fedsparse.job.parts import Assembly
 from fedsparse.job.prepare import build_preparation
 from fedsparse.masks import Thinning
@@ -60,18 +56,16 @@ class Party:
     """A client with its data and network, ready for the messages of its run.
 
     Args:
-        cfg: the configuration, with the node's own keys.
+        make: assembles the run, with the client's data.
         client: its id.
-        alone: whether the data set is this client's alone; else it is partitioned as everywhere.
 
     Attributes:
         samples: that it holds.
 
     """
 
-    def __init__(self, cfg: DictConfig, client: int, alone: bool) -> None:
-        self.cfg, self.client, self.alone = cfg, client, alone
-        self.assembly = _alone(cfg, client) if alone else assemble(cfg)
+    def __init__(self, make: Callable[[], Assembly], client: int) -> None:
+        self.make, self.client, self.assembly = make, client, make()
         problem = self.assembly.problem
         self.samples = len(problem.parts[client]) if client < len(problem.parts) else 0
         self.fabric = fabric_of(self.assembly.session.accelerator, self.assembly.session.precision)
@@ -80,7 +74,7 @@ class Party:
 
     def anew(self) -> Party:
         """Build the client again, with the network as it was built first."""
-        return Party(self.cfg, self.client, self.alone)
+        return Party(self.make, self.client)
 
     def _preparation(self) -> Preparation:
         """Build what tasks before the first round read; the network moves to its device."""
@@ -281,23 +275,3 @@ class Learner:
 
 def _in_memory(name: str) -> MemoryStore:
     return MemoryStore()
-
-
-def _alone(cfg: DictConfig, client: int) -> Assembly:
-    """Assemble a run on a data set that is one client's alone: it holds the whole training split.
-
-    The partition is not asked; ids, and so the random numbers, are those of the run.
-    """
-    single = cfg.copy()
-    single.federation.num_clients, single.federation.clients_per_round = 1, 1
-    single.partition = {"_target_": "fedsparse.data.partition.iid", "_partial_": True}
-    assembly = assemble(single)
-    dataset, nobody = assembly.problem.dataset, [np.zeros(0, dtype=np.int64)] * client
-    parts, tests, vals = ([*nobody, np.arange(len(s.y))] for s in (dataset.train, dataset.test, dataset.val))
-    problem = replace(assembly.problem, parts=parts, tests=tests, vals=vals)
-    course = assemble_course(single, problem)
-    return replace(assembly, problem=problem, course=replace(course, sample=partial(_only, client)))
-
-
-def _only(client: int, round: int, purpose: object) -> list[int]:
-    return [client]

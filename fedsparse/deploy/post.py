@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsparse.deploy.compose import Options
 from fedsparse.deploy.messages import Answer, Link, Malformed, Reply, Request
+from fedsparse.job.deployed import Options
 
 log = logging.getLogger("fedsparse")
 POLL, MOST = 0.005, 0.1  # seconds between two looks for answers: at first, and when nothing has come for long

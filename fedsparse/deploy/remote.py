@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from fedsparse.core import files
+from fedsparse.core.folder import NODES
 from fedsparse.core.monitor import ACCURACY, PERSONAL_ACCURACY
 from fedsparse.data.rounds import PADDING, Cohort
-from fedsparse.deploy.compose import Deployed
 from fedsparse.deploy.limits import check_deployed
-from fedsparse.deploy.messages import Answer, Link, Malformed
+from fedsparse.deploy.messages import Answer, Link, Malformed, Reply
 from fedsparse.deploy.post import Errand, Member, Post, Said
 from fedsparse.deploy.worker import LACKS
 from fedsparse.federation.client.training import Clients
@@ -32,7 +31,8 @@ from fedsparse.federation.exchange.wire.message import PayloadError, split_size
 from fedsparse.federation.exchange.wire.model import write_model
 from fedsparse.federation.federation import Federation
 from fedsparse.federation.round import Round
-from fedsparse.job.assemble import assemble_course
+from fedsparse.job.assemble import with_problem
+from fedsparse.job.deployed import Deployed
 from fedsparse.job.parts import Assembly
 from fedsparse.job.reach import Joined
 from fedsparse.job.resume import Job
@@ -42,7 +42,6 @@ from fedsparse.preparation.tasks import ClientTask, HeadGradient, Observation
 from fedsparse.simulation.own_models import Pairs
 
 log = logging.getLogger("fedsparse")
-NODES = "nodes.json"
 START = 600.0  # seconds that a server waits for its nodes at least
 
 
@@ -290,16 +289,18 @@ def meet(
         for node in set(post.link.nodes()) - set(asked):
             asked[node] = post.introduce(node, text)
         for reply in post.link.pull():
-            if reply.error is not None:
-                raise ValueError(f"a node cannot take part: {' '.join(reply.error.split())[:300]}")
-            answer = Answer.read(reply.meta, reply.payload)
-            if (answer.number, answer.run) != (asked[reply.node], post.run):
-                continue  # to a server of before
-            if members.get(answer.client, Member(-1, 0)).node == reply.node:
-                continue  # doubled
-            _check_member(answer, members, assembly, before)
-            members[answer.client] = Member(reply.node, answer.samples)
-            alone.add(bool(answer.fields.get("alone")))
+            try:
+                answer = introduction(reply, asked.get(reply.node), post.run, members)
+                if answer is not None:
+                    _check_member(answer, members, assembly, before)
+            except ValueError as error:
+                if options.min_clients is None:  # all are needed
+                    raise
+                log.warning("%s", error)
+                continue
+            if answer is not None:
+                members[answer.client] = Member(reply.node, answer.samples)
+                alone.add(bool(answer.fields.get("alone")))
         if len(members) < wanted and time.monotonic() > end:
             raise ValueError(
                 f"{len(members)} of {wanted} clients are there after {patience:g} s; start the other nodes, or set "
@@ -309,6 +310,23 @@ def meet(
     if len(alone) > 1:
         raise ValueError("some nodes have data.root of their own and some have not; give it to all, or to none")
     return members, alone == {True}
+
+
+def introduction(reply: Reply, number: int | None, run: str, members: Mapping[int, Member]) -> Answer | None:
+    """Read what a node says of itself; None of an answer to an earlier server, and of one that is doubled.
+
+    Raises:
+        ValueError: the node failed, or its answer cannot be read; one line.
+
+    """
+    if reply.error is not None:
+        raise ValueError(f"node {reply.node} cannot take part: {' '.join(reply.error.split())[:300]}")
+    try:
+        answer = Answer.read(reply.meta, reply.payload)
+    except Malformed as error:
+        raise ValueError(f"node {reply.node} cannot take part, its answer cannot be read: {error}") from None
+    known = members.get(answer.client)
+    return None if (answer.number, answer.run) != (number, run) or (known and known.node == reply.node) else answer
 
 
 def _check_member(answer: Answer, members: Mapping[int, Member], assembly: Assembly, before: Mapping[int, int]) -> None:
@@ -347,10 +365,8 @@ def at_nodes(job: Job, assembly: Assembly, samples: Mapping[int, int], alone: bo
     for client, part in enumerate(problem.parts):
         held = np.arange(samples.get(client, 0)) if alone else part  # positions at the node: nothing is read here
         parts[client] = held if client in samples else nothing
-    course = assemble_course(OmegaConf.create(assembly.config), problem := replace(problem, parts=parts))
     if not alone:
-        return replace(assembly, problem=problem, course=course)
+        return with_problem(assembly, replace(problem, parts=parts))
     monitor = PERSONAL_ACCURACY if bool(problem.space.local.any()) else ACCURACY
-    session = replace(assembly.session, monitor=monitor)
-    problem = replace(problem, tests=[], vals=[])
-    return replace(assembly, problem=problem, course=course, session=session, pictures=False)
+    assembly = replace(assembly, session=replace(assembly.session, monitor=monitor), pictures=False)
+    return with_problem(assembly, replace(problem, parts=parts, tests=[], vals=[]))

@@ -73,7 +73,7 @@ def submit(options: Namespace) -> None:
     resumed = [one.removeprefix("resume=") for one in options.overrides if one.startswith("resume=")]
     folder = _earlier(fleet, resumed[-1]) if resumed else fleet.folder / RUNS / _now()
     overrides = [*(_overrides_of(folder) if resumed else []), *typed]
-    from fedsparse.deploy.compose import compose  # here, so that a wrong argument is refused without Hydra
+    from fedsparse.job.deployed import compose  # here, so that a wrong argument is refused without Hydra
 
     config = compose(overrides)
     files.write(_beside(folder), yaml.safe_dump(overrides))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedsparse.core import files
-from fedsparse.deploy.compose import Deployed
 from fedsparse.deploy.messages import Answer, Malformed, Request
 from fedsparse.deploy.party import Learner, Party
+from fedsparse.job.deployed import Deployed
 
 CONFIG, FIRST, ROUNDS = "config.yaml", "first", "rounds"
 FIRSTS = ("model", "mask", "head")
@@ -34,6 +35,7 @@ class Place:
         folder: of the run at this client.
         config: hash of its configuration.
         party: the client.
+        alone: whether its data set is its own.
         learner: as it trains; None before its first round in this process.
         at: the round whose state the learner has; -1 before its first, ``AWAY`` after an evaluation.
         loaded: whether the network has the first model.
@@ -43,6 +45,7 @@ class Place:
     folder: Path
     config: str
     party: Party
+    alone: bool
     learner: Learner | None = None
     at: int = -1
     loaded: bool = False
@@ -54,7 +57,7 @@ class Worker:
     Args:
         folder: what the client keeps, by run.
         client: its id.
-        own: overrides of the node's own keys (``compose.OWN``), such as ``data.root=/srv/mine``.
+        own: overrides of the node's own keys (``job.deployed.OWN``), such as ``data.root=/srv/mine``.
 
     """
 
@@ -110,8 +113,8 @@ class Worker:
                 raise Malformed(f"run {request.run} is unknown at this node")
             deployed = Deployed.read((folder / CONFIG).read_text(encoding="utf-8"))
             _check_hash(deployed.hash, request)
-            party = Party(deployed.at_node(self.own), self.client, self.alone)
-            self.places[request.run] = Place(folder, deployed.hash, party)
+            party = Party(partial(deployed.at_node, self.own, self.client, self.alone), self.client)
+            self.places[request.run] = Place(folder, deployed.hash, party, self.alone)
         _check_hash(self.places[request.run].config, request)
         return self.places[request.run]
 
@@ -125,7 +128,7 @@ def _introduce(place: Place, request: Request) -> tuple[dict[str, Any], bytes]:
     """Say what the client is: whether its data are its own, their classes, and the shape of a sample."""
     dataset = place.party.assembly.problem.dataset
     shape = list(dataset.train.x.shape[1:])
-    return {"alone": place.party.alone, "classes": dataset.classes, "shape": shape}, b""
+    return {"alone": place.alone, "classes": dataset.classes, "shape": shape}, b""
 
 
 def _prepare(place: Place, request: Request) -> tuple[dict[str, Any], bytes]:

@@ -15,10 +15,10 @@ from nodes import LocalLink
 from safetensors.torch import load_file
 
 from fedsparse import run
-from fedsparse.deploy.compose import Deployed, compose
 from fedsparse.deploy.messages import Answer, Reply, Request
 from fedsparse.deploy.serve import serve
 from fedsparse.deploy.worker import Worker
+from fedsparse.job.deployed import Deployed, compose
 
 BASE = [
     "model=mlp",
