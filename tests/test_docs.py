@@ -204,7 +204,6 @@ SHORT = {
     "explore.epochs": "null",
     "explore.steps": "1",
     "pictures": "false",
-    "hydra.launcher.n_jobs": None,
 }
 SKETCH = ("grid=3", "samples=20", "curvature=false")  # of a landscape
 ROUNDS = 2  # at most
@@ -219,7 +218,7 @@ def shortened(words):
     typed = [word for word in typed if not word.startswith("federation.rounds=")]
     if any(word.startswith("resume=") for word in typed):
         return [*flags, *typed, *([f"federation.rounds={ROUNDS}"] if rounds else [])]
-    added = [f"{key}={value}" for key, value in SHORT.items() if value is not None]
+    added = [f"{key}={value}" for key, value in SHORT.items()]
     added += [] if any(word.startswith("logger") for word in typed) else ["logger=csv"]
     added += ["hydra.sweeper.n_trials=1"] if "hydra/sweeper=search" in typed else []
     kept = ROUNDS if rounds or "trajectory=global" in typed else 1
@@ -229,11 +228,11 @@ def shortened(words):
 def found_here(words):
     """Whether data and model are at hand; what needs a download is composed alone."""
     typed = [word for word in words if "=" in word and not word.startswith(("hydra", "resume="))]
-    cfg = composed(*typed)
+    cfg = composed(*next(cells(typed)))  # without what a sweeper draws
     check(cfg)
     own = any(word.startswith("data.root=") and Path(word.partition("=")[2]).is_dir() for word in typed)
     downloads = any(f"model={name}" in typed for name in MODELS_TO_DOWNLOAD)
-    downloads |= cfg.model.get("pretrained") is True
+    downloads |= "model=timm" in typed and cfg.model.pretrained
     return (own or cfg.data._target_ in HERE) and not downloads
 
 
@@ -281,6 +280,8 @@ def run_line(line, monkeypatch):
     name, typed = words[2].removeprefix("fedsparse."), words[3:]
     if name.startswith(("bench", "studies")):
         return check_measurement(name, typed)
+    if "hydra/sweeper=search" in typed:  # importing Optuna warns
+        return run_shell(shlex.join([*words[:3], *shortened(typed)]))
     if name in ("train", "calibrate") and "--help" not in typed:
         typed = shortened(typed)
         resumed = any(word.startswith("resume=") for word in typed)
@@ -300,8 +301,12 @@ RUN = [
 ]
 
 
+LONG = ("docs/how-to/export.md", "docs/how-to/processes.md")  # a minute each
+EACH = [pytest.param(page, marks=[pytest.mark.soak] if page in LONG else []) for page in RUN]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", EACH)
 def test_the_blocks_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch):
     """Shortened: the first value of a sweep, few rounds and steps. Parts of one's own run in ``test_outside.py``."""
     monkeypatch.chdir(tmp_path)
