@@ -7,7 +7,7 @@ when it meets an answer that is still being uploaded. The functions here speak t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from httpx import HTTPError
 
 FIRST_WAIT, LONGEST_WAIT = 0.05, 1.0  # seconds until an object is asked for again that is still being uploaded
+REGISTERED = "a server registers the keys that are in its fleet's folder when it starts"
 LOST = (ObjectPullError, RunNotRunningException)  # a message that cannot be had, or whose run has ended
 
 whole = partial(
@@ -146,9 +147,15 @@ def _refusal_is_raised() -> Iterator[Callable[[], None]]:
     except SystemExit as end:
         if end.code != 1 or logger.handlers == quiet:
             raise
-        raise ValueError(" ".join(lines[-1].split()) if lines else "the SuperLink refused the node") from None
+        raise ValueError(f"the server does not accept this node: {_reason(lines)}; {REGISTERED}") from None
     finally:
         logger.handlers[:], logger.level = quiet, level
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """Find the reason in what Flower logs before it ends a process: in the third line, after code and summary."""
+    told = lines[-1].splitlines() if lines else []
+    return told[2].rstrip(".") if len(told) > 2 else " ".join(told)
 
 
 class _Lines(logging.Handler):

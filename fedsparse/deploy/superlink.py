@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import ssl
 import subprocess
@@ -70,7 +71,8 @@ def check_port(fleet: Fleet) -> None:
         with socket.create_server((bound(fleet), fleet.port), family=family):
             pass
     except OSError as error:
-        raise ValueError(f"the server cannot listen on {bound(fleet)}, port {fleet.port}: {error.strerror}") from None
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+        raise ValueError(f"the server cannot listen on {bound(fleet)}, port {fleet.port}: {reason}") from None
 
 
 def answers(fleet: Fleet) -> bool:
