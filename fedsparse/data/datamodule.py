@@ -114,8 +114,8 @@ class FederatedDataModule(lightning.LightningDataModule):
         stream: whether each cohort brings its images to the device; else all lie there. Images on the disk are always
             streamed. It changes no result.
         workers: processes that gather the next cohorts during training; 0: gathered in this process.
-        bundle: seconds that a bundle of cohorts trains at least; a stream has bundles of one cohort. It changes no
-            result.
+        bundle: seconds that a bundle of cohorts trains at least, infinite for all of a round; a stream has bundles of
+            one cohort. It changes no result.
         vals: for every client the indices of its part of the validation split; empty where these are not needed.
 
     Attributes:
@@ -174,7 +174,9 @@ class FederatedDataModule(lightning.LightningDataModule):
         """Build the cohorts of the trainer's current round, a function of (seed, round)."""
         epoch = self.trainer.current_epoch if self.trainer else 0
         if not self.streams:
-            return CohortLoader(self.plan.cohorts(epoch), max(1, math.ceil(self.bundle / self.pace)))
+            cohorts = self.plan.cohorts(epoch)
+            size = len(cohorts) if math.isinf(self.bundle) else max(1, math.ceil(self.bundle / self.pace))
+            return CohortLoader(cohorts, size)
         if self.stream is None:
             rounds = self.trainer.max_epochs if self.trainer else -1
             self.stream = CohortStream(self.x, self.plan, None if rounds == -1 else rounds, self.workers, self.pin)

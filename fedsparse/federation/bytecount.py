@@ -3,24 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedsparse.core.space import Patterns, matches
 from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.exchange.downlink import Downlink
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
-from fedsparse.federation.exchange.wire.message import HEADER, Size, bitmap_size, known_size
+from fedsparse.federation.exchange.wire.message import (
+    HEADER,
+    Size,
+    bitmap_size,
+    encode,
+    encode_mask,
+    known_size,
+)
+from fedsparse.federation.exchange.wire.model import write_model
 from fedsparse.federation.reports import Report
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.server.merging import Merging
 from fedsparse.federation.watcher import Watcher
 
 if TYPE_CHECKING:
+    from fedsparse.federation.federation import Federation
     from fedsparse.federation.round import Round
 
 NOTHING = Size(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class PreparedHead:
+    """A head that was prepared before the first round, and that clients get once more then, as no round brings it all.
+
+    Attributes:
+        names: patterns of its parameters.
+        counted: whether the preparation has counted this message.
+
+    """
+
+    names: Patterns
+    counted: bool
+
+    def message(self, net: nn.Module) -> bytes:
+        """Write the head of a network."""
+        return encode(
+            torch.cat([p.detach().reshape(-1) for name, p in net.named_parameters() if matches(name, self.names)])
+        )
+
+
+class Down(NamedTuple):
+    """The messages to a client in a round; empty where it has what they bring.
+
+    Attributes:
+        model: all floating-point tensors of the model, at first contact; without zeros that the mask implies.
+        head: the prepared head, for a client that has the model of before.
+        mask: one bit a coordinate.
+        row: what changed since, and values that every round sends.
+
+    """
+
+    model: bytes
+    head: bytes
+    mask: bytes
+    row: bytes
 
 
 class ByteCount(Watcher):
@@ -35,6 +83,7 @@ class ByteCount(Watcher):
         model_length: bytes of the first model.
         prunes: whether frozen coordinates are zero, so that the mask implies their values.
         merging: what is merged into frozen weights travels down as factors; None: these stay.
+        head: a prepared head that rounds do not bring; None without one.
 
     Attributes:
         travelling: index of the trained coordinates that travel, bool (n,); a slice of all if all do.
@@ -53,8 +102,10 @@ class ByteCount(Watcher):
         model_length: int = 0,
         prunes: bool = False,
         merging: Merging | None = None,
+        head: PreparedHead | None = None,
     ) -> None:
         self.ledger, self.traffic, self.local, self.merging = ledger, traffic, local, merging
+        self.head = head
         self.model_length, self.mask_length, self.prunes = model_length, mask_length(subspace), prunes
         self.downlinks = [Downlink() for _ in range(groups)]
         self.travelling = self._travelling(subspace)
@@ -99,6 +150,8 @@ class ByteCount(Watcher):
         federation, ledger, row = round.federation, self.ledger, self.before[group]
         first, setup, trained = client not in ledger.has_model, ledger.bytes_setup_down, federation.server.subspace
         zeros = self.prunes * (trained.total - trained.size) * row.element_size()
+        if not first and self.head is not None and not self.head.counted and self._is_new(client):
+            ledger.setup(1, up=0, down=len(self.head.message(federation.clients.net)))
         ledger.first_model([client], self.model_length - zeros)
         ledger.mask([client], self.mask_length)
         setup = ledger.bytes_setup_down - setup
@@ -112,6 +165,47 @@ class ByteCount(Watcher):
         buffers = federation.buffers.size * federation.buffers.values.element_size()
         dense = HEADER.size + federation.server.rows[0].nbytes + buffers
         ledger.trained(client, up, down, dense, setup, prepares=round.phase.explores)
+
+    def messages(self, federation: Federation, client: int, group: int, everything: bool = False) -> Down:
+        """Write the messages to a client before it trains, of the bytes that are counted when the round closes.
+
+        Args:
+            federation: between two rounds, or in an open one.
+            client: its id.
+            group: its global row.
+            everything: whether the client has lost what it held.
+
+        """
+        server, ledger = federation.server, self.ledger
+        first = everything or client not in ledger.has_model
+        row = server.values[group][self.travelling]
+        sent = federation.objective.broadcast(server.values[group])
+        extra = sent if first else torch.cat([federation.buffers.values[group][: federation.buffers.size], sent])
+        masked = self.mask_length and (everything or client not in ledger.has_mask)
+        model = self._model(federation, group) if first else b""
+        mask = encode_mask(server.subspace.mask) if masked else b""
+        if first:
+            return Down(model, b"", mask, encode(row[:0], buffers=extra) if len(extra) else b"")
+        head = b""
+        if self.head is not None and self._is_new(client):
+            federation.show(0)
+            head = self.head.message(federation.clients.net)
+        return Down(model, head, mask, self.downlinks[group].message(client, row, extra))
+
+    def _is_new(self, client: int) -> bool:
+        """Whether a client has not trained before."""
+        return not any(client in downlink.holds for downlink in self.downlinks)
+
+    def _model(self, federation: Federation, group: int) -> bytes:
+        """Write the model of a group; the mask has to be read before it where zeros are left out."""
+        federation.show(group)
+        written = write_model(federation.clients.net, federation.clients.space, self._implied(federation))
+        federation.show(0)
+        return written
+
+    def _implied(self, federation: Federation) -> Tensor | None:
+        """Mark the coordinates that a message of the model has, bool (P,); None for all."""
+        return federation.server.subspace.mask if self.prunes else None
 
     def state_dict(self) -> dict[str, Any]:
         """Sums, and the model that each client holds."""

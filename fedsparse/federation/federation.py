@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsparse.core import parallel
 from fedsparse.core.subspace import Carry, Subspace
-from fedsparse.federation.bytecount import ByteCount
+from fedsparse.federation.bytecount import ByteCount, PreparedHead
 from fedsparse.federation.client.buffers import BUFFERS
 from fedsparse.federation.client.training import LOCAL, Clients
 from fedsparse.federation.exchange.exchange import Exchange
@@ -67,6 +67,7 @@ class Federation:
         ledger: sums of bytes.
         traffic: table of the bytes of each client and round.
         model_length: bytes of the first model.
+        head: a prepared head that rounds do not bring; None without one.
         watchers: observe rounds, after the byte counter and the mask rule's evidence.
         count_bytes: whether bytes are counted.
 
@@ -101,6 +102,7 @@ class Federation:
         ledger: Ledger | None = None,
         traffic: Traffic | None = None,
         model_length: int = 0,
+        head: PreparedHead | None = None,
         watchers: Sequence[Watcher] = (),
         count_bytes: bool = True,
     ) -> None:
@@ -118,13 +120,14 @@ class Federation:
         rows = clients.space.read(clients.net).expand(topology.groups, -1).contiguous()
         self.server = Server(rows, make_server, subspace, untouched)
         self.ledger, traffic = Ledger() if ledger is None else ledger, Traffic() if traffic is None else traffic
-        self.bytes = ByteCount(self.ledger, traffic, subspace, local, topology.groups, model_length, prunes, merging)
+        sent = model_length, prunes, merging, head
+        self.bytes = ByteCount(self.ledger, traffic, subspace, local, topology.groups, *sent)
         updated = [choice] if choice is not None and choice.scores_updates else []
         self.watchers: list[Watcher] = [*[self.bytes] * count_bytes, *updated, *watchers]
         store = MemoryStore() if store is None else store
         added = self.exchange.stores | self.objective.stores
-        sent = {} if regrouping is None else {SENT: regrouping.store}
-        self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **added, **sent}
+        compared = {} if regrouping is None else {SENT: regrouping.store}
+        self.stores: dict[str, ClientStore] = {LOCAL: store, BUFFERS: self.buffers.store, **added, **compared}
         self.keepers: list[Keeper] = [clients, self.server, self.exchange, self.objective, self.bytes]
         self.keepers += [Part(store, local), *added.values()]
         self.sums: Tally | None = None

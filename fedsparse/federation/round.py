@@ -5,7 +5,7 @@ Shapes: G global rows, K clients of a cohort, n coordinates that train, Q float-
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from fedsparse.core import parallel
@@ -14,8 +14,9 @@ from fedsparse.federation.client.drift import VARIATES
 from fedsparse.federation.client.training import Clients
 from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.update import Payload, Start, Update, finite_rows, of_those
+from fedsparse.federation.exchange.wire.message import Size
 from fedsparse.federation.phases import Phase
-from fedsparse.federation.reports import EveryUpdateDropped, Report
+from fedsparse.federation.reports import Dropped, EveryUpdateDropped, Report
 from fedsparse.federation.server.aggregation import Change
 from fedsparse.federation.server.mixing import Mixed
 from fedsparse.federation.server.regrouping import SENT
@@ -48,6 +49,9 @@ def take_part(round: Round, clients: Clients, cohorts: Iterable[Cohort]) -> None
             update = clients.train(start, cohort)  # Delta_k: local steps of masked SGDM        client/
             message = round.encode(update)  # what travels                                      exchange/
             round.receive(cohort, message)  # decoded, checked, weighed, added up               server/
+
+
+TakePart = Callable[["Round", Clients, Iterable[Cohort]], None]
 
 
 class Round:
@@ -111,6 +115,12 @@ class Round:
         if report.kept:
             report = report.on_cpu() if parallel.joined() else f.keep(report)  # of other processes, when it closes
         self.reports.append(report)
+
+    def miss(self, cohort: Cohort, why: str) -> None:
+        """Append the report of a cohort from which nothing arrived; the round is that of the others."""
+        clients, group = tuple(client for _, client in cohort.members), self.federation.topology.group(cohort.clients)
+        dropped = tuple(Dropped(self.number, client, why) for client in clients)
+        self.reports.append(Report(clients, group[: len(clients)], (Size(0, 0, 0),) * len(clients), dropped, {}))
 
     def close(self) -> float:
         """Close the round: average, step the server, load the new model into the network, and close the watchers.

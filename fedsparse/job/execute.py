@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,10 +36,11 @@ from fedsparse.core.lines import RoundLines
 from fedsparse.core.weights import save_weights
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation.adapters import COLUMNS, AdapterTable
-from fedsparse.federation.client.training import LOCAL
+from fedsparse.federation.client.training import LOCAL, Clients
 from fedsparse.federation.clustering import ClusterTable
 from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
+from fedsparse.federation.federation import Federation
 from fedsparse.federation.masking import MaskSchedule, zero
 from fedsparse.federation.stores.store import ClientStore, make_store
 from fedsparse.federation.watcher import Watcher
@@ -46,6 +49,7 @@ from fedsparse.job.checks import check_names
 from fedsparse.job.cohorts import fastest
 from fedsparse.job.parts import Assembly
 from fedsparse.job.prepare import OVERLAP, draw, prepare, record, save_deviation
+from fedsparse.job.reach import Join, Joined, in_one_process
 from fedsparse.job.resume import Job
 from fedsparse.job.summary import summarise, write_results
 from fedsparse.job.trial import check_trainable
@@ -100,8 +104,12 @@ class Training:
     max_time: Any
 
 
-def execute(job: Job) -> dict[str, Any]:
+def execute(job: Job, join: Join = in_one_process) -> dict[str, Any]:
     """Execute a run in the configured number of processes; returns its summary.
+
+    Args:
+        job: the run.
+        join: brings the clients in, once the run is assembled, before anything is prepared.
 
     Raises:
         Unfinished: a limit ended it; one line, with the argument to resume.
@@ -112,7 +120,7 @@ def execute(job: Job) -> dict[str, Any]:
     try:
         with signals.heeded(), processes.team(processes.size_of(job.cfg.trainer)):
             log.info("process %d", os.getpid())
-            return _lead(job)
+            return _lead(job, join)
     except (KeyboardInterrupt, signals.Stopped) as error:
         stop = error if isinstance(error, signals.Stopped) else signals.Stopped(signal.SIGINT)
         if not stop.said:
@@ -121,22 +129,24 @@ def execute(job: Job) -> dict[str, Any]:
         raise signals.Stopped(stop.number, said=True) from None
 
 
-def _lead(job: Job) -> dict[str, Any]:
-    assembly = assemble(job.cfg)
+def _lead(job: Job, join: Join) -> dict[str, Any]:
+    joined = join(job, assemble(job.cfg))
     parallel.share(job)  # after the data set's download, which the others then read
-    with kernels(assembly.session.deterministic, assembly.session.tf32):
-        return _complete(job, assembly)
+    session = joined.assembly.session
+    with kernels(session.deterministic, session.tf32):
+        return _complete(job, joined)
 
 
-def _complete(job: Job, assembly: Assembly) -> dict[str, Any]:
+def _complete(job: Job, joined: Joined) -> dict[str, Any]:
     """Prepare, train, and write the results; returns the summary."""
+    assembly = joined.assembly
     module = assembly.module()
     origin = assembly.origin(module)  # before the head sees data
-    start = _start(job, assembly, module, origin)
+    start = _start(job, joined, module, origin)
     parallel.share(start)
     assembly = replace(assembly, course=assembly.course.bounded(start.bound))
     module.stack(assembly.course.cohort)
-    training = _train(job, assembly, module, start, origin)
+    training = _train(job, replace(joined, assembly=assembly), module, start, origin)
     _stopped(job, training)
     save_weights(assembly.problem.net, job.folder / WEIGHTS)  # first, so that no error in a figure loses them
     if assembly.keep_deviation and training.choice.observed is not None:
@@ -178,15 +188,19 @@ def _train_along(job: Job, assembly: Assembly, start: Start) -> None:
     origin = assembly.origin(module)
     assembly.problem.net.load_state_dict(start.net)
     module.set_mask(start.found.mask.row(assembly.problem.space), start.found.bitmaps)
-    _train(job, assembly, module, start, origin)
+    _train(job, Joined(assembly), module, start, origin)
 
 
-def _start(job: Job, assembly: Assembly, module: ClientModule, origin: Origin) -> Start:
+def _start(job: Job, joined: Joined, module: ClientModule, origin: Origin) -> Start:
     """Prepare a run's first round, or read the state of a resumed run."""
+    assembly = joined.assembly
     problem, ledger, checkpoint = assembly.problem, Ledger(), _checkpoint(job, assembly, origin)
     if checkpoint is None:
         check_trainable(assembly, module.buffer_policy)
-    found = prepare(job, assembly, module, ledger) if checkpoint is None else _stored(job, assembly, checkpoint)
+    if checkpoint is None:
+        found = prepare(job, assembly, module, ledger, joined.gather)
+    else:
+        found = _stored(job, assembly, checkpoint)
     module.set_mask(found.mask.row(problem.space), found.bitmaps)
     if checkpoint is None and assembly.method.sparsity.mode == "prune":
         zero(problem.net, problem.space, torch.as_tensor(module.mask))
@@ -198,14 +212,15 @@ def _start(job: Job, assembly: Assembly, module: ClientModule, origin: Origin) -
     return Start(found, ledger, net, bound, checkpoint)
 
 
-def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start, origin: Origin) -> Training:
+def _train(job: Job, joined: Joined, module: ClientModule, start: Start, origin: Origin) -> Training:
     """Train to the last round.
 
     Raises:
         ValueError: more rounds are closed than configured.
 
     """
-    problem, phases, leads = assembly.problem, assembly.course.phases, parallel.process() == 0
+    assembly, leads = joined.assembly, parallel.process() == 0
+    problem, phases = assembly.problem, assembly.course.phases
     closed = 0 if start.checkpoint is None else read_checkpoint(start.checkpoint, problem.space)["epoch"] + 1
     asked = assembly.config["federation"]["rounds"]
     if closed > phases.total:
@@ -215,7 +230,7 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start, ori
     choice = MaskSchedule(
         method.rule, method.sparsity, problem.space, problem.seed, start.found.mask, report, start.found.observed
     )
-    rounds = _rounds(job.folder, assembly, module, choice, start.ledger, closed)
+    rounds = FederatedRounds(_federate(job.folder, assembly, module, choice, start.ledger, closed), joined.take_part)
     callbacks = build_callbacks(
         assembly.session,
         rounds,
@@ -231,14 +246,18 @@ def _train(job: Job, assembly: Assembly, module: ClientModule, start: Start, ori
         callbacks.personal.table.drop_from(closed + 1)
     loggers = build_loggers(assembly.session.loggers, job.folder, job.group, closed) if leads else []
     trainer = build_trainer(assembly.session, callbacks, loggers, phases.total, origin)
-    trainer.fit(module, assembly.datamodule(), ckpt_path=start.checkpoint)
+    data = assembly.datamodule(bundle=math.inf) if joined.apart else assembly.datamodule()
+    trainer.fit(module, data, ckpt_path=start.checkpoint)
     return Training(trainer, rounds, callbacks, choice, assembly.config["trainer"].get("max_time"))
 
 
-def _rounds(
+def _federate(
     folder: Path, assembly: Assembly, module: ClientModule, choice: MaskSchedule, ledger: Ledger, closed: int
-) -> FederatedRounds:
-    """Build the rounds, with client stores and tables in the run folder; rows after ``closed`` rounds are dropped."""
+) -> Callable[[Clients], Federation]:
+    """Build the constructor of the federation, with client stores and tables in the run folder.
+
+    Rows of tables after ``closed`` rounds are dropped.
+    """
     method, row, leads = assembly.method, torch.as_tensor(module.mask).cpu(), parallel.process() == 0
     traffic = Traffic(folder / TRAFFIC if leads else None)
     traffic.drop_from(closed + 1)
@@ -249,7 +268,7 @@ def _rounds(
     module.keep_in(make)
     if method.regrouping is not None:
         method.regrouping.keep_in(make)
-    federate = method.federate(
+    return method.federate(
         exchange,
         assembly.course.phases,
         choice=choice,
@@ -257,9 +276,9 @@ def _rounds(
         ledger=ledger,
         traffic=traffic,
         model_length=assembly.problem.model_length,
+        head=assembly.prepared_head(row),
         watchers=_watchers(folder if leads else None, assembly, closed),
     )
-    return FederatedRounds(federate)
 
 
 def _watchers(folder: Path | None, assembly: Assembly, closed: int) -> list[Watcher]:

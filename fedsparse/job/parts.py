@@ -19,6 +19,7 @@ from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.images import Inputs, TokenInputs
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import RoundPlan
+from fedsparse.federation.bytecount import PreparedHead
 from fedsparse.federation.client.training import Clients
 from fedsparse.federation.exchange.exchange import Exchange, OwnMasks
 from fedsparse.federation.exchange.ledger import Link
@@ -259,14 +260,22 @@ class Assembly:
     pictures: bool
     keep_deviation: bool
 
-    def datamodule(self) -> FederatedDataModule:
-        """Build the loaders of cohorts and splits."""
+    def datamodule(self, **given: Any) -> FederatedDataModule:
+        """Build the loaders of cohorts and splits; ``given`` are other options of ``FederatedDataModule``."""
         problem = self.problem
-        return self.make_data(problem.dataset, self.course.phased, problem.tests, vals=problem.vals)
+        return self.make_data(problem.dataset, self.course.phased, problem.tests, vals=problem.vals, **given)
 
     def module(self) -> ClientModule:
         """Build the clients of the run's cohorts."""
         return self.method.make_module(self.problem.net, self.course.cohort)
+
+    def prepared_head(self, mask: Tensor) -> PreparedHead | None:
+        """Describe the prepared head, where rounds that train a mask, bool (P,), do not bring all of it; else None."""
+        problem, head, names = self.problem, self.method.head, self.problem.head
+        stays = head.frozen or bool((problem.space.where(names) & ~(mask & ~problem.space.local)).any())
+        if head.init == "random" or not (stays or head.init == "closed_form"):
+            return None
+        return PreparedHead(names, counted=head.init == "closed_form")
 
     def origin(self, module: ClientModule) -> Origin:
         """Take the network as it has just been built; its head may still be fitted, and frozen buffers stay."""

@@ -36,7 +36,7 @@ from fedsparse.masks.rules import FromFile
 from fedsparse.preparation.cache import Cache, source_of
 from fedsparse.preparation.calibration import Calibrated, CalibrationJob, calibrate, calibrate_clients, observe
 from fedsparse.preparation.head import prepare_head
-from fedsparse.preparation.preparation import Preparation
+from fedsparse.preparation.preparation import Gather, Preparation, in_process
 from fedsparse.simulation.devices import device_of
 from fedsparse.simulation.module import ClientModule
 
@@ -47,7 +47,9 @@ log = logging.getLogger("fedsparse")
 OVERLAP = "overlap_of_rounds"  # in the mask file's metadata, so that a resumed run reports it
 
 
-def prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger) -> Calibrated:
+def prepare(
+    job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger, gather: Gather = in_process
+) -> Calibrated:
     """Run the phases before the first round, and write the masks into the run folder.
 
     Args:
@@ -55,13 +57,14 @@ def prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger) 
         assembly: the parts of the run; its network is moved to its device, with the prepared head.
         module: the clients; their losses are used.
         ledger: counts bytes and client steps.
+        gather: runs a task for clients.
 
     """
     with made_in(dtype_of(assembly.problem.precision)):
-        return _prepare(job, assembly, module, ledger)
+        return _prepare(job, assembly, build_preparation(assembly, module, ledger, gather), module)
 
 
-def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger) -> Calibrated:
+def _prepare(job: Job, assembly: Assembly, preparation: Preparation, module: ClientModule) -> Calibrated:
     problem, phases, rule = assembly.problem, assembly.course.phases, assembly.method.rule
     if assembly.pictures:
         from fedsparse.analysis.partition_plot import partition_figure  # here: a run without pictures draws none
@@ -72,7 +75,6 @@ def _prepare(job: Job, assembly: Assembly, module: ClientModule, ledger: Ledger)
             job.folder / PARTITION,
             lambda: partition_figure(labels, problem.parts, classes, title),
         )
-    preparation = build_preparation(assembly, module, ledger)
     try_out(module, *preparation.take(problem.dataset.train, np.arange(min(2, len(problem.dataset.train.y)))))
     if phases.has("head"):
         with timed("head"):
@@ -153,7 +155,9 @@ def draw(folder: Path, mask: Mask) -> None:
     picture(folder / MASK_PICTURE, lambda: mask_figure(mask, title=title))
 
 
-def build_preparation(assembly: Assembly, module: ClientModule, ledger: Ledger) -> Preparation:
+def build_preparation(
+    assembly: Assembly, module: ClientModule, ledger: Ledger, gather: Gather = in_process
+) -> Preparation:
     """Build the preparation of head and mask, and move the network to its device."""
     problem, device = assembly.problem, device_of(assembly.session.accelerator)
     return Preparation(
@@ -169,6 +173,7 @@ def build_preparation(assembly: Assembly, module: ClientModule, ledger: Ledger) 
         model_length=problem.model_length,
         inputs=problem.inputs,
         device=device,
+        gather=gather,
     )
 
 

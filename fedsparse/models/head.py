@@ -6,7 +6,10 @@ Shapes: ``N`` samples, ``D`` features, ``C`` classes. Everything here is float64
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +36,11 @@ def closed_form(features: Tensor, labels: Tensor, num_classes: int, ridge: float
 
     """
     return Statistics.of(features, labels, num_classes).solve(ridge)
+
+
+def statistics_of(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Statistics:
+    """Sum the statistics of batches: features (N, D), labels (N,)."""
+    return reduce(add, (Statistics.of(features, labels, num_classes) for features, labels in batches))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +72,12 @@ class Statistics:
         x, y = features.double(), F.one_hot(labels, num_classes).double()
         rows, columns = _upper(x.shape[1], x.device)
         return cls(len(x), x.sum(0), y.sum(0), (x.T @ x)[rows, columns], x.T @ y)
+
+    @classmethod
+    def received(cls, tensors: Sequence[Tensor]) -> Statistics:
+        """Build the statistics from ``tensors`` of a client."""
+        n, *rest = tensors
+        return cls(int(n), *rest)
 
     def __add__(self, other: Statistics) -> Statistics:
         """Pool two clients."""

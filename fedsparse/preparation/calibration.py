@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_choice, check_number
-from fedsparse.core.seeding import Purpose, generator, torch_generator
+from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.core.space import Patterns
-from fedsparse.data.datasets import Split
 from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.wire.message import bitmap_size, known_size
 from fedsparse.federation.reports import left_out
@@ -26,6 +25,7 @@ from fedsparse.masks import Evidence, Mask, MaskRule, Sparsity, Thinning, choose
 from fedsparse.masks.bitmaps import pack
 from fedsparse.masks.thinning import exchanged, ordered, shrunk, thin
 from fedsparse.preparation.preparation import Preparation
+from fedsparse.preparation.tasks import Observation, head_parameters
 
 log = logging.getLogger("fedsparse")
 
@@ -117,15 +117,6 @@ class CalibrationJob:
             )
 
 
-@dataclass(frozen=True)
-class Source:
-    """Samples of one client or of the server; ``owner`` keys their random streams."""
-
-    split: Split
-    part: np.ndarray
-    owner: int
-
-
 def calibrate(preparation: Preparation, job: CalibrationJob) -> Calibrated:
     """Choose one mask for all clients."""
     masks, observed = [], None
@@ -191,7 +182,7 @@ def _summed(preparation: Preparation, job: CalibrationJob, client: int | None) -
     """Sum over batches, clients and rounds: float64 (P,), the same sum after each round."""
     total = _zeros(preparation)
     for round in range(job.calibration.rounds):
-        _observe(preparation, job, round, _sources(preparation, job, round, client), total)
+        _observe(preparation, job, _observation(job, round), client, total)
         yield total
 
 
@@ -205,7 +196,7 @@ def _thinned(preparation: Preparation, job: CalibrationJob, thinning: Thinning, 
         space.write(net, shrunk(row, left, thinning.shrink))
         try:
             if thinning.clients:
-                _observe(preparation, job, round, _sources(preparation, job, round, client, left), scores)
+                _observe(preparation, job, _observation(job, round, left, thinning.shrink), client, scores)
             else:
                 _observe_alone(preparation, job, scores)
         finally:  # also after a client that is left out, since the next one uses this network
@@ -237,28 +228,30 @@ def _observe_alone(preparation: Preparation, job: CalibrationJob, total: Tensor)
     )
 
 
+def _observation(job: CalibrationJob, round: int, left: Tensor | None = None, shrink: float = 1.0) -> Observation:
+    """Build the task of a calibration round."""
+    return Observation(job.rule, job.head, round, job.calibration.batches, left, shrink)
+
+
 def _observe(
-    preparation: Preparation, job: CalibrationJob, round: int, sources: Sequence[Source], total: Tensor
+    preparation: Preparation, job: CalibrationJob, task: Observation, client: int | None, total: Tensor
 ) -> None:
-    """Add the rule's observations on all sources to ``total``, float64 (P,); sources that are not finite are left out.
+    """Add observations to ``total``, float64 (P,): of one client, of the validation split, or of the round's clients.
+
+    What is not finite is left out. Messages and steps of the round's clients are counted in the ledger.
 
     Raises:
-        Diverged: no source is finite.
+        Diverged: nothing is finite.
 
     """
-    before, lost = torch.empty_like(total), set[int]()
-    for source in sources:
-        before.copy_(total)
-        order = generator(preparation.seed, Purpose.CALIBRATION, round, source.owner).permutation(source.part)
-        labels = torch_generator(preparation.seed, Purpose.CALIBRATION, round, source.owner)
-        for x, y in preparation.batches(source.split, order, job.calibration.batches):
-            job.rule.observe(
-                preparation.net, preparation.space, x, y, loss=preparation.losses, generator=labels, into=total
-            )
-        if not bool(total.isfinite().all()):
-            total.copy_(before)
-            lost.add(source.owner)
-    if len(lost) == len(sources):
+    lost, sources = set[int](), 0
+    for source, scores in _scores(preparation, job, task, client):
+        sources += 1
+        if scores is not None and bool(scores.isfinite().all()):
+            total.add_(scores)
+        else:
+            lost.add(source)
+    if len(lost) == sources:
         raise Diverged(
             "calibration: what is observed is NaN or infinite everywhere, so the run stops; try a smaller "
             "calibration.head_lr, and look at the data's range"
@@ -267,35 +260,33 @@ def _observe(
         log.warning("calibration: %s", left_out(lost, "NaN or infinity in what is observed"))
 
 
-def _sources(
-    preparation: Preparation, job: CalibrationJob, round: int, client: int | None, left: Tensor | None = None
-) -> list[Source]:
-    """Choose the samples: one client's shard, the validation split, or the shards of the round's clients.
+def _scores(
+    preparation: Preparation, job: CalibrationJob, task: Observation, client: int | None
+) -> Iterator[tuple[int, Tensor | None]]:
+    """Iterate over the scores (P,) of a round: of clients as they send them; None of one that did not answer."""
+    if client is not None:  # it chooses its own mask, and sends no scores
+        yield client, task.of(preparation, preparation.dataset.train, preparation.parts[client], client)
+    elif job.calibration.where == "server":
+        val = preparation.dataset.val
+        yield 0, task.of(preparation, val, np.arange(len(val.y)), 0)
+    else:
+        clients = preparation.sample(task.round, Purpose.CALIBRATION)
+        _count(preparation, job, task, clients)
+        answers = preparation.gather(preparation, task, clients)
+        for source, answer in zip(clients, answers, strict=True):
+            yield source, None if answer is None else answer[0]
 
-    Messages and client steps of the round's clients are counted in the ledger.
 
-    Args:
-        preparation: inputs of the calibration.
-        job: the calibration.
-        round: calibration round, from 0.
-        client: owner of the shard; None: the clients of the round.
-        left: bool (P,), coordinates that a thinning still scores; None: all.
-
-    """
-    train, parts = preparation.dataset.train, preparation.parts
-    if client is not None:
-        return [Source(train, parts[client], client)]
-    if job.calibration.where == "server":
-        return [Source(preparation.dataset.val, np.arange(len(preparation.dataset.val.y)), 0)]
-    clients = preparation.sample(round, Purpose.CALIBRATION)
-    scores, bitmap = exchanged(preparation.space.size, left)
-    head = int(preparation.space.where(job.head).sum())
+def _count(preparation: Preparation, job: CalibrationJob, task: Observation, clients: Sequence[int]) -> None:
+    """Count the messages and steps of a round's clients in the ledger."""
+    scores, bitmap = exchanged(preparation.space.size, task.left)
+    head = sum(parameter.numel() for parameter in head_parameters(preparation.net, job.head))
     preparation.ledger.first_model(clients, preparation.model_length)
     preparation.ledger.client_steps += sum(_batches(preparation, job, client) for client in clients)
-    dtype = preparation.space.tensors(preparation.net)[0].dtype  # also of the sent scores
-    up, down = (known_size(count, 0, dtype).total for count in (scores, head))
-    preparation.ledger.setup(len(clients), up=up, down=down + bitmap)
-    return [Source(train, parts[client], client) for client in clients]
+    dtype = preparation.space.tensors(preparation.net)[0].dtype
+    up, down = known_size(scores, 0, task.dtype(preparation)).total, known_size(head, 0, dtype).total
+    marks = bitmap_size(preparation.space.size).total if bitmap else 0
+    preparation.ledger.setup(len(clients), up=up, down=down + marks)
 
 
 def _batches(preparation: Preparation, job: CalibrationJob, client: int) -> int:

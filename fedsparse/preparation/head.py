@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.core.checks import check_choice, check_flag, check_number
-from fedsparse.core.seeding import Purpose, generator
-from fedsparse.core.space import Patterns, matches
+from fedsparse.core.seeding import Purpose
+from fedsparse.core.space import Patterns
 from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.wire.message import length
 from fedsparse.federation.reports import left_out
 from fedsparse.models.head import Statistics, features, head_of, temperature
-from fedsparse.models.modes import evaluating
 from fedsparse.preparation.preparation import Preparation
+from fedsparse.preparation.tasks import HeadGradient, HeadStatistics, head_parameters
 
 log = logging.getLogger("fedsparse")
 DIVERGED = "{}, so the run stops; try a smaller calibration.head_lr, or head.init=closed_form"
@@ -83,20 +83,19 @@ def probe(preparation: Preparation, head: Patterns, steps: int, lr: float) -> No
         Diverged: no client's gradient is finite, or the head is not.
 
     """
-    parameters = [p for name, p in preparation.net.named_parameters() if matches(name, head)]
+    parameters = head_parameters(preparation.net, head)
     message, lost = length(*parameters), set[int]()
-    with evaluating(preparation.net):
-        for step in range(steps):
-            clients = preparation.sample(step, Purpose.HEAD)
-            gradients, bad = _mean_gradient(preparation, parameters, step, clients)
-            lost |= bad
-            if bad == set(clients):
-                why = f"head step {step + 1}: the loss or gradient of every client is NaN or infinite"
-                raise Diverged(DIVERGED.format(why))
-            _descend(parameters, gradients, lr)
-            preparation.ledger.first_model(clients, preparation.model_length)
-            preparation.ledger.setup(len(clients), up=message, down=message)
-            preparation.ledger.client_steps += len(clients)
+    for step in range(steps):
+        clients = preparation.sample(step, Purpose.HEAD)
+        gradients, bad = _mean_gradient(preparation, parameters, HeadGradient(head, step), clients)
+        lost |= bad
+        if bad == set(clients):
+            why = f"head step {step + 1}: the loss or gradient of every client is NaN or infinite"
+            raise Diverged(DIVERGED.format(why))
+        _descend(parameters, gradients, lr)
+        preparation.ledger.first_model(clients, preparation.model_length)
+        preparation.ledger.setup(len(clients), up=message, down=message)
+        preparation.ledger.client_steps += len(clients)
     if not all(bool(p.isfinite().all()) for p in parameters):
         raise Diverged(DIVERGED.format("the head became NaN or infinite"))
     if lost:
@@ -111,20 +110,18 @@ def _descend(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], lr
 
 
 def _mean_gradient(
-    preparation: Preparation, parameters: list[nn.Parameter], step: int, clients: Sequence[int]
+    preparation: Preparation, parameters: list[nn.Parameter], task: HeadGradient, clients: Sequence[int]
 ) -> tuple[list[Tensor], set[int]]:
     """Average the head's gradients on one batch a client, by its samples, in float64; also the clients left out."""
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-    finite: list[Tensor] = []  # read once a step, since reading synchronises host and device
-    for client in clients:
-        part = preparation.parts[client]
-        batch = generator(preparation.seed, Purpose.HEAD, step, client).permutation(part)[: preparation.batch_size]
-        x, y = preparation.take(preparation.dataset.train, batch)
-        gradients = torch.autograd.grad(preparation.losses(preparation.net, x, y).mean(), parameters)
-        finite.append(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
-        for total, gradient in zip(sums, gradients, strict=True):
-            total.add_(torch.where(finite[-1], gradient, 0.0), alpha=len(part))
-    lost = {client for client, good in zip(clients, torch.stack(finite).tolist(), strict=True) if not good}
+    finite: dict[int, Tensor] = {}  # read once a step, since reading synchronises host and device
+    for client, gradients in zip(clients, preparation.gather(preparation, task, clients), strict=True):
+        if gradients is not None:
+            finite[client] = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+            for total, gradient in zip(sums, gradients, strict=True):
+                total.add_(torch.where(finite[client], gradient, 0.0), alpha=len(preparation.parts[client]))
+    flags = torch.stack(list(finite.values())).tolist() if finite else []
+    lost = set(clients) - {client for client, good in zip(finite, flags, strict=True) if good}
     samples = sum(len(preparation.parts[client]) for client in clients if client not in lost)
     return [total / max(1, samples) for total in sums], lost
 
@@ -144,8 +141,9 @@ def solve(preparation: Preparation, patterns: Patterns, ridge: float) -> None:
     """
     layer = head_of(preparation.net, patterns)
     clients = preparation.eligible
-    sums = {client: _statistics(preparation, layer, preparation.parts[client]) for client in clients}
-    good = [client for client in clients if all(bool(part.isfinite().all()) for part in sums[client].tensors)]
+    answers = zip(clients, preparation.gather(preparation, HeadStatistics(patterns), clients), strict=True)
+    sums = {client: Statistics.received(answer) for client, answer in answers if answer is not None}
+    good = [client for client in sums if all(bool(part.isfinite().all()) for part in sums[client].tensors)]
     if not good:
         raise Diverged("the features of every client are NaN or infinite, so the run stops; look at the data's range")
     if lost := set(clients) - set(good):
@@ -164,13 +162,3 @@ def solve(preparation: Preparation, patterns: Patterns, ridge: float) -> None:
     down = length(*layer.parameters())
     preparation.ledger.first_model(clients, preparation.model_length)
     preparation.ledger.setup(len(clients), up=length(*sums[good[0]].tensors), down=down)
-
-
-def _statistics(preparation: Preparation, layer: nn.Linear, part: np.ndarray) -> Statistics:
-    """Sum a client's statistics over all its samples, batch by batch."""
-    classes = layer.out_features
-    parts = (
-        Statistics.of(features(preparation.net, layer, x), y, classes)
-        for x, y in preparation.batches(preparation.dataset.train, part)
-    )
-    return reduce(add, parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,19 @@ from fedsparse.core.space import ParamSpace
 from fedsparse.data.datasets import Dataset, Split
 from fedsparse.data.images import unchanged
 from fedsparse.federation.exchange.ledger import Ledger
+from fedsparse.preparation.tasks import ClientTask
 
 Losses = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 Sample = Callable[[int, Purpose], Sequence[int]]
+Answer = tuple[Tensor, ...]
+Gather = Callable[["Preparation", ClientTask, Sequence[int]], Iterable[Answer | None]]
 CPU = torch.device("cpu")
+
+
+def in_process(preparation: Preparation, task: ClientTask, clients: Sequence[int]) -> Iterator[Answer | None]:
+    """Run a task for one client after the other, in this process."""
+    for client in clients:
+        yield task.run(preparation, client)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Preparation:
         model_length: bytes of the first model.
         inputs: converts samples to the network's inputs.
         device: of the network and its inputs.
+        gather: runs a task for clients, and yields what each sends, in their order; None for one that did not answer.
 
     """
 
@@ -52,6 +62,7 @@ class Preparation:
     model_length: int
     inputs: Callable[[Tensor], Tensor] = unchanged
     device: torch.device = CPU
+    gather: Gather = in_process
 
     @property
     def eligible(self) -> list[int]:

@@ -13,7 +13,7 @@ from fedsparse.data.rounds import Bundle
 from fedsparse.federation.client.training import Clients
 from fedsparse.federation.federation import Federation
 from fedsparse.federation.phases import Phase
-from fedsparse.federation.round import Round
+from fedsparse.federation.round import Round, TakePart, take_part
 from fedsparse.simulation.module import ClientModule
 
 
@@ -26,6 +26,7 @@ class FederatedRounds(lightning.Callback):
     Args:
         federate: builds the federation of the clients, once the network is on its device; such as
             ``partial(Federation, exchange=..., aggregation=WeightedMean(), topology=Flat())``.
+        take_part: trains cohorts in an open round: in this process, or elsewhere.
 
     Attributes:
         federation: exists from the start of the fit.
@@ -42,8 +43,8 @@ class FederatedRounds(lightning.Callback):
 
     federation: Federation
 
-    def __init__(self, federate: Callable[[Clients], Federation]) -> None:
-        self.federate = federate
+    def __init__(self, federate: Callable[[Clients], Federation], take_part: TakePart = take_part) -> None:
+        self.federate, self.take_part = federate, take_part
         self.loaded: dict[str, Any] | None = None
         self.round: Round | None = None
         self.phase, self.number_in_phase = Phase("learn"), 0
@@ -64,7 +65,7 @@ class FederatedRounds(lightning.Callback):
         self.round = self.federation.open(trainer.current_epoch)
         self.phase, self.number_in_phase = self.federation.phases.at(trainer.current_epoch)
         self.lr, self.began, self.cohorts = self.round.lr, time.perf_counter(), 0
-        module.join(self.round)
+        module.join(self.round, self.take_part)
         if self.federation.server.subspace is not trained:
             module.set_mask(self.federation.server.subspace.mask)
 

@@ -33,7 +33,7 @@ from fedsparse.federation.client.training import (
     check_stackable,
     no_samples,
 )
-from fedsparse.federation.round import Round, take_part
+from fedsparse.federation.round import Round, TakePart, take_part
 from fedsparse.federation.schedule import Within
 from fedsparse.federation.stores.store import ClientStore
 from fedsparse.federation.watcher import Watcher
@@ -110,6 +110,7 @@ class ClientModule(lightning.LightningModule):
         self.decay = decay
         self.buffer_store: ClientStore | None = None
         self.round: Round | None = None
+        self.take_part: TakePart = take_part
         self.show: Callable[[int], None] = only_one
         self.register_buffer("mask", mask.clone())
         self.register_buffer("bitmaps", torch.zeros(0, 0, dtype=torch.uint8))
@@ -208,9 +209,9 @@ class ClientModule(lightning.LightningModule):
         self.groups = groups
         self.show = show if groups > 1 else only_one
 
-    def join(self, round: Round) -> None:
-        """Take part in a round, which has opened."""
-        self.round = round
+    def join(self, round: Round, take_part: TakePart = take_part) -> None:
+        """Take part in a round, which has opened; ``take_part`` trains its cohorts."""
+        self.round, self.take_part = round, take_part
 
     def watch(self, watcher: Watcher) -> None:
         """Let a watcher observe the open round."""
@@ -221,7 +222,7 @@ class ClientModule(lightning.LightningModule):
         """Train the cohorts of a bundle in the open round; only their local steps are autocast."""
         assert self.round is not None  # set by ``FederatedRounds.on_train_epoch_start``
         with torch.autocast(self.device.type, enabled=False):
-            take_part(self.round, self.clients, bundle.cohorts)
+            self.take_part(self.round, self.clients, bundle.cohorts)
         if self.trainer.is_last_batch:
             self.optimizers().step()  # type: ignore[union-attr]
             self.round = None  # frees its sums when it closes

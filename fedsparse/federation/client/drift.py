@@ -88,6 +88,13 @@ class DriftCorrection:
         """Build the correction of K clients that start from rows (K, P)."""
         return GradientCorrection()
 
+    def broadcast(self, like: Tensor) -> Tensor:
+        """Gather what the server sends every client beside a row (n,): ``messages`` rows of values, in one."""
+        return like[:0]
+
+    def take(self, values: Tensor) -> None:
+        """Take over what the server sent, ``broadcast`` of it, where a client is alone with its data."""
+
     def update(self, kept: Kept) -> None:
         """Take in the rows that clients will store, before they are written."""
 
@@ -187,6 +194,14 @@ class Scaffold(DriftCorrection):
         subspace.write(difference, mean - variates)
         return VariateCorrection(tuple(clients), variates, mean, difference)
 
+    def broadcast(self, like: Tensor) -> Tensor:
+        """The server's variate c, as clients use it."""
+        return torch.zeros_like(like) if self.mean is None else self.mean.to(like)
+
+    def take(self, values: Tensor) -> None:
+        """Take over c."""
+        self.mean = values.double()
+
     def update(self, kept: Kept) -> None:
         """Add the changes of the clients' variates, over N, to the shift of c."""
         if VARIATES in kept:
@@ -197,8 +212,8 @@ class Scaffold(DriftCorrection):
 
     def close(self) -> None:
         """Add the shift to c."""
-        if self.mean is not None and self.shift is not None:
-            self.mean += self.shift.to(self.mean.device)
+        if self.shift is not None:  # a server whose clients are elsewhere has no c before the first shift
+            self.mean = self.shift if self.mean is None else self.mean.add_(self.shift.to(self.mean.device))
         self.shift = None
 
     def move(self, carry: Carry) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.subspace import Carry, narrow, where_true
-from fedsparse.federation.exchange.wire.message import Size, counted_size, known_size
+from fedsparse.federation.exchange.wire.message import Size, counted_size, encode, known_size
 from fedsparse.federation.exchange.wire.positions import positions_size
 
 _NEVER = -1
@@ -52,6 +52,12 @@ class Downlink:
                 size += replace(self._some(late, 0, row), header=0)
             self.sizes[since] = size
         return self.sizes[since]
+
+    def message(self, client: int, row: Tensor, extra: Tensor) -> bytes:
+        """Write the message of ``size`` bytes, of which a mask that changed has none: row (n,), buffer values (Q,)."""
+        since = self.holds.get(client, _NEVER)
+        whole = self._trained(since, row, len(extra)) == known_size(len(row), len(extra), row.dtype)
+        return encode(row, None if whole else self._late(since, row), buffers=extra)
 
     def _trained(self, since: int, row: Tensor, buffers: int) -> Size:
         """Bytes of a message with the coordinates that train now."""

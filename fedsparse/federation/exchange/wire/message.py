@@ -22,7 +22,7 @@ from fedsparse.federation.exchange.wire.values import CODES, DTYPES, raw, read_v
 
 # magic, version, dtype of the values, dtype of the row, coding of the positions, n, k, Q, CRC32, weight, loss, steps
 HEADER = struct.Struct("<4sBBBBIIIIddd")
-MAGIC, VERSION = b"FSPX", 3
+MAGIC, MASK, VERSION = b"FSPX", b"FSPM", 3
 _CRC_AT = 20  # offset of the CRC, which covers all other bytes
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 16  # coordinates that are decoded at a time
@@ -196,6 +196,35 @@ def read(payload: bytes, size: int, *, mask: Tensor | None = None, dtype: torch.
     row = _row(head, sent, data[values_at:extra_at])
     buffers = read_values(data[extra_at:], head.row, head.extra, head.row)
     return Message(row, torch.from_numpy(sent), buffers, head.weight, head.loss, head.steps)
+
+
+def encode_mask(mask: Tensor) -> bytes:
+    """Encode a mask as a message of positions alone: bool (P,), one bit a coordinate, least significant first."""
+    bits = np.packbits(mask.cpu().numpy(), bitorder="little").tobytes()
+    return _seal(HEADER.pack(MASK, VERSION, 0, 0, int(Coding.BITMAP), len(mask), int(mask.sum()), 0, 0, 0, 0, 0), bits)
+
+
+def decode_mask(payload: bytes, size: int) -> Tensor:
+    """Decode the message of a mask: bool (P,).
+
+    Raises:
+        PayloadError: the message is damaged or unexpected.
+
+    """
+    wanted = bitmap_size(size).total
+    _expect(len(payload) == wanted, "length", f"{len(payload)} bytes, where a mask of {size} coordinates has {wanted}")
+    magic, version, _, _, coding, total, count, _, crc, *_ = HEADER.unpack_from(payload)
+    _expect(magic == MASK, "magic", f"{magic!r} does not begin a mask of fedsparse")
+    _expect(version == VERSION, "version", f"{version} cannot be read, only {VERSION}")
+    _expect(coding == Coding.BITMAP, "coding", f"{coding} is no coding of a mask")
+    _expect(total == size, "size", f"{total} coordinates, where {size} are expected")
+    view = memoryview(payload)
+    _expect(crc == _crc(view[: HEADER.size], view[HEADER.size :]), "crc", "the message was damaged on its way")
+    bits = np.unpackbits(np.frombuffer(payload, np.uint8, offset=HEADER.size), count=size, bitorder="little")
+    _expect(
+        int(bits.sum()) == count, "count", f"{int(bits.sum())} coordinates are marked, where the header says {count}"
+    )
+    return torch.from_numpy(bits.astype(bool))
 
 
 def split_size(payload: bytes) -> Size:

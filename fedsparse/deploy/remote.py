@@ -1,0 +1,313 @@
+"""The server's side of a deployed run: who takes part, what each is sent, and what becomes of the answers.
+
+Shapes: n coordinates train, Q float-buffer values, R variates.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from fedsparse.core import files
+from fedsparse.data.rounds import PADDING, Cohort
+from fedsparse.deploy.compose import Deployed
+from fedsparse.deploy.limits import check_deployed
+from fedsparse.deploy.messages import Answer, Link, Malformed
+from fedsparse.deploy.post import Errand, Member, Post, Said
+from fedsparse.deploy.worker import LACKS
+from fedsparse.federation.client.training import Clients
+from fedsparse.federation.exchange.update import Payload, Update
+from fedsparse.federation.exchange.wire.message import PayloadError, split_size
+from fedsparse.federation.exchange.wire.model import write_model
+from fedsparse.federation.round import Round
+from fedsparse.job.assemble import assemble_course
+from fedsparse.job.parts import Assembly
+from fedsparse.job.reach import Joined
+from fedsparse.job.resume import Job
+from fedsparse.preparation.preparation import Answer as Tensors
+from fedsparse.preparation.preparation import Preparation
+from fedsparse.preparation.tasks import ClientTask, HeadGradient, Observation
+
+log = logging.getLogger("fedsparse")
+NODES = "nodes.json"
+
+
+class RemoteClients:
+    """The clients of a run at their nodes.
+
+    Args:
+        post: sends requests and sorts answers.
+        members: by client.
+        assembly: the parts of the run.
+        max_share: largest share of one client's weight in a round.
+
+    Attributes:
+        model: the first model, of before the preparation.
+        holders: clients to which it was sent.
+
+    """
+
+    def __init__(self, post: Post, members: Mapping[int, Member], assembly: Assembly, max_share: float = 1.0) -> None:
+        self.post, self.members, self.assembly, self.max_share = post, members, assembly, max_share
+        self.model = write_model(assembly.problem.net, assembly.problem.space)
+        self.holders: set[int] = set()
+
+    def gather(self, preparation: Preparation, task: ClientTask, clients: Sequence[int]) -> Iterator[Tensors | None]:
+        """Run a task for clients: what each sends, in their order; None of one without an answer."""
+        round = task.step if isinstance(task, HeadGradient) else task.round if isinstance(task, Observation) else 0
+        parts = {str(place): part for place, part in enumerate(task.down(preparation))}
+        errand = Errand("prepare", round, {"task": type(task).__name__}, parts)
+        errands = {client: self._with_model(client, errand) for client in clients}
+        said = self.post.ask(errands, self.members)
+        lost = {c: replace(errand, parts={"model": self.model, **parts}) for c, s in said.items() if _lacks(s)}
+        said |= self.post.ask(lost, self.members) if lost else {}
+        for client in clients:
+            answer = said[client]
+            try:
+                if isinstance(answer, str):
+                    raise Malformed(answer)
+                yield task.answer(preparation, answer.payload)
+            except (Malformed, PayloadError) as error:
+                log.warning("client %d is left out of the preparation: %s", client, error)
+                yield None
+
+    def _with_model(self, client: int, errand: Errand) -> Errand:
+        """Add the first model, if the client does not hold it."""
+        if client in self.holders:
+            return errand
+        self.holders.add(client)
+        return replace(errand, parts={"model": self.model, **errand.parts})
+
+    def take_part(self, round: Round, clients: Clients, cohorts: Iterable[Cohort]) -> None:
+        """Have the clients of an open round train at their nodes, and take in their updates in the order of the plan.
+
+        So sums round as in the simulator, whoever is the fastest.
+        """
+        asked = self._capped([cohort for cohort in cohorts if max(cohort.clients) != PADDING])
+        errands = {cohort.clients[0]: self._training(round, cohort) for cohort in asked}
+        said = self.post.ask(errands, self.members)
+        lost = [cohort for cohort in asked if _lacks(said[cohort.clients[0]])]
+        if lost:
+            again = {cohort.clients[0]: self._training(round, cohort, everything=True) for cohort in lost}
+            extra = sum(len(part) for errand in again.values() for part in errand.parts.values())
+            round.federation.ledger.setup(1, up=0, down=extra)
+            said |= self.post.ask(again, self.members)
+        for cohort in asked:
+            take_in(round, cohort, said[cohort.clients[0]])
+
+    def _capped(self, cohorts: Sequence[Cohort]) -> list[Cohort]:
+        """Limit each client's weight to its share of the round's."""
+        weights = capped([cohort.weight[0] for cohort in cohorts], self.max_share)
+        return [replace(cohort, weight=(weight,)) for cohort, weight in zip(cohorts, weights, strict=True)]
+
+    def _training(self, round: Round, cohort: Cohort, everything: bool = False) -> Errand:
+        """Write what a client is sent in a round."""
+        federation, (client,) = round.federation, cohort.clients
+        (group,) = federation.topology.group([client])
+        down = federation.bytes.messages(federation, client, group, everything)
+        holds = federation.bytes.downlinks[group].holds.get(client, -1)
+        refused = sorted({drop.round for drop in federation.dropped if drop.client == client})
+        fields = {
+            "holds": holds,
+            "refused": refused,
+            "implied": federation.bytes.prunes,
+            "weight": cohort.weight[0],
+        }
+        return Errand("train", round.number, fields, down._asdict())
+
+
+def take_in(round: Round, cohort: Cohort, said: Said) -> None:
+    """Take a client's answer in, or record why it does not count."""
+    try:
+        round.receive(cohort, payload_of(round, cohort, said))
+    except (Malformed, PayloadError) as error:
+        round.miss(cohort, str(error))
+
+
+def payload_of(round: Round, cohort: Cohort, said: Said) -> Payload:
+    """Build what a round receives of a client's message.
+
+    Raises:
+        Malformed: there is no message; its text is the reason.
+        PayloadError: the message is damaged.
+
+    """
+    if isinstance(said, str):
+        raise Malformed(said)
+    if LACKS in said.fields:
+        raise Malformed(f"it has lost {str(said.fields[LACKS])[:100]}")
+    if "refused" in said.fields:
+        raise Malformed(str(said.fields["refused"])[:300])
+    federation, like = round.federation, round.federation.server.values
+    group = federation.topology.group(cohort.clients)
+    planned = sum(count > 0 for step in cohort.count for count in step)
+    steps, clipped = (_bounded(said.fields.get(key), planned) for key in ("local_steps", "clipped"))
+    expected = Update(
+        cohort.clients,
+        like.new_zeros(1, like.shape[1]),
+        like.new_zeros(1, federation.buffers.size, dtype=federation.buffers.values.dtype),
+        cohort.weight,
+        (0.0,),
+        start=federation.server.broadcast(group),
+        round=cohort.round,
+        variates=like.new_zeros(1, like.shape[1]) if federation.objective.messages else None,
+        local_steps=steps,
+        clipped=clipped,
+    )
+    try:
+        size = split_size(said.payload)
+    except (struct.error, KeyError):
+        raise PayloadError("header", f"{len(said.payload)} bytes begin no message of fedsparse") from None
+    return Payload(expected, (size,), written=(said.payload,))
+
+
+def _bounded(value: Any, most: int) -> int:
+    """Read a count that a client states, of at most so many; 0 for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most else 0
+
+
+def _lacks(said: Said) -> bool:
+    """Whether a client has asked for the first model."""
+    return isinstance(said, Answer) and said.fields.get(LACKS) == "model"
+
+
+def capped(weights: Sequence[float], share: float) -> list[float]:
+    """Limit weights so that none has more than a share of their sum; what is impossible gives equal weights.
+
+    >>> capped([1.0, 1.0, 8.0], 0.5)
+    [1.0, 1.0, 2.0]
+    """
+    if share >= 1 or not weights:
+        return list(weights)
+    if share * len(weights) <= 1:
+        return [min(weights)] * len(weights)
+    left = sorted(weights)
+    for place in range(len(left)):  # the largest ones are equal: k of them at c = share / (1 - k share) of the others
+        k = len(left) - place
+        others = sum(left[:place])
+        if k * share < 1 and left[place] * (1 - k * share) >= share * others:
+            most = share * others / (1 - k * share)
+            return [min(weight, most) for weight in weights]
+    return list(weights)
+
+
+def join(link: Link, deployed: Deployed, job: Job, assembly: Assembly) -> Joined:
+    """Find the clients of a run at their nodes, and take over what they hold.
+
+    Raises:
+        ValueError: the run has a part that is not deployed, or nodes are missing or do not fit; one line.
+
+    """
+    check_deployed(assembly)
+    stored = stored_nodes(job.folder)
+    run = str(stored.get("run") or secrets.token_hex(8))
+    post = Post(link, run, deployed.hash, deployed.options)
+    members, alone = meet(post, deployed, assembly, {int(k): int(n) for k, n in stored.get("samples", {}).items()})
+    samples = {client: member.samples for client, member in sorted(members.items())}
+    files.write(job.folder / NODES, json.dumps({"run": run, "samples": samples}, indent=2) + "\n")
+    log.info("deployed run %s: %d clients with %d samples", run, len(samples), sum(samples.values()))
+    assembly = at_nodes(job, assembly, samples, alone)
+    remote = RemoteClients(post, members, assembly, deployed.options.max_share)
+    return Joined(assembly, remote.gather, remote.take_part, apart=True)
+
+
+def stored_nodes(folder: Path) -> dict[str, Any]:
+    """Read the run's id and what its clients declared; empty for a new run."""
+    path = folder / NODES
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def meet(
+    post: Post, deployed: Deployed, assembly: Assembly, before: Mapping[int, int]
+) -> tuple[dict[int, Member], bool]:
+    """Ask all nodes who they are until enough are there: members, and whether each has data of its own.
+
+    Args:
+        post: asks them.
+        deployed: the configuration, which they take over.
+        assembly: the parts of the run, to which they must fit.
+        before: samples that clients declared when the run began; empty for a new run.
+
+    Raises:
+        ValueError: too few come in time, or one does not fit; one line.
+
+    """
+    options, text = deployed.options, deployed.text()
+    wanted = options.min_clients or len(before) or len(assembly.problem.eligible)
+    asked, members, alone = set[int](), dict[int, Member](), set[bool]()
+    end = time.monotonic() + options.timeout
+    while len(members) < wanted:
+        for node in set(post.link.nodes()) - asked:
+            asked.add(node)
+            post.introductions(node, text)
+        for reply in post.link.pull():
+            if reply.error is not None:
+                raise ValueError(f"a node cannot take part: {' '.join(reply.error.split())[:300]}")
+            answer = Answer.read(reply.meta, reply.payload)
+            _check_member(answer, members, assembly, before)
+            members[answer.client] = Member(reply.node, answer.samples)
+            alone.add(bool(answer.fields.get("alone")))
+        if time.monotonic() > end:
+            raise ValueError(
+                f"{len(members)} of {wanted} clients are there after {options.timeout:g} s (deploy.timeout); start the "
+                "other nodes, or set deploy.min_clients"
+            )
+        time.sleep(0.02)
+    if len(alone) > 1:
+        raise ValueError("some nodes have data.root of their own and some have not; give it to all, or to none")
+    return members, alone == {True}
+
+
+def _check_member(answer: Answer, members: Mapping[int, Member], assembly: Assembly, before: Mapping[int, int]) -> None:
+    """Refuse a client that does not fit.
+
+    Raises:
+        ValueError: one line.
+
+    """
+    client, dataset, parts = answer.client, assembly.problem.dataset, assembly.problem.parts
+    shape, mine = answer.fields.get("shape"), list(dataset.train.x.shape[1:])
+    if client in members:
+        raise ValueError(f"two nodes are client {client}; each needs a partition-id of its own")
+    if answer.fields.get("classes") != dataset.classes or (shape != mine and not answer.fields.get("alone")):
+        raise ValueError(
+            f"client {client} has {answer.fields.get('classes')} classes and samples of shape {shape}, where the "
+            f"server's data has {dataset.classes} and {mine}"
+        )
+    if client >= len(parts):
+        raise ValueError(f"client {client} is beyond federation.num_clients={len(parts)}")
+    if not answer.fields.get("alone") and answer.samples != len(parts[client]):
+        raise ValueError(
+            f"client {client} holds {answer.samples} samples, where the partition gives it {len(parts[client])}: its "
+            "copy of the data is another one"
+        )
+    if before and answer.samples != before.get(client):
+        raise ValueError(f"client {client} holds {answer.samples} samples, and declared {before.get(client)} before")
+
+
+def at_nodes(job: Job, assembly: Assembly, samples: Mapping[int, int], alone: bool) -> Assembly:
+    """Take over what clients hold: their counts, where data are their own, and who is there.
+
+    Figures of the clients' own models need what stays with them, which the server does not have.
+    """
+    problem = replace(assembly.problem, vals=[])
+    assembly = replace(assembly, session=replace(assembly.session, monitor=problem.monitor))
+    if not alone and set(problem.eligible) <= set(samples):
+        return replace(assembly, problem=problem)
+    nothing, parts = np.zeros(0, dtype=np.int64), list(problem.parts)
+    for client, part in enumerate(problem.parts):
+        held = np.arange(samples.get(client, 0)) if alone else part  # positions at the node: nothing is read here
+        parts[client] = held if client in samples else nothing
+    problem = replace(problem, parts=parts, tests=[] if alone else problem.tests)
+    course = assemble_course(OmegaConf.create(assembly.config), problem)
+    return replace(assembly, problem=problem, course=course, pictures=assembly.pictures and not alone)

@@ -1,0 +1,218 @@
+"""A client's work, bytes to bytes: what the simulator calls in its process, for a client that is alone with its data.
+
+What the client keeps lies in a folder, so that a process that starts anew goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedsparse.core import files
+from fedsparse.deploy.compose import Deployed
+from fedsparse.deploy.messages import Answer, Malformed, Request
+from fedsparse.deploy.party import Learner, Party
+
+CONFIG, FIRST, ROUNDS = "config.yaml", "first", "rounds"
+FIRSTS = ("model", "mask", "head")
+KEPT = 4  # rounds whose state stays: a server that restarts goes back by one or two
+LACKS = "lacks"  # the field of an answer without a message: what the client has lost, or never had
+BASE = "base"
+
+
+@dataclass
+class Place:
+    """A client's place in a run: its parts, and its folder.
+
+    Attributes:
+        folder: of the run at this client.
+        config: hash of its configuration.
+        party: the client.
+        learner: as it trains; None before its first round in this process.
+        at: the round whose state the learner has; -1 before its first.
+        loaded: whether the network has the first model.
+
+    """
+
+    folder: Path
+    config: str
+    party: Party
+    learner: Learner | None = None
+    at: int = -1
+    loaded: bool = False
+
+
+class Worker:
+    """One client's work in any number of runs.
+
+    Args:
+        folder: what the client keeps, by run.
+        client: its id.
+        own: overrides of the node's own keys (``compose.OWN``), such as ``data.root=/srv/mine``.
+
+    """
+
+    def __init__(self, folder: Path, client: int, own: Sequence[str] = ()) -> None:
+        self.folder, self.client, self.own = folder, client, tuple(own)
+        self.alone = any(override.startswith("data.") for override in own)
+        self.places: dict[str, Place] = {}
+
+    def answer(self, meta: str, payload: bytes) -> tuple[str, bytes]:
+        """Do what a request asks, and write the answer.
+
+        Raises:
+            ValueError: the request is malformed, another client's, or of another configuration; one line.
+
+        """
+        request = Request.read(meta, payload)
+        if request.kind != "join" and request.client != self.client:
+            raise Malformed(f"the request is for client {request.client}, and this is client {self.client}")
+        if not request.run.isalnum():  # it names a folder
+            raise Malformed(f"{request.run[:40]!r} is no id of a run")
+        if request.kind == "join":
+            self._note(request)
+        place = self._place(request)
+        work = {"join": _introduce, "prepare": _prepare, "train": _train}[request.kind]
+        fields, message = work(place, request)
+        return Answer(request.number, request.run, self.client, place.party.samples, fields, message).write()
+
+    def _note(self, request: Request) -> None:
+        """Store the configuration of a run that begins, or goes on.
+
+        Raises:
+            Malformed: it is not what the server's hash says.
+
+        """
+        text, path = str(request.fields.get("text", "")), self.folder / request.run / CONFIG
+        found = Deployed.read(text).hash
+        if found != request.config:
+            raise Malformed(f"the configuration's hash is {found}, and the server says {request.config[:40]!r}")
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write(path, text)
+
+    def _place(self, request: Request) -> Place:
+        """Find the client's place in a run; a process that has just started builds it anew.
+
+        Raises:
+            Malformed: the run is unknown here, or of another configuration.
+
+        """
+        folder = self.folder / request.run
+        if request.run not in self.places:
+            if not (folder / CONFIG).is_file():
+                raise Malformed(f"run {request.run} is unknown at this node")
+            deployed = Deployed.read((folder / CONFIG).read_text(encoding="utf-8"))
+            _check_hash(deployed.hash, request)
+            party = Party(deployed.at_node(self.own), self.client, self.alone)
+            self.places[request.run] = Place(folder, deployed.hash, party)
+        _check_hash(self.places[request.run].config, request)
+        return self.places[request.run]
+
+
+def _check_hash(config: str, request: Request) -> None:
+    if config != request.config:
+        raise Malformed(f"run {request.run} has the configuration {config} here, not {request.config[:40]}")
+
+
+def _introduce(place: Place, request: Request) -> tuple[dict[str, Any], bytes]:
+    """Say what the client is: whether its data are its own, their classes, and the shape of a sample."""
+    dataset = place.party.assembly.problem.dataset
+    shape = list(dataset.train.x.shape[1:])
+    return {"alone": place.party.alone, "classes": dataset.classes, "shape": shape}, b""
+
+
+def _prepare(place: Place, request: Request) -> tuple[dict[str, Any], bytes]:
+    """Run a task before the first round."""
+    parts = dict(request.parts)
+    first = _first(place, {"model": parts.pop("model", b"")}, implied=False)
+    if not first["model"]:
+        return {LACKS: "model"}, b""
+    if "model" in request.parts or not place.loaded:
+        place.party.load(first["model"])
+        place.loaded = True
+    return {}, place.party.prepare(str(request.fields.get("task", "")), request.round, parts)
+
+
+def _train(place: Place, request: Request) -> tuple[dict[str, Any], bytes]:
+    """Train in a round, from where the client stopped when its last update was admitted."""
+    fields, parts, number = request.fields, request.parts, request.round
+    holds, refused = int(fields["holds"]), set(fields["refused"])
+    first = _first(place, {name: parts.get(name, b"") for name in FIRSTS}, implied=bool(fields["implied"]))
+    whole, known = "model" in parts, _rounds(place, number)
+    if not first["model"] or not (whole or holds < 0 or holds in known):
+        return {LACKS: "model"}, b""
+    learner = _learner(place, first, whole)
+    if learner.keeps and holds >= 0 and holds not in known and holds not in refused:
+        return {LACKS: f"what it keeps since round {holds + 1}"}, b""
+    last = max(known - refused, default=-1)
+    if not place.at == holds == last:
+        if not whole and holds >= 0:
+            learner.put(_stored(place, holds)[BASE])
+        learner.keep({} if last < 0 else _stored(place, last))
+    learner.receive(parts.get("row", b""), whole)
+    base = learner.base
+    trained = learner.train(number, float(fields["weight"]))
+    place.at = number
+    _store(place, number, {BASE: base, **learner.kept()}, {holds, last})
+    return dict(trained.fields), trained.message
+
+
+def _learner(place: Place, first: dict[str, Any], whole: bool) -> Learner:
+    """Find the client as it trains; it is built anew when a whole model arrives."""
+    if place.learner is not None and whole:  # its network trains already: begin with a new one
+        place.party, place.learner = place.party.anew(), None
+    if place.learner is None:
+        place.learner, place.at = place.party.learner(**first), -1
+    return place.learner
+
+
+def _first(place: Place, given: dict[str, bytes], implied: bool) -> dict[str, Any]:
+    """Store what a message brings of model, mask and head, and read what earlier ones brought.
+
+    Returns:
+        By name the messages, empty where there are none, and ``implied``: whether the model has no zeros of the mask.
+
+    """
+    folder = place.folder / FIRST
+    folder.mkdir(exist_ok=True)
+    if given["model"]:
+        for old in folder.iterdir():
+            old.unlink()
+    for name, message in given.items():
+        if message:
+            files.write(folder / f"{name}.bin", message)
+    if given["model"] and implied:
+        files.write(folder / "implied", b"")
+    paths = {name: folder / f"{name}.bin" for name in FIRSTS}
+    found: dict[str, Any] = {name: path.read_bytes() if path.is_file() else b"" for name, path in paths.items()}
+    return found | {"implied": (folder / "implied").is_file()}
+
+
+def _path(place: Place, round: int) -> Path:
+    return place.folder / ROUNDS / f"{round}.safetensors"
+
+
+def _stored(place: Place, round: int) -> dict[str, Tensor]:
+    return load_file(_path(place, round))
+
+
+def _rounds(place: Place, number: int) -> set[int]:
+    """List the rounds before a round whose state is stored."""
+    return {int(file.stem) for file in (place.folder / ROUNDS).glob("*.safetensors") if int(file.stem) < number}
+
+
+def _store(place: Place, round: int, rows: dict[str, Tensor], needed: set[int]) -> None:
+    """Store the state after a round, and remove that of rounds to which no server goes back."""
+    path = _path(place, round)
+    path.parent.mkdir(exist_ok=True)
+    files.write(path, save({name: row.detach().cpu().contiguous() for name, row in rows.items()}))
+    stored = sorted(int(file.stem) for file in path.parent.glob("*.safetensors"))
+    for old in stored[:-KEPT]:
+        if old not in needed:
+            _path(place, old).unlink()
