@@ -27,7 +27,6 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
     ObjectUnavailableError,
     pull_and_inflate_object_from_tree,
     push_objects,
@@ -36,9 +35,11 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.fleet_http_connection import http_request_response
 from httpx import HTTPError
 
+from fedsparse.deploy.records import pack
+
 FIRST_WAIT, LONGEST_WAIT = 0.05, 1.0  # seconds until an object is asked for again that is still being uploaded
 REGISTERED = "a server registers the keys that are in its fleet's folder when it starts"
-LOST = (ObjectPullError, RunNotRunningException)  # a message that cannot be had, or whose run has ended
+log = logging.getLogger(__name__)
 
 whole = partial(
     pull_and_inflate_object_from_tree, return_type=Message, initial_backoff=FIRST_WAIT, backoff_cap=LONGEST_WAIT
@@ -60,35 +61,37 @@ class Connection:
         self.node, self._receive, self._send, self._run, _, self._pull, self._push, self._confirm = calls
 
     def receive(self) -> Message | None:
-        """Ask for one message; None if there is none, or if its run ended meanwhile."""
+        """Ask for one message; None if there is none, or if it cannot be had, as when its run has just ended."""
         try:
-            if (found := self._receive()) is None:
-                return None
-            head, tree = found
-            run = head.metadata.run_id
+            found = self._receive()
+        except RunNotRunningException:
+            return None
+        if found is None:
+            return None
+        head, tree = found
+        run = head.metadata.run_id
+        try:
             message = whole(tree, partial(self._pull, run), partial(self._confirm, run))
-        except LOST as error:
-            logging.getLogger(__name__).warning("a message is lost: %s", error)
+        except Exception as error:  # as a SuperNode of Flower does: the server waits for the answer, or does not
+            log.warning("a message of run %s is lost: %s", run, error)
             return None
         return _named(message, tree.object_id)
 
-    def send(self, reply: Message, seconds: float) -> None:
-        """Send an answer; it is dropped if its run has ended.
+    def answer(self, message: Message, answer: tuple[str, bytes], seconds: float) -> None:
+        """Answer a message; the answer is dropped if the run has ended.
 
         Args:
-            reply: the answer.
+            message: that is answered.
+            answer: description and payload.
             seconds: that it took to make, which Flower lists as compute time.
 
         """
-        run = reply.metadata.run_id
-        _named(reply, reply.object_id)
-        try:
-            with no_object_id_recompute():
-                objects = get_all_nested_objects(reply)
-                wanted, session = self._send(reply, get_object_tree(reply), seconds)
-                push_objects(objects, partial(self._push, run, session), object_ids_to_push=wanted)
-        except LOST as error:
-            logging.getLogger(__name__).warning("an answer is dropped: %s", error)
+        self._reply(Message(pack(*answer), reply_to=message), seconds)
+
+    def fail(self, message: Message, error: Exception, seconds: float) -> None:
+        """Answer a message by an error, in the words that Flower has for a ClientApp that raised."""
+        reason = f"{type(error)}:<'{error}'>"
+        self._reply(Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message), seconds)
 
     def runs(self, run: int) -> bool:
         """Whether a run still goes on."""
@@ -98,11 +101,17 @@ class Connection:
             return False
         return True
 
-
-def failure(error: Exception, message: Message) -> Message:
-    """Answer a message by an error, in the words that Flower has for a ClientApp that raised."""
-    reason = f"{type(error)}:<'{error}'>"
-    return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
+    def _reply(self, reply: Message, seconds: float) -> None:
+        """Send an answer."""
+        run = reply.metadata.run_id
+        _named(reply, reply.object_id)
+        try:
+            with no_object_id_recompute():
+                objects = get_all_nested_objects(reply)
+                wanted, session = self._send(reply, get_object_tree(reply), seconds)
+                push_objects(objects, partial(self._push, run, session), object_ids_to_push=wanted)
+        except Exception as error:  # as a SuperNode of Flower does
+            log.warning("an answer to run %s is lost: %s", run, error)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import ssl
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from fedsparse.deploy.place import Place
 
 KEPT = "kept"  # folder of what a node keeps between rounds
 PROBE = 10.0  # seconds
+FREE = range(20_000, 32_000)
 WRONG_NAME = (62, 64)  # OpenSSL's numbers of a host name and of an address that the certificate does not have
 
 
@@ -81,6 +83,11 @@ def for_supernode(node: Node, place: Place, port: int | None) -> Sequence[str]:
 
 
 def free_port() -> int:
-    """A port of this machine on which nothing listens now."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return listening.getsockname()[1]
+    """A port of this machine on which nothing listens now, below those that systems give to outgoing connections."""
+    while True:
+        port = secrets.choice(FREE)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from fedsparse.core import files
 from fedsparse.core.folder import CONFIG, HYDRA, OVERRIDES
 from fedsparse.deploy.compose import Deployed
-from fedsparse.deploy.remote import join
 from fedsparse.deploy.messages import Link
+from fedsparse.deploy.remote import join
 from fedsparse.job import trust
 from fedsparse.job.command import logging_kept
 from fedsparse.job.config import check

@@ -47,12 +47,9 @@ def echo_of(fleet, said):
 @pytest.mark.parametrize(("isolation", "line"), [("kept", "is connected"), ("subprocess", "SuperNode ID")])
 def test_bytes_go_to_nodes_and_back(commands, fleet, isolation, line):
     with ExitStack() as stack:
-        stack.enter_context(commands.running("server", fleet, line="server ready"))
         for name in ("node-0", "node-1"):
             typed = ("node", fleet / name, *OWN, "--isolation", isolation)
-            stack.enter_context(
-                commands.running(*typed, line="is connected" if isolation == "kept" else "SuperNode ID")
-            )
+            stack.enter_context(commands.running(*typed, line=line))
         done = commands.call("submit", fleet, "nodes=2", "rounds=3", "size=1000000", "raise=1")
         assert done.returncode == 0, done.stdout + done.stderr
         seen, listed = echo_of(fleet, done.stdout), commands.call("status", fleet).stdout
