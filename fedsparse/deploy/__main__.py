@@ -42,7 +42,9 @@ def parser() -> Parser:
     init.add_argument("--port", type=int, default=PORT, metavar="N", help=f"of the server, for everything ({PORT})")
     init.add_argument("--days", type=int, default=DAYS, metavar="N", help=f"how long certificates are valid ({DAYS})")
     init.add_argument("--insecure", action="store_true", help="without TLS and keys, on this machine alone")
-    _verb(verbs, "server", "run the server of a fleet")
+    server = _verb(verbs, "server", "run the server of a fleet")
+    words = "keep nodes and runs in memory: a message takes half the time, and after a crash nodes are started again"
+    server.add_argument("--memory", action="store_true", help=words)
     node = _verb(verbs, "node", "run a node", "its own overrides, such as data.root=/srv/mine")
     words = "a process that stays, or Flower's SuperNode, which starts one for each message"
     node.add_argument("--isolation", choices=("kept", "subprocess"), default="kept", help=words)

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -60,13 +60,11 @@ def demonstrate(
     fleet, typed = folder / "fleet", [*RUN, *overrides]
     _command("init", fleet, "--host", "127.0.0.1", "--port", free_port(), "--nodes", NODES)
     with ExitStack() as stack:
-        stack.enter_context(_running(folder, "server", fleet, line="server ready"))
-        line = "is connected" if isolation == "kept" else "SuperNode ID"
-        nodes = [
-            _running(folder, "node", fleet / f"node-{n}", "--isolation", isolation, line=line) for n in range(NODES)
-        ]
+        _await(stack.enter_context(_running(folder, "server", fleet, "--memory")), "server ready")
+        places = [fleet / f"node-{number}" for number in range(NODES)]
+        nodes = [stack.enter_context(_running(folder, "node", place, "--isolation", isolation)) for place in places]
         for node in nodes:
-            stack.enter_context(node)
+            _await(node, "is connected" if isolation == "kept" else "SuperNode ID")
         _command("submit", fleet, *typed)
     (deployed,) = (path for path in (fleet / RUNS).iterdir() if path.is_dir())
     _command(*typed, *ALIKE, f"hydra.run.dir={folder / 'simulator'}", module="fedsparse.train")
@@ -129,16 +127,33 @@ def _command(*arguments: Any, module: str = "fedsparse.deploy") -> None:
         raise ValueError(f"{arguments[0]} failed")
 
 
+class Running(NamedTuple):
+    """A command that was started, and the file of what it says."""
+
+    process: subprocess.Popen
+    log: Path
+
+
 @contextmanager
-def _running(folder: Path, *arguments: Any, line: str) -> Iterator[None]:
-    """Start a command, wait for a line of it, and end it at the end of the ``with`` block."""
+def _running(folder: Path, *arguments: Any) -> Iterator[Running]:
+    """Start a command, and end it at the end of the ``with`` block."""
     log = folder / f"{Path(arguments[1]).name}.log"
     print("$", "python", *_typed(arguments, "fedsparse.deploy")[1:], "&", flush=True)
     with started(_typed(arguments, "fedsparse.deploy"), folder, log) as process:
-        waited(lambda: line in log.read_text(errors="replace") or process.poll() is not None, LONGEST)
-        if line not in (said := log.read_text(errors="replace")):
-            raise ValueError(f"{arguments[0]} does not start: {last(said)} ({log})")
-        yield
+        yield Running(process, log)
+
+
+def _await(running: Running, line: str) -> None:
+    """Wait for a line of a command.
+
+    Raises:
+        ValueError: it ended without it, or takes too long; with its last line.
+
+    """
+    process, log = running
+    waited(lambda: line in log.read_text(errors="replace") or process.poll() is not None, LONGEST)
+    if line not in (said := log.read_text(errors="replace")):
+        raise ValueError(f"{log.stem} does not start: {last(said)} ({log})")
 
 
 def run(arguments: Sequence[str]) -> None:

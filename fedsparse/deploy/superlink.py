@@ -33,15 +33,21 @@ def near(fleet: Fleet) -> str:
     return address(fleet.host if loopback(fleet.host) else "127.0.0.1", fleet.port)
 
 
-def command(fleet: Fleet) -> Sequence[str]:
-    """Command line of the SuperLink."""
+def command(fleet: Fleet, memory: bool = False) -> Sequence[str]:
+    """Command line of the SuperLink.
+
+    Args:
+        fleet: of the SuperLink.
+        memory: whether it keeps nodes, messages and runs in memory, which takes half the time of a database.
+
+    """
     files = {"ssl-ca-certfile": fleet.authority, "ssl-certfile": fleet.certificate, "ssl-keyfile": fleet.key}
     secure = [part for name, path in files.items() for part in (f"--{name}", str(path.resolve()))]
     return [
         "flower-superlink",
         *(["--insecure"] if fleet.insecure else [*secure, "--enable-supernode-auth"]),
         *("--host", bound(fleet), "--port", str(fleet.port)),
-        *("--database", str((fleet.flower / DATABASE).resolve())),
+        *([] if memory else ["--database", str((fleet.flower / DATABASE).resolve())]),
         "--disable-runtime-dependency-installation",  # or it would run uv for every run
     ]
 

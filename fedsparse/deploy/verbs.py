@@ -35,7 +35,7 @@ def server(options: Namespace) -> None:
     fleet = Fleet.read(options.folder)
     superlink.check_port(fleet)
     superlink.connect(fleet)
-    with started(superlink.command(fleet), fleet.flower, superlink.log_of(fleet)) as process:
+    with started(superlink.command(fleet, options.memory), fleet.flower, superlink.log_of(fleet)) as process:
         superlink.wait_for(fleet, process)
         registered = superlink.register(fleet) if not fleet.insecure else ()
         print(f"fedsparse: server ready: {fleet.host}, port {fleet.port}, {len(registered)} nodes registered")
