@@ -76,6 +76,8 @@ def submit(options: Namespace) -> None:
     from fedsparse.deploy.compose import compose  # here, so that a wrong argument is refused without Hydra
 
     config = compose(overrides)
+    if fleet.insecure and not (yaml.safe_load(config).get("deploy") or {}).get("insecure"):
+        raise ValueError(f"{fleet.folder} is a fleet without TLS: deploy.insecure=true submits to it")
     files.write(_beside(folder), yaml.safe_dump(overrides))
     superlink.connect(fleet)
     run = _start(fleet, config, folder, bool(resumed))

@@ -6,6 +6,8 @@ import ast
 import re
 import socket
 import stat
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -212,3 +214,49 @@ def test_another_version_of_flower_is_refused(monkeypatch, found, right):
     else:
         with pytest.raises(ValueError, match=rf"^deployment needs flwr 1\.42, and {found} is installed"):
             processes.check_flower()
+
+
+DEPLOY = Path(fleet.__file__).parent
+PUBLIC = {"flwr.app", "flwr.serverapp", "flwr.clientapp"}
+INSIDE = {
+    "flwr.common.constant": {"ErrorCode"},
+    "flwr.proto.message_pb2": {"ConfirmMessageReceivedRequest"},
+    "flwr.proto.runtime_pb2": {"PullAppMessagesRequest", "PullAppMessagesResponse"},
+    "flwr.supercore.inflatable.inflatable_object": {
+        *("get_all_nested_objects", "get_object_tree", "no_object_id_recompute"),
+    },
+    "flwr.supercore.inflatable.inflatable_protobuf_utils": {"make_pull_object_fn_protobuf"},
+    "flwr.supercore.inflatable.inflatable_utils": {
+        *("ObjectUnavailableError", "pull_and_inflate_object_from_tree", "push_objects"),
+    },
+    "flwr.supercore.run": {"RunNotRunningException"},
+    "flwr.supernode.fleet_http_connection": {"http_request_response"},
+}
+
+
+def from_flower(path):
+    """What a module takes from Flower, by the module there."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "flwr":
+            found.setdefault(node.module, set()).update(alias.name for alias in node.names)
+        assert not (isinstance(node, ast.Import) and any("flwr" in alias.name for alias in node.names)), path
+    return found
+
+
+def test_what_is_taken_from_the_inside_of_flower_stands_in_one_file_and_here():
+    """The next version of Flower may move it: compare, then change ``NEEDED`` of processes.py and the extra."""
+    for path in DEPLOY.glob("*.py"):
+        inside = {module: names for module, names in from_flower(path).items() if module not in PUBLIC}
+        assert inside == (INSIDE if path.name == "internals.py" else {}), path
+    extras = tomllib.loads((DEPLOY.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (flower,) = (one for one in extras["optional-dependencies"]["flower"] if one.startswith("flwr"))
+    assert flower == f"flwr>={processes.NEEDED},<1.43"
+
+
+def test_no_torch_is_imported_to_refuse_a_command():
+    """The ClientApp of a stock SuperNode is imported for each message too."""
+    before = "import sys; import fedsparse.deploy.verbs, fedsparse.deploy.joining, fedsparse.deploy.node; "
+    done = subprocess.run([sys.executable, "-c", before + "print(*sys.modules)"], capture_output=True, text=True)
+    assert "fedsparse.deploy.verbs" in done.stdout.split()
+    assert not {"torch", "lightning", "flwr", "cryptography"} & set(done.stdout.split())

@@ -7,11 +7,18 @@ import os
 import re
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 from fleets import Commands, free_port, needs_flower
+
+from fedsparse.deploy.fleet import Node
+from fedsparse.deploy.joining import check
 
 pytestmark = [pytest.mark.slow, needs_flower]
 OWN = ["data.root=/srv/mine", "note='a b\"c'"]
@@ -22,9 +29,10 @@ def commands(tmp_path_factory):
     return Commands(tmp_path_factory.mktemp("flower"))
 
 
-def made(commands, name, nodes=2, port=None):
+def made(commands, name, nodes=2, port=None, insecure=False):
     """Make a fleet -> its folder."""
-    typed = ("init", name, "--host", "127.0.0.1", "--nodes", nodes, "--port", port or free_port())
+    typed = ["init", name, "--host", "127.0.0.1", "--nodes", nodes, "--port", port or free_port()]
+    typed += ["--insecure"] * insecure
     done = commands.call(*typed)
     assert done.returncode == 0, done.stderr
     return commands.folder / name
@@ -78,6 +86,19 @@ def test_a_run_that_fails_fails_the_command_and_goes_on_by_resume(commands, flee
         assert "resume=nothing" in unknown.stderr
 
 
+def test_without_tls_a_run_says_that_it_knows(commands):
+    """In memory, so that this way of a server is taken too."""
+    folder = made(commands, "plain", 1, insecure=True)
+    with (
+        commands.running("server", folder, "--memory", line="server ready"),
+        commands.running("node", folder / "node-0", line="is connected"),
+    ):
+        refused = commands.call("submit", folder)
+        assert refused.stderr.endswith("is a fleet without TLS: deploy.insecure=true submits to it\n")
+        done = commands.call("submit", folder, "deploy.insecure=true")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_node_is_told_why_it_cannot_join(commands, fleet):
     port = int(re.search(r"port: (\d+)", (fleet / "fleet.yaml").read_text())[1])
     other = made(commands, "other", 1, port) / "node-0"
@@ -91,6 +112,45 @@ def test_a_node_is_told_why_it_cannot_join(commands, fleet):
     taken = commands.call("server", fleet)
     assert (taken.returncode, taken.stderr.count("\n")) == (1, 1)
     assert "Address already in use" in taken.stderr
+
+
+@contextmanager
+def listening(host, greet):
+    """A server that greets one client, in a thread -> its port."""
+    with socket.create_server((host, 0)) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: greet(server.accept()[0]))
+        yield server.getsockname()[1]
+
+
+def test_a_server_of_another_name_or_without_tls_is_refused_before_anything_is_sent(fleet):
+    """The server is the standard library's."""
+    heard, context = [], ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(fleet / "server" / "certificate.pem", fleet / "server" / "key")
+
+    def tls(connection):
+        with suppress(OSError), context.wrap_socket(connection, server_side=True) as safe:
+            heard.append(safe.recv(100))
+
+    def plain(connection):
+        with connection:
+            connection.recv(10_000)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    node = Node.read(fleet / "node-0")
+    with (
+        listening("127.0.0.2", tls) as port,
+        pytest.raises(ValueError, match=r"^the server's certificate is not for 127\.0\.0\.2: "),
+    ):
+        check(replace(node, host="127.0.0.2", port=port))
+    with (
+        listening("127.0.0.1", plain) as port,
+        pytest.raises(ValueError, match=r"127\.0\.0\.1:\d+ does not speak TLS: "),
+    ):
+        check(replace(node, port=port))
+    assert heard == []
+    with listening("127.0.0.1", tls) as port:
+        check(replace(node, port=port))
+    assert heard == [b""]  # the right server is not sent anything yet either
 
 
 def superlink(process):
