@@ -20,7 +20,8 @@ from fedsparse.job.config import check
 PACKAGE = Path(__file__).parent.parent / "fedsparse"
 OPTIONAL = {"matplotlib", "pandas", "peft", "scipy", "sklearn", "timm", "transformers", "wandb"}
 HEAVY = {"lightning", "numpy", "torch", "torchmetrics", "torchvision", *OPTIONAL}
-LIGHT = ("adapters.__main__", "calibrate", "export", "landscape.__main__", "repeat", "report", "train")
+BENCHES = ("bench.__main__", "bench.gpu.__main__")
+LIGHT = ("adapters.__main__", *BENCHES, "calibrate", "export", "landscape.__main__", "repeat", "report", "train")
 
 
 def at_the_top(body):
@@ -73,7 +74,7 @@ def test_a_run_imports_what_its_parts_need():
 
 
 def test_a_library_is_found_through_other_modules():
-    assert {"timm", "torch"} <= loaded("fedsparse.bench.__main__")
+    assert {"timm", "torch"} <= loaded("fedsparse.bench.collect")
     assert "matplotlib" in loaded("fedsparse.analysis.curves")
 
 
@@ -93,8 +94,11 @@ REFUSED = {
     "export folder=x": "folder=x: give run=<run folder>",
     "landscape.__main__ runs/x grid=two": "grid is 'two'; it must be a whole number of 3 or more",
     "adapters.__main__ runs/x mend": "argument list|export|merge|evaluate|answer: invalid choice: 'mend'",
+    "bench.__main__ --models nope": "argument --models: invalid choice: 'nope'",
+    "bench.gpu.__main__ --only nope": "argument --only: invalid choice: 'nope'",
 }
-SHOWN = ("train --help", "train --cfg job", "report --help", "repeat --help", "landscape.__main__ --help")
+HELPED = (*BENCHES, "landscape.__main__", "repeat", "report", "train")
+SHOWN = ("train --cfg job", *(f"{command} --help" for command in HELPED))
 COMMANDS = """
 import os, runpy, sys
 for command in {}:
@@ -102,8 +106,9 @@ for command in {}:
     module, *sys.argv[1:] = command.split()
     try:
         runpy.run_module("fedsparse." + module, run_name="__main__")
-    except SystemExit:
-        pass
+    except SystemExit as error:
+        if isinstance(error.code, str):  # as the interpreter says it
+            print(error.code, file=sys.stderr)
 print("modules", *sys.modules)
 """
 

@@ -6,16 +6,24 @@ followed by one of the hand-written loop in the same process, so that the machin
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedsparse.bench.problems import BARE, EVERYTHING, PROBLEMS, UNVALIDATED, Problem
-from fedsparse.bench.rows import Row
+from fedsparse.core.lazy import lazily
 
 __all__ = ["BARE", "EVERYTHING", "PROBLEMS", "UNVALIDATED", "Problem", "Row", "measure"]
 
-
-def measure(problem: Problem, setting: str, folder: Path, cohort: int = 1) -> Row:
-    """Run fedsparse and the hand-written loop in pairs on one problem; see ``fedsparse.bench.federated.measure``."""
-    from fedsparse.bench import federated  # here, so that a peer's processes need not load Lightning
-
-    return federated.measure(problem, setting, folder, cohort)
+if TYPE_CHECKING:
+    from fedsparse.bench.federated import measure
+    from fedsparse.bench.problems import BARE, EVERYTHING, PROBLEMS, UNVALIDATED, Problem
+    from fedsparse.bench.rows import Row
+else:  # a command line is read without torch
+    _HOMES = {
+        "BARE": "fedsparse.bench.problems",
+        "EVERYTHING": "fedsparse.bench.problems",
+        "PROBLEMS": "fedsparse.bench.problems",
+        "UNVALIDATED": "fedsparse.bench.problems",
+        "Problem": "fedsparse.bench.problems",
+        "Row": "fedsparse.bench.rows",
+        "measure": "fedsparse.bench.federated",
+    }
+    __getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -9,27 +9,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fedsparse.bench import processes, tables
+from fedsparse.bench import processes
+from fedsparse.bench.arguments import MODELS, Parser, positive
 from fedsparse.bench.machine import describe, load
 from fedsparse.bench.peers import PEERS
-from fedsparse.bench.problems import CLIENTS, PROBLEMS, STEPS, Problem
-from fedsparse.bench.rows import Row
 from fedsparse.core import files
 from fedsparse.core.signals import command
 
+if TYPE_CHECKING:
+    from fedsparse.bench.problems import Problem
+    from fedsparse.bench.rows import Row
+
 HINT = "Peers are not installed here: `make bench-peers` makes their environments, and then they are measured too."
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Leave with the message."""
-        sys.exit(f"fedsparse: {message}")
 
 
 class Figures:
@@ -42,7 +35,8 @@ class Figures:
     """
 
     def __init__(self, machine: Mapping[str, Any], path: Path | None) -> None:
-        self.machine, self.path, self.rows = machine, path, list[Row]()
+        self.machine, self.path = machine, path
+        self.rows: list[Row] = []
         self._save()
 
     def add(self, row: Row) -> None:
@@ -59,20 +53,33 @@ class Figures:
             files.write(self.path, json.dumps(held, indent=2) + "\n")
 
 
-def main(arguments: Sequence[str] | None = None, problems: Mapping[str, Problem] = PROBLEMS) -> None:
-    """Measure, print, and write JSON if asked to; or print the tables of a JSON file."""
-    options = _parse(arguments, problems)
+def main(arguments: Sequence[str] | None = None, problems: Mapping[str, Problem] | None = None) -> None:
+    """Measure, print, and write JSON if asked to; or print the tables of a JSON file.
+
+    Args:
+        arguments: of the command line.
+        problems: by name, what may be measured; by default the models of the README.
+
+    """
+    options = _parse(arguments, MODELS if problems is None else tuple(problems))
+    from fedsparse.bench import tables  # here, so that a command line is read without torch
+    from fedsparse.bench.problems import PROBLEMS
+
     try:
         if options.table:
             print("\n\n".join(table.markdown() for table in tables.tables(tables.read(options.table))))
         else:
-            _run(options, _asked(options, problems))
+            _run(options, _asked(options, PROBLEMS if problems is None else problems))
     except (ValueError, OSError) as error:
         sys.exit(f"fedsparse: {error}")
 
 
 def _run(options: argparse.Namespace, problems: Sequence[Problem]) -> None:
+    import torch
+
+    from fedsparse.bench import tables
     from fedsparse.bench.collect import Collector  # here, so that --table does not load Lightning
+    from fedsparse.bench.problems import CLIENTS, STEPS
 
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -89,9 +96,9 @@ def _run(options: argparse.Namespace, problems: Sequence[Problem]) -> None:
         sys.exit(f"fedsparse: {failed} of {len(figures.rows)} rows failed, see above")
 
 
-def _parse(arguments: Sequence[str] | None, problems: Mapping[str, Problem]) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, models: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m fedsparse.bench", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(problems), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=models, help="default: all")
     parser.add_argument("--cohort", nargs="+", type=positive, help="bounds of the clients that train together")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="default: those installed")
     parser.add_argument("--environments", type=Path, default=processes.ENVIRONMENTS, help="folder of the peers'")
@@ -101,13 +108,6 @@ def _parse(arguments: Sequence[str] | None, problems: Mapping[str, Problem]) -> 
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--table", type=Path, help="print the tables of such a file, and measure nothing")
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """Read a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
 
 
 def _asked(options: argparse.Namespace, problems: Mapping[str, Problem]) -> list[Problem]:

@@ -7,13 +7,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedsparse import __version__
 
 
 def describe(threads: int) -> dict[str, Any]:
     """Describe the machine; ``load_start`` is its load average over the last minute."""
+    import torch  # here, so that a command line is read without it
+
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fedsparse.bench import processes
-from fedsparse.bench.__main__ import Parser
+from fedsparse.bench.arguments import Parser
 from fedsparse.bench.memory import grown
 from fedsparse.bench.problems import LR, MOMENTUM
 from fedsparse.core.signals import command

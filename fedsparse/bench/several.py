@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsparse.bench.__main__ import positive
+from fedsparse.bench.arguments import positive
 from fedsparse.bench.machine import load
 from fedsparse.bench.problems import CLIENTS, STEPS
 from fedsparse.core.folder import METRICS

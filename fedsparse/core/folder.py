@@ -5,6 +5,8 @@ from __future__ import annotations
 # configuration and log
 CONFIG, HYDRA, OVERRIDES = ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"
 LOG, LOCK, RUN_ID = "run.log", ".lock", ".run_id"
+# of a deployed run: its configuration for server and nodes, and what the nodes declared
+DEPLOYED, NODES = "deployed.yaml", "nodes.json"
 # written before the first round
 PARTITION, MASK, CLIENT_MASKS = "partition.png", "mask.safetensors", "client_masks.safetensors"
 MASK_PICTURE, CALIBRATION = "mask.png", "calibration.json"

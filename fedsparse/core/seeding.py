@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 _MASK = (1 << 64) - 1
+_WORD = 1 << 32
 
 
 class Purpose(IntEnum):
@@ -41,7 +42,9 @@ def generator(seed: int, purpose: Purpose, *ids: int) -> np.random.Generator:
     np.True_
     """
     # the key has the number of ids, as numpy pads keys with zeros: else (3,) and (3, 0) would be one stream
-    return np.random.default_rng((seed, int(purpose), len(ids), *ids))
+    key = (seed, int(purpose), len(ids), *ids)
+    small = 0 <= min(key) <= max(key) < _WORD  # then numpy need not split the numbers into words: the same stream
+    return np.random.default_rng(np.array(key, dtype=np.uint32) if small else key)
 
 
 def torch_generator(seed: int, purpose: Purpose, *ids: int) -> torch.Generator:

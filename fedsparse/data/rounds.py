@@ -47,7 +47,7 @@ class Cohort:
         """Move sample indices, and samples if gathered, to a device."""
         samples = on_device(self.samples, torch.device(device))
         if self.x is None:
-            return replace(self, samples=samples)
+            return self if samples is self.samples else replace(self, samples=samples)
         # Lightning sets non_blocking for tensors only; pinned samples are copied while the GPU computes
         asynchronous = non_blocking or self.x.is_pinned()
         return replace(self, samples=samples, x=self.x.to(device, non_blocking=asynchronous))

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from fedsparse.core.checks import check_choice
+
 FORMAT = 1
-KINDS = ("join", "prepare", "train")
+KINDS = ("join", "prepare", "train", "evaluate")
 LONGEST = 1 << 22  # characters of a line; a configuration has some thousands
 MOST_PARTS = 16
 
@@ -88,13 +90,12 @@ class Request:
         """Read line and payload.
 
         Raises:
-            Malformed: they are no request.
+            ValueError: they are no request.
 
         """
         line, parts = _line(meta), dict[str, bytes]()
         kind = _text(line, "kind")
-        if kind not in KINDS:
-            raise Malformed(f"kind is {kind[:40]!r}; it must be one of {', '.join(KINDS)}")
+        check_choice("kind", kind[:40], *KINDS)
         lengths, at = line.get("parts"), 0
         if not isinstance(lengths, list) or len(lengths) > MOST_PARTS:
             raise Malformed("parts is no short list")

@@ -5,14 +5,11 @@ Shapes: P coordinates, n of them train, m of which travel; Q float-buffer values
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
-import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from fedsparse.core.precisions import HALF, dtype_of, made_in
@@ -23,7 +20,6 @@ from fedsparse.federation.exchange.wire.model import read_model
 from fedsparse.federation.masking import zero
 from fedsparse.federation.server.topology import Flat
 from fedsparse.federation.stores.store import MemoryStore
-from fedsparse.job.assemble import assemble, assemble_course
 from fedsparse.job.parts import Assembly
 from fedsparse.job.prepare import build_preparation
 from fedsparse.masks import Thinning
@@ -37,7 +33,9 @@ from fedsparse.preparation.tasks import (
     left_of,
     load,
 )
+from fedsparse.simulation.copied import Batches, CopiedNet
 from fedsparse.simulation.devices import fabric_of, kernels
+from fedsparse.simulation.own_models import scored
 
 
 @dataclass(frozen=True)
@@ -58,18 +56,16 @@ class Party:
     """A client with its data and network, ready for the messages of its run.
 
     Args:
-        cfg: the configuration, with the node's own keys.
+        make: assembles the run, with the client's data.
         client: its id.
-        alone: whether the data set is this client's alone; else it is partitioned as everywhere.
 
     Attributes:
         samples: that it holds.
 
     """
 
-    def __init__(self, cfg: DictConfig, client: int, alone: bool) -> None:
-        self.cfg, self.client, self.alone = cfg, client, alone
-        self.assembly = _alone(cfg, client) if alone else assemble(cfg)
+    def __init__(self, make: Callable[[], Assembly], client: int) -> None:
+        self.make, self.client, self.assembly = make, client, make()
         problem = self.assembly.problem
         self.samples = len(problem.parts[client]) if client < len(problem.parts) else 0
         self.fabric = fabric_of(self.assembly.session.accelerator, self.assembly.session.precision)
@@ -78,7 +74,7 @@ class Party:
 
     def anew(self) -> Party:
         """Build the client again, with the network as it was built first."""
-        return Party(self.cfg, self.client, self.alone)
+        return Party(self.make, self.client)
 
     def _preparation(self) -> Preparation:
         """Build what tasks before the first round read; the network moves to its device."""
@@ -175,6 +171,7 @@ class Learner:
         module.set_mask(mask.to(torch.as_tensor(module.mask).device))
         module.to(fabric.device)
         module.keep_in(_in_memory)
+        self.copied = CopiedNet(module.net)  # before its parameters become views of a row
         self.data = assembly.datamodule().to(fabric.device)
         scale = LOSS_SCALE if assembly.session.precision == HALF else 1.0
         clients = module.form(self.data.fetch, scale, fabric.autocast)
@@ -238,6 +235,28 @@ class Learner:
             round.receive(cohort, payload)
         return Trained(message, {"local_steps": update.local_steps, "clipped": update.clipped})
 
+    def evaluate(self) -> dict[str, tuple[float, float]]:
+        """Evaluate the client's own model, the server's values with what it keeps, on its parts of the splits.
+
+        Returns:
+            Accuracy and loss of ``test`` and ``val``; none of a split of which it has no part.
+
+        """
+        federation, clients, client = self.federation, self.clients, self.party.client
+        problem, values = self.party.assembly.problem, federation.server.values
+        if clients.local is not None:
+            values = federation.restored([client], values, clients.local)
+        row = federation.server.rows[0].clone()
+        federation.server.subspace.write(row, values[0])
+        self.copied.load(self.party.module, row, clients.buffers.of(client, 0))
+        splits = {"test": (problem.dataset.test, problem.tests), "val": (problem.dataset.val, problem.vals)}
+        how = Batches(self.data.eval_batch_size, self.party.fabric.autocast)
+        return {
+            name: scored(self.copied, how, self.party.module, split, parts[client])
+            for name, (split, parts) in splits.items()
+            if client < len(parts) and len(parts[client])
+        }
+
     def kept(self) -> dict[str, Tensor]:
         """Collect the rows that the client keeps between rounds, by the store's name."""
         nothing, found = torch.zeros(0), dict[str, Tensor]()
@@ -256,22 +275,3 @@ class Learner:
 
 def _in_memory(name: str) -> MemoryStore:
     return MemoryStore()
-
-
-def _alone(cfg: DictConfig, client: int) -> Assembly:
-    """Assemble a run on a data set that is one client's alone: it holds the whole training split.
-
-    The partition is not asked; ids, and so the random numbers, are those of the run.
-    """
-    single = cfg.copy()
-    single.federation.num_clients, single.federation.clients_per_round = 1, 1
-    single.partition = {"_target_": "fedsparse.data.partition.iid", "_partial_": True}
-    assembly = assemble(single)
-    parts = [np.zeros(0, dtype=np.int64)] * client + [np.arange(len(assembly.problem.dataset.train.y))]
-    problem = replace(assembly.problem, parts=parts, tests=[], vals=[])
-    course = assemble_course(single, problem)
-    return replace(assembly, problem=problem, course=replace(course, sample=partial(_only, client)))
-
-
-def _only(client: int, round: int, purpose: object) -> list[int]:
-    return [client]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from fedsparse.deploy.compose import Options
 from fedsparse.deploy.messages import Answer, Link, Malformed, Reply, Request
+from fedsparse.job.deployed import Options
 
 log = logging.getLogger("fedsparse")
 POLL, MOST = 0.005, 0.1  # seconds between two looks for answers: at first, and when nothing has come for long
@@ -67,7 +68,8 @@ class Post:
 
     def __init__(self, link: Link, run: str, config: str, options: Options) -> None:
         self.link, self.run, self.config, self.options = link, run, config, options
-        self.number = self.down = self.up = 0
+        self.number = secrets.randbits(40)  # so that no answer to a server of before has the number of a request
+        self.down = self.up = 0
 
     def ask(self, errands: Mapping[int, Errand], members: Mapping[int, Member]) -> dict[int, Said]:
         """Ask clients, all at once, and wait for their answers.
@@ -134,11 +136,11 @@ class Post:
         self.up += len(reply.payload)
         yield number, client, said
 
-    def introductions(self, node: int, text: str) -> None:
-        """Ask a node who it is."""
+    def introduce(self, node: int, text: str) -> int:
+        """Ask a node who it is: the number of the request."""
         self.number += 1
-        written = replace(self._request(0, Errand("join", fields={"text": text})), number=self.number).write()
-        self.link.push({node: written}, 0)
+        self.link.push({node: self._request(0, Errand("join", fields={"text": text})).write()}, 0)
+        return self.number
 
 
 def checked(reply: Reply, number: int, run: str, client: int, samples: int) -> Said | None:

@@ -16,30 +16,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from fedsparse.core import files
+from fedsparse.core.folder import NODES
+from fedsparse.core.monitor import ACCURACY, PERSONAL_ACCURACY
 from fedsparse.data.rounds import PADDING, Cohort
-from fedsparse.deploy.compose import Deployed
 from fedsparse.deploy.limits import check_deployed
-from fedsparse.deploy.messages import Answer, Link, Malformed
+from fedsparse.deploy.messages import Answer, Link, Malformed, Reply
 from fedsparse.deploy.post import Errand, Member, Post, Said
 from fedsparse.deploy.worker import LACKS
 from fedsparse.federation.client.training import Clients
 from fedsparse.federation.exchange.update import Payload, Update
 from fedsparse.federation.exchange.wire.message import PayloadError, split_size
 from fedsparse.federation.exchange.wire.model import write_model
+from fedsparse.federation.federation import Federation
 from fedsparse.federation.round import Round
-from fedsparse.job.assemble import assemble_course
+from fedsparse.job.assemble import with_problem
+from fedsparse.job.deployed import Deployed
 from fedsparse.job.parts import Assembly
 from fedsparse.job.reach import Joined
 from fedsparse.job.resume import Job
 from fedsparse.preparation.preparation import Answer as Tensors
 from fedsparse.preparation.preparation import Preparation
 from fedsparse.preparation.tasks import ClientTask, HeadGradient, Observation
+from fedsparse.simulation.own_models import Pairs
 
 log = logging.getLogger("fedsparse")
-NODES = "nodes.json"
+START = 600.0  # seconds that a server waits for its nodes at least
 
 
 class RemoteClients:
@@ -105,6 +108,39 @@ class RemoteClients:
         for cohort in asked:
             take_in(round, cohort, said[cohort.clients[0]])
 
+    def evaluate(self, federation: Federation) -> tuple[Pairs, Pairs]:
+        """Have all clients evaluate their own models of the round that has closed, on test and validation split.
+
+        These messages are no part of the training, and the ledger does not count them.
+        """
+        errands = {client: self._evaluation(federation, client) for client in self.members}
+        said = self.post.ask(errands, self.members)
+        lost = {c: self._evaluation(federation, c, everything=True) for c, one in said.items() if _lacks(one)}
+        said |= self.post.ask(lost, self.members) if lost else {}
+        found: tuple[Pairs, Pairs] = ({}, {})
+        for client in sorted(said):
+            for name, pairs in zip(("test", "val"), found, strict=True):
+                if (pair := _pair(said[client], name)) is not None:
+                    pairs[client] = pair
+        return found
+
+    def _evaluation(self, federation: Federation, client: int, everything: bool = False) -> Errand:
+        """Write what a client is sent to evaluate its own model: the whole row, as it keeps what it trained from."""
+        (group,) = federation.topology.group([client])
+        if everything or client not in federation.ledger.has_model:
+            down = federation.bytes.messages(federation, client, group, everything=True)
+        else:
+            down = federation.bytes.whole(federation, client, group)
+        return Errand("evaluate", federation.closed, self._state(federation, client, group), down._asdict())
+
+    def _state(self, federation: Federation, client: int, group: int) -> dict[str, Any]:
+        """Describe what a client holds: the round it trained in last, and those whose updates were left out."""
+        return {
+            "holds": federation.bytes.downlinks[group].holds.get(client, -1),
+            "refused": sorted({drop.round for drop in federation.dropped if drop.client == client}),
+            "implied": federation.bytes.prunes,
+        }
+
     def _capped(self, cohorts: Sequence[Cohort]) -> list[Cohort]:
         """Limit each client's weight to its share of the round's."""
         weights = capped([cohort.weight[0] for cohort in cohorts], self.max_share)
@@ -115,14 +151,7 @@ class RemoteClients:
         federation, (client,) = round.federation, cohort.clients
         (group,) = federation.topology.group([client])
         down = federation.bytes.messages(federation, client, group, everything)
-        holds = federation.bytes.downlinks[group].holds.get(client, -1)
-        refused = sorted({drop.round for drop in federation.dropped if drop.client == client})
-        fields = {
-            "holds": holds,
-            "refused": refused,
-            "implied": federation.bytes.prunes,
-            "weight": cohort.weight[0],
-        }
+        fields = self._state(federation, client, group) | {"weight": cohort.weight[0]}
         return Errand("train", round.number, fields, down._asdict())
 
 
@@ -169,6 +198,13 @@ def payload_of(round: Round, cohort: Cohort, said: Said) -> Payload:
     except (struct.error, KeyError):
         raise PayloadError("header", f"{len(said.payload)} bytes begin no message of fedsparse") from None
     return Payload(expected, (size,), written=(said.payload,))
+
+
+def _pair(said: Said, name: str) -> tuple[float, float] | None:
+    """Read accuracy and loss of a split from an answer; None without."""
+    pair = said.fields.get(name) if isinstance(said, Answer) else None
+    numbers = isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, int | float) for one in pair)
+    return (float(pair[0]), float(pair[1])) if numbers else None  # type: ignore[index]
 
 
 def _bounded(value: Any, most: int) -> int:
@@ -218,7 +254,8 @@ def join(link: Link, deployed: Deployed, job: Job, assembly: Assembly) -> Joined
     log.info("deployed run %s: %d clients with %d samples", run, len(samples), sum(samples.values()))
     assembly = at_nodes(job, assembly, samples, alone)
     remote = RemoteClients(post, members, assembly, deployed.options.max_share)
-    return Joined(assembly, remote.gather, remote.take_part, apart=True)
+    own = remote.evaluate if bool(assembly.problem.space.local.any()) else None
+    return Joined(assembly, remote.gather, remote.take_part, own, apart=True)
 
 
 def stored_nodes(folder: Path) -> dict[str, Any]:
@@ -244,28 +281,52 @@ def meet(
     """
     options, text = deployed.options, deployed.text()
     wanted = options.min_clients or len(before) or len(assembly.problem.eligible)
-    asked, members, alone = set[int](), dict[int, Member](), set[bool]()
-    end = time.monotonic() + options.timeout
+    asked, members, alone = dict[int, int](), dict[int, Member](), set[bool]()
+    patience = max(options.timeout, START)
+    end = time.monotonic() + patience
+    log.info("waiting for %d clients", wanted)
     while len(members) < wanted:
-        for node in set(post.link.nodes()) - asked:
-            asked.add(node)
-            post.introductions(node, text)
+        for node in set(post.link.nodes()) - set(asked):
+            asked[node] = post.introduce(node, text)
         for reply in post.link.pull():
-            if reply.error is not None:
-                raise ValueError(f"a node cannot take part: {' '.join(reply.error.split())[:300]}")
-            answer = Answer.read(reply.meta, reply.payload)
-            _check_member(answer, members, assembly, before)
-            members[answer.client] = Member(reply.node, answer.samples)
-            alone.add(bool(answer.fields.get("alone")))
-        if time.monotonic() > end:
+            try:
+                answer = introduction(reply, asked.get(reply.node), post.run, members)
+                if answer is not None:
+                    _check_member(answer, members, assembly, before)
+            except ValueError as error:
+                if options.min_clients is None:  # all are needed
+                    raise
+                log.warning("%s", error)
+                continue
+            if answer is not None:
+                members[answer.client] = Member(reply.node, answer.samples)
+                alone.add(bool(answer.fields.get("alone")))
+        if len(members) < wanted and time.monotonic() > end:
             raise ValueError(
-                f"{len(members)} of {wanted} clients are there after {options.timeout:g} s (deploy.timeout); start the "
-                "other nodes, or set deploy.min_clients"
+                f"{len(members)} of {wanted} clients are there after {patience:g} s; start the other nodes, or set "
+                "deploy.min_clients"
             )
         time.sleep(0.02)
     if len(alone) > 1:
         raise ValueError("some nodes have data.root of their own and some have not; give it to all, or to none")
     return members, alone == {True}
+
+
+def introduction(reply: Reply, number: int | None, run: str, members: Mapping[int, Member]) -> Answer | None:
+    """Read what a node says of itself; None of an answer to an earlier server, and of one that is doubled.
+
+    Raises:
+        ValueError: the node failed, or its answer cannot be read; one line.
+
+    """
+    if reply.error is not None:
+        raise ValueError(f"node {reply.node} cannot take part: {' '.join(reply.error.split())[:300]}")
+    try:
+        answer = Answer.read(reply.meta, reply.payload)
+    except Malformed as error:
+        raise ValueError(f"node {reply.node} cannot take part, its answer cannot be read: {error}") from None
+    known = members.get(answer.client)
+    return None if (answer.number, answer.run) != (number, run) or (known and known.node == reply.node) else answer
 
 
 def _check_member(answer: Answer, members: Mapping[int, Member], assembly: Assembly, before: Mapping[int, int]) -> None:
@@ -296,18 +357,16 @@ def _check_member(answer: Answer, members: Mapping[int, Member], assembly: Assem
 
 
 def at_nodes(job: Job, assembly: Assembly, samples: Mapping[int, int], alone: bool) -> Assembly:
-    """Take over what clients hold: their counts, where data are their own, and who is there.
-
-    Figures of the clients' own models need what stays with them, which the server does not have.
-    """
-    problem = replace(assembly.problem, vals=[])
-    assembly = replace(assembly, session=replace(assembly.session, monitor=problem.monitor))
+    """Take over what clients hold: their counts, where data are their own, and who is there."""
+    problem = assembly.problem
     if not alone and set(problem.eligible) <= set(samples):
-        return replace(assembly, problem=problem)
+        return assembly
     nothing, parts = np.zeros(0, dtype=np.int64), list(problem.parts)
     for client, part in enumerate(problem.parts):
         held = np.arange(samples.get(client, 0)) if alone else part  # positions at the node: nothing is read here
         parts[client] = held if client in samples else nothing
-    problem = replace(problem, parts=parts, tests=[] if alone else problem.tests)
-    course = assemble_course(OmegaConf.create(assembly.config), problem)
-    return replace(assembly, problem=problem, course=course, pictures=assembly.pictures and not alone)
+    if not alone:
+        return with_problem(assembly, replace(problem, parts=parts))
+    monitor = PERSONAL_ACCURACY if bool(problem.space.local.any()) else ACCURACY
+    assembly = replace(assembly, session=replace(assembly.session, monitor=monitor), pictures=False)
+    return with_problem(assembly, replace(problem, parts=parts, tests=[], vals=[]))

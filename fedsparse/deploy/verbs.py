@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from fedsparse.core import files
+from fedsparse.core.folder import DEPLOYED
 from fedsparse.deploy import app, joining, superlink
 from fedsparse.deploy.fleet import RUNS, Fleet, Node
 from fedsparse.deploy.fleet import init as init_fleet
@@ -72,13 +72,12 @@ def submit(options: Namespace) -> None:
     typed = [one for one in options.overrides if not one.startswith("resume=")]
     resumed = [one.removeprefix("resume=") for one in options.overrides if one.startswith("resume=")]
     folder = _earlier(fleet, resumed[-1]) if resumed else fleet.folder / RUNS / _now()
-    overrides = [*(_overrides_of(folder) if resumed else []), *typed]
-    from fedsparse.deploy.compose import compose  # here, so that a wrong argument is refused without Hydra
+    earlier = _overrides_of(folder) if resumed else []
+    from fedsparse.job.deployed import compose  # here, so that a wrong argument is refused without Hydra
 
-    config = compose(overrides)
+    config = compose([*earlier, *typed])
     if fleet.insecure and not (yaml.safe_load(config).get("deploy") or {}).get("insecure"):
         raise ValueError(f"{fleet.folder} is a fleet without TLS: deploy.insecure=true submits to it")
-    files.write(_beside(folder), yaml.safe_dump(overrides))
     superlink.connect(fleet)
     run = _start(fleet, config, folder, bool(resumed))
     print(f"fedsparse: run {run} is started: {folder}")
@@ -106,11 +105,6 @@ def _now() -> str:
     return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def _beside(folder: Path) -> Path:
-    """File that keeps what was typed for a run."""
-    return folder.with_name(f"{folder.name}.overrides.yaml")
-
-
 def _earlier(fleet: Fleet, name: str) -> Path:
     """Find a run's folder, by its path or by its name."""
     for folder in (fleet.folder / RUNS / name, Path(name)):
@@ -121,11 +115,12 @@ def _earlier(fleet: Fleet, name: str) -> Path:
 
 def _overrides_of(folder: Path) -> list[str]:
     """What was typed for an earlier run."""
-    path = _beside(folder)
+    path = folder / DEPLOYED
     found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise ValueError(f"resume={folder}: {path} is not there, or is not a list of overrides")
-    return found
+    overrides = found.get("overrides") if isinstance(found, dict) else None
+    if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
+        raise ValueError(f"resume={folder}: {path} is not there, or does not say what was typed")
+    return overrides
 
 
 def status(options: Namespace) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedsparse.core import files
-from fedsparse.deploy.compose import Deployed
 from fedsparse.deploy.messages import Answer, Malformed, Request
 from fedsparse.deploy.party import Learner, Party
+from fedsparse.job.deployed import Deployed
 
 CONFIG, FIRST, ROUNDS = "config.yaml", "first", "rounds"
 FIRSTS = ("model", "mask", "head")
 KEPT = 4  # rounds whose state stays: a server that restarts goes back by one or two
 LACKS = "lacks"  # the field of an answer without a message: what the client has lost, or never had
 BASE = "base"
+AWAY = -2  # of ``Place.at``: the learner has another state than that of a round
 
 
 @dataclass
@@ -33,8 +35,9 @@ class Place:
         folder: of the run at this client.
         config: hash of its configuration.
         party: the client.
+        alone: whether its data set is its own.
         learner: as it trains; None before its first round in this process.
-        at: the round whose state the learner has; -1 before its first.
+        at: the round whose state the learner has; -1 before its first, ``AWAY`` after an evaluation.
         loaded: whether the network has the first model.
 
     """
@@ -42,6 +45,7 @@ class Place:
     folder: Path
     config: str
     party: Party
+    alone: bool
     learner: Learner | None = None
     at: int = -1
     loaded: bool = False
@@ -53,7 +57,7 @@ class Worker:
     Args:
         folder: what the client keeps, by run.
         client: its id.
-        own: overrides of the node's own keys (``compose.OWN``), such as ``data.root=/srv/mine``.
+        own: overrides of the node's own keys (``job.deployed.OWN``), such as ``data.root=/srv/mine``.
 
     """
 
@@ -77,7 +81,7 @@ class Worker:
         if request.kind == "join":
             self._note(request)
         place = self._place(request)
-        work = {"join": _introduce, "prepare": _prepare, "train": _train}[request.kind]
+        work = {"join": _introduce, "prepare": _prepare, "train": _train, "evaluate": _evaluate}[request.kind]
         fields, message = work(place, request)
         return Answer(request.number, request.run, self.client, place.party.samples, fields, message).write()
 
@@ -109,8 +113,8 @@ class Worker:
                 raise Malformed(f"run {request.run} is unknown at this node")
             deployed = Deployed.read((folder / CONFIG).read_text(encoding="utf-8"))
             _check_hash(deployed.hash, request)
-            party = Party(deployed.at_node(self.own), self.client, self.alone)
-            self.places[request.run] = Place(folder, deployed.hash, party)
+            party = Party(partial(deployed.at_node, self.own, self.client, self.alone), self.client)
+            self.places[request.run] = Place(folder, deployed.hash, party, self.alone)
         _check_hash(self.places[request.run].config, request)
         return self.places[request.run]
 
@@ -124,7 +128,7 @@ def _introduce(place: Place, request: Request) -> tuple[dict[str, Any], bytes]:
     """Say what the client is: whether its data are its own, their classes, and the shape of a sample."""
     dataset = place.party.assembly.problem.dataset
     shape = list(dataset.train.x.shape[1:])
-    return {"alone": place.party.alone, "classes": dataset.classes, "shape": shape}, b""
+    return {"alone": place.alone, "classes": dataset.classes, "shape": shape}, b""
 
 
 def _prepare(place: Place, request: Request) -> tuple[dict[str, Any], bytes]:
@@ -141,26 +145,46 @@ def _prepare(place: Place, request: Request) -> tuple[dict[str, Any], bytes]:
 
 def _train(place: Place, request: Request) -> tuple[dict[str, Any], bytes]:
     """Train in a round, from where the client stopped when its last update was admitted."""
+    number = request.round
+    ready = _ready(place, request)
+    if isinstance(ready, str):
+        return {LACKS: ready}, b""
+    ready.receive(request.parts.get("row", b""), "model" in request.parts)
+    base = ready.base
+    trained = ready.train(number, float(request.fields["weight"]))
+    place.at = number
+    needed = {int(request.fields["holds"]), max(_rounds(place, number) - set(request.fields["refused"]), default=-1)}
+    _store(place, number, {BASE: base, **ready.kept()}, needed)
+    return dict(trained.fields), trained.message
+
+
+def _evaluate(place: Place, request: Request) -> tuple[dict[str, Any], bytes]:
+    """Evaluate the client's own model after a round; the values of the next round are those of before."""
+    ready = _ready(place, request)
+    if isinstance(ready, str):
+        return {LACKS: ready}, b""
+    place.at = AWAY
+    ready.receive(request.parts.get("row", b""), "model" in request.parts)
+    return {name: list(pair) for name, pair in ready.evaluate().items()}, b""
+
+
+def _ready(place: Place, request: Request) -> Learner | str:
+    """Bring the client to where it stopped when its last update was admitted; or say what it lacks."""
     fields, parts, number = request.fields, request.parts, request.round
     holds, refused = int(fields["holds"]), set(fields["refused"])
     first = _first(place, {name: parts.get(name, b"") for name in FIRSTS}, implied=bool(fields["implied"]))
     whole, known = "model" in parts, _rounds(place, number)
     if not first["model"] or not (whole or holds < 0 or holds in known):
-        return {LACKS: "model"}, b""
+        return "model"
     learner = _learner(place, first, whole)
     if learner.keeps and holds >= 0 and holds not in known and holds not in refused:
-        return {LACKS: f"what it keeps since round {holds + 1}"}, b""
+        return f"what it keeps since round {holds + 1}"
     last = max(known - refused, default=-1)
     if not place.at == holds == last:
         if not whole and holds >= 0:
             learner.put(_stored(place, holds)[BASE])
         learner.keep({} if last < 0 else _stored(place, last))
-    learner.receive(parts.get("row", b""), whole)
-    base = learner.base
-    trained = learner.train(number, float(fields["weight"]))
-    place.at = number
-    _store(place, number, {BASE: base, **learner.kept()}, {holds, last})
-    return dict(trained.fields), trained.message
+    return learner
 
 
 def _learner(place: Place, first: dict[str, Any], whole: bool) -> Learner:

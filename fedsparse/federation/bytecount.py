@@ -192,6 +192,15 @@ class ByteCount(Watcher):
             head = self.head.message(federation.clients.net)
         return Down(model, head, mask, self.downlinks[group].message(client, row, extra))
 
+    def whole(self, federation: Federation, client: int, group: int) -> Down:
+        """Write the whole row to a client that has the model, whatever else it holds."""
+        row, sent = federation.server.values[group], federation.objective.broadcast(federation.server.values[group])
+        extra = torch.cat([federation.buffers.values[group][: federation.buffers.size], sent])
+        masked = self.mask_length and client not in self.ledger.has_mask
+        mask = encode_mask(federation.server.subspace.mask) if masked else b""
+        head = b"" if self.head is None or not self._is_new(client) else self.head.message(federation.clients.net)
+        return Down(b"", head, mask, encode(row[self.travelling], buffers=extra))
+
     def _is_new(self, client: int) -> bool:
         """Whether a client has not trained before."""
         return not any(client in downlink.holds for downlink in self.downlinks)

@@ -235,7 +235,7 @@ def _train(job: Job, joined: Joined, module: ClientModule, start: Start, origin:
         assembly.session,
         rounds,
         Evaluation(problem.tests, problem.dataset.own, rounds.group),
-        OwnModels(rounds) if problem.vals else None,
+        OwnModels(rounds, joined.own) if problem.vals or joined.own is not None else None,
         lambda round: len(assembly.course.phased.sample(round)),
         phases,
         lambda: choice.mask,

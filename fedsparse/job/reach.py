@@ -9,6 +9,7 @@ from fedsparse.federation.round import TakePart, take_part
 from fedsparse.job.parts import Assembly
 from fedsparse.job.resume import Job
 from fedsparse.preparation.preparation import Gather, in_process
+from fedsparse.simulation.own_models import Elsewhere
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Joined:
         assembly: the parts of the run, with what the clients hold.
         gather: runs a task for clients, before the first round.
         take_part: trains cohorts in an open round.
+        own: evaluates the clients' own models where these are; None: they are in this process.
         apart: whether clients keep their state and data elsewhere.
 
     """
@@ -26,6 +28,7 @@ class Joined:
     assembly: Assembly
     gather: Gather = in_process
     take_part: TakePart = take_part
+    own: Elsewhere | None = None
     apart: bool = False
 
 

@@ -28,7 +28,7 @@ BYTES = 1 << 27  # of a chunk's rows
 
 
 class Evaluated(NamedTuple):
-    """Mean loss and accuracy of M points; NaN at points whose loss is not finite.
+    """Mean loss, by the task's weights, and accuracy of M points; NaN at points whose loss is not finite.
 
     Attributes:
         loss: float64 (M,).
@@ -177,9 +177,9 @@ def one_by_one(task: Task, rows: Tensor, split: Split, samples: int) -> Evaluate
             net = task.load(row)
             for x, y in task.batches(split, samples):
                 logits = net(x)
-                sums[0, k] += _losses(task, logits, x, y).sum()
+                sums[0, k] += _weighted(task, logits, x, y).sum()
                 sums[1, k] += hits(logits, y).sum()
-    return _means(sums, rows, len(split.y))
+    return _means(task, sums, rows, split)
 
 
 @torch.no_grad()
@@ -190,20 +190,20 @@ def together(task: Task, rows: Tensor, split: Split, stacked: int) -> Evaluated:
     with task.untouched():
         for x, y in task.batches(split, max(1, stacked // points)):
             logits, labels = net(x.repeat(points, *[1] * (x.dim() - 1))), y.repeat(points, *[1] * (y.dim() - 1))
-            losses = _losses(task, logits, x, labels)
+            losses = _weighted(task, logits, x, labels)
             sums[0] += losses.view(points, -1).sum(1)
             sums[1] += hits(logits, labels).view(points, -1).sum(1)
-    return _means(sums, rows, len(split.y))
+    return _means(task, sums, rows, split)
 
 
-def _losses(task: Task, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Losses of samples whose logits are computed already, float64."""
-    return task.losses(lambda _: logits, x, y).double()
+def _weighted(task: Task, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Weighted losses of samples whose logits are computed already, float64."""
+    return task.weighted(task.losses(lambda _: logits, x, y).double(), y)
 
 
-def _means(sums: Tensor, rows: Tensor, samples: int) -> Evaluated:
+def _means(task: Task, sums: Tensor, rows: Tensor, split: Split) -> Evaluated:
     """Mean loss and accuracy from the sums of both (2, K); a point that is not finite is a gap in both."""
-    means = (sums / samples).cpu()
+    means = torch.stack([sums[0] / task.total(split), sums[1] / len(split.y)]).cpu()
     gap = ~means[0].isfinite() | ~rows.isfinite().all(1).cpu()
     return Evaluated(*means.masked_fill(gap, float("nan")))
 

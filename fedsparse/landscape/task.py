@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedsparse.core.checks import check_whole
 from fedsparse.core.space import ParamSpace
 from fedsparse.core.subspace import Subspace
+from fedsparse.core.targets import Weigh
 from fedsparse.data.datasets import Split
 from fedsparse.data.images import unchanged
 from fedsparse.federation.client.bound import Losses
@@ -42,6 +43,7 @@ class Task:
         per_sample: whether each loss depends on its own sample alone, so that points may be stacked.
         training: samples on which BatchNorm's statistics are computed again at every point: those of one model are
             wrong for another. None: for a network without BatchNorm.
+        weigh: weights of the samples in a mean loss, from their targets; None: all are equal.
 
     Attributes:
         stackable: whether points may be stacked at all.
@@ -61,10 +63,12 @@ class Task:
         inputs: Callable[[Tensor], Tensor] = unchanged,
         per_sample: bool = False,
         training: Split | None = None,
+        weigh: Weigh | None = None,
     ) -> None:
         self.net = copied(net).eval().requires_grad_(False)
         compute_all_units(self.net)  # a network that has trained may compute the gradient of some units only
         self.space, self.losses, self.inputs, self.training = space, losses, inputs, training
+        self.weigh = weigh
         self.stackable = per_sample and can_stack(net)
         self.like = space.tensors(self.net)[0]
         self.device = self.like.device
@@ -82,7 +86,16 @@ class Task:
             inputs=clients.inputs,
             per_sample=clients.per_sample,
             training=training,
+            weigh=clients.weigh,
         )
+
+    def weighted(self, losses: Tensor, y: Tensor) -> Tensor:
+        """Multiply losses (B,) of targets (B,) or (B, L) by their weights, whose sum ``total`` divides."""
+        return losses if self.weigh is None else losses * self.weigh(y)
+
+    def total(self, split: Split) -> int:
+        """Sum the weights of a split; at least 1, as the loss of samples without a target is 0 in training too."""
+        return len(split.y) if self.weigh is None else max(1, int(self.weigh(split.y).sum()))
 
     def batches(self, split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Gather a split in even batches of at most ``size``, as the network takes them: x (B, ...), y (B,)."""
@@ -113,7 +126,7 @@ class Task:
 class MeanLoss:
     """The mean loss of a split as a function of the row, and its derivatives over what moves.
 
-    The mean is over samples; where targets are sequences that is the loss of ``data.loss_per=sample``.
+    The mean is that of training and validation: by the task's weights, which ``data.loss_per`` chooses.
 
     BatchNorm's statistics are those of the row where a derivative is taken, and constants in it.
 
@@ -125,6 +138,7 @@ class MeanLoss:
 
     Attributes:
         subspace: what moves.
+        total: sum of the samples' weights, over which their losses are summed.
 
     Raises:
         ValueError: no samples, nothing moves, or a batch of no sample.
@@ -135,7 +149,7 @@ class MeanLoss:
         check_whole("batch", batch, 1)
         if not len(split.y):
             raise ValueError("a loss needs at least one sample")
-        self.task, self.split, self.batch = task, split, batch
+        self.task, self.split, self.batch, self.total = task, split, batch, task.total(split)
         marks = torch.ones(task.space.size, dtype=torch.bool) if mask is None else mask
         self.subspace, self._marks = Subspace(marks.to(task.device)), marks
         self.moved = {name for name, part in task.space.unflatten(marks).items() if bool(part.any())}
@@ -148,8 +162,8 @@ class MeanLoss:
         with self.task.untouched():
             net, total = self.task.load(row), 0.0
             for x, y in self.task.batches(self.split, self.batch):
-                total += float(self.task.losses(net, x, y).double().sum())
-        return total / len(self.split.y)
+                total += float(self.task.weighted(self.task.losses(net, x, y).double(), y).sum())
+        return total / self.total
 
     def gradient(self, row: Tensor) -> Tensor:
         """Compute the gradient at a row (P,): float64 (P,), 0 where nothing moves."""
@@ -231,8 +245,9 @@ class MeanLoss:
             yield partial(self._share, row, state, x, y)
 
     def _share(self, row: Tensor, state: Mapping[str, Tensor], x: Tensor, y: Tensor, values: Tensor) -> Tensor:
-        """Sum a batch's losses, over N; a tensor of which nothing moves stays outside the graph."""
+        """Sum a batch's weighted losses, over the total; a tensor of which nothing moves stays outside the graph."""
         index, space = self.subspace.index, self.task.space
         whole = values if index is None else row.index_copy(0, index.long(), values)
         tensors = {**state, **{name: t for name, t in space.unflatten(whole).items() if name in self.moved}}
-        return self.task.losses(lambda z: functional_call(self.task.net, tensors, (z,)), x, y).sum() / len(self.split.y)
+        losses = self.task.losses(lambda z: functional_call(self.task.net, tensors, (z,)), x, y)
+        return self.task.weighted(losses, y).sum() / self.total

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
 
+from fedsparse.core.space import ParamSpace
 from fedsparse.data.datasets import Split
 from fedsparse.models.copies import copied
 from fedsparse.simulation.module import ClientModule
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How samples are evaluated.
+
+    Attributes:
+        size: samples of a batch.
+        precision: context of a forward.
+
+    """
+
+    size: int
+    precision: Callable[[], AbstractContextManager[Any]]
+
+    @classmethod
+    def of(cls, trainer: lightning.Trainer) -> Batches:
+        """Take a trainer's: the size of its data module, and the precision of a validation."""
+        return cls(trainer.datamodule.eval_batch_size, trainer.precision_plugin.val_step_context)  # type: ignore[attr-defined]
 
 
 class CopiedNet:
@@ -23,6 +46,7 @@ class CopiedNet:
 
     def __init__(self, net: nn.Module) -> None:
         self.net = copied(net).eval().requires_grad_(False)
+        self.buffers = ParamSpace.of_buffers(self.net)
 
     @torch.no_grad()
     def load(self, module: ClientModule, row: Tensor | None = None, buffers: Tensor | None = None) -> None:
@@ -32,7 +56,7 @@ class CopiedNet:
         if row is not None:
             module.space.write(self.net, row)
         if buffers is not None:
-            module.clients.buffers.space.write(self.net, buffers)
+            self.buffers.write(self.net, buffers)
 
     @torch.no_grad()
     def outputs(
@@ -52,19 +76,17 @@ class CopiedNet:
         test = trainer.datamodule.dataset.test  # type: ignore[attr-defined]
         batches = [
             (_single(logits), y.cpu(), _single(module.losses(lambda _: logits, x, y)))  # noqa: B023  (called at once)
-            for logits, x, y in self._batches(trainer, module, test, samples)
+            for logits, x, y in self._batches(Batches.of(trainer), module, test, samples)
         ]
         logits, labels, losses = (torch.cat(parts) for parts in zip(*batches, strict=True))
         return logits, labels, losses
 
     @torch.no_grad()
-    def scores(
-        self, trainer: lightning.Trainer, module: ClientModule, split: Split, samples: Tensor
-    ) -> dict[str, Tensor]:
+    def scores(self, how: Batches, module: ClientModule, split: Split, samples: Tensor) -> dict[str, Tensor]:
         """Evaluate the copy on samples of a split, as ``outputs``, without keeping logits.
 
         Args:
-            trainer: its data module has the size of a batch.
+            how: size and precision of the batches.
             module: transforms the inputs and computes the losses.
             split: the samples.
             samples: indices of the split, int64 (N,).
@@ -73,16 +95,16 @@ class CopiedNet:
             What ``ClientModule.scores`` returns of all samples, on the CPU.
 
         """
-        batches = [module.scores(*batch) for batch in self._batches(trainer, module, split, samples)]
+        batches = [module.scores(*batch) for batch in self._batches(how, module, split, samples)]
         return {key: torch.cat([_single(scores[key]) for scores in batches]) for key in batches[0]}
 
     def _batches(
-        self, trainer: lightning.Trainer, module: ClientModule, split: Split, samples: Tensor
+        self, how: Batches, module: ClientModule, split: Split, samples: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield logits, inputs and targets of each batch, in the precision of a validation."""
-        for batch in samples.split(trainer.datamodule.eval_batch_size):  # type: ignore[attr-defined]
+        for batch in samples.split(how.size):
             x, y = split.x[batch].to(module.device), split.y[batch].to(module.device)
-            with trainer.precision_plugin.val_step_context():
+            with how.precision():
                 yield self.net(module.inputs(x)), x, y
 
 

@@ -5,7 +5,7 @@ Shapes: P coordinates, n of them train.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import lightning
 import numpy as np
@@ -13,10 +13,23 @@ import torch
 
 from fedsparse.core import parallel
 from fedsparse.core.monitor import PERSONAL_ACCURACY, PERSONAL_LOSS
+from fedsparse.data.datasets import Split
+from fedsparse.federation.federation import Federation
 from fedsparse.simulation.callback import FederatedRounds
-from fedsparse.simulation.copied import CopiedNet
+from fedsparse.simulation.copied import Batches, CopiedNet
 from fedsparse.simulation.evaluation import mean_loss, spread
 from fedsparse.simulation.module import ClientModule
+
+Pairs = dict[int, tuple[float, float]]  # accuracy and loss by client
+Elsewhere = Callable[[Federation], tuple[Pairs, Pairs]]  # on the test and the validation split
+
+
+def scored(
+    copied: CopiedNet, how: Batches, module: ClientModule, split: Split, samples: np.ndarray
+) -> tuple[float, float]:
+    """Compute accuracy and loss of a copied network on samples of a split."""
+    scores = copied.scores(how, module, split, torch.as_tensor(samples))
+    return float(scores["correct"].double().mean()), mean_loss(scores)
 
 
 class OwnModels(lightning.Callback):
@@ -30,14 +43,15 @@ class OwnModels(lightning.Callback):
 
     Args:
         rounds: of the federation, whose stores have the values.
+        elsewhere: evaluates the models where their clients are; None: they are in this process.
 
     Attributes:
         figures: of the last evaluation.
 
     """
 
-    def __init__(self, rounds: FederatedRounds) -> None:
-        self.rounds = rounds
+    def __init__(self, rounds: FederatedRounds, elsewhere: Elsewhere | None = None) -> None:
+        self.rounds, self.elsewhere = rounds, elsewhere
         self.figures: dict[str, float] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
@@ -50,16 +64,7 @@ class OwnModels(lightning.Callback):
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: ClientModule) -> None:  # type: ignore[override]
         """Evaluate the own models, divided among the processes."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        splits = [(data.dataset.test, data.tests), (data.dataset.val, data.vals)]
-        holders = sorted({client for _, parts in splits for client, part in enumerate(parts) if len(part)})
-        found: list[dict[int, tuple[float, float]]] = [{}, {}]
-        for client in holders[parallel.process() :: parallel.processes()]:
-            self._load(module, client)
-            for (split, parts), pairs in zip(splits, found, strict=True):
-                if client < len(parts) and len(parts[client]):
-                    scores = self.copied.scores(trainer, module, split, torch.as_tensor(parts[client]))
-                    pairs[client] = float(scores["correct"].double().mean()), mean_loss(scores)
+        found = self._here(trainer, module) if self.elsewhere is None else self.elsewhere(self.rounds.federation)
         test, val = (_by_client(pairs) for pairs in zip(*parallel.gather(found), strict=True))
         if len(test):
             self.figures |= {**spread("personal/acc", test[:, 0]), "personal/loss": float(test[:, 1].mean())}
@@ -67,6 +72,19 @@ class OwnModels(lightning.Callback):
             accuracy, loss = float(np.float32(val[:, 0].mean())), float(val[:, 1].mean())
             self.figures |= {PERSONAL_ACCURACY: accuracy, PERSONAL_LOSS: loss}
         module.log_dict(self.figures, logger=False, batch_size=1)
+
+    def _here(self, trainer: lightning.Trainer, module: ClientModule) -> tuple[Pairs, Pairs]:
+        """Evaluate the models of this process's clients on test and validation split."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        splits = [(data.dataset.test, data.tests), (data.dataset.val, data.vals)]
+        holders = sorted({client for _, parts in splits for client, part in enumerate(parts) if len(part)})
+        found: tuple[Pairs, Pairs] = ({}, {})
+        for client in holders[parallel.process() :: parallel.processes()]:
+            self._load(module, client)
+            for (split, parts), pairs in zip(splits, found, strict=True):
+                if client < len(parts) and len(parts[client]):
+                    pairs[client] = scored(self.copied, Batches.of(trainer), module, split, parts[client])
+        return found
 
     def _load(self, module: ClientModule, client: int) -> None:
         """Load a client's own model into the copy."""

@@ -35,7 +35,7 @@ from fedsparse.federation.figures import (
 from fedsparse.federation.round import Round
 from fedsparse.federation.watcher import Watcher
 from fedsparse.simulation.callback import FederatedRounds
-from fedsparse.simulation.copied import CopiedNet
+from fedsparse.simulation.copied import Batches, CopiedNet
 from fedsparse.simulation.evaluation import mean_loss
 from fedsparse.simulation.module import ClientModule
 
@@ -165,7 +165,7 @@ class Personal(lightning.Callback):
     def _metrics(self, trainer: Any, module: ClientModule, part: Tensor) -> Mapping[str, float] | None:
         """Compute the metrics of the copy on samples; of sequences loss and exact match alone. None: not finite."""
         if trainer.datamodule.dataset.sequences:
-            scores = self.copied.scores(trainer, module, trainer.datamodule.dataset.test, part)
+            scores = self.copied.scores(Batches.of(trainer), module, trainer.datamodule.dataset.test, part)
             found = {"loss": mean_loss(scores), "top1": float(scores["correct"].double().mean())}
             finite = bool(scores["losses"].isfinite().all())
             return {name: found[name] for name in self.metrics if name in found} if finite else None

@@ -11,6 +11,7 @@ import pytest
 from fedsparse import bench
 from fedsparse.bench import federated, processes
 from fedsparse.bench.__main__ import HINT, main
+from fedsparse.bench.arguments import MODELS
 
 # a peer's Python: writes down how it was called, talks, and prints its figures
 PEER = """#!{python}
@@ -57,6 +58,10 @@ def call(*arguments, problems=bench.PROBLEMS):
     except SystemExit as error:
         return error.code
     return None
+
+
+def test_every_model_has_its_name():
+    assert tuple(bench.PROBLEMS) == MODELS
 
 
 def test_peers_that_are_installed_are_measured_and_a_failure_is_a_row(tmp_path, small, capsys):

@@ -30,7 +30,7 @@ def test_what_a_seed_means_never_changes():
     }
 
 
-@pytest.mark.parametrize("ids", [(), (3,), (3, 0), (0, 3), (2**40, 1, 7)])
+@pytest.mark.parametrize("ids", [(), (3,), (3, 0), (0, 3), (2**32 - 1, 2), (2**32, 2), (2**40, 1, 7)])
 def test_a_key_is_the_seed_the_purpose_the_count_of_ids_and_the_ids(ids):
     wanted = np.random.default_rng([5, 4, len(ids), *ids]).integers(2**62, size=4).tolist()
     assert generator(5, Purpose.MASK, *ids).integers(2**62, size=4).tolist() == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class LocalLink:
         }
         self.workers = {node: make() for node, make in self.make.items()}
         self.arrived: list[Reply] = []
-        self.payloads: list[tuple[int, int]] = []  # bytes down and up
+        self.payloads: list[tuple[str, int, int]] = []  # kind of the request, bytes down and up
 
     def nodes(self) -> list[int]:
         return list(self.workers)
@@ -44,7 +45,7 @@ class LocalLink:
                 reply = Reply(node, *worker.answer(meta, payload))
             except Exception as error:
                 reply = Reply(node, "", b"", f"{type(error)}:<'{error}'>")
-            self.payloads.append((len(payload), len(reply.payload)))
+            self.payloads.append((json.loads(meta)["kind"], len(payload), len(reply.payload)))
             self.arrived += self.tamper(reply)
 
     def pull(self) -> list[Reply]:

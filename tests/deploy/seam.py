@@ -6,16 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
-
-
-class Reply(NamedTuple):
-    node: int
-    meta: str
-    payload: bytes
-    error: str | None
 
 
 class Worker:
@@ -50,8 +41,8 @@ def compose(overrides):
     asked = {key: int(value) for key, _, value in (one.partition("=") for one in overrides if "." not in one)}
     if "bad" in asked:
         raise ValueError("bad is 1, which is refused")
-    insecure = "deploy.insecure=true" in overrides
-    return json.dumps({"nodes": 1, "rounds": 1, "size": 1000, "deploy": {"insecure": insecure}} | asked)
+    more = {"deploy": {"insecure": "deploy.insecure=true" in overrides}, "overrides": list(overrides)}
+    return json.dumps({"nodes": 1, "rounds": 1, "size": 1000} | asked | more)
 
 
 def serve(link, config, folder, resume):
@@ -75,22 +66,15 @@ def serve(link, config, folder, resume):
         seen["errors"] = sorted(reply.error for reply in gather(link, nodes).values())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "echo.json").write_text(json.dumps(seen))
+    (folder / "deployed.yaml").write_text(config)
     if asked.get("fail"):
         raise ValueError("the server was told to fail")
 
 
 def install():
     """Put the stand-ins where Flower's side imports them from."""
-    members = {
-        "messages": {"Reply": Reply},
-        "worker": {"Worker": Worker},
-        "serve": {"serve": serve},
-        "compose": {"compose": compose},
-    }
-    for name, names in members.items():
-        full = f"fedsparse.deploy.{name}"
-        if name == "messages" and find_spec(full):
-            continue
-        module = ModuleType(full)
-        vars(module).update(names)
-        sys.modules[full] = module
+    members = {"deploy.worker": Worker, "deploy.serve": serve, "job.deployed": compose}
+    for name, member in members.items():
+        module = ModuleType(f"fedsparse.{name}")
+        vars(module)[member.__name__] = member
+        sys.modules[module.__name__] = module

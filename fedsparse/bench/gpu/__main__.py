@@ -14,14 +14,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 import fedsparse
-from fedsparse.bench.__main__ import Parser
-from fedsparse.bench.gpu.session import Figures, Session
+from fedsparse.bench.arguments import Parser
 from fedsparse.bench.machine import describe
 from fedsparse.core.signals import command
+
+if TYPE_CHECKING:
+    from fedsparse.bench.gpu.session import Figures, Session
 
 # what a section needs to begin, in seconds at full size
 SECTIONS = {"cli": 90, "vit": 60, "small": 60, "bert": 60, "profile": 40, "determinism": 30}
@@ -31,6 +32,10 @@ BUDGET = 460.0
 def main(arguments: Sequence[str] | None = None) -> None:
     """Carry the sections out."""
     options = _parse(arguments)
+    import torch  # here, so that a command line is read without it
+
+    from fedsparse.bench.gpu.session import Session
+
     session = Session(options.device, options.tiny, options.budget, options.out)
     if session.tiny or session.device.type == "cpu":
         torch.set_num_threads(1)
@@ -72,6 +77,8 @@ def _section(run: Callable[[Session], None], session: Session) -> Figures:
 
 def _here(session: Session) -> Figures:
     """Describe machine and code."""
+    import torch
+
     cuda = session.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(session.device) if cuda else "cpu",
@@ -92,6 +99,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="default: all")
     parser.add_argument("--out", type=Path, help="folder for results.jsonl, to which lines are added")
     options = parser.parse_args(arguments)
+    import torch  # here, so that --help and most mistakes need none
+
     there = torch.cuda.is_available()
     if options.device == "cuda" and not there:
         parser.error("--device cuda: torch finds no CUDA device here")

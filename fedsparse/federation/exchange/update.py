@@ -134,12 +134,15 @@ def finite(update: Update, sums: Sequence[float] | None = None) -> Update:
 def subtract(values: Tensor, start: Tensor, out: Tensor) -> Tensor:
     """Write the differences of K rows (K, n) into ``out``, and sum each, (K,): finite only if the row is.
 
-    On a CPU in chunks, so that what is summed is still in its cache.
+    On a CPU in chunks, so that what is summed is still in its cache; one chunk is not split, which would take longer
+    than the rest.
     """
     size = CHUNK if out.device.type == "cpu" else max(1, out.shape[1])
+    if out.shape[1] <= size:
+        return torch.sub(values, start, out=out).sum(1)
     parts = zip(*(rows.split(size, 1) for rows in (values, start, out)), strict=True)
     sums = [torch.sub(one, other, out=place).sum(1) for one, other, place in parts]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+    return torch.stack(sums).sum(0)
 
 
 def row_sums(first: Tensor, *others: Tensor) -> Tensor:

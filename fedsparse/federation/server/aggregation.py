@@ -131,6 +131,9 @@ class Tally:
 def add_scaled(total: Tensor, row: Tensor, weight: float, chunk: int = CHUNK) -> None:
     """Add a row times a weight to a float64 sum; in chunks on a CPU, where torch copies the row to float64."""
     size = chunk if total.device.type == "cpu" else max(1, len(total))
+    if len(total) <= size:
+        total.add_(row, alpha=weight)
+        return
     for part, values in zip(total.split(size), row.split(size), strict=True):
         part.add_(values, alpha=weight)
 

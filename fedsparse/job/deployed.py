@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,13 +17,17 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
+from fedsparse.core import files
 from fedsparse.core.checks import check_choice, check_flag, check_number
+from fedsparse.core.folder import CONFIG, DEPLOYED, HYDRA, OVERRIDES
 from fedsparse.job import trust
+from fedsparse.job.assemble import assemble, assemble_alone
 from fedsparse.job.command import hydras_as_value_errors
 from fedsparse.job.config import check, register_resolvers
-from fedsparse.job.resume import choices_and_group
+from fedsparse.job.parts import Assembly
+from fedsparse.job.resume import Job, choices_and_group
 from fedsparse.job.shipped import conf_dir
 from fedsparse.job.typed import check_typed
 
@@ -106,8 +111,13 @@ class Deployed:
             raise ValueError(f"this is no configuration of a deployed run ({type(error).__name__})") from None
         return cls(*parts)
 
-    def at_node(self, own: Sequence[str]) -> DictConfig:
-        """Apply a node's own overrides, and resolve; targets that are neither shipped nor trusted are refused.
+    def at_node(self, own: Sequence[str], client: int, alone: bool) -> Assembly:
+        """Assemble the run at a node; targets that are neither shipped nor trusted are refused.
+
+        Args:
+            own: the node's overrides.
+            client: that is there.
+            alone: whether the data set is this client's alone; else it is partitioned as everywhere.
 
         Raises:
             ValueError: a key is not the node's own, or a target is not trusted; one line.
@@ -123,7 +133,25 @@ class Deployed:
             _set(raw, override)
         for override in ALONE:
             _set(raw, override)
-        return trust.admitted(raw, trusted, typed=[override.partition("=")[0] for override in overrides])
+        cfg = trust.admitted(raw, trusted, typed=[override.partition("=")[0] for override in overrides])
+        return assemble_alone(cfg, client) if alone else assemble(cfg)
+
+    def job(self, folder: Path, resumed: bool) -> Job:
+        """Build the job of the server; who submits it may name code, as on a command line."""
+        typed = [override.partition("=")[0].lstrip("+") for override in self.overrides]
+        cfg = trust.admitted(self.config, typed=typed)
+        OmegaConf.set_struct(cfg, True)
+        return Job(cfg, folder, dict(self.choices), resumed=resumed, begun=int(cfg.federation.rounds))
+
+    def store(self, folder: Path) -> None:
+        """Write the configuration into a run folder, in the files of every run, and as it was deployed."""
+        typed = [override for override in self.overrides if not override.startswith("deploy.")]
+        node = {"runtime": {"choices": dict(self.choices)}, "mode": "RUN", "sweep": {"dir": str(folder.parent)}}
+        (folder / CONFIG).parent.mkdir(parents=True, exist_ok=True)
+        files.write(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(dict(self.config))))
+        files.write(folder / HYDRA, OmegaConf.to_yaml(OmegaConf.create({"hydra": node})))
+        files.write(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(typed)))
+        files.write(folder / DEPLOYED, self.text())
 
 
 def compose(overrides: Sequence[str]) -> str:
