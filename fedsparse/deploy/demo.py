@@ -25,7 +25,7 @@ from rich.table import Table
 from fedsparse.core.folder import METRICS, SUMMARY, WEIGHTS
 from fedsparse.deploy.fleet import RUNS
 from fedsparse.deploy.joining import free_port
-from fedsparse.deploy.processes import check_flower, started, waited
+from fedsparse.deploy.processes import check_flower, ended, started, waited
 from fedsparse.deploy.superlink import last
 from fedsparse.job.command import on_command_line
 
@@ -123,8 +123,10 @@ def _typed(arguments: Sequence[Any], module: str) -> list[str]:
 def _command(*arguments: Any, module: str = "fedsparse.deploy") -> None:
     """Run a command to its end, and say so."""
     print("$", "python", *_typed(arguments, module)[1:], flush=True)
-    if subprocess.run(_typed(arguments, module)).returncode:
-        raise ValueError(f"{arguments[0]} failed")
+    process = subprocess.Popen(_typed(arguments, module))
+    with ended(process):
+        if process.wait():
+            raise ValueError(f"{arguments[0]} failed")
 
 
 class Running(NamedTuple):
