@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid
@@ -31,14 +32,18 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_and_inflate_object_from_tree,
     push_objects,
 )
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.run import RunNotRunningException
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from httpx import HTTPError
 
 from fedsparse.deploy.records import pack
 
 FIRST_WAIT, LONGEST_WAIT = 0.05, 1.0  # seconds until an object is asked for again that is still being uploaded
 REGISTERED = "a server registers the keys that are in its fleet's folder when it starts"
+LOST = (RunNotRunningException, Exception)  # the first, of a run that has ended, is no Exception
 log = logging.getLogger(__name__)
 
 whole = partial(
@@ -72,7 +77,7 @@ class Connection:
         run = head.metadata.run_id
         try:
             message = whole(tree, partial(self._pull, run), partial(self._confirm, run))
-        except Exception as error:  # as a SuperNode of Flower does: the server waits for the answer, or does not
+        except LOST as error:  # as a SuperNode of Flower does: the server waits for the answer, or does not
             log.warning("a message of run %s is lost: %s", run, error)
             return None
         return _named(message, tree.object_id)
@@ -110,7 +115,7 @@ class Connection:
                 objects = get_all_nested_objects(reply)
                 wanted, session = self._send(reply, get_object_tree(reply), seconds)
                 push_objects(objects, partial(self._push, run, session), object_ids_to_push=wanted)
-        except Exception as error:  # as a SuperNode of Flower does
+        except LOST as error:  # as a SuperNode of Flower does
             log.warning("an answer to run %s is lost: %s", run, error)
 
 
@@ -138,6 +143,24 @@ def connected(address: str, authority: Path | None, key: Path | None) -> Iterato
             failed = error
     if failed is not None:
         raise failed
+
+
+def leave(address: str, authority: Path, key: Path, node: int) -> None:
+    """End the session of a node whose process was killed, or the SuperLink refuses it until heartbeats are missed.
+
+    Args:
+        address: ``host:port``.
+        authority: certificate of the authority that signed the server's.
+        key: the node's private key.
+        node: id under which it was connected.
+
+    """
+    signed = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(*_keys(key))]
+    with (
+        FleetHttpClient.from_server_address(address, False, authority.read_bytes(), signed) as client,
+        suppress(HTTPError),  # the session is over already, or the server does not know the node
+    ):
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
 
 
 @contextmanager

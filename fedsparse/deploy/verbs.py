@@ -16,7 +16,9 @@ from fedsparse.core.folder import DEPLOYED
 from fedsparse.deploy import app, joining, superlink
 from fedsparse.deploy.fleet import RUNS, Fleet, Node
 from fedsparse.deploy.fleet import init as init_fleet
+from fedsparse.deploy.place import Place
 from fedsparse.deploy.processes import ask, check_flower, started
+from fedsparse.job.sweep import locked
 
 COMPLETED = "finished:completed"
 
@@ -48,13 +50,20 @@ def node(options: Namespace) -> None:
     made = Node.read(options.folder)
     joining.check(made)
     place = joining.place(made, options.overrides)
-    if options.isolation == "subprocess":
-        _supernode(made, joining.for_supernode(made, place, options.port))
-        return
+    with locked(made.folder):
+        joining.leave_killed(made)
+        if options.isolation == "subprocess":
+            _supernode(made, joining.for_supernode(made, place, options.port))
+        else:
+            _kept(made, place)
+
+
+def _kept(made: Node, place: Place) -> None:
+    """Run a node in this process."""
     from fedsparse.deploy.internals import connected
     from fedsparse.deploy.node import keep
 
-    with connected(made.address, made.authority, made.key) as connection:
+    with connected(made.address, made.authority, made.key) as connection, joining.noted(made, connection.node):
         print(f"fedsparse: node {made.client} is connected to {made.address} as {connection.node}")
         keep(connection, place)
 

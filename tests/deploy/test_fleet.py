@@ -220,6 +220,7 @@ DEPLOY = Path(fleet.__file__).parent
 PUBLIC = {"flwr.app", "flwr.serverapp", "flwr.clientapp"}
 INSIDE = {
     "flwr.common.constant": {"ErrorCode"},
+    "flwr.proto.fleet_pb2": {"DeactivateNodeRequest"},
     "flwr.proto.message_pb2": {"ConfirmMessageReceivedRequest"},
     "flwr.proto.runtime_pb2": {"PullAppMessagesRequest", "PullAppMessagesResponse"},
     "flwr.supercore.inflatable.inflatable_object": {
@@ -229,7 +230,10 @@ INSIDE = {
     "flwr.supercore.inflatable.inflatable_utils": {
         *("ObjectUnavailableError", "pull_and_inflate_object_from_tree", "push_objects"),
     },
+    "flwr.supercore.interceptors.http.runtime_version": {"RuntimeVersionHttpInterceptor"},
     "flwr.supercore.run": {"RunNotRunningException"},
+    "flwr.supernode.fleet_http_client": {"FleetHttpClient"},
+    "flwr.supernode.node_auth_http_interceptor": {"NodeAuthHttpInterceptor"},
     "flwr.supernode.fleet_http_connection": {"http_request_response"},
 }
 
@@ -260,3 +264,16 @@ def test_no_torch_is_imported_to_refuse_a_command():
     done = subprocess.run([sys.executable, "-c", before + "print(*sys.modules)"], capture_output=True, text=True)
     assert "fedsparse.deploy.verbs" in done.stdout.split()
     assert not {"torch", "lightning", "flwr", "cryptography"} & set(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_what_a_process_has_started_is_ended_with_it(tmp_path):
+    """A shell's child in the background, which nobody waits for, is in a session of its own."""
+    line = "setsid sleep 100 & echo $! > pid; sleep 100"
+    with processes.started(["sh", "-c", f"cd {tmp_path}; {line}"], tmp_path, tmp_path / "log") as process:
+        assert processes.waited(lambda: (tmp_path / "pid").is_file() and len(processes.below(process.pid)) == 2, 20)
+        pids = [process.pid, *processes.below(process.pid)]
+        assert all(map(processes.alive, pids))
+    assert not any(map(processes.alive, pids))
+    assert processes.waited(lambda: True, 0)
+    assert not processes.waited(lambda: False, 0)
