@@ -1,4 +1,4 @@
-"""A fleet on this machine, a run, and the same run in the simulator: ``python -m fedsparse.deploy.demo [folder]``.
+"""A fleet on this machine, a run, and the same run in the simulator: ``python -m fedsparse.deploy.demo``.
 
 Makes an authority, the server's certificate and keys, starts the server and four nodes on 127.0.0.1, submits three
 rounds on digits, runs the same options in the simulator, prints both side by side, and ends all that it has started.
@@ -6,6 +6,7 @@ rounds on digits, runs the same options in the simulator, prints both side by si
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import shutil
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsparse.core.folder import METRICS, SUMMARY, WEIGHTS
+from fedsparse.deploy.__main__ import ISOLATIONS, Parser, check_overrides
 from fedsparse.deploy.fleet import RUNS
 from fedsparse.deploy.joining import free_port
 from fedsparse.deploy.processes import check_flower, ended, started, waited
@@ -39,14 +41,15 @@ ALIKE = ("federation.cohort=1",)  # in the simulator; at nodes a client is alone
 
 
 def demonstrate(
-    folder: Path, isolation: str = "kept", overrides: Sequence[str] = ()
+    folder: Path, overrides: Sequence[str], isolation: str, database: bool
 ) -> Mapping[str, Mapping[str, Any]]:
     """Run the demonstration.
 
     Args:
         folder: to write; what was there is removed if it is a demonstration's.
-        isolation: of the nodes.
         overrides: of the run, after those of the demonstration.
+        isolation: of the nodes.
+        database: whether the server keeps its state in a database.
 
     Returns:
         Summary of the run at nodes and of the simulator's, and where their folders are.
@@ -57,10 +60,10 @@ def demonstrate(
     """
     check_flower()
     _clear(folder)
-    fleet, typed = folder / "fleet", [*RUN, *overrides]
+    fleet, typed, memory = folder / "fleet", [*RUN, *overrides], [] if database else ["--memory"]
     _command("init", fleet, "--host", "127.0.0.1", "--port", free_port(), "--nodes", NODES)
     with ExitStack() as stack:
-        _await(stack.enter_context(_running(folder, "server", fleet, "--memory")), "server ready")
+        _await(stack.enter_context(_running(folder, "server", fleet, *memory)), "server ready")
         places = [fleet / f"node-{number}" for number in range(NODES)]
         nodes = [stack.enter_context(_running(folder, "node", place, "--isolation", isolation)) for place in places]
         for node in nodes:
@@ -165,15 +168,22 @@ def run(arguments: Sequence[str]) -> None:
         ValueError: one line that says what is wrong.
 
     """
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
-    isolation = "subprocess" if "--isolation=subprocess" in arguments else "kept"
-    folders = [one for one in arguments if not one.startswith("--") and "=" not in one]
-    start, overrides = time.monotonic(), [one for one in arguments if "=" in one and not one.startswith("--")]
-    seen = demonstrate(Path(folders[0]) if folders else FOLDER, isolation, overrides)
+    start, options = time.monotonic(), parser().parse_args(arguments)
+    check_overrides(options.overrides)
+    seen = demonstrate(options.folder, options.overrides, options.isolation, options.database)
     Console().print(compared(seen))
     print(f"{time.monotonic() - start:.0f} s in all; all processes are ended")
+
+
+def parser() -> Parser:
+    """Build the parser of the command line."""
+    name = "python -m fedsparse.deploy.demo"
+    made = Parser(prog=name, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="of the run, after the demonstration's")
+    made.add_argument("--folder", type=Path, default=FOLDER, metavar="DIR", help=f"to write ({FOLDER})")
+    made.add_argument("--isolation", choices=ISOLATIONS, default=ISOLATIONS[0], help="of the nodes")
+    made.add_argument("--database", action="store_true", help="let the server keep its state in a database")
+    return made
 
 
 if __name__ == "__main__":
