@@ -1,7 +1,7 @@
 """The report of finished runs: ``python -m fedsparse.report <run or sweep folder> ... [--out DIR]``.
 
-It reads only run folders, and prints tables; with ``--out`` it writes report.md, report.html (one self-contained page)
-and the figures as PNG. Equal folders give equal bytes.
+It reads only run folders, and prints tables; with ``--out`` it writes report.md, report.html (one self-contained page),
+the figures as PNG, and every table as CSV and LaTeX into ``tables/``. Equal folders give equal bytes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,23 @@ from pathlib import Path
 
 from fedsparse.analysis.files import short
 from fedsparse.analysis.folders import Problem, Run, read_runs
-from fedsparse.analysis.page import Picture, Section, Table, markdown, page, png
+from fedsparse.analysis.page import (
+    Picture,
+    Section,
+    Table,
+    csv_table,
+    filled,
+    latex_table,
+    markdown,
+    page,
+    png,
+    tables_of,
+)
 from fedsparse.core import files
 from fedsparse.core.signals import command
 from fedsparse.job.earlier import renewed
 
-_TITLE = "fedsparse report"
+_TITLE, PAGE, TABLES = "fedsparse report", "report.html", "tables"
 
 
 def pixels_accuracy() -> float:
@@ -71,16 +82,17 @@ def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) 
 
     runs, repeated, apart = once(found)
     table = rows(runs)
-    known = [row for row in table if not row.exchange]  # without a choice in the exchange: bytes are known in advance
+    known = [row for row in table if not row.exchange]  # curves of sparse exchanges have pictures of their own
     overlaps, unread = overlap.section(table)
     landscapes, torn = landscapes_table.sections(table, runs)
-    return [
+    parts = [
         tables.overview(table),
         *tables.own_models(table),
         tables.by_partition(table),
         tables.by_sparsity(table),
         tables.clients(table),
-        *([pareto.section(known), convergence.section(known)] if known else []),
+        pareto.section(table),
+        convergence.section(known),
         *exchange_table.section(table),
         *equal_steps.section(table),
         convergence.target_section(table, target),
@@ -88,12 +100,13 @@ def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) 
         *overlap.within(table),
         *landscapes,
         *tables.scaled(runs),
-        *tables.missing(sorted([*problems, *apart, *unread, *torn]), repeated),
     ]
+    left_out = tables.missing(sorted([*problems, *apart, *unread, *torn]), repeated)
+    return [*(part for part in map(filled, parts) if part.blocks), *left_out]
 
 
 def write(parts: Sequence[Section], folder: Path) -> None:
-    """Write report.md, report.html and the figures into a folder, which is created."""
+    """Write report.md, report.html, the figures and the tables into a folder, which is created."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [block for part in parts for block in part.blocks if isinstance(block, Picture)]
     drawn = {picture.name: data for picture in pictures if (data := _drawn(picture))}
@@ -103,8 +116,12 @@ def write(parts: Sequence[Section], folder: Path) -> None:
     ]
     for name, data in drawn.items():
         files.write(folder / f"{name}.png", data)
+    (folder / TABLES).mkdir(exist_ok=True)
+    for name, table in tables_of(parts).items():
+        files.write(folder / TABLES / f"{name}.csv", csv_table(table))
+        files.write(folder / TABLES / f"{name}.tex", latex_table(table))
     files.write(folder / "report.md", markdown(_TITLE, parts))
-    files.write(folder / "report.html", page(_TITLE, parts, drawn))
+    files.write(folder / PAGE, page(_TITLE, parts, drawn))
 
 
 def _there(block: Table | Picture, drawn: Mapping[str, bytes]) -> bool:
@@ -140,12 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"fedsparse: {error}")
     if options.pixels:
         parts.append(Section("Reference", _pixels(), []))
-    print(markdown(_TITLE, parts, pictures=False), end="")
+    print(markdown(_TITLE, parts, terminal=True), end="")
     if options.out:
         try:
             write(parts, options.out)
         except OSError as error:
             sys.exit(f"fedsparse: {error}")
+        print(f"\nreport: {options.out / PAGE}")
     if failed:
         sys.exit(f"fedsparse: {failed} {'folder was' if failed == 1 else 'folders were'} not scaled, see above")
 
@@ -157,7 +175,7 @@ def _pixels() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold some at any depth")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md, report.html and PNGs here")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md, report.html, PNGs and tables here")
     parser.add_argument("--target", type=_fraction, default=0.95, help="fraction of the best dense accuracy (0.95)")
     parser.add_argument("--scale", action="store_true", help="evaluate scaled task vectors; builds data and models")
     parser.add_argument(

@@ -319,7 +319,7 @@ def test_a_run_of_ones_own_parts_is_exported_and_reported(typed, capsys):
     torch.testing.assert_close(again, hidden @ after["head.weight"].T + after["head.bias"])
     capsys.readouterr()
     report.main([str(folder)])
-    assert "| heaviest, growing | blocks | 50% |" in capsys.readouterr().out
+    assert "| heaviest, growing | blocks | 50% |" in re.sub(" +", " ", capsys.readouterr().out)
 
 
 def test_a_sweep_over_ones_own_option_is_repeated_with_another_seed(typed, own, tmp_path):

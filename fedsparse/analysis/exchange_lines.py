@@ -6,21 +6,29 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fedsparse.analysis.baseline import protocol
 from fedsparse.analysis.exchange import rule_of, variant_of
 from fedsparse.analysis.files import finite
-from fedsparse.analysis.table import Row
+from fedsparse.analysis.table import Row, locally, parts
 from fedsparse.analysis.tables import share
 
-Place = tuple[str, str, str]  # data, model, partition
+Place = tuple[str, str, str, str]  # data, model, partition, length
 Line = tuple[str, str]  # what is chosen by, and what else tells it from others
 
 _HIDDEN = ("exchange=", "aggregation=", "aggregation.")
 
 
 def places(table: Sequence[Row]) -> dict[Place, list[Row]]:
-    """Give the rows of each data set, model and partition where a sparse exchange ran, references among them."""
-    found = sorted({_place(row) for row in table if row.exchange})
-    return {place: [row for row in table if _place(row) == place] for place in found}
+    """Give the rows of each data set, model, partition and length where a sparse exchange ran.
+
+    References among them are those that share all but the mask and the exchange with one that is sparse.
+    """
+    found = {}
+    for place in sorted({_place(row) for row in table if row.exchange}):
+        rows = [row for row in table if _place(row) == place]
+        shared = [protocol(row) for row in rows if row.exchange]
+        found[place] = locally([row for row in rows if row.exchange or protocol(row) in shared])
+    return found
 
 
 def lines(shown: Sequence[Row]) -> dict[Line, list[Row]]:
@@ -42,7 +50,7 @@ def references(shown: Sequence[Row]) -> dict[str, Row]:
     """Name the rows of a place without a sparse exchange by what trains; how it is sent only if names would clash."""
     rows = [row for row in shown if not row.exchange]
     full = [_elsewhere(row.name, row) for row in rows]
-    brief = [[part for part in parts if not part.startswith(_HIDDEN)] for parts in full]
+    brief = [[part for part in name if not part.startswith(_HIDDEN)] for name in full]
     named = [
         (", ".join(b + _frozen(r)), ", ".join(f + _frozen(r)), r) for b, f, r in zip(brief, full, rows, strict=True)
     ]
@@ -57,12 +65,12 @@ def sent_fraction(row: Row) -> float:
 
 
 def _place(row: Row) -> Place:
-    return row.settings.get("data", ""), row.settings.get("model", ""), row.partition
+    return (*row.task, row.partition, row.length)
 
 
 def _elsewhere(name: str, row: Row) -> list[str]:
     """Split a name into its parts, without those that its place says."""
-    return [part for part in name.split(", ") if part and part not in _place(row)[:2]]
+    return [part for part in parts(name) if part and part not in row.task]
 
 
 def _frozen(row: Row) -> list[str]:

@@ -12,16 +12,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from fedsparse.analysis.convergence import SPLITS, draw_curves
+from fedsparse.analysis.exchange import fraction_of
 from fedsparse.analysis.exchange_lines import Line, Place, line_of, lines, places, references, sent_fraction
-from fedsparse.analysis.pareto import AXES, point, ticks
-from fedsparse.analysis.style import Style, legend_columns, panels, plain, styles
-from fedsparse.analysis.table import Row
+from fedsparse.analysis.pareto import AXES, interval, point, ticks
+from fedsparse.analysis.style import Style, legend_columns, panels, plain, styles, title, wrapped
+from fedsparse.analysis.table import Row, seeds
 
 _VARIANTS = (("-", "o", True), ("--", "s", False), (":", "^", True), ("-.", "D", False), ("-", "v", False))
 _REFERENCES = "DXPvhdp"  # of masks; dense training is a star
 _DENSE, _DARK = "#000000", "#444444"
 _PLAIN = "no feedback, float32"
 _ACROSS = 0.003  # of the width of a panel, between lines whose points would hide each other
+_BESIDE = 26  # letters of a line beside a panel
 Looks = Mapping[Line, dict[str, Any]]
 
 
@@ -33,7 +35,8 @@ def exchange_figure(table: Sequence[Row], key: str) -> Figure:
         key: ``bytes_up`` or ``bytes_total``.
 
     """
-    parts, looks = places(table), _looks(table)
+    parts = places(table)
+    looks = _looks(parts)
     marks = _marks([name for shown in parts.values() for name in references(shown)])
     figure, axes = panels(-(-len(parts) // 2), min(2, len(parts)), size=(5.6, 4.2))
     flat = [panel for line in axes for panel in line]
@@ -44,6 +47,7 @@ def exchange_figure(table: Sequence[Row], key: str) -> Figure:
     for panel in flat[len(parts) :]:
         panel.set_visible(False)
     legend_columns(figure, [g for g in (*_handles(looks), [_handle(*mark) for mark in marks.items()]) if g])
+    title(figure, f"sparse exchanges, {seeds([row for shown in parts.values() for row in shown])}")
     return figure
 
 
@@ -55,20 +59,33 @@ def curves_figure(table: Sequence[Row], fraction: float) -> Figure:
         fraction: the sparse exchanges that send this; infinity for those without a fraction.
 
     """
-    drawn = [row for row in table if row.dense or (row.exchange and sent_fraction(row) == fraction)]
-    parts, looks = places(drawn), _looks(table)
+    found = places(table)
+    looks = _looks(found)
+    kept = {
+        place: [row for row in rows if row.dense or (row.exchange and sent_fraction(row) == fraction)]
+        for place, rows in found.items()
+    }
+    parts = {place: rows for place, rows in kept.items() if any(row.exchange for row in rows)}
+    drawn = [row for rows in parts.values() for row in rows]
     figure, axes = panels(len(parts), len(SPLITS), shared=True)
     for line, (place, shown) in zip(axes, parts.items(), strict=True):
-        line[0].set_ylabel(f"{_title(place)}\naccuracy")
-        for panel, column in zip(line, SPLITS, strict=True):
-            draw_curves(panel, shown, column, {row.name: _style(row, looks) for row in shown})
-    for panel, split in zip(axes[0], SPLITS.values(), strict=True):
+        line[0].set_ylabel(f"{wrapped(_title(place), _BESIDE)}\naccuracy")
+        for panel, split in zip(line, SPLITS, strict=True):
+            draw_curves(panel, shown, split, {row.name: _style(row, looks) for row in shown})
+    for panel, split in zip(axes[0], SPLITS, strict=True):
         panel.set_title(split, fontsize="medium")
     for panel in axes[-1]:
         panel.set_xlabel("round")
-    dense = [_handle("dense", {"color": _DENSE})] if any(row.dense for rows in parts.values() for row in rows) else []
+    dense = [_handle("dense", {"color": _DENSE})] if any(row.dense for row in drawn) else []
     legend_columns(figure, [group for group in (*_handles(looks, markers=False), dense) if group])
+    title(figure, f"sparse exchanges, {_sent(drawn)}{seeds(drawn)}")
     return figure
+
+
+def _sent(drawn: Sequence[Row]) -> str:
+    """Say the fraction that is sent, if there is one."""
+    sent = next((fraction_of(row.runs[0].summary) for row in drawn if row.exchange), "")
+    return f"{sent} sent, " * bool(sent)
 
 
 def _title(place: Place) -> str:
@@ -77,15 +94,15 @@ def _title(place: Place) -> str:
 
 def _style(row: Row, looks: Looks) -> Style:
     return (
-        Style(looks[line_of(row)]["color"], looks[line_of(row)]["ls"], True)
+        Style(looks[line_of(row)]["color"], looks[line_of(row)]["ls"], "full")
         if row.exchange
-        else Style(_DENSE, "-", True)
+        else Style(_DENSE, "-", "full")
     )
 
 
-def _looks(table: Sequence[Row]) -> Looks:
+def _looks(parts: Mapping[Place, Sequence[Row]]) -> Looks:
     """Give a rule its colour, and what else tells lines apart its stroke and marker."""
-    found = sorted({line_of(row) for row in table if row.exchange})
+    found = sorted({line_of(row) for rows in parts.values() for row in rows if row.exchange})
     colours, variants = styles([rule for rule, _ in found]), sorted({rest for _, rest in found}, key=_simple_first)
     looks = {}
     for rule, rest in found:
@@ -140,9 +157,17 @@ def _decades(shown: Sequence[Row], key: str) -> float:
 def _points(axes: Axes, rows: Sequence[Row], key: str, aside: float, **look: Any) -> None:
     """Draw means and their 95 % intervals."""
     x, y = np.array([point(row, key) for row in rows]).T
-    half = np.nan_to_num([row.over_seeds("test/acc").half for row in rows])
     axes.plot(x * aside, y, **look)
-    axes.errorbar(x * aside, y, half, ls="", color=look["color"], lw=0.8, alpha=0.6, zorder=2)
+    axes.errorbar(
+        x * aside,
+        y,
+        np.hstack([interval(row) for row in rows]),
+        ls="",
+        color=look["color"],
+        lw=0.8,
+        alpha=0.6,
+        zorder=2,
+    )
 
 
 def _handles(looks: Looks, *, markers: bool = True) -> list[list[Line2D]]:

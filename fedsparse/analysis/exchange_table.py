@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from fedsparse.analysis.baseline import dense_of
 from fedsparse.analysis.exchange import fraction_of
 from fedsparse.analysis.exchange_lines import Place, lines, places, references, sent_fraction
 from fedsparse.analysis.exchange_plot import curves_figure, exchange_figure
 from fedsparse.analysis.page import Picture, Section, Table, slug
 from fedsparse.analysis.pareto import AXES, front, point
 from fedsparse.analysis.statistics import DASH
-from fedsparse.analysis.table import Row, dense_of
-from fedsparse.analysis.tables import MARKED, difference
+from fedsparse.analysis.table import Row
+from fedsparse.analysis.tables import MARKED, accuracy, difference, megabytes, own_note
 
 _COST = "bytes_total"
 _HEAD = (
@@ -41,7 +42,7 @@ def section(table: Sequence[Row]) -> list[Section]:
         return []
     found = {sent_fraction(row): fraction_of(row.runs[0].summary) for row in table if row.exchange}
     sent = {value: found[value] for value in sorted(found)}
-    text = _TEXT.format(fractions=", ".join(filter(None, sent.values())) or "none") + MARKED
+    text = _TEXT.format(fractions=", ".join(filter(None, sent.values())) or "none") + MARKED + own_note(table)
     against = [_against_bytes(table, key) for key in (_COST, "bytes_up")]
     tables = [_table(place, shown, table) for place, shown in parts.items()]
     curves = [_over_rounds(table, value, words) for value, words in sent.items()]
@@ -79,12 +80,12 @@ def _cells(name: str, row: Row, table: Sequence[Row], link: bool) -> list[str]:
     of_dense = f"{bytes_ / dense.over_seeds(_COST).mean:.1%}" if dense and dense.over_seeds(_COST).mean else DASH
     sent = fraction_of(row.runs[0].summary) or DASH
     seconds = [row.over_seeds("link_seconds").text()] * link
-    figures = [row.over_seeds("test/acc").percent(), difference(row, dense, "test/acc"), str(len(row.runs))]
+    figures = [accuracy(row), difference(row, dense, row.headline), str(len(row.runs))]
     return [
         name,
         sent,
-        f"{row.over_seeds('bytes_up').mean / 1e6:.2f}",
-        f"{bytes_ / 1e6:.2f}",
+        megabytes(row.over_seeds("bytes_up").mean, 2),
+        megabytes(bytes_, 2),
         of_dense,
         *seconds,
         *figures,

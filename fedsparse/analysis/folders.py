@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedsparse.analysis.files import finite, flatten, json_of, short, yaml_of
-from fedsparse.core.folder import CONFIG, HYDRA, METRICS, SUMMARY
+from fedsparse.analysis.files import finite, flatten, json_of, plain_yaml, short, yaml_of
+from fedsparse.core.folder import CALIBRATION, CHECKPOINTS, CONFIG, HYDRA, METRICS, OVERRIDES, SUMMARY
 from fedsparse.core.rows import read_rows
 
 _LARGEST, _WIDEST = 1 << 28, 5000  # bytes and columns of a metrics.csv that is read
+_OF_RUNS = (SUMMARY, METRICS, CHECKPOINTS)
 _NAMED = ("mask_rule", "partition")
 _SHARES = ("val/acc", "test/acc", "trainable_fraction")
 _FIGURES = ("val/acc", "test/acc", "trainable_fraction", "bytes_up", "bytes_total", "seed")
@@ -32,6 +33,8 @@ class Run:
         lr: learning rate of the clients.
         sparsity: fraction of the counted coordinates that is frozen, 0 without a mask.
         rows: metrics.csv, one mapping a round; empty where it is missing.
+        options: the chosen option of each group; empty where older folders lack them.
+        typed: the keys and groups that were typed; None where that is not stored.
 
     """
 
@@ -42,6 +45,8 @@ class Run:
     lr: float
     sparsity: float
     rows: list[dict[str, float]] = field(repr=False)
+    options: Mapping[str, str]
+    typed: frozenset[str] | None
 
     @property
     def seed(self) -> int:
@@ -127,6 +132,20 @@ def choices(folder: Path) -> dict[str, str]:
     return {short(group): short(o) for group, o in chosen.items() if "/" not in group and o not in ("None", "null")}
 
 
+def overrides(folder: Path) -> list[str] | None:
+    """Read what was typed; None where that is not stored, or damaged."""
+    try:
+        typed = plain_yaml(folder / OVERRIDES)
+    except (ValueError, OSError):
+        return None
+    return [str(override) for override in typed] if isinstance(typed, list) else None
+
+
+def _keys(typed: list[str] | None) -> frozenset[str] | None:
+    """Take the keys and groups out of overrides, such as ``seed=1`` and ``+phases.fine_tune={rounds: 5}``."""
+    return None if typed is None else frozenset(short(o.lstrip("+~").partition("=")[0]) for o in typed)
+
+
 def _names(folders: list[Path]) -> dict[str, Path]:
     """Name every run folder relative to the folder it was found in; with several, under that one's own name."""
     places = {Path(os.path.realpath(folder)) for folder in folders}
@@ -134,10 +153,15 @@ def _names(folders: list[Path]) -> dict[str, Path]:
     names: dict[str, Path] = {}
     for root in roots:
         found = {path.parent.parent for path in root.rglob(CONFIG)} | {p.parent for p in root.rglob(SUMMARY)}
-        for folder in sorted(found):
+        for folder in sorted(folder for folder in found if not _calibrated(folder)):
             relative = folder.relative_to(root if len(roots) == 1 else root.parent)
             names[_free(names, relative.as_posix())] = folder
     return names
+
+
+def _calibrated(folder: Path) -> bool:
+    """Whether a folder holds a calibration alone, which is finished and no run."""
+    return (folder / CALIBRATION).exists() and not any((folder / name).exists() for name in _OF_RUNS)
 
 
 def _free(names: Mapping[str, Path], name: str) -> str:
@@ -151,8 +175,10 @@ def _read(name: str, folder: Path, renewed: Callable[[Any], Any]) -> Run:
     if not (folder / SUMMARY).is_file():
         raise ValueError(f"not finished: no summary.json after {_progress(folder, config)}")
     summary = _checked(json_of(folder / SUMMARY))
-    config |= {group: _choice(group, folder, summary) for group in ("data", "model", "experiment", "method")}
-    return Run(name, folder, summary, config, _lr(config), _sparsity(summary, config), _metrics(folder))
+    options = choices(folder)
+    config |= {group: _choice(group, options, summary) for group in ("data", "model", "experiment", "method")}
+    lr, sparsity, typed = _lr(config), _sparsity(summary, config), _keys(overrides(folder))
+    return Run(name, folder, summary, config, lr, sparsity, _metrics(folder), options, typed)
 
 
 def _checked(summary: dict[str, Any]) -> dict[str, Any]:
@@ -171,9 +197,9 @@ def _checked(summary: dict[str, Any]) -> dict[str, Any]:
     return summary | texts | {key: short(str(summary[key])) for key in _NAMED}
 
 
-def _choice(group: str, folder: Path, summary: Mapping[str, Any]) -> str:
+def _choice(group: str, options: Mapping[str, str], summary: Mapping[str, Any]) -> str:
     """Find a group's option: summary.json names it; older folders keep it in Hydra's own file, or not at all."""
-    stored = summary.get(group) or choices(folder).get(group)
+    stored = summary.get(group) or options.get(group)
     return "" if stored in (None, "None") else short(str(stored))
 
 

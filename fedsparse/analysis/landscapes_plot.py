@@ -70,7 +70,7 @@ def _draw(axes: Axes, shown: Sequence[Setting], name: str, looks: Mapping[str, S
             rounds, means = list(values), [float(np.mean(found)) for found in values.values()]
             low, high = [min(found) for found in values.values()], [max(found) for found in values.values()]
             look = looks[_label(one, shown)]
-            axes.plot(rounds, means, look.line, color=look.colour, linewidth=1.4, marker="o", markersize=3)
+            axes.plot(rounds, means, ls=look.line, color=look.colour, linewidth=1.4, marker="o", markersize=3)
             axes.fill_between(rounds, low, high, color=look.colour, alpha=0.15, linewidth=0)
             ends += [*low, *high]
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

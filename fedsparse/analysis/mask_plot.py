@@ -14,6 +14,7 @@ from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fedsparse.analysis.style import wrapped
 from fedsparse.masks import Mask
 
 Floats = npt.NDArray[np.float64]
@@ -23,6 +24,7 @@ Counts = dict[str, Row]  # by kind of tensor
 _COLORS = "Blues"
 _DENSITY = PowerNorm(0.5, 0, 1)  # a mask of 5 % and one of 20 % differ to the eye, too
 _NONE = "0.92"  # no such tensor in this block
+_TICK = 28  # letters of a line of a name beside a heat map
 _NUMBERED = 16  # up to so many masks, each pair shows its number
 _CELL = (0.40, 0.27)  # inches
 
@@ -53,20 +55,25 @@ def mask_figure(mask: Mask, title: str = "") -> Figure:
     return figure
 
 
-def overlap_figure(names: Sequence[str], matrix: Tensor | Floats) -> Figure:
+def overlap_figure(names: Sequence[str], matrix: Tensor | Floats, title: str = "") -> Figure:
     """Draw the overlaps of masks (``fedsparse.masks.overlaps``) as a heat map.
 
     Args:
-        names: of the M masks.
+        names: of the M masks; long ones are broken into lines.
         matrix: (M, M), values from 0 to 1.
+        title: a line above the picture.
 
     Returns:
         The figure.
 
     """
     values = np.asarray(matrix, dtype=np.float64)
-    side, words = float(np.clip(0.55 * len(names), 1.8, 7.0)), 0.08 * max(map(len, names), default=0)
-    figure = Figure(figsize=(side + words + 1.2, side + 0.7 * words + 0.4), dpi=150, layout="compressed")
+    names = [wrapped(name, _TICK) for name in names]
+    lines = [line for name in names for line in name.split("\n")]
+    side = float(np.clip(max(0.55 * len(names), 0.14 * len(lines)), 1.8, 7.0))
+    words, above = 0.08 * max(map(len, lines), default=0), 0.4 * bool(title)
+    figure = Figure(figsize=(side + words + 1.2, side + 0.7 * words + 0.4 + above), dpi=150, layout="compressed")
+    figure.suptitle(wrapped(title, int(figure.get_figwidth() / 0.08)), fontsize=9)
     axes = figure.subplots()
     image = axes.imshow(values, cmap=_COLORS, vmin=0, vmax=1, interpolation="nearest")
     if len(names) <= _NUMBERED:

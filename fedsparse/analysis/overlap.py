@@ -14,8 +14,8 @@ from fedsparse.analysis.mask_plot import overlap_figure
 from fedsparse.analysis.page import Picture, Section, Table, slug
 from fedsparse.analysis.statistics import Interval
 from fedsparse.analysis.style import plain
-from fedsparse.analysis.table import Row
-from fedsparse.analysis.tables import share
+from fedsparse.analysis.table import Row, Task, locally
+from fedsparse.analysis.tables import said, share
 from fedsparse.core.folder import MASK
 from fedsparse.masks import Mask, overlaps
 
@@ -40,10 +40,14 @@ def section(table: Sequence[Row]) -> tuple[list[Section], list[Problem]]:
     """
     blocks: list[Table | Picture] = []
     problems: list[Problem] = []
-    for (partition, sparsity), group in _groups(table).items():
-        masks = _masks(group, problems)
+    groups = _groups(table)
+    several = len({task for task, _, _ in groups}) > 1
+    for (task, partition, sparsity), group in groups.items():
+        masks, seed = _masks(group, problems)
         if len(masks) > 1:
-            blocks += _blocks(f"{partition}, sparsity {share(sparsity)}", undecided(masks))
+            name = said(task if several else ("", ""), partition, f"sparsity {share(sparsity)}")
+            caption = said(task, partition, f"sparsity {share(sparsity)}", f"seed {seed}")
+            blocks += _blocks(slug(name), caption, undecided(masks))
     return ([Section("Mask overlap", _TEXT, blocks)] if blocks else []), problems
 
 
@@ -79,16 +83,21 @@ def undecided(masks: Mapping[str, Mask]) -> dict[str, Mask]:
     return {rule: Mask({name: mask.tensors[name] for name in kept}) for rule, mask in masks.items()}
 
 
-def _groups(table: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
-    groups: dict[tuple[str, float], list[Row]] = {}
+def _groups(table: Sequence[Row]) -> dict[tuple[Task, str, float], list[Row]]:
+    groups: dict[tuple[Task, str, float], list[Row]] = {}
     for row in table:
         if row.sparsity:
-            groups.setdefault((row.partition, row.sparsity), []).append(row)
-    return groups
+            groups.setdefault((row.task, row.partition, row.sparsity), []).append(row)
+    return {place: locally(groups[place]) for place in sorted(groups)}
 
 
-def _masks(group: Sequence[Row], problems: list[Problem]) -> dict[str, Mask]:
-    """Read the masks of the first seed that all rows have, of one model; say why others are left out."""
+def _masks(group: Sequence[Row], problems: list[Problem]) -> tuple[dict[str, Mask], int]:
+    """Read the masks of the first seed that all rows have, of one model; say why others are left out.
+
+    Returns:
+        Masks by the names of their rows, and the seed.
+
+    """
     seeds = set.intersection(*({run.seed for run in row.runs} for row in group))
     runs = {row.name: next(r for r in row.runs if r.seed == min(seeds)) for row in group} if seeds else {}
     masks: dict[str, Mask] = {}
@@ -100,7 +109,7 @@ def _masks(group: Sequence[Row], problems: list[Problem]) -> dict[str, Mask]:
             problems.append(Problem(run.name, "mask.safetensors is of another model: not in the mask overlap"))
         else:
             masks[name] = mask
-    return masks
+    return masks, min(seeds, default=0)
 
 
 def _mask(run: Run) -> Mask | None:
@@ -114,12 +123,12 @@ def _shapes(mask: Mask) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in mask.tensors.items()}
 
 
-def _blocks(caption: str, masks: Mapping[str, Mask]) -> list[Table | Picture]:
+def _blocks(name: str, caption: str, masks: Mapping[str, Mask]) -> list[Table | Picture]:
     """Make the picture and the table of one group."""
     names, matrix = list(masks), overlaps(list(masks.values())).numpy()
     density = float(np.mean([mask.density for mask in masks.values()]))
     chance = f"{caption}; by chance {density / (2 - density):.2f}"
-    body = [[name, *(f"{value:.2f}" for value in line)] for name, line in zip(names, matrix, strict=True)]
-    shown = [plain(name) for name in names]
-    picture = Picture(f"overlap-{slug(caption)}", f"Mask overlap, {chance}", lambda: overlap_figure(shown, matrix))
+    body = [[one, *(f"{value:.2f}" for value in line)] for one, line in zip(names, matrix, strict=True)]
+    shown = [plain(one) for one in names]
+    picture = Picture(f"overlap-{name}", f"Mask overlap, {chance}", lambda: overlap_figure(shown, matrix, caption))
     return [picture, Table(["mask rule", *names], body, chance)]

@@ -1,19 +1,43 @@
-"""A report as Markdown and as one HTML page that needs nothing beside it; whatever a name holds is shown as text."""
+"""A report as Markdown and as one HTML page that needs nothing beside it; whatever a name holds is shown as text.
+
+Tables also as CSV, with numbers alone in their cells, and as LaTeX.
+"""
 
 from __future__ import annotations
 
 import base64
+import csv
 import html
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+from fedsparse.analysis.statistics import DASH
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 150
+_PADDED = 60  # characters of a column in a terminal; longer cells stand out
+_LONGEST = 120  # characters of a file's name
+_PART = r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
+_NUMBER = re.compile(rf"(?P<mean>[+-]?{_PART})(?: ± (?P<half>{_PART}))?(?P<percent> ?%)?\*?(?: [▲▼†])*$")
+_FILLERS = ("", DASH, "no mask")  # cells of a column of numbers that are none
+_MINUS = "\N{MINUS SIGN}"
+_TEX = {
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    _MINUS: "$-$",
+    "▲": r"$\uparrow$",
+    "▼": r"$\downarrow$",
+    "†": r"$\dagger$",
+    DASH: "--",
+}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the page fetches and runs nothing
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem; }
@@ -23,7 +47,8 @@ p { max-width: 52rem; } nav a { margin-right: 1.2rem; white-space: nowrap; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
 th { text-align: left; border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }
-td { border-bottom: 1px solid #ddd; } th, td { padding: .25rem .8rem .25rem 0; } td.n { white-space: nowrap; }
+td { border-bottom: 1px solid #ddd; } th, td { padding: .25rem .8rem .25rem 0; }
+.n { text-align: right; white-space: nowrap; }
 """
 
 
@@ -67,6 +92,11 @@ class Section:
     blocks: Sequence[Table | Picture]
 
 
+def filled(section: Section) -> Section:
+    """Leave out the tables without a line."""
+    return replace(section, blocks=[block for block in section.blocks if isinstance(block, Picture) or block.body])
+
+
 def slug(text: str) -> str:
     """Make a name that is safe as a file and as an anchor.
 
@@ -84,27 +114,116 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def markdown(title: str, sections: Sequence[Section], *, pictures: bool = True) -> str:
-    """Write sections as Markdown; pictures are links to files beside it, or left out."""
-    return "\n\n".join([f"# {_md(title)}", *(part for s in sections for part in _md_section(s, pictures))]) + "\n"
+def markdown(title: str, sections: Sequence[Section], *, terminal: bool = False) -> str:
+    """Write sections as Markdown; pictures are links to files beside it.
+
+    Args:
+        title: heading.
+        sections: what it holds.
+        terminal: for the eye: columns are padded to one width, and pictures left out.
+
+    """
+    return "\n\n".join([f"# {_md(title)}", *(part for s in sections for part in _md_section(s, terminal))]) + "\n"
 
 
-def _md_section(section: Section, pictures: bool) -> Iterator[str]:
+def _md_section(section: Section, terminal: bool) -> Iterator[str]:
     yield f"## {_md(section.title)}"
     yield _md(section.text)
     for block in section.blocks:
         if isinstance(block, Table):
             yield from [f"**{_md(block.caption)}**"] * bool(block.caption)
-            yield md_table(block)
-        elif pictures:
+            yield md_table(block, padded=terminal)
+        elif not terminal:
             yield f"![{_md(block.caption)}]({block.name}.png)"
 
 
-def md_table(table: Table) -> str:
-    """Write a table as Markdown."""
+def md_table(table: Table, *, padded: bool = False) -> str:
+    """Write a table as Markdown, columns of numbers to the right; if padded, for a terminal too."""
     cells = [[f"**{_md(cell)}**" if isinstance(cell, Bold) else _md(cell) for cell in line] for line in table.body]
-    lines = [[_md(cell) for cell in table.head], ["---"] * len(table.head), *cells]
+    numbers = numeric(table)
+    rule = ["---:" if number else "---" for number in numbers]
+    lines = [[_md(cell) for cell in table.head], rule, *cells]
+    if padded:
+        widths = [min(_PADDED, max(map(len, column))) for column in zip(*lines, strict=True)]
+        widths[-1] *= numbers[-1]  # a text at the end needs no room behind it
+        lines = [[_pad(*cell) for cell in zip(line, widths, numbers, strict=True)] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _pad(cell: str, width: int, number: bool) -> str:
+    return cell.rjust(width) if number else cell.ljust(width)
+
+
+def numeric(table: Table) -> list[bool]:
+    """Say of each column whether it holds numbers, and where there are none dashes.
+
+    >>> numeric(Table(["rule", "MB", "points"], [["random", "1.0", "-3.0 ± 2.5 ▼"], ["dense", "–", "–"]]))
+    [False, True, True]
+    """
+    columns = [list(column) for column in zip(*table.body, strict=True)]
+    return [
+        any(map(_NUMBER.match, column)) and all(_NUMBER.match(cell) or cell in _FILLERS for cell in column)
+        for column in columns
+    ] or [False] * len(table.head)
+
+
+def csv_table(table: Table) -> str:
+    """Write a table as CSV: numbers alone in their cells, half the width of an interval in a column of its own.
+
+    Marks are left out, dashes are empty cells, and a text that a spreadsheet would compute gets an apostrophe.
+    """
+    head: list[str] = []
+    body: list[Sequence[str]] = []
+    for name, number, column in zip(table.head, numeric(table), zip(*table.body, strict=True), strict=True):
+        if not number:
+            head, body = [*head, name], [*body, [_harmless(cell) for cell in column]]
+            continue
+        found = [_NUMBER.match(cell) for cell in column]
+        head.append(name + ", %" * any(m is not None and bool(m["percent"]) for m in found))
+        body.append([m["mean"] if m else "" for m in found])
+        if any(m is not None and m["half"] for m in found):
+            head.append(f"{name}, half of the 95 % interval")
+            body.append([(m["half"] or "") if m else "" for m in found])
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows([head, *zip(*body, strict=True)])
+    return file.getvalue()
+
+
+def _harmless(text: str) -> str:
+    text = "" if text == DASH else _printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def latex_table(table: Table) -> str:
+    """Write a table as LaTeX (booktabs), columns of numbers to the right; the caption is a comment."""
+    columns = "".join("r" if number else "l" for number in numeric(table))
+    cells = [[rf"\textbf{{{_tex(c)}}}" if isinstance(c, Bold) else _tex(c) for c in line] for line in table.body]
+    head, *body = [" & ".join(line) + r" \\" for line in [[_tex(cell) for cell in table.head], *cells]]
+    begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    parts = [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end]
+    caption = [f"% {_printable(table.caption)}"] * bool(table.caption)
+    return "\n".join([r"% needs \usepackage{booktabs}", *caption, *parts]) + "\n"
+
+
+def _tex(text: str) -> str:
+    r"""Write text so that LaTeX shows it as it is, and needs no package for it.
+
+    >>> print(_tex("most_sensitive & 50%: -3.0 ± 2.5 ▼"))
+    most\_sensitive \& 50\%: $-$3.0 $\pm$ 2.5 $\downarrow$
+    """
+    return "".join(_TEX.get(letter, letter) for letter in re.sub(r"(?<![\w.])-(?=\d)", _MINUS, _printable(text)))
+
+
+def tables_of(sections: Sequence[Section]) -> dict[str, Table]:
+    """Name every table of a report as its files are named, after section and caption."""
+    named: dict[str, Table] = {}
+    for section in sections:
+        tables = [block for block in section.blocks if isinstance(block, Table)]
+        for table in tables:
+            name = slug(", ".join(filter(None, [section.title, table.caption * (len(tables) > 1)])))[:_LONGEST].lower()
+            named[next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(named) + 3))) if n not in named)] = table
+    return named
 
 
 def _md(text: str) -> str:
@@ -139,16 +258,21 @@ def _html_section(section: Section, drawn: Mapping[str, bytes]) -> str:
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in table.head)
-    lines = "\n".join(f"<tr>{''.join(map(_html_cell, line))}</tr>" for line in table.body)
+    numbers = numeric(table)
+    head = "".join(f"<th{_side(n)}>{_text(cell)}</th>" for cell, n in zip(table.head, numbers, strict=True))
+    lines = "\n".join(f"<tr>{''.join(map(_html_cell, line, numbers))}</tr>" for line in table.body)
     caption = f"<caption>{_text(table.caption)}</caption>" * bool(table.caption)
     head = f"{caption}\n<thead><tr>{head}</tr></thead>"
     return f'<div class="wide"><table>{head}\n<tbody>\n{lines}\n</tbody></table></div>'
 
 
-def _html_cell(cell: str) -> str:
+def _html_cell(cell: str, number: bool) -> str:
     text = f"<b>{_text(cell)}</b>" if isinstance(cell, Bold) else _text(cell)
-    return f'<td class="n">{text}</td>' if re.match(r"[+-]?\d", cell) else f"<td>{text}</td>"
+    return f"<td{_side(number)}>{text}</td>"
+
+
+def _side(number: bool) -> str:
+    return ' class="n"' * number
 
 
 def _html_picture(picture: Picture, drawn: bytes) -> str:

@@ -11,9 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fedsparse.analysis.files import finite, json_of, plain_yaml, short, yaml_of
-from fedsparse.analysis.folders import Found, as_stored, choices, find_runs, problem_line
-from fedsparse.core.folder import CONFIG, LANDSCAPE, LANDSCAPE_FIGURES, OVERRIDES
+from fedsparse.analysis.files import finite, json_of, short, yaml_of
+from fedsparse.analysis.folders import Found, as_stored, choices, find_runs, overrides, problem_line
+from fedsparse.core.folder import CONFIG, LANDSCAPE, LANDSCAPE_FIGURES
 
 _CURVATURE = ("trace", "trace_error", "frobenius", "frobenius_error")
 _BARRIERS = ("loss_barrier", "accuracy_barrier")
@@ -29,7 +29,8 @@ def table(folders: Iterable[str | os.PathLike[str]], renewed: Callable[[Any], An
 
     Returns:
         A pandas DataFrame where pandas is installed, else a list of dicts with the same columns in the same order and
-        None where a run has no such figure. A row for each run folder, in the order of their names:
+        None where a run has no such figure. A row for each run folder (a calibration is no run), in the order of their
+        names:
 
         - ``folder``: its name, relative to the folder that was asked for; ``finished``; ``problem``: why there are no
           figures, or what is wrong with some, else None; ``overrides``: what was typed;
@@ -66,12 +67,12 @@ def _frame(rows: list[dict[str, Any]], columns: list[str]) -> Any:
 
 def _parts(found: Found) -> tuple[Values, ...]:
     """Read a row, in the order of its columns; where two parts have one name the earlier one counts."""
-    run, (landscape, why) = found.run, _landscape(found.folder)
+    run, (landscape, why), typed = found.run, _landscape(found.folder), overrides(found.folder)
     own = {
         "folder": found.name,
         "finished": run is not None,
         "problem": "; ".join([*found.reasons, *why]) or None,
-        "overrides": _overrides(found.folder),
+        "overrides": None if typed is None else " ".join(typed),
     }
     summary = _unfinished(found.folder) if run is None else {"seed": run.seed, "sparsity": run.sparsity, **run.summary}
     chosen = {group: summary.get(group, option) for group, option in choices(found.folder).items()}
@@ -86,15 +87,6 @@ def _unfinished(folder: Path) -> Values:
     except (ValueError, OSError):
         seed = None
     return {"seed": seed if finite(seed) else None}
-
-
-def _overrides(folder: Path) -> str | None:
-    """Read what was typed; None where that is not stored, or damaged."""
-    try:
-        typed = plain_yaml(folder / OVERRIDES)
-    except (ValueError, OSError):
-        return None
-    return " ".join(map(str, typed)) if isinstance(typed, list) else None
 
 
 def _landscape(folder: Path) -> tuple[Values, Sequence[str]]:

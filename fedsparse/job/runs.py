@@ -136,13 +136,13 @@ def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
         return done | {"folder": str(job.folder)}
     check(job.cfg, job.choices)
     from fedsparse.job.execute import execute
-    from fedsparse.job.summary import at_chance
+    from fedsparse.job.summary import at_chance, headline
 
     with locked(job.folder):
         if not job.resumed:
             store(job, hydra_cfg)
         summary = execute(job)
-    figures = f"test accuracy {summary['test/acc']:.1%} after round {summary['rounds']}, {summary['seconds']:.1f} s"
+    figures = f"{headline(summary)} after round {summary['rounds']}, {summary['seconds']:.1f} s"
     print(f"{short_path(job.folder)}: {figures}", flush=True)
     if line := at_chance(summary):
         print(f"{short_path(job.folder)}: {line}", flush=True)

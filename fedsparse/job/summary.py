@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsparse.core import files, parallel
 from fedsparse.core.folder import ADAPTERS, ADAPTERS_PICTURE, CLUSTERS, CLUSTERS_PICTURE, CURVES, METRICS, SUMMARY
-from fedsparse.core.monitor import ACCURACY, monitor_of
+from fedsparse.core.monitor import ACCURACY, OWN_ACCURACY, TEST_ACCURACY, headline_of, monitor_of
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.rows import read_rows
 from fedsparse.core.space import ParamSpace
@@ -37,6 +37,7 @@ CHOICES = (
     *("mask_rule", "partition", "data", "model", "experiment", "method"),
     *("exchange", "aggregation", "server", "objective", "link"),
 )
+_HEADLINES = {TEST_ACCURACY: "test accuracy", OWN_ACCURACY: "accuracy of clients' own models"}
 NEAR = 0.02  # above chance: accuracy within it counts as having learned nothing
 
 
@@ -163,10 +164,16 @@ def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = Tru
     if pictures:
         from fedsparse.analysis.curves import curves_figure  # here: a run without pictures draws none
 
-        title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}"
-        picture(folder / CURVES, lambda: curves_figure(read_rows(folder / METRICS), title))
+        picture(folder / CURVES, lambda: curves_figure(read_rows(folder / METRICS), _title(summary)))
         _draw_adapters(folder, summary)
     files.write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    """Write what a run's curves are of: data, model, partition, mask rule, fraction frozen, seed."""
+    frozen = f" {100 * summary['sparsity']:g}% frozen" * bool(summary["sparsity"])
+    task = f"{summary['data']}, {summary['model']}, {summary['partition']}"
+    return f"{task}, {summary['mask_rule']}{frozen}, seed {summary['seed']}"
 
 
 def _draw_adapters(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -198,19 +205,29 @@ def print_table(folder: Path, summary: Mapping[str, Any], console: Console | Non
     console.print(f"run folder: {folder}", soft_wrap=True)
 
 
+def headline(summary: Mapping[str, Any]) -> str:
+    """Format the test accuracy that counts: of own models where something stays with the clients.
+
+    >>> headline({"test/acc": 0.0, "personal/acc_mean": 0.919})
+    "accuracy of clients' own models 91.9%"
+    """
+    key = headline_of(summary)
+    return f"{_HEADLINES[key]} {summary[key]:.1%}"
+
+
 def at_chance(summary: Mapping[str, Any]) -> str:
     """Write a line about a run at chance, with clipping and learning rate; empty if it is above chance.
 
     >>> at_chance({"test/acc": 0.5, "chance": 0.1, "clipped_fraction": 0.97, "clip_norm": 1.0, "lr": 0.05})
     ''
     """
-    accuracy, chance = summary.get("test/acc"), summary.get("chance")
+    accuracy, chance = summary.get(headline_of(summary)), summary.get("chance")
     if accuracy is None or chance is None or accuracy > chance + NEAR:
         return ""
     clipped = summary["clipped_fraction"]
     how = "no local step was clipped" if not clipped else f"{clipped:.0%} of the local steps were clipped"
     return (
-        f"test accuracy {accuracy:.1%} is within two points of chance ({chance:.1%}, the largest class of the test "
+        f"{headline(summary)} is within two points of chance ({chance:.1%}, the largest class of the test "
         f"split): {how} at optimizer.clip_norm={'null' if clipped is None else summary['clip_norm']}, at "
         f"optimizer.lr={summary['lr']}; try other values, or more rounds"
     )
@@ -218,14 +235,15 @@ def at_chance(summary: Mapping[str, Any]) -> str:
 
 def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Format the rows of the table: labels and values."""
+    whose = ", of what is shared alone" * (headline_of(summary) == OWN_ACCURACY)
     percent = {
         "accuracy of clients' own models, mean": "personal/acc_mean",
         "accuracy of clients' own models, worst tenth": "personal/acc_worst10",
         "accuracy of clients' own models, best round by validation": "personal/acc_best",
-        "test accuracy": "test/acc",
-        "test accuracy, best round by validation": "test/acc_best",
-        "accuracy per client, mean": "client/acc_mean",
-        "accuracy per client, worst tenth": "client/acc_worst10",
+        f"test accuracy{whose}": "test/acc",
+        f"test accuracy, best round by validation{whose}": "test/acc_best",
+        f"accuracy per client, mean{whose}": "client/acc_mean",
+        f"accuracy per client, worst tenth{whose}": "client/acc_worst10",
         "top-1 of participants' own models on their test parts": "participants/local/top1_mean",
         "top-1 of the global model there": "participants/global/top1_mean",
         "top-1 of the global model, non-participants": "non_participants/global/top1_mean",

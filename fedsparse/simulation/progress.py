@@ -13,9 +13,11 @@ import lightning
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedsparse.core.monitor import monitor_of
 from fedsparse.data.rounds import Bundle
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.evaluation import Evaluation
+from fedsparse.simulation.own_models import OwnModels
 
 log = logging.getLogger("fedsparse")
 
@@ -42,6 +44,7 @@ class RoundProgress(lightning.Callback):
         clients: counts the clients of a round.
         console: for the output; standard error by default.
         shared: whether other runs write there at the same time; rounds are then written to run.log only.
+        own: gives the accuracy of own models, which is shown instead where something stays with the clients.
 
     """
 
@@ -52,8 +55,9 @@ class RoundProgress(lightning.Callback):
         clients: Callable[[int], int],
         console: Console | None = None,
         shared: bool = False,
+        own: OwnModels | None = None,
     ) -> None:
-        self.rounds, self.evaluation, self.clients = rounds, evaluation, clients
+        self.rounds, self.evaluation, self.clients, self.own = rounds, evaluation, clients, own
         self.console = console or Console(file=sys.stderr)
         self.bar = self.console.is_terminal and not shared
         self.lines = not self.console.is_terminal and not shared
@@ -96,7 +100,10 @@ class RoundProgress(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write a line to run.log, and to the console if it is no terminal."""
         self.before += self.total
-        self.accuracy = self.evaluation.figures.get("val/acc", self.accuracy)
+        own = {} if self.own is None else self.own.figures
+        if self.own is None or own:  # own models are evaluated when the global one is
+            figures = self.evaluation.figures | own
+            self.accuracy = figures.get(monitor_of(figures), self.accuracy)
         seconds = time.perf_counter() - self.began
         line = f"{self._where()}  {self._status()}  {seconds:.1f} s"
         log.info(line)

@@ -114,7 +114,7 @@ def build_callbacks(
         shared: whether other runs write to the same terminal at the same time.
 
     """
-    progress = RoundProgress(rounds, evaluation, clients, shared=shared)
+    progress = RoundProgress(rounds, evaluation, clients, shared=shared, own=own)
     artifacts = Artifacts(folder, session.config, lambda: mask().by_layer())
     personal = None
     if session.personal is not None:

@@ -82,7 +82,8 @@ def test_few_and_many(members, rounds, size):
 def test_a_run_writes_them_beside_its_curves(tmp_path, caplog):
     folder = written(tmp_path)
     (folder / "metrics.csv").write_text("round,val/acc,val/loss,bytes_up\n1,0.5,2,10\n2,0.6,1,20\n")
-    summary = {"mask_rule": "dense", "partition": "iid", "method": "fedit"}
+    summary = {"mask_rule": "dense", "partition": "iid", "method": "fedit", "data": "digits", "model": "mlp"}
+    summary |= {"sparsity": 0.0, "seed": 0}
     write_results(folder, summary, pictures=False)
     assert not (folder / "clusters.png").exists()
     write_results(folder, summary)

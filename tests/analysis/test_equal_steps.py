@@ -9,7 +9,7 @@ from test_report import a_run, edit, table_of
 
 from fedsparse import repeat
 from fedsparse.analysis import equal_steps
-from fedsparse.analysis.table import dense_of
+from fedsparse.analysis.baseline import dense_of
 from fedsparse.job.budget import preparation, rounds_within, steps_of_round
 
 FEDERATION = {"num_clients": 20, "clients_per_round": 0.5, "local_steps": 4, "rounds": "${rounds_for_steps:1200}"}

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from landscape_files import a_landscape, barriers
 from scipy import stats
-from test_report import a_run, edit, files_of, table_of
+from test_report import a_run, edit, files_of, printed, table_of
 
 from fedsparse import report
 from fedsparse.analysis import landscapes, landscapes_table
@@ -461,7 +461,7 @@ def test_a_damaged_file_is_one_line_and_the_others_are_shown(tmp_path, capsys, d
     a_landscape(bad)
     harm(bad)
     report.main([str(tmp_path / "runs")])
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed(capsys).splitlines()
     assert f"| bad | {reason}; not in the landscapes |" in lines
     assert "| random | iid | 80% | 0.500 | 75.0 | 16.0 | 64.0 | 20.0 | 60.0 | 8.00 | 1 |" in lines
     assert "| random | iid | 80% | 0.1 | 20.0% | 1.0 | 70.0 ± 0.0 | – | 60.0 ± 0.0 | 2 |" in lines  # the run is there
@@ -497,7 +497,7 @@ def test_what_is_missing_is_a_dash(tmp_path, capsys, parts):
     for closed in (1, 3):
         a_landscape(bare, closed, closed == 3, **parts)
     report.main([str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed(capsys).splitlines()
     there = "0.500 | 75.0 | – | – | – | 30.0 | 4.00" if "options" in parts else " | ".join(DASH * 7)
     assert f"| random | noniid_nc1 | 80% | {there} | 1 |" in lines
     assert not any("not in the landscapes" in line for line in lines)
@@ -510,7 +510,7 @@ def test_names_of_other_parts_are_not_shown(tmp_path, capsys):
     parts = {"lines test": {"lines": lines}, "lines <b>": {"lines": lines}, "options": {"mask": "<i>" * 1000}}
     a_landscape(a_run(tmp_path / "r"), **parts)
     report.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    out = capsys.readouterr().out
+    out = printed(capsys)
     assert "script" not in out
     assert "<i>" not in (tmp_path / "out/report.html").read_text()
     assert "mask=&lt;i&gt;" in out

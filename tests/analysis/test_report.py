@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from html.parser import HTMLParser
 
@@ -17,11 +18,12 @@ from scipy import stats
 
 from fedsparse import report
 from fedsparse.analysis import convergence, overlap, pareto
+from fedsparse.analysis.baseline import dense_of
 from fedsparse.analysis.folders import read_runs
 from fedsparse.analysis.page import Bold, Picture, Section, Table, markdown
 from fedsparse.analysis.statistics import Interval, paired
 from fedsparse.analysis.style import styles
-from fedsparse.analysis.table import dense_of, once, rows
+from fedsparse.analysis.table import once, rows
 from fedsparse.masks import Mask
 
 CONFIG = {
@@ -63,6 +65,11 @@ def a_run(
     lines = [f"{r},{v},{v - 0.1},{sent * r},{3 * sent * r}" for r, v in enumerate(curve, 1)]
     (folder / "metrics.csv").write_text("\n".join(["round,val/acc,test/acc,bytes_up,bytes_total", *lines]) + "\n")
     return folder
+
+
+def printed(capsys):
+    """What was printed, without the spaces that align columns."""
+    return re.sub(" +", " ", capsys.readouterr().out)
 
 
 def table_of(*folders):
@@ -150,7 +157,7 @@ def test_a_single_seed_has_no_interval_and_proves_nothing():
 def test_the_table_as_a_person_reads_it(sweep, capsys):
     """0.84 and 0.74 with a standard deviation of 0.04 over 3 seeds: half of 9.9; differences 2, 3, 4: half of 2.5."""
     report.main([str(sweep)])
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed(capsys).splitlines()
     assert "| random | iid | 80% | 0.1* | 20.0% | 2.5 | 84.0 ± 9.9 | **+3.0 ± 2.5 ▲** | 74.0 ± 9.9 | 3 |" in lines
     assert "| head alone | iid | no mask | 0.1 | 20.0% | 1.0 | 40.0 | -38.0 | 30.0 | 1 |" in lines
     assert "| dense | 81.0 ± 7.5 |" in lines  # rule by partition; dense is not compared with itself
@@ -202,7 +209,9 @@ def test_overlap_leaves_out_what_always_trains(tmp_path):
     (section,), problems = overlap.section(table_of(tmp_path))
     table = section.blocks[1]
     assert table.body == [["lowest_magnitude", "1.00", "0.33"], ["random", "0.33", "1.00"]]
-    assert table.caption == "iid, sparsity 80%; by chance 0.33"  # half of the body trains: 0.5 / 1.5
+    assert (
+        table.caption == "digits, mlp, iid, sparsity 80%, seed 0; by chance 0.33"
+    )  # half of the body trains: 0.5 / 1.5
     assert problems == []
     (tmp_path / "random/mask.safetensors").write_bytes(b"torn")
     sections, (problem,) = overlap.section(table_of(tmp_path))
@@ -227,7 +236,7 @@ def test_scaled_task_vectors_have_a_table(sweep, capsys):
     (sweep / "a0/scale.json").write_text(json.dumps(figures))
     (sweep / "a1/scale.json").write_text("{")
     report.main([str(sweep)])
-    out = capsys.readouterr().out
+    out = printed(capsys)
     assert "| a0 | 0.8 | 91.0 | 85.0 | 84.0 |" in out
     assert "| a1 | 0" not in out
 
@@ -287,7 +296,7 @@ def test_a_method_names_what_comes_with_it_and_its_clients_own_models_have_a_tab
     names = [f"dense, {name}" for name in ("fedit, federation.rounds=3", "fedsa, federation.rounds=3")]
     assert [row.name for row in table_of(tmp_path)] == [*names, "dense, fedsa, federation.rounds=30"]
     report.main([str(tmp_path)])
-    assert capsys.readouterr().out.count("| iid | 50.0 | 25.0 | 12.5 | 0.750 |") == 2
+    assert printed(capsys).count("| iid | 50.0 | 25.0 | 12.5 | 0.750 |") == 2
 
 
 def test_a_dense_run_of_every_sparsity_counts_once(tmp_path):
@@ -365,7 +374,7 @@ def test_damaged_folders_are_listed_not_fatal(sweep, damage, capsys):
     folder = a_run(sweep / "deep" / "x")
     harm(folder)
     report.main([str(sweep)])
-    assert f"| deep/x | {reason} |" in capsys.readouterr().out.splitlines()
+    assert f"| deep/x | {reason} |" in printed(capsys).splitlines()
     assert not (folder / "made").exists()
 
 
@@ -399,7 +408,7 @@ def test_names_are_shown_never_obeyed(tmp_path, capsys):
     for i, name in enumerate(NASTY):
         a_run(tmp_path / f"run{i}", rule=name, partition=name)
     report.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    out = capsys.readouterr().out
+    out = printed(capsys)
     lines = (tmp_path / "out/report.md").read_text().splitlines()
     assert "\x1b" not in out
     assert not any("<" in line or "](http" in line.replace("\\]", "") for line in lines)
@@ -424,7 +433,7 @@ def test_the_page_needs_nothing_beside_it(sweep, tmp_path):
 
 
 def files_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_the_same_folders_give_the_same_bytes(sweep, tmp_path):
@@ -438,7 +447,8 @@ def test_the_same_folders_give_the_same_bytes(sweep, tmp_path):
     for i, folders in enumerate([*places, [moved / "sweep", moved / "more"]]):
         report.main([*map(str, folders), "--out", str(tmp_path / f"out{i}")])
         written.append(files_of(tmp_path / f"out{i}"))
-    assert len(written[0]) == 5
+    assert len([name for name in written[0] if "/" not in name]) == 5
+    assert "tables/results.csv" in written[0]
     assert "more/torn" in written[0]["report.md"].decode()
     assert all(files == written[0] for files in written)
 
@@ -475,7 +485,7 @@ def test_rows_of_one_rule_share_its_colour_and_differ_in_their_line():
     found = styles(["random", "random, head.init=probe", "mine", "dense"])
     first, second = found["random"], found["random, head.init=probe"]
     assert first.colour == second.colour
-    assert (first.line, first.filled) != (second.line, second.filled)
+    assert (first.line, first.fill) != (second.line, second.fill)
     assert len({style.colour for style in found.values()}) == 3
 
 
@@ -483,7 +493,7 @@ def test_markdown_of_a_section():
     table = Table(["a", "b"], [[Bold("1"), "x|y"]], "what")
     picture = Picture("p", "seen", draw=lambda: None)
     text = markdown("T", [Section("S", "Read.", [table, picture])])
-    body = "**what**\n\n| a | b |\n| --- | --- |\n| **1** | x\\|y |\n\n![seen](p.png)\n"
+    body = "**what**\n\n| a | b |\n| ---: | --- |\n| **1** | x\\|y |\n\n![seen](p.png)\n"
     assert text == f"# T\n\n## S\n\nRead.\n\n{body}"
 
 
@@ -491,7 +501,7 @@ def test_what_train_leaves_behind_is_what_the_report_reads(run_in, tmp_path, cap
     summaries = {rule: run_in(rule, f"mask_rule={rule}")[0] for rule in ("dense", "random", "highest_magnitude")}
     capsys.readouterr()
     report.main([str(tmp_path)])
-    out = capsys.readouterr().out
+    out = printed(capsys)
     for rule, summary in summaries.items():
         assert f"| {100 * summary['test/acc']:.1f} |" in next(
             x for x in out.splitlines() if x.startswith(f"| {rule} |")

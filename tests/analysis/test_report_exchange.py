@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from test_report import a_run, edit, files_of, table_of
+from test_report import a_run, edit, files_of, printed, table_of
 
 from fedsparse import report
+from fedsparse.analysis.baseline import dense_of
 from fedsparse.analysis.exchange import exchange_label
 from fedsparse.analysis.exchange_lines import line_of, lines, places, references
 from fedsparse.analysis.exchange_plot import curves_figure, exchange_figure
 from fedsparse.analysis.exchange_table import section
-from fedsparse.analysis.table import dense_of
 
 ROOT = Path(__file__).parents[2]
 MASKED, FULL = ({"feedback": None, "_target_": f"exchange.{name}", "_partial_": True} for name in ("Masked", "Full"))
@@ -148,18 +148,33 @@ def test_dense_training_sends_everything(sweep):
 
 def test_a_line_goes_through_the_fractions(sweep):
     ((place, shown),) = places(table_of(sweep)).items()
-    assert place == ("digits", "mlp", "iid")
+    assert place == ("digits", "mlp", "iid", "3 rounds")
     found = {line: [row.runs[0].summary["exchange_fraction"] for row in rows] for line, rows in lines(shown).items()}
     assert found == {("largest_change", ""): [0.01, 0.1], ("largest_change", "feedback"): [0.01, 0.1]}
     assert list(references(shown)) == ["dense", "random, 80% frozen"]
+
+
+def test_a_line_keeps_what_all_rows_of_its_place_share(tmp_path):
+    for fraction in SPARSE:
+        sparse(tmp_path / f"{fraction}", fraction=fraction, feedback=1.0)
+    ((_, shown),) = places(table_of(tmp_path)).items()
+    assert [(line, len(rows)) for line, rows in lines(shown).items()] == [(("largest_change", "feedback"), 2)]
+
+
+def test_references_share_all_but_the_mask_and_the_exchange(sweep):
+    for name, rule in (("dense", "dense"), ("masked", "random")):
+        a_run(sweep / name, rule, server={"_target_": "Adam"})
+    ((_, shown),) = places(table_of(sweep)).items()
+    assert {row.settings.get("server._target_") for row in references(shown).values()} == {None}
+    assert sorted(len(row.runs) for row in references(shown).values()) == [3, 3]
 
 
 def test_places_are_apart_and_references_elsewhere_stay_out(sweep):
     a_run(sweep / "far", "dense", partition="noniid_nc1")
     edit(sparse(sweep / "docs"), data="docs", model="bert_tiny")
     parts = places(table_of(sweep))
-    assert list(parts) == [("digits", "mlp", "iid"), ("docs", "bert_tiny", "iid")]
-    (row,) = parts["docs", "bert_tiny", "iid"]
+    assert list(parts) == [("digits", "mlp", "iid", "3 rounds"), ("docs", "bert_tiny", "iid", "3 rounds")]
+    (row,) = parts["docs", "bert_tiny", "iid", "3 rounds"]
     assert line_of(row) == ("largest_change", "")
 
 
@@ -189,7 +204,7 @@ def test_the_table_by_hand(sweep):
     mean -2.0, deviation 1.0, half 2.48: its interval holds 0. With feedback one point more.
     """
     table = body_of(sweep)
-    assert table.caption == "digits, mlp, iid"
+    assert table.caption == "digits, mlp, iid, 3 rounds"
     assert table.head[-1] == "front"
     assert table.body == [
         ["dense", "–", "10.00", "30.00", "100.0%", "92.0 ± 5.0", "–", "3", "yes"],
@@ -277,16 +292,18 @@ def test_sparse_exchanges_alone_make_a_report(tmp_path, capsys):
     page, written = (tmp_path / "out/report.html").read_text(), files_of(tmp_path / "out")
     assert "threshold &lt;b&gt;a, b$&lt;/b&gt;" in page
     assert "<b>" not in page
-    pictures = ["bytes_total", "bytes_up", "rounds-50", "rounds-other"]
-    assert sorted(written) == sorted([*(f"exchange-{name}.png" for name in pictures), "report.html", "report.md"])
-    assert "| largest_change | 50 % | 0.00 | 0.00 | – | 70.0 | – | 1 | yes |" in capsys.readouterr().out
+    pictures = [f"exchange-{name}" for name in ("bytes_total", "bytes_up", "rounds-50", "rounds-other")]
+    pictures += ["pareto-bytes_total", "pareto-bytes_up"]
+    expected = [*(f"{name}.png" for name in pictures), "report.html", "report.md"]
+    assert sorted(name for name in written if "/" not in name) == sorted(expected)
+    assert "| largest_change | 50 % | 0.00 | 0.00 | – | 70.0 | – | 1 | yes |" in printed(capsys)
 
 
 def test_the_pictures_are_part_of_the_page_and_masks_keep_theirs(sweep, tmp_path):
     report.main([str(sweep), "--out", str(tmp_path / "out")])
     written = files_of(tmp_path / "out")
     assert {"exchange-bytes_total.png", "exchange-rounds-10.png", "pareto-bytes_up.png"} <= written.keys()
-    assert written["report.html"].count(b"<img ") == len(written) - 2
+    assert written["report.html"].count(b"<img ") == len([name for name in written if name.endswith(".png")])
     text = written["report.md"].decode()
     assert "| mask rule or exchange | partition |" in text
     assert text.index("## Accuracy against bytes") < text.index("## Sparse exchange") < text.index("## Left out")

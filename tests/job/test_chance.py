@@ -85,3 +85,9 @@ def test_without_clipping_the_line_names_no_norm():
     assert "no local step was clipped at optimizer.clip_norm=null, at optimizer.lr=0.1" in line
     assert not results.at_chance({"test/acc": 0.1201, "chance": 0.1})
     assert not results.at_chance({})  # of a run before there was the figure
+
+
+def test_where_something_stays_with_the_clients_their_own_models_are_compared_with_chance():
+    facts = {"test/acc": 0.0, "chance": 0.1, "clipped_fraction": None, "clip_norm": None, "lr": 0.1}
+    assert not results.at_chance(facts | {"personal/acc_mean": 0.9})
+    assert results.at_chance(facts | {"personal/acc_mean": 0.11}).startswith("accuracy of clients' own models 11.0% is")

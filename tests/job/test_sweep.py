@@ -141,6 +141,13 @@ def test_every_cell_that_fails_says_why(sweep, capsys):
     assert "optimizer.lr-0.1+seed-0: test accuracy" in said.out
 
 
+def test_the_line_of_a_cell_whose_clients_keep_a_part_is_of_their_own_models(sweep, capsys):
+    assert sweep("model.local=[hidden.*]", "mask_rule=dense", "federation.rounds=1") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "after round 1" in line]
+    summary = summary_of(line.split(": ")[0])
+    assert f": accuracy of clients' own models {summary['personal/acc_mean']:.1%} after round 1, " in line
+
+
 def test_what_is_stored_is_what_hydra_would_store(sweep, tmp_path):
     assert sweep("seed=3", "federation.rounds=1") == 0
     stored = {path.stem: yaml.safe_load(path.read_text()) for path in (tmp_path / cell(3) / ".hydra").iterdir()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from composed import composed
+from rich.console import Console
 from small import Small, small_data, small_net, uneven_parts
 from torch.nn.functional import cross_entropy
 
@@ -17,6 +20,7 @@ from fedsparse.data.datasets import Dataset, Split
 from fedsparse.federation.client.training import LOCAL
 from fedsparse.job.assemble import assemble, assemble_problem
 from fedsparse.job.shards import deal_validation
+from fedsparse.job.summary import headline, print_table
 from fedsparse.simulation.csv_logger import read_rows
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.own_models import OwnModels
@@ -113,6 +117,20 @@ def test_the_best_checkpoint_is_of_the_round_with_the_best_own_models(chosen):
     assert torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] + 1 == best["round"]
     assert summary["test/acc_best"] == best["test/acc"]
     assert summary["personal/acc_best"] == best["personal/acc_mean"]
+
+
+def test_the_lines_of_rounds_and_the_table_show_own_models(chosen):
+    summary, folder = chosen
+    said = re.findall(r"val acc +(\d+\.\d\d)%", (folder / "run.log").read_text())
+    assert said == [f"{100 * row['val/personal_acc']:.2f}" for row in read_rows(folder / "metrics.csv")]
+    console = Console(file=io.StringIO(), width=150)
+    print_table(folder, summary, console)
+    lines = console.file.getvalue().splitlines()
+    first, whole = (next(i for i, line in enumerate(lines) if name in line) for name in ("own models, mean", "shared"))
+    assert f"{summary['personal/acc_mean']:.1%}" in lines[first]
+    assert f"{summary['test/acc']:.1%}" in lines[whole]
+    assert first < whole
+    assert headline(summary) == f"accuracy of clients' own models {summary['personal/acc_mean']:.1%}"
 
 
 def test_a_resumed_run_has_the_same_figures_and_the_same_best_round(chosen, tmp_path):
