@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow soak fuzz mutate lint format docs bench bench-peers grid exchange attack autoflip fedland landscapes lora departments weights weights-text wheel clean
+.PHONY: help setup train test test-slow soak fuzz mutate lint format docs bench bench-peers deploy-demo grid exchange attack autoflip fedland landscapes lora departments weights weights-text wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -75,6 +75,10 @@ bench-peers: $(addprefix .peers/,$(addsuffix /.ready,pfl flwr fedlab)) ## enviro
 	$(BIN)/python $(PURELIB) > "$$(.peers/$*/bin/python $(PURELIB))/main.pth"
 	.peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location --no-deps -r $<
 	@touch $@
+
+# in the environment of Flower; what it starts is ended, also by Ctrl-C
+deploy-demo: .peers/flwr/.ready ## server and four nodes over Flower with TLS on this machine, three rounds, and the simulator beside them
+	PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 .peers/flwr/bin/python -m fedsparse.deploy.demo $(ARGS)
 
 SWEEP = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.train -m hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) logger=csv
 FIVE := random,least_sensitive,most_sensitive,lowest_magnitude,highest_magnitude

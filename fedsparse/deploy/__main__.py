@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from fedsparse.job.command import on_command_line
 
 PORT, DAYS = 9092, 730
+ISOLATIONS = ("kept", "subprocess")
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,10 +43,12 @@ def parser() -> Parser:
     init.add_argument("--port", type=int, default=PORT, metavar="N", help=f"of the server, for everything ({PORT})")
     init.add_argument("--days", type=int, default=DAYS, metavar="N", help=f"how long certificates are valid ({DAYS})")
     init.add_argument("--insecure", action="store_true", help="without TLS and keys, on this machine alone")
-    _verb(verbs, "server", "run the server of a fleet")
+    server = _verb(verbs, "server", "run the server of a fleet")
+    words = "keep nodes and runs in memory: a message takes half the time, and after a crash nodes are started again"
+    server.add_argument("--memory", action="store_true", help=words)
     node = _verb(verbs, "node", "run a node", "its own overrides, such as data.root=/srv/mine")
     words = "a process that stays, or Flower's SuperNode, which starts one for each message"
-    node.add_argument("--isolation", choices=("kept", "subprocess"), default="kept", help=words)
+    node.add_argument("--isolation", choices=ISOLATIONS, default=ISOLATIONS[0], help=words)
     node.add_argument("--port", type=int, metavar="N", help="of a SuperNode for its own processes (a free one)")
     _verb(
         verbs, "submit", "start a run and follow it", "overrides, as for fedsparse.train; resume=<run> goes on from one"
@@ -63,6 +66,18 @@ def _verb(verbs: Any, name: str, words: str, overrides: str = "") -> Any:
     return made
 
 
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse arguments that are no overrides.
+
+    Raises:
+        ValueError: one has no ``=``.
+
+    """
+    for one in overrides:
+        if "=" not in one:
+            raise ValueError(f"{one}: give overrides as key=value")
+
+
 def run(arguments: Sequence[str]) -> None:
     """Carry a command out.
 
@@ -71,9 +86,7 @@ def run(arguments: Sequence[str]) -> None:
 
     """
     options = parser().parse_args(arguments)
-    for one in vars(options).get("overrides", ()):
-        if "=" not in one:
-            raise ValueError(f"{one}: give overrides as key=value")
+    check_overrides(vars(options).get("overrides", ()))
     from fedsparse.deploy.verbs import VERBS
 
     VERBS[options.verb](options)

@@ -7,8 +7,8 @@ when it meets an answer that is still being uploaded. The functions here speak t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.serverapp import Grid
@@ -27,17 +28,23 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
     ObjectUnavailableError,
     pull_and_inflate_object_from_tree,
     push_objects,
 )
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.run import RunNotRunningException
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from httpx import HTTPError
 
+from fedsparse.deploy.records import pack
+
 FIRST_WAIT, LONGEST_WAIT = 0.05, 1.0  # seconds until an object is asked for again that is still being uploaded
-LOST = (ObjectPullError, RunNotRunningException)  # a message that cannot be had, or whose run has ended
+REGISTERED = "a server registers the keys that are in its fleet's folder when it starts"
+LOST = (RunNotRunningException, Exception)  # the first, of a run that has ended, is no Exception
+log = logging.getLogger(__name__)
 
 whole = partial(
     pull_and_inflate_object_from_tree, return_type=Message, initial_backoff=FIRST_WAIT, backoff_cap=LONGEST_WAIT
@@ -59,35 +66,37 @@ class Connection:
         self.node, self._receive, self._send, self._run, _, self._pull, self._push, self._confirm = calls
 
     def receive(self) -> Message | None:
-        """Ask for one message; None if there is none, or if its run ended meanwhile."""
+        """Ask for one message; None if there is none, or if it cannot be had, as when its run has just ended."""
         try:
-            if (found := self._receive()) is None:
-                return None
-            head, tree = found
-            run = head.metadata.run_id
+            found = self._receive()
+        except RunNotRunningException:
+            return None
+        if found is None:
+            return None
+        head, tree = found
+        run = head.metadata.run_id
+        try:
             message = whole(tree, partial(self._pull, run), partial(self._confirm, run))
-        except LOST as error:
-            logging.getLogger(__name__).warning("a message is lost: %s", error)
+        except LOST as error:  # as a SuperNode of Flower does: the server waits for the answer, or does not
+            log.warning("a message of run %s is lost: %s", run, error)
             return None
         return _named(message, tree.object_id)
 
-    def send(self, reply: Message, seconds: float) -> None:
-        """Send an answer; it is dropped if its run has ended.
+    def answer(self, message: Message, answer: tuple[str, bytes], seconds: float) -> None:
+        """Answer a message; the answer is dropped if the run has ended.
 
         Args:
-            reply: the answer.
+            message: that is answered.
+            answer: description and payload.
             seconds: that it took to make, which Flower lists as compute time.
 
         """
-        run = reply.metadata.run_id
-        _named(reply, reply.object_id)
-        try:
-            with no_object_id_recompute():
-                objects = get_all_nested_objects(reply)
-                wanted, session = self._send(reply, get_object_tree(reply), seconds)
-                push_objects(objects, partial(self._push, run, session), object_ids_to_push=wanted)
-        except LOST as error:
-            logging.getLogger(__name__).warning("an answer is dropped: %s", error)
+        self._reply(Message(pack(*answer), reply_to=message), seconds)
+
+    def fail(self, message: Message, error: Exception, seconds: float) -> None:
+        """Answer a message by an error, in the words that Flower has for a ClientApp that raised."""
+        reason = f"{type(error)}:<'{error}'>"
+        self._reply(Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message), seconds)
 
     def runs(self, run: int) -> bool:
         """Whether a run still goes on."""
@@ -97,11 +106,17 @@ class Connection:
             return False
         return True
 
-
-def failure(error: Exception, message: Message) -> Message:
-    """Answer a message by an error, in the words that Flower has for a ClientApp that raised."""
-    reason = f"{type(error)}:<'{error}'>"
-    return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
+    def _reply(self, reply: Message, seconds: float) -> None:
+        """Send an answer."""
+        run = reply.metadata.run_id
+        _named(reply, reply.object_id)
+        try:
+            with no_object_id_recompute():
+                objects = get_all_nested_objects(reply)
+                wanted, session = self._send(reply, get_object_tree(reply), seconds)
+                push_objects(objects, partial(self._push, run, session), object_ids_to_push=wanted)
+        except LOST as error:  # as a SuperNode of Flower does
+            log.warning("an answer to run %s is lost: %s", run, error)
 
 
 @contextmanager
@@ -130,6 +145,24 @@ def connected(address: str, authority: Path | None, key: Path | None) -> Iterato
         raise failed
 
 
+def leave(address: str, authority: Path, key: Path, node: int) -> None:
+    """End the session of a node whose process was killed, or the SuperLink refuses it until heartbeats are missed.
+
+    Args:
+        address: ``host:port``.
+        authority: certificate of the authority that signed the server's.
+        key: the node's private key.
+        node: id under which it was connected.
+
+    """
+    signed = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(*_keys(key))]
+    with (
+        FleetHttpClient.from_server_address(address, False, authority.read_bytes(), signed) as client,
+        suppress(HTTPError),  # the session is over already, or the server does not know the node
+    ):
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+
+
 @contextmanager
 def _refusal_is_raised() -> Iterator[Callable[[], None]]:
     """Raise what Flower logs before it ends the process; not any more after the call of what is yielded."""
@@ -146,9 +179,15 @@ def _refusal_is_raised() -> Iterator[Callable[[], None]]:
     except SystemExit as end:
         if end.code != 1 or logger.handlers == quiet:
             raise
-        raise ValueError(" ".join(lines[-1].split()) if lines else "the SuperLink refused the node") from None
+        raise ValueError(f"the server does not accept this node: {_reason(lines)}; {REGISTERED}") from None
     finally:
         logger.handlers[:], logger.level = quiet, level
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """Find the reason in what Flower logs before it ends a process: in the third line, after code and summary."""
+    told = lines[-1].splitlines() if lines else []
+    return told[2].rstrip(".") if len(told) > 2 else " ".join(told)
 
 
 class _Lines(logging.Handler):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from fedsparse.core import files
 from fedsparse.deploy.fleet import Node, loopback
 from fedsparse.deploy.place import Place
 
-KEPT = "kept"  # folder of what a node keeps between rounds
+KEPT, SESSION = "kept", "session"  # what a node keeps between rounds; id of its session while it is connected
 PROBE = 10.0  # seconds
+FREE = range(20_000, 32_000)
 WRONG_NAME = (62, 64)  # OpenSSL's numbers of a host name and of an address that the certificate does not have
 
 
@@ -64,6 +68,28 @@ def _shake_hands(plain: socket.socket, node: Node, authority: Path) -> None:
         raise ValueError(f"the server at {node.address} does not speak TLS: {reason}") from None
 
 
+def leave_killed(node: Node) -> None:
+    """End the session of a process of this node that was killed, so that the server takes the node back at once."""
+    path = node.folder / SESSION
+    if node.authority is not None and node.key is not None and path.is_file():
+        from fedsparse.deploy.internals import leave
+
+        if (id := path.read_text(encoding="utf-8")).isdecimal():
+            leave(node.address, node.authority, node.key, int(id))
+        path.unlink()
+
+
+@contextmanager
+def noted(node: Node, id: int) -> Iterator[None]:
+    """Keep the id of a node's session in its folder within a ``with`` block; after a kill it is still there."""
+    path = node.folder / SESSION
+    files.write(path, str(id))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def for_supernode(node: Node, place: Place, port: int | None) -> Sequence[str]:
     """Command line of Flower's own SuperNode.
 
@@ -81,6 +107,11 @@ def for_supernode(node: Node, place: Place, port: int | None) -> Sequence[str]:
 
 
 def free_port() -> int:
-    """A port of this machine on which nothing listens now."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return listening.getsockname()[1]
+    """A port of this machine on which nothing listens now, below those that systems give to outgoing connections."""
+    while True:
+        port = secrets.choice(FREE)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue

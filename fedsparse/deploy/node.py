@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from fedsparse.deploy.place import Place
-from fedsparse.deploy.records import pack, unpack
+from fedsparse.deploy.records import unpack
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -28,8 +28,11 @@ class Connected(Protocol):
     def receive(self) -> Message | None:
         """Ask for one message."""
 
-    def send(self, reply: Message, seconds: float) -> None:
-        """Send an answer, and how long it took to make."""
+    def answer(self, message: Message, answer: tuple[str, bytes], seconds: float) -> None:
+        """Answer a message by description and payload, which took so long to make."""
+
+    def fail(self, message: Message, error: Exception, seconds: float) -> None:
+        """Answer a message by an error."""
 
     def runs(self, run: int) -> bool:
         """Whether a run still goes on."""
@@ -58,8 +61,6 @@ def keep(connection: Connected, place: Place, sleep: Callable[[float], None] = t
         sleep: function that waits.
 
     """
-    from fedsparse.deploy.internals import failure
-
     workers: dict[int, Worker] = {}
     last = time.monotonic()
     while True:
@@ -76,16 +77,8 @@ def keep(connection: Connected, place: Place, sleep: Callable[[float], None] = t
             worker = workers.pop(run, None) or place.worker()
             answer = worker.answer(*unpack(message))
         except Exception as error:
-            reply = failure(error, message)
+            last = time.monotonic()
+            connection.fail(message, error, last - start)
         else:
-            workers[run] = worker
-            reply = _reply(answer, message)
-        last = time.monotonic()
-        connection.send(reply, last - start)
-
-
-def _reply(answer: tuple[str, bytes], message: Message) -> Message:
-    """Make the answer to a message."""
-    from flwr.app import Message
-
-    return Message(pack(*answer), reply_to=message)
+            workers[run], last = worker, time.monotonic()
+            connection.answer(message, answer, last - start)

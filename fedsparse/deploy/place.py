@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ class Place:
 
     folder: Path
     client: int
-    own: Sequence[str]
+    own: tuple[str, ...]
 
     def worker(self) -> Worker:
         """Make the worker, which imports torch."""
@@ -36,11 +36,11 @@ class Place:
 
     def for_flower(self) -> str:
         """Write it as a SuperNode's ``--node-config``, whose values can hold neither quotes nor spaces."""
-        folder, own = quote(str(self.folder)), quote(json.dumps(list(self.own)))
+        folder, own = quote(str(self.folder)), quote(json.dumps(self.own))
         return f'partition-id={self.client} folder="{folder}" own="{own}"'
 
     @classmethod
     def of_flower(cls, config: Mapping[str, Any]) -> Place:
         """Read what ``for_flower`` has written and Flower has parsed."""
         own = json.loads(unquote(str(config["own"])))
-        return cls(Path(unquote(str(config["folder"]))), int(config["partition-id"]), own)
+        return cls(Path(unquote(str(config["folder"]))), int(config["partition-id"]), tuple(own))

@@ -84,14 +84,23 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
     try:
         yield
     finally:
-        pids = below(process.pid)
-        if process.poll() is None:
-            process.terminate()
-        waited(lambda: process.poll() is not None, PATIENCE)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in filter(alive, [process.pid, *pids]):
-                os.kill(pid, number)
-            waited(lambda: process.poll() is not None and not any(map(alive, pids)), PATIENCE / 2)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        try:  # a second Ctrl-C waits, or it would leave processes behind
+            _end(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process and all that it has started: by SIGTERM, which they may answer, then by SIGKILL."""
+    pids = below(process.pid)
+    if process.poll() is None:
+        process.terminate()
+    waited(lambda: process.poll() is not None, PATIENCE)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in filter(alive, [process.pid, *pids]):
+            os.kill(pid, number)
+        waited(lambda: process.poll() is not None and not any(map(alive, pids)), PATIENCE / 2)
 
 
 def waited(done: Callable[[], bool], seconds: float) -> bool:

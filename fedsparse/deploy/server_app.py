@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from flwr.app import Context
@@ -17,6 +18,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the configuration that was submitted; see ``fedsparse.deploy.serve.serve``."""
     from fedsparse.deploy.serve import serve
 
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # or each question for answers is a line of run.log
     asked = context.run_config
     serve(GridLink(grid, Answers(grid)), str(asked["config"]), Path(str(asked["folder"])), bool(asked["resume"]))
 

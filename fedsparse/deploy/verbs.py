@@ -12,11 +12,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from fedsparse.core import files
+from fedsparse.core.folder import DEPLOYED
 from fedsparse.deploy import app, joining, superlink
 from fedsparse.deploy.fleet import RUNS, Fleet, Node
 from fedsparse.deploy.fleet import init as init_fleet
+from fedsparse.deploy.place import Place
 from fedsparse.deploy.processes import ask, check_flower, started
+from fedsparse.job.sweep import locked
 
 COMPLETED = "finished:completed"
 
@@ -35,7 +37,7 @@ def server(options: Namespace) -> None:
     fleet = Fleet.read(options.folder)
     superlink.check_port(fleet)
     superlink.connect(fleet)
-    with started(superlink.command(fleet), fleet.flower, superlink.log_of(fleet)) as process:
+    with started(superlink.command(fleet, options.memory), fleet.flower, superlink.log_of(fleet)) as process:
         superlink.wait_for(fleet, process)
         registered = superlink.register(fleet) if not fleet.insecure else ()
         print(f"fedsparse: server ready: {fleet.host}, port {fleet.port}, {len(registered)} nodes registered")
@@ -48,13 +50,20 @@ def node(options: Namespace) -> None:
     made = Node.read(options.folder)
     joining.check(made)
     place = joining.place(made, options.overrides)
-    if options.isolation == "subprocess":
-        _supernode(made, joining.for_supernode(made, place, options.port))
-        return
+    with locked(made.folder):
+        joining.leave_killed(made)
+        if options.isolation == "subprocess":
+            _supernode(made, joining.for_supernode(made, place, options.port))
+        else:
+            _kept(made, place)
+
+
+def _kept(made: Node, place: Place) -> None:
+    """Run a node in this process."""
     from fedsparse.deploy.internals import connected
     from fedsparse.deploy.node import keep
 
-    with connected(made.address, made.authority, made.key) as connection:
+    with connected(made.address, made.authority, made.key) as connection, joining.noted(made, connection.node):
         print(f"fedsparse: node {made.client} is connected to {made.address} as {connection.node}")
         keep(connection, place)
 
@@ -72,11 +81,12 @@ def submit(options: Namespace) -> None:
     typed = [one for one in options.overrides if not one.startswith("resume=")]
     resumed = [one.removeprefix("resume=") for one in options.overrides if one.startswith("resume=")]
     folder = _earlier(fleet, resumed[-1]) if resumed else fleet.folder / RUNS / _now()
-    overrides = [*(_overrides_of(folder) if resumed else []), *typed]
+    earlier = _overrides_of(folder) if resumed else []
     from fedsparse.job.deployed import compose  # here, so that a wrong argument is refused without Hydra
 
-    config = compose(overrides)
-    files.write(_beside(folder), yaml.safe_dump(overrides))
+    config = compose([*earlier, *typed])
+    if fleet.insecure and not (yaml.safe_load(config).get("deploy") or {}).get("insecure"):
+        raise ValueError(f"{fleet.folder} is a fleet without TLS: deploy.insecure=true submits to it")
     superlink.connect(fleet)
     run = _start(fleet, config, folder, bool(resumed))
     print(f"fedsparse: run {run} is started: {folder}")
@@ -104,11 +114,6 @@ def _now() -> str:
     return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def _beside(folder: Path) -> Path:
-    """File that keeps what was typed for a run."""
-    return folder.with_name(f"{folder.name}.overrides.yaml")
-
-
 def _earlier(fleet: Fleet, name: str) -> Path:
     """Find a run's folder, by its path or by its name."""
     for folder in (fleet.folder / RUNS / name, Path(name)):
@@ -119,11 +124,12 @@ def _earlier(fleet: Fleet, name: str) -> Path:
 
 def _overrides_of(folder: Path) -> list[str]:
     """What was typed for an earlier run."""
-    path = _beside(folder)
+    path = folder / DEPLOYED
     found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise ValueError(f"resume={folder}: {path} is not there, or is not a list of overrides")
-    return found
+    overrides = found.get("overrides") if isinstance(found, dict) else None
+    if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
+        raise ValueError(f"resume={folder}: {path} is not there, or does not say what was typed")
+    return overrides
 
 
 def status(options: Namespace) -> None:

@@ -294,7 +294,7 @@ def test_a_signal_closes_the_round_of_all_and_a_resume_gives_the_same_bits(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["leader", "follower"])
+@pytest.mark.parametrize("victim", ["follower", pytest.param("leader", marks=pytest.mark.soak)])
 def test_if_one_process_is_killed_the_other_ends(tmp_path, victim):
     leader = subprocess.Popen(command(tmp_path / "a", "federation.rounds=2000"), stderr=subprocess.PIPE, text=True)
     begun(tmp_path / "a")

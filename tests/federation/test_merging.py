@@ -108,7 +108,7 @@ def test_fresh_factors_differ_by_round_and_seed_alone(tmp_path):
 
 
 @pytest.mark.slow  # it starts processes
-@pytest.mark.parametrize("method", ["fedex", "flora"])
+@pytest.mark.parametrize("method", ["flora", pytest.param("fedex", marks=pytest.mark.soak)])
 def test_resume_and_processes_change_no_bit(tmp_path, method):
     found = []
     for name, options in (("whole", []), ("two", ["trainer.devices=2"])):

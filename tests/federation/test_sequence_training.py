@@ -206,7 +206,14 @@ def ran(folder, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["local", "fedit", "fedsa", "ffa", "flora", "fedex", "residual", "hfl"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "fedsa",
+        "flora",
+        *(pytest.param(m, marks=pytest.mark.soak) for m in ("local", "fedit", "ffa", "fedex", "residual", "hfl")),
+    ],
+)
 def test_every_method_trains_a_language_model_stacked_as_one_by_one(tmp_path, method):
     (one, alone), (four, stacked) = (
         ran(tmp_path / str(k), f"method={method}", f"federation.cohort={k}") for k in (1, 4)
