@@ -25,8 +25,8 @@ from fedsparse.job.config import check
 from fedsparse.job.limits import ALLOWED
 from fedsparse.job.typed import check_typed
 
-README = pages()["README.md"]
-OWN = ("most_salient", "heaviest", "mine")  # options that a reader adds
+README, OUTSIDE = pages()["README.md"], ROOT / "tests" / "outside"
+OWN = ("most_salient", "heaviest", "mine", "tanh", "bright_rows", "blocks", "smoothed", "growing", "midrange")
 
 
 def steps():
@@ -285,7 +285,8 @@ def run_line(line, monkeypatch):
     if name in ("train", "calibrate") and "--help" not in typed:
         typed = shortened(typed)
         resumed = any(word.startswith("resume=") for word in typed)
-        return run_module(name, typed, monkeypatch) if resumed or found_here(typed) else None
+        whole = resumed or "--config-dir" in typed or found_here(typed)
+        return run_module(name, typed, monkeypatch) if whole else None
     return run_module(name, [*typed, *(SKETCH if name == "landscape" else ())], monkeypatch)
 
 
@@ -296,9 +297,29 @@ def lines_of(block):
     return [line for line in block.text.replace("\\\n", " ").splitlines() if line.strip()]
 
 
-RUN = [
-    page for page in pages() if any(block.why is None for block in BASH[page]) and page != "docs/how-to/own-parts.md"
-]
+RUN = [page for page in pages() if any(block.why is None for block in BASH[page])]
+FILES = re.compile(r"`((?:mine|conf)/[\w/.]+)`:\n\n```\w+\n(.*?)^```", re.M | re.S)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """An empty folder, in which and from which Python finds packages; those of one's own are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
+        del sys.modules[name]
+
+
+def test_parts_of_ones_own_are_those_that_are_held_against_sums_by_hand():
+    printed = dict(FILES.findall(pages()["docs/how-to/own-parts.md"]))
+    held = {
+        str(path.relative_to(OUTSIDE)): path.read_text()
+        for path in OUTSIDE.rglob("*")
+        if str(path.relative_to(OUTSIDE)) in printed
+    }
+    assert len(held) == 13
+    assert {name: printed[name] for name in held} == held
 
 
 LONG = ("docs/how-to/export.md", "docs/how-to/processes.md")  # a minute each
@@ -307,9 +328,11 @@ EACH = [pytest.param(page, marks=[pytest.mark.soak] if page in LONG else []) for
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", EACH)
-def test_the_blocks_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch):
-    """Shortened: the first value of a sweep, few rounds and steps. Parts of one's own run in ``test_outside.py``."""
-    monkeypatch.chdir(tmp_path)
+def test_the_blocks_of_a_page_run_from_top_to_bottom(page, own, monkeypatch):
+    """Shortened: the first value of a sweep, few rounds and steps; its files of one's own lie in the folder."""
+    for name, text in FILES.findall(pages()[page]):
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / name).write_text(text)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("warnings.formatwarning", None)
     for block in BASH[page]:
