@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, problems: Mapping[str, Problem]
 
     Args:
         arguments: of the command line.
-        problems: by name, what may be measured; by default the models of the README.
+        problems: by name, what may be measured; by default the models of docs/studies/speed.md.
 
     """
     options = _parse(arguments, MODELS if problems is None else tuple(problems))

@@ -1,4 +1,4 @@
-"""Rows as tables: in Markdown for the README, or on the terminal."""
+"""Rows as tables: in Markdown for a page, or on the terminal."""
 
 from __future__ import annotations
 

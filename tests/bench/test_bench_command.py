@@ -148,7 +148,7 @@ EXPECTED = """\
 """  # noqa: E501
 
 
-def test_the_tables_of_the_readme_come_from_the_file(tmp_path, capsys):
+def test_the_tables_of_the_page_come_from_the_file(tmp_path, capsys):
     file = tmp_path / "figures.json"
     file.write_text(json.dumps({"machine": {}, "rows": ROWS}))
     assert call("--table", file) is None
