@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fedsparse.analysis.baseline import protocol
+from fedsparse.analysis.files import DASH
 from fedsparse.analysis.names import pruned
 from fedsparse.analysis.page import Section, Table
-from fedsparse.analysis.statistics import DASH
 from fedsparse.analysis.table import Row, clients_of, locally
 from fedsparse.analysis.tables import accuracy, difference, megabytes, own_note, said
 

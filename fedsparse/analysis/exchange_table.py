@@ -8,9 +8,9 @@ from fedsparse.analysis.baseline import dense_of
 from fedsparse.analysis.exchange import fraction_of
 from fedsparse.analysis.exchange_lines import Place, lines, places, references, sent_fraction
 from fedsparse.analysis.exchange_plot import curves_figure, exchange_figure
+from fedsparse.analysis.files import DASH
 from fedsparse.analysis.page import Picture, Section, Table, slug
 from fedsparse.analysis.pareto import AXES, front, point
-from fedsparse.analysis.statistics import DASH
 from fedsparse.analysis.table import Row
 from fedsparse.analysis.tables import MARKED, accuracy, difference, megabytes, own_note
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+DASH = "\N{EN DASH}"  # where a table has nothing to say
+
 LARGEST = 1 << 24  # bytes of a file of keys; those of runs have some thousands
 _NODES = 100_000  # keys and values of one; a few anchors of YAML can stand for any number
 _LONGEST = 120  # characters of a name that is shown

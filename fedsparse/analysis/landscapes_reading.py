@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from fedsparse.analysis.files import DASH
 from fedsparse.analysis.landscapes import ACCURACY, FIGURES, LOSS, WORST, Landscape, task
 from fedsparse.analysis.page import Bold, Section, Table
-from fedsparse.analysis.statistics import DASH
 
 FEWEST = 6  # runs of which a correlation is shown
 _DRAWS = 1999

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fedsparse.analysis.statistics import DASH
+from fedsparse.analysis.files import DASH
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

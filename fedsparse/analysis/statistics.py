@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from fedsparse.analysis.files import DASH
+
 _NOTHING = 1e-9  # differences as small as this are rounding
-DASH = "\N{EN DASH}"  # where a table has nothing to say
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fedsparse.analysis.baseline import dense_of, differing, nearest
-from fedsparse.analysis.files import finite, json_of
+from fedsparse.analysis.files import DASH, finite, json_of
 from fedsparse.analysis.folders import Problem, Run
 from fedsparse.analysis.page import Bold, Section, Table
-from fedsparse.analysis.statistics import DASH, Interval
+from fedsparse.analysis.statistics import Interval
 from fedsparse.analysis.table import Row, Task, partitions, sparsities, tasks
 from fedsparse.core.folder import SCALE
 

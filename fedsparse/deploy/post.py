@@ -13,7 +13,7 @@ from fedsparse.deploy.messages import Answer, Link, Malformed, Reply, Request
 from fedsparse.job.deployed import Options
 
 log = logging.getLogger("fedsparse")
-POLL, MOST = 0.005, 0.1  # seconds between two looks for answers: at first, and when nothing has come for long
+POLL, MOST = 0.02, 0.1  # seconds between two looks for answers: at first, and when nothing has come for long
 
 
 @dataclass(frozen=True)
