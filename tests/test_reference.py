@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import subprocess
+import tomllib
 from functools import cache
 from importlib import import_module
 
@@ -226,3 +227,10 @@ def test_the_site_builds_strictly(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "reference" / "configuration.html").stat().st_size > 100_000
+
+
+def test_the_pins_of_the_site_are_those_of_the_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = (ROOT / "docs" / "requirements.txt").read_text(encoding="utf-8").split()
+    assert set(project["optional-dependencies"]["docs"]) <= set(pinned)
+    assert all("==" in pin for pin in pinned)
