@@ -257,7 +257,7 @@ def _package(package: str) -> str:
     summary = (module.__doc__ or "").strip().replace("``", "`")
     parts, elsewhere = [f"# {package}", summary], []
     for name, thing in exported(package).items():
-        if not inspect.getdoc(thing):
+        if not thing.__doc__:  # getdoc would take that of a base class
             raise ValueError(f"{package}.{name} is public and has no docstring")
         if name != getattr(thing, "__name__", name).rpartition(".")[2]:
             elsewhere.append(f"- `{name}` is an earlier name of `{thing.__name__}`")
