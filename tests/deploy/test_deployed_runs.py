@@ -183,6 +183,20 @@ def test_a_node_that_says_nothing_is_named_and_the_round_is_that_of_the_others(t
 
 
 @pytest.mark.slow
+def test_no_client_weighs_more_than_its_share(tmp_path, monkeypatch):
+    """At a quarter for each of four all weigh the same, whatever they hold."""
+    monkeypatch.chdir(tmp_path)
+    options = ["head.init=random", "mask_rule=dense", "partition=dirichlet01"]
+    got = deployed(tmp_path / "deployed", LocalLink(tmp_path / "nodes", 4), *options, "deploy.max_share=0.25")
+    want = simulated(tmp_path / "simulated", *options, "federation.weight=equal")
+    assert got["dropped_updates"] == 0
+    one, two = weights(tmp_path / "deployed"), weights(tmp_path / "simulated")
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in two)
+    other = deployed(tmp_path / "other", LocalLink(tmp_path / "free", 4), *options)
+    assert abs(other["test/loss"] - want["test/loss"]) > 1e-4 > abs(got["test/loss"] - want["test/loss"])
+
+
+@pytest.mark.slow
 def test_what_is_late_doubled_or_of_another_run_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["head.init=random", *TOPK, *FEEDBACK]
