@@ -22,6 +22,7 @@ __all__ = [
     "Federation",
     "Mask",
     "MaskRule",
+    "Outcome",
     "ParamSpace",
     "Server",
     "SparseAdam",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fedsparse.federation import Clients, Federation
     from fedsparse.federation.exchange import Exchange
     from fedsparse.federation.server import Aggregation, Server, Topology
+    from fedsparse.job.outcome import Outcome
     from fedsparse.masks import Mask, MaskRule, Sparsity
     from fedsparse.optim import SparseAdam, SparseSGDM
     from fedsparse.simulation import ClientModule, FederatedRounds
@@ -53,6 +55,7 @@ else:  # ``import fedsparse`` costs nothing
         "Federation": "fedsparse.federation",
         "Mask": "fedsparse.masks",
         "MaskRule": "fedsparse.masks",
+        "Outcome": "fedsparse.job.outcome",
         "ParamSpace": "fedsparse.core.space",
         "Server": "fedsparse.federation.server",
         "SparseAdam": "fedsparse.optim",
@@ -63,16 +66,20 @@ else:  # ``import fedsparse`` costs nothing
     __getattr__, __dir__ = lazily(__name__, _HOMES)
 
 
-def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run(overrides: Sequence[str] = (), **keys: Any) -> Outcome:
     """Run as ``python -m fedsparse.train`` does, and return the summary; see ``fedsparse.train.run``.
 
     Args:
         overrides: what one would type, such as ``["mask_rule=random", "partition=noniid_nc1"]``.
+        keys: the same as keywords, after these: ``mask_rule="random"``, ``federation={"rounds": 3}``.
+
+    Returns:
+        The figures by name, a dict, with ``folder``, ``model()``, ``mask()`` and ``metrics()`` of the run.
 
     """
     from fedsparse import train  # here, so that ``import fedsparse`` costs nothing
 
-    return train.run(overrides)
+    return train.run(overrides, **keys)
 
 
 def runs(folders: str | PathLike[str] | Iterable[str | PathLike[str]]) -> Any:

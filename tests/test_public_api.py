@@ -43,6 +43,7 @@ EXPORTED = {
         "fedsparse.simulation.module": "ClientModule",
         "fedsparse.simulation.callback": "FederatedRounds",
         "fedsparse.data.datamodule": "FederatedDataModule",
+        "fedsparse.job.outcome": "Outcome",
     },
     "fedsparse.optim": {
         "fedsparse.optim.sgdm": "SparseSGDM",

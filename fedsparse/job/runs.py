@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from fedsparse.job import trust
 from fedsparse.job.command import hydras_as_value_errors, logging_kept, one_line
 from fedsparse.job.config import check, register_resolvers
+from fedsparse.job.outcome import Outcome, typed
 from fedsparse.job.resume import Job, composed, continued, finished, open_log, read_job, store
 from fedsparse.job.shipped import conf_dir
 from fedsparse.job.sweep import CellFailed, locked, short_path
@@ -27,15 +28,16 @@ from fedsparse.job.typed import check_typed
 log = logging.getLogger("fedsparse")
 
 
-def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run(overrides: Sequence[str] = (), **keys: Any) -> Outcome:
     """Run as the command line does; returns the summary.
 
     Args:
         overrides: as on the command line, such as ``["mask_rule=random", "partition=noniid_nc1"]``; of a repeated key
             the last counts.
+        keys: the same as keywords, after these: ``mask_rule="random"``, ``federation={"rounds": 3}``.
 
     Returns:
-        The contents of ``summary.json``, and the run folder as ``folder``.
+        The contents of ``summary.json``, and the run folder as ``folder``; with ways to model, mask and metrics.
 
     Raises:
         ValueError: the configuration is invalid; one line with the key and its valid values.
@@ -44,12 +46,13 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     import torchmetrics  # noqa: F401  whole, as the program that calls may use all of it
 
     register_resolvers()
+    overrides = [*overrides, *typed(keys)]
     check_typed(overrides)
     resumed = resume_folder(overrides)
     if resumed is None:
-        return compose_and_run(execute_hydra, overrides)
+        return Outcome(compose_and_run(execute_hydra, overrides))
     with hydras_as_value_errors():
-        return resume(resumed, [o for o in overrides if not o.startswith("resume=")])
+        return Outcome(resume(resumed, [o for o in overrides if not o.startswith("resume=")]))
 
 
 def compose_and_run(task: Callable[[DictConfig], dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
