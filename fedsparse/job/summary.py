@@ -38,6 +38,8 @@ CHOICES = (
     *("exchange", "aggregation", "server", "objective", "link"),
 )
 _HEADLINES = {TEST_ACCURACY: "test accuracy", OWN_ACCURACY: "accuracy of clients' own models"}
+# parts that a run's heading leaves out
+_USUAL = {"objective": "none", "exchange": "masked", "aggregation": "weighted_mean", "server": "fedavg"}
 NEAR = 0.02  # above chance: accuracy within it counts as having learned nothing
 
 
@@ -170,10 +172,16 @@ def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = Tru
 
 
 def _title(summary: Mapping[str, Any]) -> str:
-    """Write what a run's curves are of: data, model, partition, mask rule, fraction frozen, seed."""
+    """Write what a run is: data, model, partition, mask rule, fraction frozen, parts that are not the usual ones, seed.
+
+    >>> run = {"data": "digits", "model": "mlp", "partition": "iid", "mask_rule": "random", "sparsity": 0.8, "seed": 0}
+    >>> _title(run | {"server": "fedadam", "exchange": "masked"})
+    'digits, mlp, iid, random 80% frozen, server=fedadam, seed 0'
+    """
     frozen = f" {100 * summary['sparsity']:g}% frozen" * bool(summary["sparsity"])
     task = f"{summary['data']}, {summary['model']}, {summary['partition']}"
-    return f"{task}, {summary['mask_rule']}{frozen}, seed {summary['seed']}"
+    other = [f", {key}={summary[key]}" for key, usual in _USUAL.items() if summary.get(key, usual) not in (usual, None)]
+    return f"{task}, {summary['mask_rule']}{frozen}{''.join(other)}, seed {summary['seed']}"
 
 
 def _draw_adapters(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -192,8 +200,7 @@ def _draw_adapters(folder: Path, summary: Mapping[str, Any]) -> None:
 def print_table(folder: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the table of results."""
     rounds = "1 round" if summary["rounds"] == 1 else f"{summary['rounds']} rounds"
-    title = f"mask rule {summary['mask_rule']}, partition {summary['partition']}, {rounds}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{_title(summary)}, {rounds}", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in _shown(summary):
@@ -255,12 +262,15 @@ def _shown(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("weights over those that are not zero", f"{summary['compression']:.2f}"))
         rows.append(("forward FLOPs if zeros cost nothing", f"{saved:.1%} of {summary['flops']:,.0f}"))
     if (gap := summary.get("gap/generalisation/top1_mean")) is not None:
-        rows.append(("generalisation gap of top-1, out minus in", f"{gap:+.1%}"))
+        rows.append(("generalisation gap of top-1, out minus in", f"{100 * gap:+.1f} points"))
     if "client_steps" in summary:
         rows.append(("local steps of all clients, preparation included", f"{summary['client_steps']:,}"))
     up, dense = summary["bytes_up"], summary["bytes_dense"]
-    rows.append(("sent up", f"{human_bytes(up)} ({up / dense:.1%} of dense)"))
-    rows.append(("all traffic, with first models", human_bytes(summary["bytes_total"])))
+    rows.append(("sent up in rounds", f"{human_bytes(up)} ({up / dense:.1%} of dense)"))
+    rows.append(("received in rounds", human_bytes(summary["bytes_down"])))
+    setup = summary["bytes_setup_up"] + summary["bytes_setup_down"]
+    rows.append(("head, calibration and first models", human_bytes(setup)))
+    rows.append(("all traffic", human_bytes(summary["bytes_total"])))
     rows.append((f"time of the rounds' messages, link {summary['link']}", f"{summary['link_seconds']:.1f} s"))
     rows.append(("dropped updates", str(summary["dropped_updates"])))
     rows.append(("time in rounds", f"{summary['seconds']:.1f} s"))
