@@ -212,7 +212,8 @@ def test_a_kill_before_the_summary_leaves_only_that_to_do(stopped):
     (folder / "summary.json").unlink()
     (folder / "model.safetensors").unlink()
     after = run([f"resume={folder}"])
-    assert {k: v for k, v in after.items() if k != "folder"} == before
+    own = ("folder", "peak_memory")  # memory is this process's
+    assert {k: v for k, v in after.items() if k not in own} == {k: v for k, v in before.items() if k not in own}
     assert (folder / "model.safetensors").is_file()
 
 
