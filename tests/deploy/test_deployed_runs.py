@@ -270,7 +270,7 @@ class Killed(BaseException):
 def test_a_server_that_is_killed_goes_on_to_the_same_row(tmp_path, monkeypatch):
     """At twenty random moments between two messages; nodes stay, or start anew."""
     monkeypatch.chdir(tmp_path)
-    options = ["head.init=random", "federation.rounds=4", *TOPK, *FEEDBACK]
+    options = ["head.init=random", "federation.rounds=7", *TOPK, *FEEDBACK]
     whole = LocalLink(tmp_path / "whole_nodes", 4)
     deployed(tmp_path / "whole", whole, *options)
     messages, dice = len(whole.payloads), random.Random(3)
