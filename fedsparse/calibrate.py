@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from fedsparse.core import files
 from fedsparse.core.folder import CALIBRATION
-from fedsparse.job.command import arrange, on_command_line
+from fedsparse.job.command import arrange, logging_kept, on_command_line
 from fedsparse.job.config import check
 from fedsparse.job.resume import Job, composed, store
 from fedsparse.job.runs import compose_and_run
@@ -100,7 +100,8 @@ def main() -> None:
 
     def body() -> None:
         arrange()
-        _hydra_main()
+        with logging_kept():
+            _hydra_main()
 
     on_command_line(body)
 

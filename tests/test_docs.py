@@ -241,6 +241,7 @@ def run_module(name, words, monkeypatch):
     module = import_module(f"fedsparse.{name}")
     module = module if hasattr(module, "main") else import_module(f"fedsparse.{name}.__main__")
     monkeypatch.setattr(sys, "argv", [f"fedsparse.{name}", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which a command sets
     try:
         module.main()
     except SystemExit as end:  # as --help ends

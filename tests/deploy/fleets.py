@@ -29,7 +29,8 @@ class Commands:
 
     def __init__(self, folder, stand_ins=True):
         paths = [ROOT, *([HERE, HERE / "stand_ins"] if stand_ins else [])]
-        self.folder, self.env = folder, os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+        own = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HYDRA_FULL_ERROR": "0"}
+        self.folder, self.env = folder, os.environ | own
         self.started = 0
 
     def call(self, *arguments, module="fedsparse.deploy"):

@@ -8,7 +8,7 @@ import signal
 import pytest
 from fleets import Commands, free_port, needs_flower
 
-pytestmark = [pytest.mark.slow, needs_flower]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, needs_flower]
 RUN = [
     *("model=mlp", "data=digits", "mask_rule=dense", "head.init=random", "logger=csv", "pictures=false"),
     *("calibration.cache=null", "federation.num_clients=2", "federation.clients_per_round=1.0", "federation.rounds=40"),
