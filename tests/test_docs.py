@@ -66,7 +66,7 @@ def test_a_mask_rule_in_three_steps(copy):
     )
     assert int(re.search(r"(\d+) passed", report)[1]) >= 8
     options = ("model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=2")
-    assert "mask rule most_salient" in call(copy, "-m", "fedsparse.train", "mask_rule=most_salient", *options)
+    assert "iid, most_salient 80% frozen" in call(copy, "-m", "fedsparse.train", "mask_rule=most_salient", *options)
 
 
 def test_a_federation_from_python_runs_as_printed(capsys):
