@@ -369,7 +369,7 @@ def test_the_three_steps_as_printed_with_an_installed_wheel(elsewhere, venv, tmp
     texts, command = printed()
     write(tmp_path, texts)
     short = ("model=mlp", "logger=csv", "federation.rounds=1", "calibration.head_steps=2")
-    assert "mask rule heaviest" in elsewhere(command, *short, "hydra.run.dir=runs/one")
+    assert "iid, heaviest" in elsewhere(command, *short, "hydra.run.dir=runs/one")
     summary = summary_of(tmp_path / "runs/one")
     assert (summary["mask_rule"], summary["rounds"]) == ("heaviest", 1)
     assert installed == {path: path.stat().st_mtime_ns for path in Path(where[0]).parent.rglob("*.py")}
