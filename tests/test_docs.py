@@ -136,6 +136,7 @@ def cells(words):
         yield from ([v if i == place else own[0] for i, own in enumerate(listed)] for v in values[place > 0 :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", printed_commands(), ids=" ".join)
 def test_every_command_that_is_printed_composes(words):
     words = [word for word in words if not word.startswith(("resume=", "hydra"))]

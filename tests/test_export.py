@@ -102,6 +102,7 @@ def test_files_agree_with_the_pruned_model(folder, command):
     assert not [p for p in folder.iterdir() if p.name.startswith(".export")]
 
 
+@pytest.mark.slow
 def test_figures_by_hand(folder):
     figures = export.export(folder)
     assert figures == json.loads((folder / "export" / "figures.json").read_text())

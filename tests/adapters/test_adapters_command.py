@@ -24,6 +24,8 @@ from fedsparse.adapters.matrix_plot import matrix_figure
 from fedsparse.data.tokens import load_tokenizer
 from fedsparse.models.vision import vit_digits
 
+pytestmark = pytest.mark.slow  # the file takes half a minute
+
 
 def test_the_listing_by_hand(folder, command):
     code, out, err = command(folder, "list", "--json")

@@ -21,6 +21,8 @@ from fedsparse.federation.stores.store import FileStore, stored_rows
 from fedsparse.models.lora import adapters, lora, settings
 from fedsparse.models.vision import vit_digits
 
+pytestmark = pytest.mark.slow  # the file takes half a minute
+
 PER_LAYER = 4 * (4 * 64 + 192 * 4)  # bytes of A and B in float32, rank 4
 
 

@@ -123,6 +123,7 @@ def test_adapters_of_which_a_part_stays(tmp_path, monkeypatch, method):
     assert "personal/acc_mean" in got
 
 
+@pytest.mark.slow
 def test_own_data_make_the_folder_the_client(tmp_path, monkeypatch):
     """Four folders of arrays are four clients; in the simulator they are the users of one folder."""
     monkeypatch.chdir(tmp_path)
@@ -159,6 +160,7 @@ def test_own_data_make_the_folder_the_client(tmp_path, monkeypatch):
     assert got["bytes_total"] == want["bytes_total"]
 
 
+@pytest.mark.slow
 def test_a_node_that_says_nothing_is_named_and_the_round_is_that_of_the_others(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     seen = Counter()

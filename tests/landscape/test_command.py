@@ -28,6 +28,8 @@ from fedsparse.landscape.replay import load, local_row
 from fedsparse.landscape.scene import Scene
 from fedsparse.models.vision import mlp
 
+pytestmark = pytest.mark.slow  # the file takes half a minute
+
 
 def rows_of(folder):
     return [global_row(folder), *(local_row(load(folder), client) for client in (0, 1))]

@@ -19,6 +19,8 @@ from fedsparse.landscape.scene import Scene
 from fedsparse.landscape.task import MeanLoss
 from fedsparse.models.vision import mlp
 
+pytestmark = pytest.mark.slow  # the file takes half a minute
+
 FAST = ("surface=false", "data=[test]", "grid=3")
 
 
