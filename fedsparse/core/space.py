@@ -64,6 +64,11 @@ class Binding:
     gradients: tuple[Tensor, ...]
 
 
+def parameters_of(net: nn.Module, patterns: Patterns) -> list[nn.Parameter]:
+    """List the parameters whose names match, such as those of the head."""
+    return [parameter for name, parameter in net.named_parameters() if matches(name, patterns)]
+
+
 class ParamSpace:
     """Names, shapes and offsets of a network's federated tensors in a row of ``P`` coordinates.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.precisions import HALF, dtype_of, made_in
+from fedsparse.core.space import parameters_of
 from fedsparse.federation.client.training import LOSS_SCALE
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.exchange.wire.message import decode_mask, read
@@ -29,7 +30,6 @@ from fedsparse.preparation.tasks import (
     HeadGradient,
     HeadStatistics,
     Observation,
-    head_parameters,
     left_of,
     load,
 )
@@ -120,7 +120,7 @@ class Party:
         if name == HeadGradient.__name__:
             return HeadGradient(problem.head, round)
         if name == HeadStatistics.__name__:
-            return HeadStatistics(problem.head)
+            return HeadStatistics(problem.head, round)
         if name != Observation.__name__:
             raise ValueError(f"{name[:40]!r} is no task of a client")
         kind, left = method.rule.calibration, left_of(given, problem.space.size)
@@ -144,7 +144,7 @@ class Party:
         row = decode_mask(mask, space.size) if mask else torch.ones(space.size, dtype=torch.bool)
         read_model(model, net, space, row if implied else None)
         if head:
-            load(head_parameters(net, problem.head), head)
+            load(parameters_of(net, problem.head), head)
         if self.assembly.method.sparsity.mode == "prune":
             zero(net, space, row)
         with self.computing():

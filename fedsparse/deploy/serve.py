@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedsparse.deploy.meeting import join
 from fedsparse.deploy.messages import Link
-from fedsparse.deploy.remote import join
 from fedsparse.job.command import logging_kept
 from fedsparse.job.config import check
 from fedsparse.job.deployed import Deployed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedsparse.core.space import Patterns, matches
+from fedsparse.core.space import Patterns, parameters_of
 from fedsparse.core.subspace import Carry, Subspace
 from fedsparse.federation.exchange.downlink import Downlink
 from fedsparse.federation.exchange.ledger import Ledger, Traffic
@@ -19,6 +19,7 @@ from fedsparse.federation.exchange.wire.message import (
     bitmap_size,
     encode,
     encode_mask,
+    encode_tensors,
     known_size,
 )
 from fedsparse.federation.exchange.wire.model import write_model
@@ -49,9 +50,7 @@ class PreparedHead:
 
     def message(self, net: nn.Module) -> bytes:
         """Write the head of a network."""
-        return encode(
-            torch.cat([p.detach().reshape(-1) for name, p in net.named_parameters() if matches(name, self.names)])
-        )
+        return encode_tensors(parameters_of(net, self.names))
 
 
 class Down(NamedTuple):
@@ -150,8 +149,8 @@ class ByteCount(Watcher):
         federation, ledger, row = round.federation, self.ledger, self.before[group]
         first, setup, trained = client not in ledger.has_model, ledger.bytes_setup_down, federation.server.subspace
         zeros = self.prunes * (trained.total - trained.size) * row.element_size()
-        if not first and self.head is not None and not self.head.counted and self._is_new(client):
-            ledger.setup(1, up=0, down=len(self.head.message(federation.clients.net)))
+        if not first and self.head is not None and not self.head.counted:
+            ledger.setup(1, up=0, down=len(self._head(federation, client)))
         ledger.first_model([client], self.model_length - zeros)
         ledger.mask([client], self.mask_length)
         setup = ledger.bytes_setup_down - setup
@@ -176,34 +175,35 @@ class ByteCount(Watcher):
             everything: whether the client has lost what it held.
 
         """
-        server, ledger = federation.server, self.ledger
-        first = everything or client not in ledger.has_model
-        row = server.values[group][self.travelling]
-        sent = federation.objective.broadcast(server.values[group])
-        extra = sent if first else torch.cat([federation.buffers.values[group][: federation.buffers.size], sent])
-        masked = self.mask_length and (everything or client not in ledger.has_mask)
-        model = self._model(federation, group) if first else b""
-        mask = encode_mask(server.subspace.mask) if masked else b""
-        if first:
-            return Down(model, b"", mask, encode(row[:0], buffers=extra) if len(extra) else b"")
-        head = b""
-        if self.head is not None and self._is_new(client):
-            federation.show(0)
-            head = self.head.message(federation.clients.net)
-        return Down(model, head, mask, self.downlinks[group].message(client, row, extra))
+        row = federation.server.values[group][self.travelling]
+        if everything or client not in self.ledger.has_model:
+            sent = federation.objective.broadcast(federation.server.values[group])
+            mask = self._mask(federation, client, everything)
+            return Down(self._model(federation, group), b"", mask, encode(row[:0], buffers=sent) if len(sent) else b"")
+        changed = self.downlinks[group].message(client, row, self._extra(federation, group))
+        return Down(b"", self._head(federation, client), self._mask(federation, client), changed)
 
     def whole(self, federation: Federation, client: int, group: int) -> Down:
         """Write the whole row to a client that has the model, whatever else it holds."""
-        row, sent = federation.server.values[group], federation.objective.broadcast(federation.server.values[group])
-        extra = torch.cat([federation.buffers.values[group][: federation.buffers.size], sent])
-        masked = self.mask_length and client not in self.ledger.has_mask
-        mask = encode_mask(federation.server.subspace.mask) if masked else b""
-        head = b"" if self.head is None or not self._is_new(client) else self.head.message(federation.clients.net)
-        return Down(b"", head, mask, encode(row[self.travelling], buffers=extra))
+        row = encode(federation.server.values[group][self.travelling], buffers=self._extra(federation, group))
+        return Down(b"", self._head(federation, client), self._mask(federation, client), row)
 
-    def _is_new(self, client: int) -> bool:
-        """Whether a client has not trained before."""
-        return not any(client in downlink.holds for downlink in self.downlinks)
+    def _extra(self, federation: Federation, group: int) -> Tensor:
+        """Gather what every round sends beside the row: buffers, and what the drift correction sends."""
+        sent = federation.objective.broadcast(federation.server.values[group])
+        return torch.cat([federation.buffers.values[group][: federation.buffers.size], sent])
+
+    def _mask(self, federation: Federation, client: int, lost: bool = False) -> bytes:
+        """Write the mask for a client that does not hold it; nothing if everything trains."""
+        due = self.mask_length and (lost or client not in self.ledger.has_mask)
+        return encode_mask(federation.server.subspace.mask) if due else b""
+
+    def _head(self, federation: Federation, client: int) -> bytes:
+        """Write the prepared head for a client that has not trained before; nothing where rounds bring it."""
+        if self.head is None or any(client in downlink.holds for downlink in self.downlinks):
+            return b""
+        federation.show(0)
+        return self.head.message(federation.clients.net)
 
     def _model(self, federation: Federation, group: int) -> bytes:
         """Write the model of a group; the mask has to be read before it where zeros are left out."""

@@ -84,21 +84,6 @@ def assemble(cfg: DictConfig) -> Assembly:
     return Assembly(problem, course, method, session, make_data, config, cfg.pictures, save)
 
 
-def assemble_alone(cfg: DictConfig, client: int) -> Assembly:
-    """Assemble a run on a data set that is one client's alone: it holds the whole training split.
-
-    The partition is not asked; ids, and so the random numbers, are those of the run.
-    """
-    single = cfg.copy()
-    single.federation.num_clients, single.federation.clients_per_round = 1, 1
-    single.partition = {"_target_": "fedsparse.data.partition.iid", "_partial_": True}
-    assembly = assemble(single)
-    dataset, nobody = assembly.problem.dataset, [np.zeros(0, dtype=np.int64)] * client
-    parts, tests, vals = ([*nobody, np.arange(len(s.y))] for s in (dataset.train, dataset.test, dataset.val))
-    problem = replace(assembly.problem, parts=parts, tests=tests, vals=vals)
-    return replace(assembly, problem=problem, course=assemble_course(single, problem))
-
-
 def with_problem(assembly: Assembly, problem: Problem) -> Assembly:
     """Replace the problem of an assembly, and plan its rounds again."""
     return replace(assembly, problem=problem, course=assemble_course(OmegaConf.create(assembly.config), problem))

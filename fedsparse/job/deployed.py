@@ -8,22 +8,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fedsparse.core import files
 from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.folder import CONFIG, DEPLOYED, HYDRA, OVERRIDES
 from fedsparse.job import trust
-from fedsparse.job.assemble import assemble, assemble_alone
+from fedsparse.job.assemble import assemble, assemble_course
 from fedsparse.job.command import hydras_as_value_errors
 from fedsparse.job.config import check, register_resolvers
 from fedsparse.job.parts import Assembly
@@ -152,6 +153,21 @@ class Deployed:
         files.write(folder / HYDRA, OmegaConf.to_yaml(OmegaConf.create({"hydra": node})))
         files.write(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(typed)))
         files.write(folder / DEPLOYED, self.text())
+
+
+def assemble_alone(cfg: DictConfig, client: int) -> Assembly:
+    """Assemble a run on a data set that is one client's alone: it holds the whole training split.
+
+    The partition is not asked; ids, and so the random numbers, are those of the run.
+    """
+    single = cfg.copy()
+    single.federation.num_clients, single.federation.clients_per_round = 1, 1
+    single.partition = {"_target_": "fedsparse.data.partition.iid", "_partial_": True}
+    assembly = assemble(single)
+    dataset, nobody = assembly.problem.dataset, [np.zeros(0, dtype=np.int64)] * client
+    parts, tests, vals = ([*nobody, np.arange(len(s.y))] for s in (dataset.train, dataset.test, dataset.val))
+    problem = replace(assembly.problem, parts=parts, tests=tests, vals=vals)
+    return replace(assembly, problem=problem, course=assemble_course(single, problem))
 
 
 def compose(overrides: Sequence[str]) -> str:

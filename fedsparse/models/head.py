@@ -73,6 +73,11 @@ class Statistics:
         rows, columns = _upper(x.shape[1], x.device)
         return cls(len(x), x.sum(0), y.sum(0), (x.T @ x)[rows, columns], x.T @ y)
 
+    @staticmethod
+    def shapes(features: int, classes: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of ``tensors``, for D features and C classes."""
+        return (), (features,), (classes,), (features * (features + 1) // 2,), (features, classes)
+
     @classmethod
     def received(cls, tensors: Sequence[Tensor]) -> Statistics:
         """Build the statistics from ``tensors`` of a client."""

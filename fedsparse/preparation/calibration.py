@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsparse.core.checks import check_choice, check_number
 from fedsparse.core.seeding import Purpose, torch_generator
-from fedsparse.core.space import Patterns
+from fedsparse.core.space import Patterns, parameters_of
 from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.wire.message import bitmap_size, known_size
 from fedsparse.federation.reports import left_out
@@ -25,7 +25,7 @@ from fedsparse.masks import Evidence, Mask, MaskRule, Sparsity, Thinning, choose
 from fedsparse.masks.bitmaps import pack
 from fedsparse.masks.thinning import exchanged, ordered, shrunk, thin
 from fedsparse.preparation.preparation import Preparation
-from fedsparse.preparation.tasks import Observation, head_parameters
+from fedsparse.preparation.tasks import Observation
 
 log = logging.getLogger("fedsparse")
 
@@ -280,7 +280,7 @@ def _scores(
 def _count(preparation: Preparation, job: CalibrationJob, task: Observation, clients: Sequence[int]) -> None:
     """Count the messages and steps of a round's clients in the ledger."""
     scores, bitmap = exchanged(preparation.space.size, task.left)
-    head = sum(parameter.numel() for parameter in head_parameters(preparation.net, job.head))
+    head = sum(parameter.numel() for parameter in parameters_of(preparation.net, job.head))
     preparation.ledger.first_model(clients, preparation.model_length)
     preparation.ledger.client_steps += sum(_batches(preparation, job, client) for client in clients)
     dtype = preparation.space.tensors(preparation.net)[0].dtype

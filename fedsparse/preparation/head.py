@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from fedsparse.core.checks import check_choice, check_flag, check_number
 from fedsparse.core.seeding import Purpose
-from fedsparse.core.space import Patterns
+from fedsparse.core.space import Patterns, parameters_of
 from fedsparse.federation.diverged import Diverged
 from fedsparse.federation.exchange.wire.message import length
 from fedsparse.federation.reports import left_out
 from fedsparse.models.head import Statistics, features, head_of, temperature
 from fedsparse.preparation.preparation import Preparation
-from fedsparse.preparation.tasks import HeadGradient, HeadStatistics, head_parameters
+from fedsparse.preparation.tasks import HeadGradient, HeadStatistics
 
 log = logging.getLogger("fedsparse")
 DIVERGED = "{}, so the run stops; try a smaller calibration.head_lr, or head.init=closed_form"
@@ -83,7 +83,7 @@ def probe(preparation: Preparation, head: Patterns, steps: int, lr: float) -> No
         Diverged: no client's gradient is finite, or the head is not.
 
     """
-    parameters = head_parameters(preparation.net, head)
+    parameters = parameters_of(preparation.net, head)
     message, lost = length(*parameters), set[int]()
     for step in range(steps):
         clients = preparation.sample(step, Purpose.HEAD)

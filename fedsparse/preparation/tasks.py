@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.core.seeding import Purpose, generator, torch_generator
-from fedsparse.core.space import Patterns, matches
+from fedsparse.core.space import Patterns, parameters_of
 from fedsparse.data.datasets import Split
-from fedsparse.federation.exchange.wire.message import decode_mask, encode, encode_mask, read
+from fedsparse.federation.exchange.wire.message import decode_mask, encode, encode_mask, encode_tensors, read
 from fedsparse.masks import MaskRule
 from fedsparse.masks.thinning import shrunk
-from fedsparse.models.head import features, head_of, statistics_of
+from fedsparse.models.head import Statistics, features, head_of, statistics_of
 from fedsparse.models.modes import evaluating
 
 if TYPE_CHECKING:
@@ -33,38 +33,38 @@ class HeadGradient:
 
     Args:
         head: patterns of the head's parameters.
-        step: of the probe, from 0.
+        round: step of the probe, from 0.
 
     """
 
     head: Patterns
-    step: int
+    round: int
 
     def run(self, preparation: Preparation, client: int) -> tuple[Tensor, ...]:
         """Compute a client's gradients, one of each parameter of the head."""
-        part, parameters = preparation.parts[client], head_parameters(preparation.net, self.head)
-        stream = generator(preparation.seed, Purpose.HEAD, self.step, client)
+        part, parameters = preparation.parts[client], parameters_of(preparation.net, self.head)
+        stream = generator(preparation.seed, Purpose.HEAD, self.round, client)
         x, y = preparation.take(preparation.dataset.train, stream.permutation(part)[: preparation.batch_size])
         with evaluating(preparation.net):
             return torch.autograd.grad(preparation.losses(preparation.net, x, y).mean(), parameters)
 
     def down(self, preparation: Preparation) -> tuple[bytes, ...]:
         """Write what the server sends: the head."""
-        return (written(head_parameters(preparation.net, self.head)),)
+        return (encode_tensors(parameters_of(preparation.net, self.head)),)
 
     @contextmanager
     def received(self, preparation: Preparation, parts: Sequence[bytes]) -> Iterator[None]:
         """Load what the server sent."""
-        load(head_parameters(preparation.net, self.head), parts[0])
+        load(parameters_of(preparation.net, self.head), parts[0])
         yield
 
     def up(self, answer: Sequence[Tensor]) -> bytes:
         """Write what a client sends."""
-        return written(answer)
+        return encode_tensors(answer)
 
     def answer(self, preparation: Preparation, message: bytes) -> tuple[Tensor, ...]:
         """Read what a client sent."""
-        return read_like(message, head_parameters(preparation.net, self.head))
+        return read_like(message, parameters_of(preparation.net, self.head))
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,12 @@ class HeadStatistics:
 
     Args:
         head: patterns of the head's parameters.
+        round: 0, as there is one.
 
     """
 
     head: Patterns
+    round: int = 0
 
     def run(self, preparation: Preparation, client: int) -> tuple[Tensor, ...]:
         """Sum a client's statistics, batch by batch."""
@@ -96,13 +98,12 @@ class HeadStatistics:
 
     def up(self, answer: Sequence[Tensor]) -> bytes:
         """Write what a client sends."""
-        return written(answer)
+        return encode_tensors(answer)
 
     def answer(self, preparation: Preparation, message: bytes) -> tuple[Tensor, ...]:
         """Read what a client sent."""
         layer = head_of(preparation.net, self.head)
-        d, c = layer.in_features, layer.out_features
-        shapes = ((), (d,), (c,), (d * (d + 1) // 2,), (d, c))
+        shapes = Statistics.shapes(layer.in_features, layer.out_features)
         return read_like(message, [torch.zeros(shape, dtype=torch.float64) for shape in shapes])
 
 
@@ -150,14 +151,14 @@ class Observation:
 
     def down(self, preparation: Preparation) -> tuple[bytes, ...]:
         """Write what the server sends: the head, and from a thinning's second round what is left."""
-        head = written(head_parameters(preparation.net, self.head))
+        head = encode_tensors(parameters_of(preparation.net, self.head))
         return (head, *(() if self.left is None else (encode_mask(self.left),)))
 
     @contextmanager
     def received(self, preparation: Preparation, parts: Sequence[bytes]) -> Iterator[None]:
         """Load what the server sent; what a thinning has given up is shrunk meanwhile."""
         net, space = preparation.net, preparation.space
-        load(head_parameters(net, self.head), parts[0])
+        load(parameters_of(net, self.head), parts[0])
         row = space.read(net)
         space.write(net, shrunk(row, self.left, self.shrink))
         yield
@@ -178,16 +179,6 @@ ClientTask = HeadGradient | HeadStatistics | Observation
 def left_of(parts: Sequence[bytes], size: int) -> Tensor | None:
     """Read what a thinning has left, bool (P,), of the messages of an ``Observation``; None in its first round."""
     return decode_mask(parts[1], size) if len(parts) > 1 else None
-
-
-def head_parameters(net: nn.Module, head: Patterns) -> list[nn.Parameter]:
-    """List the parameters of the head."""
-    return [p for name, p in net.named_parameters() if matches(name, head)]
-
-
-def written(tensors: Sequence[Tensor]) -> bytes:
-    """Write tensors of one dtype as one message."""
-    return encode(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
 
 
 def read_like(message: bytes, like: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from fedsparse import run
 from fedsparse.deploy.messages import Answer, Reply, Request
 from fedsparse.deploy.serve import serve
 from fedsparse.deploy.worker import Worker
+from fedsparse.federation.diverged import Diverged
 from fedsparse.job.deployed import Deployed, compose
 
 BASE = [
@@ -182,6 +183,20 @@ def test_a_node_that_says_nothing_is_named_and_the_round_is_that_of_the_others(t
     link = LocalLink(tmp_path / "again", 4, tamper=silent)
     with pytest.raises(ValueError, match=r"no answer of client 2 in 0.3 s, and deploy.on_missing=stop"):
         deployed(tmp_path / "stopped", link, *options, "deploy.timeout=0.3", "deploy.on_missing=stop")
+
+
+@pytest.mark.slow
+def test_a_round_that_nobody_answers_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = Counter()
+
+    def silent(reply):
+        seen[reply.node] += 1
+        return [reply] if seen[reply.node] <= 2 else []  # the join and the first round
+
+    link = LocalLink(tmp_path / "nodes", 4, tamper=silent)
+    with pytest.raises(Diverged, match=r"round 2: no update counts, so the run stops; client \d: no answer in 0.2 s"):
+        deployed(tmp_path / "run", link, "head.init=random", "mask_rule=dense", "deploy.timeout=0.2")
 
 
 @pytest.mark.slow

@@ -6,14 +6,15 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from fuzzing import attempts
 
 from fedsparse.deploy.messages import Answer, Malformed, Reply, Request
-from fedsparse.deploy.post import checked
+from fedsparse.deploy.post import Errand, Member, Post, checked
 from fedsparse.deploy.remote import capped
-from fedsparse.job.deployed import Deployed, compose, deployed
+from fedsparse.job.deployed import Deployed, Options, compose, deployed
 
 REQUEST = Request(7, "ab12", "train", 3, 2, "cafe", {"holds": 1, "weight": 0.5}, {"model": b"abc", "row": b"defgh"})
 ANSWER = Answer(7, "ab12", 3, 40, {"local_steps": 4}, b"payload")
@@ -70,6 +71,41 @@ def test_a_reply_is_checked_against_its_request():
     assert said(samples=41) == "it says that it holds 41 samples, and declared 40"
     error = Reply(100, "", b"", "<class 'ValueError'>:<'no\n  room'>")
     assert checked(error, 7, "ab12", 3, 40) == "it failed: <class 'ValueError'>:<'no room'>"
+
+
+class SlowLink:
+    """One node, whose answer is there after so many looks; all that was sent is kept."""
+
+    def __init__(self, looks):
+        self.looks, self.sent = looks, []
+
+    def nodes(self):
+        return [100]
+
+    def push(self, messages, round):
+        self.sent += [Request.read(*message) for message in messages.values()]
+
+    def pull(self):
+        self.looks -= 1
+        request = self.sent[-1]
+        return [Reply(100, *Answer(request.number, "ab12", 3, 40, {}, b"late").write())] if self.looks == 0 else []
+
+
+@pytest.mark.parametrize("on_missing", ["drop", "wait", "stop"])
+def test_what_happens_when_time_is_up(on_missing):
+    """The answer is there after ten looks, of which the first few take all the time that there is."""
+    link = SlowLink(looks=10)
+    post = Post(link, "ab12", "cafe", Options(timeout=0.05, on_missing=on_missing))
+    ask = partial(post.ask, {3: Errand("train", 2, {"holds": 1}, {"row": b"abc"})}, {3: Member(100, 40)})
+    if on_missing == "stop":
+        with pytest.raises(ValueError, match="no answer of client 3 in 0.05 s, and deploy.on_missing=stop"):
+            ask()
+        return
+    (found,) = ask().values()
+    assert found == "no answer in 0.05 s" if on_missing == "drop" else found.payload == b"late"
+    assert (post.down, post.up) == (3, 0 if on_missing == "drop" else 4)
+    (request,) = link.sent
+    assert (request.kind, request.client, request.round, request.config) == ("train", 3, 2, "cafe")
 
 
 @pytest.mark.fuzz

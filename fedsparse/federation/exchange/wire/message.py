@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,14 @@ import torch
 from torch import Tensor
 
 from fedsparse.core.checks import check_number
-from fedsparse.federation.exchange.wire.positions import Coding, read_positions, size_range, write_positions
+from fedsparse.federation.exchange.wire.positions import (
+    Coding,
+    read_bitmap,
+    read_positions,
+    size_range,
+    write_bitmap,
+    write_positions,
+)
 from fedsparse.federation.exchange.wire.values import CODES, DTYPES, raw, read_values, values_size, write_values
 
 # magic, version, dtype of the values, dtype of the row, coding of the positions, n, k, Q, CRC32, weight, loss, steps
@@ -114,7 +122,12 @@ def counted_size(count: int, positions: int, extra: int, dtype: torch.dtype, row
 
 def length(*tensors: Tensor) -> int:
     """Bytes of the message with these tensors, of one dtype, as one row."""
-    return len(encode(torch.cat([tensor.reshape(-1) for tensor in tensors])))
+    return len(encode_tensors(tensors))
+
+
+def encode_tensors(tensors: Iterable[Tensor]) -> bytes:
+    """Encode tensors of one dtype as one row, one after the other."""
+    return encode(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
 
 
 def bitmap_size(size: int) -> Size:
@@ -200,7 +213,7 @@ def read(payload: bytes, size: int, *, mask: Tensor | None = None, dtype: torch.
 
 def encode_mask(mask: Tensor) -> bytes:
     """Encode a mask as a message of positions alone: bool (P,), one bit a coordinate, least significant first."""
-    bits = np.packbits(mask.cpu().numpy(), bitorder="little").tobytes()
+    bits = write_bitmap(mask.cpu().numpy())
     return _seal(HEADER.pack(MASK, VERSION, 0, 0, int(Coding.BITMAP), len(mask), int(mask.sum()), 0, 0, 0, 0, 0), bits)
 
 
@@ -220,11 +233,10 @@ def decode_mask(payload: bytes, size: int) -> Tensor:
     _expect(total == size, "size", f"{total} coordinates, where {size} are expected")
     view = memoryview(payload)
     _expect(crc == _crc(view[: HEADER.size], view[HEADER.size :]), "crc", "the message was damaged on its way")
-    bits = np.unpackbits(np.frombuffer(payload, np.uint8, offset=HEADER.size), count=size, bitorder="little")
-    _expect(
-        int(bits.sum()) == count, "count", f"{int(bits.sum())} coordinates are marked, where the header says {count}"
-    )
-    return torch.from_numpy(bits.astype(bool))
+    try:
+        return torch.from_numpy(read_bitmap(np.frombuffer(payload, np.uint8, offset=HEADER.size), size, count))
+    except ValueError as error:
+        raise PayloadError("positions", str(error).removeprefix("positions: ")) from None
 
 
 def split_size(payload: bytes) -> Size:

@@ -38,7 +38,7 @@ def write_positions(sent: Bools) -> tuple[Coding, bytes]:
         return coding, b""
     if coding == Coding.GAPS:
         return coding, _write_gaps(gaps)
-    return coding, _write_bitmap(sent) if coding == Coding.BITMAP else np.flatnonzero(sent).astype("<u4").tobytes()
+    return coding, write_bitmap(sent) if coding == Coding.BITMAP else np.flatnonzero(sent).astype("<u4").tobytes()
 
 
 def positions_size(sent: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def read_positions(coding: Coding, data: Bytes, n: int, count: int) -> Bools:
     if coding == Coding.ALL:
         return np.ones(n, dtype=bool)
     if coding == Coding.BITMAP:
-        return _read_bitmap(data, n, count)
+        return read_bitmap(data, n, count)
     index = data.view("<u4").astype(np.int64) if coding == Coding.FLAT else _read_gaps(data, count)
     if len(index) and (int(index[-1]) >= n or bool((index[1:] <= index[:-1]).any())):
         raise ValueError(f"positions must increase strictly and stay below {n}")
@@ -110,11 +110,18 @@ def _cheapest(sent: Bools) -> tuple[Coding, int, Ints]:
     return coding, sizes[coding], gaps
 
 
-def _write_bitmap(sent: Bools) -> bytes:
+def write_bitmap(sent: Bools) -> bytes:
+    """Write bool (n,), one bit a coordinate, least significant first."""
     return np.packbits(sent, bitorder="little").tobytes()
 
 
-def _read_bitmap(data: Bytes, n: int, count: int) -> Bools:
+def read_bitmap(data: Bytes, n: int, count: int) -> Bools:
+    """Read bool (n,), ``count`` of them True.
+
+    Raises:
+        ValueError: another number is marked, or one beyond n.
+
+    """
     bits = np.unpackbits(data, bitorder="little").view(bool)
     if bits[n:].any() or int(np.count_nonzero(bits)) != count:
         raise ValueError(f"positions: the bitmap does not mark {count} of {n}")
