@@ -102,13 +102,15 @@ class GracefulStop(lightning.Callback):
         limit: seconds after which training stops in the same way; None: no limit.
 
     Attributes:
-        received: the signals, which the caller passes on with ``hand_on``.
+        own: the signals that this process got.
+        received: those of all processes, as agreed at the end of a round; the caller passes them on with ``hand_on``.
         overtime: whether the limit is reached.
 
     """
 
     def __init__(self, limit: float | None = None) -> None:
         self.limit = math.inf if limit is None else limit
+        self.own: list[signal.Signals] = []
         self.received: list[signal.Signals] = []
         self.overtime = False
 
@@ -122,19 +124,27 @@ class GracefulStop(lightning.Callback):
 
     def _receive(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT:
-            if number in self.received:
+            if number in self.own:
                 raise Stopped(number)
             with suppress(OSError):  # not print, which this handler may have interrupted
                 os.write(2, b"fedsparse: SIGINT: the round closes and is saved; once more ends at once\n")
-        self.received.append(signal.Signals(number))
+        self.own.append(signal.Signals(number))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Stop after this round, in all processes of a run if one of them got a signal or reached the limit."""
-        found = parallel.gather((self.received, time.monotonic() - self.began >= self.limit))
-        self.received = [number for numbers, _ in found for number in numbers]
-        self.overtime = any(over for _, over in found)
+        self._agree()
         if self.received or self.overtime:
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Take in what came since the last round ended."""
+        self._agree()
+
+    def _agree(self) -> None:
+        # a signal that comes while the processes wait for each other stays in own, and counts the next time
+        found = parallel.gather(([*self.own], time.monotonic() - self.began >= self.limit))
+        self.received = [number for numbers, _ in found for number in numbers]
+        self.overtime = any(over for _, over in found)
 
 
 def hand_on(received: Sequence[signal.Signals]) -> None:

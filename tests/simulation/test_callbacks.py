@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import re
+import signal
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from small import Small, small_data, small_net, uneven_parts
 
+from fedsparse.core import parallel, signals
 from fedsparse.core.seeding import Purpose, generator, number
 from fedsparse.job import config
 from fedsparse.job.execute import quiet
 from fedsparse.simulation.evaluation import Evaluation
 from fedsparse.simulation.progress import RoundProgress, human_bytes
-from fedsparse.simulation.tracking import RoundLog
+from fedsparse.simulation.tracking import GracefulStop, RoundLog
 
 
 def watch(tmp_path, terminal, shared=False):
@@ -55,6 +59,29 @@ def test_beside_other_runs_rounds_go_to_the_log_alone(tmp_path, terminal, caplog
     with caplog.at_level("INFO", logger="fedsparse"):
         assert watch(tmp_path, terminal, shared=True).strip() == ""
     assert [record.message.split("  ")[0] for record in caplog.records] == ["round 1/2", "round 2/2"]
+
+
+def test_a_signal_while_processes_wait_for_each_other_ends_the_next_round(monkeypatch):
+    """What a process had when the wait began is sent; what comes during the wait is not in it."""
+
+    def gather(value):
+        sent = copy.deepcopy(value)
+        if not stop.own:
+            signal.raise_signal(signal.SIGUSR1)
+        return [sent]
+
+    monkeypatch.setattr(parallel, "gather", gather)
+    before = {number: signal.getsignal(number) for number in [*signals.CLUSTER, *signals.TERMINAL]}
+    stop, trainer, stopped = GracefulStop(), SimpleNamespace(should_stop=False), []
+    try:
+        stop.on_train_start(trainer, None)
+        for _ in range(2):
+            stop.on_train_epoch_end(trainer, None)
+            stopped.append((trainer.should_stop, [*stop.received]))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stopped == [(False, []), (True, [signal.SIGUSR1])]
 
 
 def test_bytes_for_people():
