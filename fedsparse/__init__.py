@@ -23,6 +23,7 @@ __all__ = [
     "Mask",
     "MaskRule",
     "Outcome",
+    "Outcomes",
     "ParamSpace",
     "Server",
     "SparseAdam",
@@ -31,6 +32,7 @@ __all__ = [
     "Topology",
     "run",
     "runs",
+    "sweep",
     "weights",
 ]
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from fedsparse.federation import Clients, Federation
     from fedsparse.federation.exchange import Exchange
     from fedsparse.federation.server import Aggregation, Server, Topology
-    from fedsparse.job.outcome import Outcome
+    from fedsparse.job.outcome import Outcome, Outcomes
     from fedsparse.masks import Mask, MaskRule, Sparsity
     from fedsparse.optim import SparseAdam, SparseSGDM
     from fedsparse.simulation import ClientModule, FederatedRounds
@@ -56,6 +58,7 @@ else:  # ``import fedsparse`` costs nothing
         "Mask": "fedsparse.masks",
         "MaskRule": "fedsparse.masks",
         "Outcome": "fedsparse.job.outcome",
+        "Outcomes": "fedsparse.job.outcome",
         "ParamSpace": "fedsparse.core.space",
         "Server": "fedsparse.federation.server",
         "SparseAdam": "fedsparse.optim",
@@ -80,6 +83,23 @@ def run(overrides: Sequence[str] = (), **keys: Any) -> Outcome:
     from fedsparse import train  # here, so that ``import fedsparse`` costs nothing
 
     return train.run(overrides, **keys)
+
+
+def sweep(overrides: Sequence[str] = (), *, jobs: int = 1, **keys: Any) -> Outcomes:
+    """Run every combination of what is swept, each in a folder of its own; see ``fedsparse.job.runs.sweep``.
+
+    Args:
+        overrides: what one would type after ``-m``, such as ``["mask_rule=random,dense"]``.
+        jobs: cells at the same time.
+        keys: the same as keywords, after these; a list is swept: ``seed=[0, 1]``.
+
+    Returns:
+        A row for each cell: what was swept, its figures and its folder; ``frame()`` is a DataFrame.
+
+    """
+    from fedsparse.job import runs  # here, so that ``import fedsparse`` costs nothing
+
+    return runs.sweep(overrides, jobs=jobs, **keys)
 
 
 def runs(folders: str | PathLike[str] | Iterable[str | PathLike[str]]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,6 +26,7 @@ from fedsparse.core.folder import LOCK, LOG, PARTITION, SUMMARY
 from fedsparse.core.precisions import PRECISIONS
 from fedsparse.job.budget import rounds_for_steps
 from fedsparse.job.limits import check_trainer
+from fedsparse.job.resume import choices_and_group
 from fedsparse.job.sweep import already_used, cell_name, used
 from fedsparse.job.unread import check_keys, check_taken
 
@@ -60,7 +63,7 @@ class QuietReturn(JobReturn):
 
 
 class FreshRunFolder(Callback):
-    """Refuses a used folder for a single run before it is written to, and counts the cells of a sweep.
+    """Refuses a used folder for a single run before it is written to; says a sweep's cells, and its report's command.
 
     The folder of a run that failed before its first round is removed.
 
@@ -105,6 +108,12 @@ class FreshRunFolder(Callback):
         if config.hydra.sweeper._target_.endswith("BasicSweeper") and subdir.startswith("${cell:"):
             cells = [cell for batch in BasicSweeper.split_arguments(parsed, None) for cell in batch]
             print(_how_far(Path(config.hydra.sweep.dir), [cell_name(cell, excluded) for cell in cells]), flush=True)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the command of the sweep's report; calibrations have none."""
+        sweep = Path(config.hydra.sweep.dir)
+        if any(sweep.rglob(SUMMARY)):
+            print(f"report: python -m fedsparse.report {shlex.quote(str(sweep))}", flush=True)
 
 
 def _sweep_overrides(config: DictConfig) -> list[Override]:
@@ -207,6 +216,25 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
     _check_server(cfg.server)
     _check_precision(cfg.trainer.precision)
     check_taken(cfg)
+
+
+def check_values(parsed: list[Override]) -> None:
+    """Check each value of what is swept once, beside the first values of the others.
+
+    Args:
+        parsed: overrides of a sweep.
+
+    Raises:
+        ValueError: one line with the first key or value that is wrong.
+
+    """
+    seen = set[str]()
+    for cell in BasicSweeper.split_arguments(parsed, None)[0]:
+        if not seen.issuperset(cell):
+            cfg = compose("train", list(cell), return_hydra_config=True)
+            choices, _ = choices_and_group(cfg.hydra)
+            check(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), choices)
+            seen.update(cell)
 
 
 def _check_count(key: str, value: Any, **others: Any) -> None:

@@ -1,4 +1,4 @@
-"""Starts runs: a single run, a cell of a sweep, or a resumed run.
+"""Starts runs: a single run, a sweep and its cells, or a resumed run.
 
 What trains is imported after the configuration is composed and checked: a mistake in it is found without torch.
 """
@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from fedsparse.core.checks import check_number
 from fedsparse.job import trust
 from fedsparse.job.command import hydras_as_value_errors, logging_kept, one_line
-from fedsparse.job.config import check, register_resolvers
-from fedsparse.job.outcome import Outcome, typed
+from fedsparse.job.config import check, check_values, register_resolvers
+from fedsparse.job.outcome import Outcome, Outcomes, typed
 from fedsparse.job.resume import Job, composed, continued, finished, open_log, read_job, store
 from fedsparse.job.shipped import conf_dir
 from fedsparse.job.sweep import CellFailed, locked, short_path
@@ -55,10 +59,58 @@ def run(overrides: Sequence[str] = (), **keys: Any) -> Outcome:
         return Outcome(resume(resumed, [o for o in overrides if not o.startswith("resume=")]))
 
 
-def compose_and_run(task: Callable[[DictConfig], dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
-    """Compose a configuration by Hydra, create the run folder and call the task; returns the task's result."""
+def sweep(overrides: Sequence[str] = (), *, jobs: int = 1, **keys: Any) -> Outcomes:
+    """Run every combination of what is swept as ``python -m fedsparse.train -m`` does; returns a table.
+
+    Each cell has a folder named after its overrides, in ``hydra.sweep.dir``. In a folder of before, finished cells are
+    read and not run again, and stopped ones go on.
+
+    Args:
+        overrides: as on the command line, such as ``["mask_rule=random,dense", "federation.rounds=3"]``.
+        jobs: cells at the same time, each in a process that is used again (``hydra/launcher=joblib``).
+        keys: the same as keywords, after these; a list is swept: ``seed=[0, 1]``, ``federation={"rounds": [3, 6]}``. A
+            tuple is one value, a list.
+
+    Returns:
+        A row for each cell, in the order of the product: the values that were swept, the contents of its
+        ``summary.json`` and its folder, with ways to model, mask and metrics.
+
+    Raises:
+        ValueError: the configuration of a cell is invalid, which is found before any runs; or a cell failed, whose line
+            was printed, after the others have run.
+
+    """
+    import torchmetrics  # noqa: F401  as in run
+
+    check_number("jobs", jobs, whole=True, least=1)
+    overrides = [*overrides, *typed(keys, sweeps=True)]
+    check_typed(overrides, sweeps=True)
+    for given in overrides:
+        if given.startswith(("resume=", "hydra/sweeper=")):
+            raise ValueError(
+                f"{given}: a sweep from Python runs a product in hydra.sweep.dir, and resumes its cells there"
+            )
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    beside = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"] if jobs > 1 else []
+    with _hydra() as engine:
+        check_values(parsed)
+        batches = engine.multirun("train", execute_hydra, [*overrides, *beside, "hydra.mode=MULTIRUN"])
+    swept = list(dict.fromkeys(one.get_key_element() for one in parsed if one.is_sweep_override()))
+    return Outcomes([_row(done, swept) for batch in batches for done in batch], swept)
+
+
+def _row(done: Any, swept: Sequence[str]) -> Outcome:
+    """Join the values of a cell and its summary; of a name that both have the value that was swept counts."""
+    parsed = OverridesParser.create().parse_overrides(list(done.overrides))
+    values = {one.get_key_element(): one.value() for one in parsed}
+    own = {name: values[name] for name in swept}
+    return Outcome(own | done.return_value | own)
+
+
+@contextmanager
+def _hydra() -> Iterator[Hydra]:
+    """Open Hydra on the shipped configuration; its errors are ValueErrors of one line, and its logging ends with it."""
     register_resolvers()
-    check_typed(overrides)
     GlobalHydra.instance().clear()
     with (
         logging_kept(),
@@ -67,6 +119,13 @@ def compose_and_run(task: Callable[[DictConfig], dict[str, Any]], overrides: Seq
     ):
         engine = GlobalHydra.instance().hydra
         assert engine is not None
+        yield engine
+
+
+def compose_and_run(task: Callable[[DictConfig], dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose a configuration by Hydra, create the run folder and call the task; returns the task's result."""
+    check_typed(overrides)
+    with _hydra() as engine:
         return engine.run("train", task, list(overrides)).return_value
 
 

@@ -1,14 +1,16 @@
-"""What a program gets from a run: figures as a dict, and its model, mask and metrics."""
+"""What a program gets from a run: figures as a dict, and its model, mask and metrics; and from a sweep, a table."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsparse import run
+from fedsparse import Outcome, Outcomes, run, sweep
 from fedsparse.job.outcome import typed
 
 FAST = {
@@ -56,3 +58,75 @@ def test_values_are_written_as_hydra_reads_them():
         "e.f": "runs/a b",
         "e.g": 1e-9,
     }
+
+
+@pytest.mark.slow
+def test_a_sweep_is_a_multirun_and_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    keys = {**FAST, "hydra": {"sweep": {"dir": "my grid"}}}
+    found = sweep(["mask_rule=random,dense"], sparsity=["s50"], **keys)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert (first, last) == ("2 cells in my grid", "report: python -m fedsparse.report 'my grid'")
+    assert [(row["mask_rule"], row["sparsity"]) for row in found] == [("random", "s50"), ("dense", "s50")]
+    parts = "calibration.head_steps-1+federation.num_clients-4+mask_rule-{}+model-mlp+sparsity-s50"
+    assert [row.folder.relative_to(tmp_path) for row in found] == [
+        Path("my grid", parts.format(rule)) for rule in ("random", "dense")
+    ]
+    for row in found:
+        stored = json.loads((row.folder / "summary.json").read_text())
+        assert row == stored | {"sparsity": "s50", "folder": str(row.folder)}
+    as_one = run(mask_rule="random", sparsity="s50", **FAST)
+    assert as_one["global_sha256"] == found[0]["global_sha256"] != found[1]["global_sha256"]
+    monkeypatch.setattr("fedsparse.job.execute.assemble", lambda _: pytest.fail("built what is finished"))
+    again = sweep(sparsity=["s50"], mask_rule=["dense", "random"], **keys)
+    assert sorted(again, key=str) == sorted(found, key=str)
+    assert again.swept == ("sparsity", "mask_rule")
+    assert list(found.frame()["test/acc"]) == [row["test/acc"] for row in found]
+
+
+@pytest.mark.slow
+def test_cells_side_by_side_are_the_same_and_the_report_is_said_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    found = sweep(mask_rule="random", seed=[0, 1], **FAST, jobs=2)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-1] == f"report: python -m fedsparse.report {found[0].folder.parent.relative_to(tmp_path)}"
+    assert sum(line.startswith("report:") for line in lines) == 1
+    assert found[1]["global_sha256"] == run(mask_rule="random", seed=1, **FAST)["global_sha256"]
+    assert "report:" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"mask_rule": ["random", "rnd"]}, "there is no mask_rule=rnd; did you mean mask_rule=random"),
+        ({"seed": [0, 1], "optimizer": {"lr": [0.1, -1]}}, "optimizer.lr is -1; it must be"),
+        ({"sede": [0]}, "there is no key sede; did you mean seed"),
+        ({"seed": []}, r"seed=\[\]: a sweep needs at least one value"),
+        ({"resume": "runs/a"}, "resume=runs/a: a sweep from Python"),
+        ({"jobs": 0}, "jobs is 0; it must be a whole number of 1 or more"),
+    ],
+)
+def test_a_mistake_in_any_cell_is_one_line_before_anything_runs(keys, why, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^{why}") as error:
+        sweep(**keys)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_table_of_runs_is_printed_in_columns_and_needs_pandas_for_a_frame(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    figures = {"bytes_total": 16_400, "seconds": 6.04, "test/acc": 0.9754}
+    rows = [
+        Outcome({"optimizer.lr": 0.1, **figures, "folder": str(tmp_path / "a")}),
+        Outcome({"optimizer.lr": 1e-05, **figures, "personal/acc_mean": 0.5, "folder": "/b"}),
+    ]
+    assert str(Outcomes(rows, ["optimizer.lr"])).splitlines() == [
+        "optimizer.lr  personal/acc_mean  test/acc  bytes_total  seconds  folder",
+        "         0.1                        97.5%      16.4 kB      6.0  a",
+        "       1e-05              50.0%     97.5%      16.4 kB      6.0  /b",
+    ]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ValueError, match=r"^frame\(\) needs pandas: pip install pandas"):
+        Outcomes(rows, []).frame()
