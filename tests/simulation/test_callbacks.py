@@ -11,23 +11,26 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 from small import Small, small_data, small_net, uneven_parts
+from staged import staged
 
 from fedsparse.core import parallel, signals
 from fedsparse.core.seeding import Purpose, generator, number
+from fedsparse.federation.phases import Phase
 from fedsparse.job import config
 from fedsparse.job.execute import quiet
 from fedsparse.simulation.evaluation import Evaluation
-from fedsparse.simulation.progress import RoundProgress, human_bytes
+from fedsparse.simulation.progress import FittedLine, RoundProgress, human_bytes
 from fedsparse.simulation.tracking import GracefulStop, RoundLog
 
 
-def watch(tmp_path, terminal, shared=False):
+def watch(tmp_path, terminal, shared=False, width=150, small=None):
     """Run two rounds and return what the bar wrote."""
     quiet()
-    small = Small(small_net(), small_data(), uneven_parts())
+    small = small or Small(small_net(), small_data(), uneven_parts())
     evaluation, screen = Evaluation(), io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=150)
+    console = Console(file=screen, force_terminal=terminal, width=width)
     small.callbacks = [
         evaluation,
         RoundLog(small.rounds, evaluation),
@@ -40,13 +43,59 @@ def watch(tmp_path, terminal, shared=False):
 def test_the_bar_shows_round_client_loss_accuracy_bytes_and_time(tmp_path):
     last = watch(tmp_path, terminal=True).strip().splitlines()[-1]
     for part in (
-        r"round 2/2, client  5/5",
+        r"round 2/2, client 5/5",
         r"loss \d\.\d{3}",
         r"val acc \s*\d+\.\d\d%",
         r"sent up \d+\.\d kB",
         "left 0:00:00",
     ):
         assert re.search(part, last), (part, last)
+
+
+def test_a_terminal_of_80_columns_shows_the_bar_and_keeps_what_counts(tmp_path):
+    last = watch(tmp_path, terminal=True, width=80).strip().splitlines()[-1]
+    assert len(last) <= 80
+    assert re.fullmatch(
+        r"round 2/2, client 5/5 ━{10} loss \d\.\d{3}  val acc \s*\d+\.\d\d% 0:00:0\d left 0:00:00", last
+    ), last
+
+
+WHERE = "round 100/100{} client 100/100"
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (40, None),
+        (60, f"{WHERE.format('')} 0.041 97.78% left -:--:--"),
+        (66, f"{WHERE.format('')} loss 0.041 acc 97.78% left -:--:--"),
+        (80, f"{WHERE.format(',')} {'━' * 10} loss 0.041  val acc 97.78% left -:--:--"),
+        (100, f"{WHERE.format(',')} {'━' * 13} loss 0.041  val acc 97.78% sent up 165.4 MB left -:--:--"),
+        (120, f"{WHERE.format(',')} {'━' * 20} loss 0.041  val acc 97.78% sent up 165.4 MB 0:00:00 left -:--:--"),
+    ],
+)
+def test_what_fits_a_terminal_of_any_width(width, expected):
+    """By hand: the words are dropped from the ends of the list, and the rest is the bar's, from 8 to 20 columns."""
+    screen = io.StringIO()
+    console = Console(file=screen, width=width, force_terminal=True, color_system=None)
+    wordings = [
+        (WHERE.format(","), "loss 0.041  val acc 97.78%"),
+        (WHERE.format(""), "loss 0.041 acc 97.78%"),
+        (WHERE.format(""), "0.041 97.78%"),
+    ]
+    progress = Progress(FittedLine(console), console=console)
+    progress.add_task("", total=1000, completed=1000, wordings=wordings, sent="sent up 165.4 MB")
+    console.print(progress.make_tasks_table(progress.tasks))
+    (line,) = screen.getvalue().splitlines()
+    assert len(line) <= width
+    assert expected is None or line.rstrip() == expected
+
+
+def test_clients_that_explore_send_bytes_of_the_preparation(tmp_path):
+    phases = [Phase("explore", updates_model=False, local_epochs=1), Phase("learn", rounds=1)]
+    explored, learned = watch(tmp_path, terminal=False, small=staged(phases)).strip().splitlines()
+    assert re.search(r"^explore 1/1  .*  sent up [1-9]\d*\.\d kB in preparation  ", explored), explored
+    assert re.search(r"^round 1/1  .*  sent up [1-9]\d*\.\d kB  ", learned), learned
 
 
 def test_without_a_terminal_each_round_is_a_line(tmp_path):
