@@ -179,7 +179,7 @@ def _differences(shown: Sequence[Setting]) -> list[Table]:
         differing = [one for one in others if one.row.lr != first.row.lr]
         head = ["figure", *(f"{one.partition} against {first.partition}" for one in others)]
         body = [
-            [figure, *(_difference(one, first, figure) for one in others)]
+            [figure.replace(", %", ", points"), *(_difference(one, first, figure) for one in others)]
             for figure in FIGURES
             if _has(first, [figure])
         ]

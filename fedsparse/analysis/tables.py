@@ -75,7 +75,12 @@ def clients(table: Sequence[Row]) -> Section:
     shown = [row for row in table if not row.own]  # whose global model lacks what stays
     spread = {id(row): [row.over_seeds(key).percent() for key in keys] for row in shown}
     body = [[row.name, row.partition, share(row.sparsity), *spread[id(row)], _worst(row, table)] for row in shown]
-    heads = ["mean over clients, %", "standard deviation, points", "worst tenth, %", "worst tenth, difference to dense"]
+    heads = [
+        "mean over clients, %",
+        "standard deviation, points",
+        "worst tenth, %",
+        "worst tenth, difference to dense, points",
+    ]
     text = (
         "The global model on each client's part of the test split. The mean weighs all clients alike; the worst tenth "
         f"is the mean over the tenth of the clients with the lowest accuracy, noisy where parts are small. {MARKED}"

@@ -20,6 +20,11 @@ from fedsparse.masks.topk import check, count, mark
 from fedsparse.models.attention import Attention
 
 TIED_SHARE = 0.01  # above this share of ties at the threshold, the order of the coordinates decides: worth a warning
+TIED = (
+    "{:.1%} of the scores tie at the threshold: among these the mask is arbitrary (the lowest indices train); most "
+    "ties are scores of 0, of weights that no sample reached: raise calibration.batches or "
+    "calibration.rounds, prepare the head (head.init=probe), or choose another sparsity.ratio or mask_rule"
+)
 
 
 def select(scores: Tensor, space: ParamSpace, sparsity: Sparsity, *, largest: bool, power: float = 1.0) -> Tensor:
@@ -61,8 +66,7 @@ def select(scores: Tensor, space: ParamSpace, sparsity: Sparsity, *, largest: bo
     kept, tied = _keep(parts, sparsity, largest, power)
     _check_spread(parts.values(), kept.values())
     if tied > TIED_SHARE * (n := sum(part.numel() for part in parts.values())):
-        text = f"{tied / n:.1%} of the scores tie at the threshold; among them the lowest indices train"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(TIED.format(tied / n), stacklevel=2)
     rest = {n: torch.full_like(t, n not in counted, dtype=torch.bool).reshape(-1) for n, t in named.items()}
     return torch.cat(list((rest | kept).values()))
 

@@ -176,7 +176,7 @@ def test_differences_are_those_of_the_paired_t_test(study):
     interval = stats.ttest_rel(nc1, iid).confidence_interval()
     assert lines["trace"][0] == f"+{np.mean(nc1) - np.mean(iid):.0f} ± {(interval.high - interval.low) / 2:.0f}"
     assert lines["trace"][1] == "+108 ± 152"
-    assert lines["test accuracy, %"] == ["+0.0 ± 0.0"] * 2
+    assert lines["test accuracy, points"] == ["+0.0 ± 0.0"] * 2
     assert lines["distance between clients"][1] == DASH
     assert lines["seeds"] == ["2", "2"]
     (seed,) = study.glob("nc11")
