@@ -36,7 +36,16 @@ MAY = {
     "omegaconf": ("job/", "train.py", "calibrate.py", "repeat.py"),
 }
 # of job/, what reads keys of a configuration: it is composed and checked, assembled, stored and compared
-READS_KEYS = ("assemble.py", "budget.py", "config.py", "deployed.py", "finished.py", "resume.py", "unread.py")
+READS_KEYS = (
+    "assemble.py",
+    "budget.py",
+    "config.py",
+    "deployed.py",
+    "finished.py",
+    "heading.py",
+    "resume.py",
+    "unread.py",
+)
 
 
 def place(path):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.datasets.utils import check_md5, download_and_extract_archive
 
+from fedsparse.core.waits import may_download
 from fedsparse.data.datasets import Dataset, Split, hold_out
 from fedsparse.data.files import MOST_BYTES, checked_file, reason_of
 from fedsparse.data.unpickle import array_of, number_of, read_pickle
@@ -144,6 +145,7 @@ def _tried(name: str, md5: str, addresses: Sequence[str], folder: Path) -> str:
     """Download one file; returns the error of the last address, or an empty string."""
     failure = ""
     for address in addresses:
+        may_download(f"downloads {name} from {address}")
         try:
             download_and_extract_archive(address + name, str(folder), filename=name, md5=md5)
             return ""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsparse.core.waits import may_download
 from fedsparse.data.datasets import Dataset, Split, hold_out, stratified
 from fedsparse.data.docs import TOPICS, held_by_clients
 from fedsparse.data.files import check_folder, checked_file, checked_root, reason_of
@@ -137,6 +138,8 @@ def read_saved(root: str | Path | None) -> dict[str, Labelled]:
     wanted = "a folder with train.csv and test.csv (class 1 to 4, title, description), or one that save_to_disk wrote"
     if root is not None:
         check_folder(checked_root(root, wanted))
+    if root is None:
+        may_download(f"{HUB} comes from the Hugging Face hub, or from its cache")
     try:
         with quiet_transformers():
             parts = datasets.load_dataset(HUB) if root is None else datasets.load_from_disk(str(root))

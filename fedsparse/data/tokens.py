@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsparse.core.waits import may_download
 from fedsparse.data.checks import checked_integer
 
 WEIGHTS = Path(str(files("fedsparse.models"))) / "weights"
@@ -80,6 +81,7 @@ def hub_answers() -> bool:
     """Whether the Hugging Face hub answers one request within a few seconds; what it downloaded before needs none."""
     from huggingface_hub import HfApi
 
+    may_download(f"weights and tokenizers of the Hugging Face hub, or its cache; it has {PATIENCE:g} s to answer")
     try:
         HfApi().model_info(ASKED, timeout=PATIENCE)
     except Exception:  # of several packages, by version

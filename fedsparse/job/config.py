@@ -185,7 +185,20 @@ def register_resolvers() -> None:
 def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> None:
     """Check keys and plain numbers of a configuration; the constructors of its parts check the rest.
 
-    What the configuration alone shows to be wrong comes first: only the last check imports torch.
+    Args:
+        cfg: the configuration.
+        choices: option chosen of each group; by default the shipped defaults.
+
+    Raises:
+        ValueError: one line with the key, its value and the valid values.
+
+    """
+    check_alone(cfg, choices)
+    check_taken(cfg)
+
+
+def check_alone(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> None:
+    """Check what the configuration alone shows, without an import of torch, which ``check_taken`` needs.
 
     Args:
         cfg: the configuration.
@@ -215,7 +228,6 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
     check_number("seed", cfg.seed, whole=True, least=0, most=LARGEST_SEED)
     _check_server(cfg.server)
     _check_precision(cfg.trainer.precision)
-    check_taken(cfg)
 
 
 def check_values(parsed: list[Override]) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from torch import Tensor
 
 from fedsparse.core import parallel, signals
@@ -33,6 +32,7 @@ from fedsparse.core.folder import (
 )
 from fedsparse.core.folder import store as store_file
 from fedsparse.core.lines import RoundLines
+from fedsparse.core.waits import waiting
 from fedsparse.core.weights import save_weights
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.federation.adapters import COLUMNS, AdapterTable
@@ -52,6 +52,7 @@ from fedsparse.job.prepare import OVERLAP, draw, prepare, record, save_deviation
 from fedsparse.job.reach import Join, Joined, in_one_process
 from fedsparse.job.resume import Job
 from fedsparse.job.summary import summarise, write_results
+from fedsparse.job.sweep import beside_others
 from fedsparse.job.trial import check_trainable
 from fedsparse.masks import Mask
 from fedsparse.preparation.calibration import Calibrated
@@ -130,7 +131,9 @@ def execute(job: Job, join: Join = in_one_process) -> dict[str, Any]:
 
 
 def _lead(job: Job, join: Join) -> dict[str, Any]:
-    joined = join(job, assemble(job.cfg))
+    with waiting("data and model", beside_others()):
+        assembly = assemble(job.cfg)
+    joined = join(job, assembly)
     parallel.share(job)  # after the data set's download, which the others then read
     session = joined.assembly.session
     with kernels(session.deterministic, session.tf32):
@@ -156,7 +159,8 @@ def _complete(job: Job, joined: Joined) -> dict[str, Any]:
         draw(job.folder, training.choice.mask)  # once, of the last mask
     federation, seconds = training.rounds.federation, training.callbacks.log.seconds
     summary = summarise(job, assembly, federation, start.found, training.choice.mask, seconds)
-    write_results(job.folder, summary, assembly.pictures)
+    with waiting("pictures", beside_others()):
+        write_results(job.folder, summary, assembly.pictures)
     training.callbacks.artifacts.close(training.trainer.loggers)
     return summary | {"folder": str(job.folder)}
 
@@ -207,7 +211,8 @@ def _start(job: Job, joined: Joined, module: ClientModule, origin: Origin) -> St
     bound = assembly.course.plan.bound
     if assembly.course.measured:
         stored = None if checkpoint is None else read_checkpoint(checkpoint, problem.space).get("cohort")
-        bound = stored or fastest(assembly, module)
+        with waiting("measuring cohort sizes", beside_others()):
+            bound = stored or fastest(assembly, module)
     net = {name: tensor.cpu() for name, tensor in problem.net.state_dict().items()} if parallel.joined() else {}
     return Start(found, ledger, net, bound, checkpoint)
 
@@ -240,11 +245,12 @@ def _train(job: Job, joined: Joined, module: ClientModule, start: Start, origin:
         phases,
         lambda: choice.mask,
         job.folder,
-        shared=_beside_others() or not leads,
+        shared=beside_others() or not leads,
     )
     if callbacks.personal is not None:
         callbacks.personal.table.drop_from(closed + 1)
-    loggers = build_loggers(assembly.session.loggers, job.folder, job.group, closed) if leads else []
+    with waiting("loggers: " + (", ".join(assembly.session.loggers) or "metrics.csv"), beside_others() or not leads):
+        loggers = build_loggers(assembly.session.loggers, job.folder, job.group, closed) if leads else []
     trainer = build_trainer(assembly.session, callbacks, loggers, phases.total, origin)
     data = assembly.datamodule(bundle=math.inf) if joined.apart else assembly.datamodule()
     trainer.fit(module, data, ckpt_path=start.checkpoint)
@@ -330,11 +336,6 @@ def _say(number: signal.Signals, state: str, job: Job) -> None:
     line = f"{number.name}: {state}; go on with resume={job.folder}"
     log.info(line)
     print(f"fedsparse: {line}", file=sys.stderr, flush=True)
-
-
-def _beside_others() -> bool:
-    """Whether a launcher of Hydra runs several jobs at the same time."""
-    return HydraConfig.initialized() and not str(HydraConfig.get().launcher._target_).endswith("BasicLauncher")
 
 
 def _stored(job: Job, assembly: Assembly, checkpoint: Path) -> Calibrated:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
@@ -23,12 +20,14 @@ from fedsparse.core import files
 from fedsparse.core.folder import CLIENT_MASKS, DEVIATION, MASK, MASK_PICTURE, PARTITION
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.seeding import Purpose
+from fedsparse.core.waits import progress, waiting
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.masking import NOTHING
 from fedsparse.federation.ranks import rank_masks
 from fedsparse.job import trust
 from fedsparse.job.parts import Assembly
 from fedsparse.job.resume import Job
+from fedsparse.job.sweep import beside_others
 from fedsparse.job.trial import try_out
 from fedsparse.masks import Mask
 from fedsparse.masks.bitmaps import pack
@@ -36,7 +35,8 @@ from fedsparse.masks.rules import FromFile
 from fedsparse.preparation.cache import Cache, source_of
 from fedsparse.preparation.calibration import Calibrated, CalibrationJob, calibrate, calibrate_clients, observe
 from fedsparse.preparation.head import prepare_head
-from fedsparse.preparation.preparation import Gather, Preparation, in_process
+from fedsparse.preparation.preparation import Answer, Gather, Preparation, in_process
+from fedsparse.preparation.tasks import ClientTask
 from fedsparse.simulation.devices import device_of
 from fedsparse.simulation.module import ClientModule
 
@@ -71,15 +71,13 @@ def _prepare(job: Job, assembly: Assembly, preparation: Preparation, module: Cli
 
         labels, title = problem.dataset.train.labels, job.choices.get("partition", "")
         classes = 1 if problem.dataset.sequences else problem.dataset.classes  # without classes: sizes alone
-        picture(
-            job.folder / PARTITION,
-            lambda: partition_figure(labels, problem.parts, classes, title),
-        )
+        with waiting("picture of the partition", beside_others()):
+            picture(job.folder / PARTITION, lambda: partition_figure(labels, problem.parts, classes, title))
     try_out(module, *preparation.take(problem.dataset.train, np.arange(min(2, len(problem.dataset.train.y)))))
     if phases.has("head"):
-        with timed("head"):
+        with waiting("head", beside_others()):
             start_head(assembly, preparation, phases.prepares("head"))
-    with timed("calibrate") if phases.has("calibrate") else nullcontext():
+    with waiting("calibration", beside_others()) if phases.has("calibrate") else nullcontext():
         found = _ranked(choose_mask(assembly, preparation), assembly)
     if phases.explore is not None:
         return found
@@ -98,15 +96,6 @@ def _ranked(found: Calibrated, assembly: Assembly) -> Calibrated:
         return found
     row, masks = found.mask.row(problem.space), rank_masks(problem.adapters, problem.space, ranks)
     return replace(found, bitmaps=torch.stack([pack(row & mask) for mask in masks]))
-
-
-@contextmanager
-def timed(phase: str) -> Iterator[None]:
-    """Show a phase of the preparation on the terminal, and log its seconds."""
-    console, began = Console(file=sys.stderr), time.perf_counter()
-    with console.status(phase) if console.is_terminal else nullcontext():
-        yield
-    log.info("phase %s: %.1f s", phase, time.perf_counter() - began)
 
 
 def picture(path: Path, draw: Callable[[], Figure]) -> None:
@@ -155,6 +144,17 @@ def draw(folder: Path, mask: Mask) -> None:
     picture(folder / MASK_PICTURE, lambda: mask_figure(mask, title=title))
 
 
+def _counted(gather: Gather) -> Gather:
+    """Show how many clients have answered."""
+
+    def run(preparation: Preparation, task: ClientTask, clients: Sequence[int]) -> Iterator[Answer | None]:
+        for place, answer in enumerate(gather(preparation, task, clients)):
+            progress(f"client {place + 1}/{len(clients)}")
+            yield answer
+
+    return run
+
+
 def build_preparation(
     assembly: Assembly, module: ClientModule, ledger: Ledger, gather: Gather = in_process
 ) -> Preparation:
@@ -173,7 +173,7 @@ def build_preparation(
         model_length=problem.model_length,
         inputs=problem.inputs,
         device=device,
-        gather=gather,
+        gather=_counted(gather),
     )
 
 

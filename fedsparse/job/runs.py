@@ -20,14 +20,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from fedsparse.core.checks import check_number
+from fedsparse.core.waits import waiting
 from fedsparse.job import trust
 from fedsparse.job.command import hydras_as_value_errors, logging_kept, one_line
-from fedsparse.job.config import check, check_values, register_resolvers
+from fedsparse.job.config import check_alone, check_values, register_resolvers
+from fedsparse.job.heading import announce
 from fedsparse.job.outcome import Outcome, Outcomes, typed
 from fedsparse.job.resume import Job, composed, continued, finished, open_log, read_job, store
 from fedsparse.job.shipped import conf_dir
-from fedsparse.job.sweep import CellFailed, locked, short_path
+from fedsparse.job.sweep import CellFailed, beside_others, locked, short_path
 from fedsparse.job.typed import check_typed
+from fedsparse.job.unread import check_taken
 
 log = logging.getLogger("fedsparse")
 
@@ -139,7 +142,7 @@ def resume(folder: Path, arguments: Sequence[str] = ()) -> dict[str, Any]:
         return done | {"folder": str(folder)}
     with logging_kept(), locked(folder):
         open_log(folder)
-        check(job.cfg, job.choices)
+        _check(job)
         from fedsparse.job.execute import execute
         from fedsparse.job.summary import print_table
 
@@ -163,7 +166,7 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
 
 def _single(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     """Execute a run in a new folder, and print its results."""
-    check(job.cfg, job.choices)
+    _check(job)
     from fedsparse.job.execute import execute
     from fedsparse.job.summary import print_table
 
@@ -172,6 +175,22 @@ def _single(job: Job, hydra_cfg: Any) -> dict[str, Any]:
         summary = execute(job)
     print_table(job.folder, summary)
     return summary
+
+
+def _check(job: Job) -> None:
+    """Check a configuration; what the configuration alone says is said before torch is imported.
+
+    Raises:
+        ValueError: one line with the key, its value and the valid values.
+
+    """
+    check_alone(job.cfg, job.choices)
+    shared = beside_others()
+    if not shared:
+        announce(job)
+    with waiting("importing torch and Lightning", shared):
+        check_taken(job.cfg)
+        from fedsparse.job import execute  # noqa: F401  what a run imports
 
 
 def run_cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
@@ -196,7 +215,7 @@ def _cell(job: Job, hydra_cfg: Any) -> dict[str, Any]:
     if done is not None:
         print(f"{short_path(job.folder)} is finished after {done['rounds']} rounds", flush=True)
         return done | {"folder": str(job.folder)}
-    check(job.cfg, job.choices)
+    _check(job)
     from fedsparse.job.execute import execute
     from fedsparse.job.summary import at_chance, headline
 

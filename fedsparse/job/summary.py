@@ -22,6 +22,7 @@ from fedsparse.core.rows import read_rows
 from fedsparse.core.space import ParamSpace
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.federation import Federation
+from fedsparse.job.heading import heading
 from fedsparse.job.parts import Assembly, Problem
 from fedsparse.job.prepare import picture
 from fedsparse.job.resume import Job
@@ -38,8 +39,6 @@ CHOICES = (
     *("exchange", "aggregation", "server", "objective", "link"),
 )
 _HEADLINES = {TEST_ACCURACY: "test accuracy", OWN_ACCURACY: "accuracy of clients' own models"}
-# parts that a run's heading leaves out
-_USUAL = {"objective": "none", "exchange": "masked", "aggregation": "weighted_mean", "server": "fedavg"}
 NEAR = 0.02  # above chance: accuracy within it counts as having learned nothing
 
 
@@ -166,22 +165,9 @@ def write_results(folder: Path, summary: Mapping[str, Any], pictures: bool = Tru
     if pictures:
         from fedsparse.analysis.curves import curves_figure  # here: a run without pictures draws none
 
-        picture(folder / CURVES, lambda: curves_figure(read_rows(folder / METRICS), _title(summary)))
+        picture(folder / CURVES, lambda: curves_figure(read_rows(folder / METRICS), heading(summary)))
         _draw_adapters(folder, summary)
     files.write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
-
-
-def _title(summary: Mapping[str, Any]) -> str:
-    """Write what a run is: data, model, partition, mask rule, fraction frozen, parts that are not the usual ones, seed.
-
-    >>> run = {"data": "digits", "model": "mlp", "partition": "iid", "mask_rule": "random", "sparsity": 0.8, "seed": 0}
-    >>> _title(run | {"server": "fedadam", "exchange": "masked"})
-    'digits, mlp, iid, random 80% frozen, server=fedadam, seed 0'
-    """
-    frozen = f" {100 * summary['sparsity']:g}% frozen" * bool(summary["sparsity"])
-    task = f"{summary['data']}, {summary['model']}, {summary['partition']}"
-    other = [f", {key}={summary[key]}" for key, usual in _USUAL.items() if summary.get(key, usual) not in (usual, None)]
-    return f"{task}, {summary['mask_rule']}{frozen}{''.join(other)}, seed {summary['seed']}"
 
 
 def _draw_adapters(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -200,7 +186,7 @@ def _draw_adapters(folder: Path, summary: Mapping[str, Any]) -> None:
 def print_table(folder: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the table of results."""
     rounds = "1 round" if summary["rounds"] == 1 else f"{summary['rounds']} rounds"
-    table = Table(title=f"{_title(summary)}, {rounds}", title_justify="left")
+    table = Table(title=f"{heading(summary)}, {rounds}", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in _shown(summary):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from fedsparse.core import files
@@ -95,6 +96,11 @@ def short_path(folder: Path) -> str:
 def already_used(folder: Path) -> str:
     """Write the error line for a folder that holds another run."""
     return f"{folder} already holds a run; continue it with resume={folder}, or choose another folder"
+
+
+def beside_others() -> bool:
+    """Whether a launcher of Hydra runs several cells at the same time."""
+    return HydraConfig.initialized() and not str(HydraConfig.get().launcher._target_).endswith("BasicLauncher")
 
 
 def difference(stored: DictConfig, asked: DictConfig) -> str | None:

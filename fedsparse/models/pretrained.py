@@ -17,6 +17,7 @@ from timm.models import PretrainedCfg, adapt_input_conv
 from torch import Tensor, nn
 
 from fedsparse.core.checks import check_whole
+from fedsparse.core.waits import may_download
 from fedsparse.models.loading import load_backbone
 from fedsparse.models.vision import seeded, start_head
 
@@ -102,6 +103,8 @@ def _create(name: str, download: bool, asked: dict[str, Any]) -> nn.Module:
     """Call timm, and say in one line what went wrong."""
     if download and not _places(_config(name)):
         raise ValueError(f"timm has no weights for {name}; give model.checkpoint=<file> or model.pretrained=false")
+    if download:
+        may_download(f"timm downloads the weights of {name}, or has them in its cache")
     try:
         net: nn.Module = timm.create_model(name, pretrained=download, **asked)
     except TypeError as error:

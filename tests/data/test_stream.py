@@ -403,7 +403,8 @@ def test_a_damaged_image_ends_the_run_in_one_line_that_names_it(tmp_path, monkey
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith(f"fedsparse: {path} cannot be read as an image (")
     assert said[-1].endswith("; repair or remove it")
-    assert [line for line in said if not line.startswith("Error executing job")][:-1] == [
+    assert said[0].startswith("fedsparse: imagefolder, ")
+    assert [line for line in said if not line.startswith("Error executing job")][1:-1] == [
         line for line in said if line.startswith("round 1/4")
     ]
     assert [row["round"] for row in read_rows(tmp_path / "b" / "metrics.csv")] == [1]

@@ -43,7 +43,7 @@ def test_an_exploration_is_counted_and_shown(run_in, mode, capsys):
     assert [line.split("  ")[0] for line in said if "loss" in line] == ["explore 1/1", "round 1/2", "round 2/2"]
     log = (folder / "run.log").read_text()
     assert all(
-        text in log for text in ("phase head:", "INFO explore 1/1  loss", "INFO round 2/2  loss", "density hidden")
+        text in log for text in ("INFO head: ", "INFO explore 1/1  loss", "INFO round 2/2  loss", "density hidden")
     )
     rows = read_rows(folder / "metrics.csv")
     assert [row["phase"] for row in rows] == [0, 1, 1]

@@ -1,0 +1,86 @@
+"""What a run says before it begins: one line, from the configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from composed import composed
+
+from fedsparse.core import waits
+from fedsparse.job.heading import announcement, heading
+from fedsparse.job.resume import Job
+
+CHOSEN = {"data": "digits", "model": "vit_digits", "partition": "iid", "mask_rule": "random", "server": "fedavg"}
+
+
+@pytest.mark.parametrize(
+    ("choices", "typed", "said"),
+    [
+        ({}, (), "digits, vit_digits, iid, random 80% frozen, server=fedavg, seed 0; 20 clients, 10 rounds; runs/a"),
+        (
+            {"mask_rule": "dense", "server": "fedadam", "exchange": "topk"},
+            ("seed=3", "federation.rounds=2"),
+            "digits, vit_digits, iid, dense, exchange=topk, server=fedadam, seed 3; 20 clients, 2 rounds; runs/a",
+        ),
+        ({}, ("sparsity=s95", "sparsity.mode=prune"), "digits, vit_digits, iid, random 95% pruned, server=fedavg, "),
+        ({}, ("sparsity=shira",), "digits, vit_digits, iid, random, server=fedavg, seed 0; "),
+        ({}, ("sparsity.ratio=much",), "digits, vit_digits, iid, random, server=fedavg, seed 0; "),  # refused later
+    ],
+)
+def test_what_is_about_to_run(choices, typed, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = Job(composed("mask_rule=random", *typed), Path(tmp_path, "runs/a"), CHOSEN | choices)
+    assert announcement(job).startswith(said)
+
+
+def test_a_resumed_run_says_so_and_an_older_one_lacks_choices(tmp_path):
+    job = Job(composed("seed=1"), tmp_path, {"mask_rule": "random"}, resumed=True)
+    assert announcement(job).startswith("resumes own, own, own, random 80% frozen, seed 1; ")
+
+
+def test_what_was_pruned_is_not_called_frozen():
+    run = CHOSEN | {"sparsity": 0.5, "seed": 0}
+    assert heading(run) == "digits, vit_digits, iid, random 50% frozen, seed 0"
+    assert heading(run | {"compression": 1.9}) == "digits, vit_digits, iid, random 50% pruned, seed 0"
+
+
+class Terminal:
+    """Standard error that is a terminal, and notes what is written."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_wait_is_shown_on_a_terminal_of_ones_own_and_logged(shared, monkeypatch, caplog):
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with caplog.at_level("INFO", logger="fedsparse"):
+        with waits.waiting("calibration", shared):
+            waits.progress("client 3/10")
+            with waits.waiting("another", shared):  # one spinner at a time
+                pass
+        waits.progress("of nothing")
+    assert ("calibration: client 3/10" in screen.text) is not shared
+    assert "another" not in screen.text
+    assert "of nothing" not in screen.text
+    assert [record.message.split(":")[0] for record in caplog.records] == ["another", "calibration"]
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "fedsparse: downloads a.zip\n"), ("1", "")])
+def test_a_download_is_a_line_of_the_first_process(rank, said, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    with waits.waiting("data and model"):
+        waits.may_download("downloads a.zip")
+    assert capsys.readouterr().err == said
