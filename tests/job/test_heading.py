@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 from composed import composed
+from omegaconf import OmegaConf
 
 from fedsparse.core import waits
 from fedsparse.job.heading import announcement, heading
@@ -14,29 +16,40 @@ from fedsparse.job.resume import Job
 CHOSEN = {"data": "digits", "model": "vit_digits", "partition": "iid", "mask_rule": "random", "server": "fedavg"}
 
 
+@pytest.fixture(scope="module")
+def default():
+    return composed()
+
+
 @pytest.mark.parametrize(
-    ("choices", "typed", "said"),
+    ("choices", "values", "said"),
     [
-        ({}, (), "digits, vit_digits, iid, random 80% frozen, server=fedavg, seed 0; 20 clients, 10 rounds; runs/a"),
+        ({}, {}, "digits, vit_digits, iid, random 80% frozen, server=fedavg, seed 0; 20 clients, 10 rounds; runs/a"),
         (
-            {"mask_rule": "dense", "server": "fedadam", "exchange": "topk"},
-            ("seed=3", "federation.rounds=2"),
+            {"mask_rule": "dense", "server": "fedadam", "exchange": "topk", "experiment": "None"},
+            {"seed": 3, "federation.rounds": 2},
             "digits, vit_digits, iid, dense, exchange=topk, server=fedadam, seed 3; 20 clients, 2 rounds; runs/a",
         ),
-        ({}, ("sparsity=s95", "sparsity.mode=prune"), "digits, vit_digits, iid, random 95% pruned, server=fedavg, "),
-        ({}, ("sparsity=shira",), "digits, vit_digits, iid, random, server=fedavg, seed 0; "),
-        ({}, ("sparsity.ratio=much",), "digits, vit_digits, iid, random, server=fedavg, seed 0; "),  # refused later
+        (
+            {},
+            {"sparsity.ratio": 0.95, "sparsity.mode": "prune"},
+            "digits, vit_digits, iid, random 95% pruned, server=fedavg, ",
+        ),
+        ({}, {"sparsity": {"rank": 8}}, "digits, vit_digits, iid, random, server=fedavg, seed 0; "),
+        ({}, {"sparsity.ratio": "much"}, "digits, vit_digits, iid, random, server=fedavg, seed 0; "),  # refused later
     ],
 )
-def test_what_is_about_to_run(choices, typed, said, tmp_path, monkeypatch):
+def test_what_is_about_to_run(choices, values, said, default, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    job = Job(composed("mask_rule=random", *typed), Path(tmp_path, "runs/a"), CHOSEN | choices)
-    assert announcement(job).startswith(said)
+    cfg = copy.deepcopy(default)
+    for key, value in values.items():
+        OmegaConf.update(cfg, key, value, merge=False)
+    assert announcement(Job(cfg, Path(tmp_path, "runs/a"), CHOSEN | choices)).startswith(said)
 
 
-def test_a_resumed_run_says_so_and_an_older_one_lacks_choices(tmp_path):
-    job = Job(composed("seed=1"), tmp_path, {"mask_rule": "random"}, resumed=True)
-    assert announcement(job).startswith("resumes own, own, own, random 80% frozen, seed 1; ")
+def test_a_resumed_run_says_so_and_an_older_one_lacks_choices(default, tmp_path):
+    job = Job(default, tmp_path, {"mask_rule": "random"}, resumed=True)
+    assert announcement(job).startswith("resumes own, own, own, random 80% frozen, seed 0; ")
 
 
 def test_what_was_pruned_is_not_called_frozen():
