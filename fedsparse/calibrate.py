@@ -17,12 +17,14 @@ from omegaconf import DictConfig
 
 from fedsparse.core import files
 from fedsparse.core.folder import CALIBRATION
+from fedsparse.core.waits import waiting
 from fedsparse.job.command import arrange, logging_kept, on_command_line
-from fedsparse.job.config import check
+from fedsparse.job.config import check_alone
 from fedsparse.job.resume import Job, composed, store
 from fedsparse.job.runs import compose_and_run
 from fedsparse.job.shipped import conf_dir
-from fedsparse.job.sweep import already_used, locked, used
+from fedsparse.job.sweep import already_used, beside_others, locked, used
+from fedsparse.job.unread import check_taken
 
 if TYPE_CHECKING:
     from fedsparse.job.parts import Assembly
@@ -40,7 +42,9 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
     """Calibrate with the configuration that Hydra composed."""
     hydra_cfg = HydraConfig.get()
     job = composed(cfg, hydra_cfg)
-    check(cfg, job.choices)
+    check_alone(cfg, job.choices)
+    with waiting("importing torch and Lightning", beside_others()):
+        check_taken(cfg)
     if used(job.folder):
         raise ValueError(already_used(job.folder))
     with locked(job.folder):
@@ -61,7 +65,9 @@ def execute(job: Job) -> dict[str, Any]:
     from fedsparse.job.prepare import prepare
 
     quiet()
-    assembly, ledger, began = assemble(job.cfg), Ledger(), time.perf_counter()
+    with waiting("data and model", beside_others()):
+        assembly = assemble(job.cfg)
+    ledger, began = Ledger(), time.perf_counter()
     if assembly.course.phases.explore is not None:
         raise ValueError(
             "this mask is chosen after clients have explored, which is training: python -m fedsparse.train"
