@@ -70,6 +70,7 @@ def assemble(cfg: DictConfig) -> Assembly:
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     calibration = Calibration(**cfg.calibration)  # checked before the phases, which copy some of its numbers
+    instantiate(cfg.sparsity)  # checked before data and model are loaded, which takes seconds
     problem = assemble_problem(cfg)
     check_schedule(instantiate(target_of("schedule", cfg.schedule)), cfg.federation.rounds)
     course = assemble_course(cfg, problem)
