@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.status import Status
+    from rich.live import Live
+    from rich.spinner import Spinner
 
 log = logging.getLogger("fedsparse")
-_shown: list[tuple[str, Status]] = []  # the spinner of this process's terminal; one at most
+_shown: list[tuple[str, Live, Spinner]] = []  # the spinner of this process's terminal; one at most
 
 
 @contextmanager
@@ -31,9 +32,13 @@ def waiting(what: str, shared: bool = False) -> Iterator[None]:
         yield
     else:
         from rich.console import Console  # here, since a command line that is refused waits for nothing
+        from rich.live import Live
+        from rich.spinner import Spinner
 
-        with Console(file=sys.stderr).status(what) as status:
-            _shown.append((what, status))
+        spinner, console = Spinner("dots", what, style="status.spinner"), Console(file=sys.stderr)
+        # what is printed goes above the spinner if it goes to the same terminal; a pipe gets it as ever
+        with Live(spinner, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as live:
+            _shown.append((what, live, spinner))
             try:
                 yield
             finally:
@@ -43,8 +48,8 @@ def waiting(what: str, shared: bool = False) -> Iterator[None]:
 
 def progress(detail: str) -> None:
     """Add to the spinner how far it is, such as ``client 3/10``; nothing where none is shown."""
-    for what, status in _shown:
-        status.update(f"{what}: {detail}")
+    for what, _, spinner in _shown:
+        spinner.update(text=f"{what}: {detail}")
 
 
 def may_download(what: str) -> None:
@@ -52,7 +57,7 @@ def may_download(what: str) -> None:
 
     Of several processes the first one says it.
     """
-    for _, status in _shown:
-        status.stop()
+    for _, live, _ in _shown:
+        live.stop()
     if os.environ.get("RANK", "0") == "0":
         print(f"fedsparse: {what}", file=sys.stderr, flush=True)

@@ -105,8 +105,13 @@ class RoundProgress(lightning.Callback):
         self.began = time.perf_counter()
         self.seen = self.before = self.total = 0
         self.task: TaskID | None = None  # from the start of the training
-        line = FittedLine(self.console)
-        self.progress = Progress(line, console=self.console, disable=not self.bar, refresh_per_second=5)
+        self.progress = Progress(
+            FittedLine(self.console),
+            console=self.console,
+            disable=not self.bar,
+            refresh_per_second=5,
+            redirect_stdout=sys.stdout.isatty(),  # a pipe gets what is printed as ever
+        )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Show the bar, from the round at which training starts or resumes."""
