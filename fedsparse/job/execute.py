@@ -162,7 +162,8 @@ def _complete(job: Job, joined: Joined) -> dict[str, Any]:
     summary = summarise(job, assembly, federation, start.found, training.choice.mask, seconds)
     with waiting("pictures", beside_others()):
         write_results(job.folder, summary, assembly.pictures)
-    training.callbacks.artifacts.close(training.trainer.loggers)
+    with waiting("loggers take files and figures", beside_others()):
+        training.callbacks.artifacts.close(training.trainer.loggers)
     return summary | {"folder": str(job.folder)}
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from fedsparse import Outcome, Outcomes, run, sweep
+from fedsparse.job.config import FreshRunFolder
 from fedsparse.job.outcome import typed
 
 FAST = {
@@ -93,6 +95,16 @@ def test_cells_side_by_side_are_the_same_and_the_report_is_said_once(tmp_path, m
     assert sum(line.startswith("report:") for line in lines) == 1
     assert found[1]["global_sha256"] == run(mask_rule="random", seed=1, **FAST)["global_sha256"]
     assert "report:" not in capfd.readouterr().out
+
+
+def test_only_a_sweep_with_a_finished_run_has_a_report(tmp_path, capsys):
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    FreshRunFolder().on_multirun_end(config)  # as of calibrations
+    assert capsys.readouterr().out == ""
+    (tmp_path / "cell").mkdir()
+    (tmp_path / "cell/summary.json").touch()
+    FreshRunFolder().on_multirun_end(config)
+    assert capsys.readouterr().out == f"report: python -m fedsparse.report {tmp_path}\n"
 
 
 @pytest.mark.parametrize(
