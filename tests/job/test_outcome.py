@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -86,8 +87,15 @@ def test_a_sweep_is_a_multirun_and_its_table(tmp_path, monkeypatch, capsys):
     assert list(found.frame()["test/acc"]) == [row["test/acc"] for row in found]
 
 
+@pytest.fixture
+def workers():
+    """What ends joblib's processes, which wait for more work and hold a gigabyte."""
+    yield
+    get_reusable_executor().shutdown(wait=True)
+
+
 @pytest.mark.slow
-def test_cells_side_by_side_are_the_same_and_the_report_is_said_once(tmp_path, monkeypatch, capfd):
+def test_cells_side_by_side_are_the_same_and_the_report_is_said_once(workers, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     found = sweep(mask_rule="random", seed=[0, 1], **FAST, jobs=2)
     lines = capfd.readouterr().out.splitlines()
