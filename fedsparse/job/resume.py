@@ -150,13 +150,19 @@ def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str]
         _apply(raw, override)
     typed = [override.partition("=")[0] for override in overrides]
     cfg = trust.admitted(raw, trusted, typed)
-    _without_entity(cfg, typed)
+    without_entity(cfg, typed)
     OmegaConf.set_struct(cfg, True)
     return Job(cfg, folder, *stored_choices(folder), resumed=True, begun=begun)
 
 
-def _without_entity(cfg: DictConfig, typed: Sequence[str]) -> None:
-    """Take W&B's entities out of a stored configuration, in place: a folder of a stranger could name a stranger's."""
+def without_entity(cfg: DictConfig, typed: Sequence[str] = ()) -> None:
+    """Take W&B's entities out of a stored configuration, in place: a folder of a stranger could name a stranger's.
+
+    Args:
+        cfg: the configuration.
+        typed: keys that the reader set, which stay.
+
+    """
     for name, node in (cfg.get("logger") or {}).items():
         key = f"logger.{name!s}.entity"
         if isinstance(node, DictConfig) and node.get("entity") is not None and not trust.covers(typed, key):

@@ -12,13 +12,10 @@ import numpy as np
 from fedsparse.core.folder import CLIENTS
 from fedsparse.job import shipped, trust
 from fedsparse.job.parts import Problem
+from fedsparse.job.sweep import MAY_DIFFER
 from fedsparse.simulation.artifacts import Identity, Table
 
-# keys that change no figure, or where a run is stored
-UNSAID = (
-    *("calibration.cache", "data.stream", "data.workers", "hydra", "logger", "pictures", "resume"),
-    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
-)
+UNSAID = ("hydra", *(key for key in MAY_DIFFER if key != "federation.rounds"))  # keys that a name leaves out
 SAID = ("data", "model", "partition", "mask_rule", "sparsity")  # groups whose options are tags as they are
 LONGEST_NAME, LONGEST_TAG = 128, 64  # characters, limits of W&B
 MOST_CLIENTS = 10_000  # rows that W&B shows of a table

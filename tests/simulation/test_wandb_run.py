@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -25,6 +26,7 @@ from fedsparse.data.partition import classes_per_client
 from fedsparse.job.tracked import name_of, tags_of
 from fedsparse.landscape.drawing import landscape
 from fedsparse.landscape.options import Options
+from fedsparse.simulation.artifacts import Identity, RoundWandbLogger, WandbRows
 
 SMALL = ["model=mlp", "model.hidden=8", "calibration.head_steps=1", "federation.rounds=2"]
 OWN = {"_step", "_timestamp", "_runtime", "_wandb.runtime"}  # what W&B adds itself
@@ -122,6 +124,42 @@ def test_log_model_is_true_or_false(tmp_path):
 def test_names_and_tags_are_as_long_as_w_and_b_takes_them():
     assert name_of([f"data.root={'x' * 200}"]) == f"data.root={'x' * 115}..."
     assert tags_of({"data": "d" * 80, "model": None}) == ("d" * 64,)
+
+
+class Written:
+    """Stands for a run of W&B, and keeps what is logged."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log(self, figures, **how):
+        self.calls.append((figures, how))
+
+
+def test_a_row_is_closed_when_the_next_round_begins_and_segments_have_steps_of_their_own():
+    run_of, best = Written(), {"val/acc_best": 0.5}
+    logger = RoundWandbLogger(3, False, best, experiment=run_of)
+    trainer = SimpleNamespace(loggers=[logger])
+    WandbRows().on_train_epoch_start(trainer, None)  # nothing is open
+    logger.log_metrics({"val/acc": 0.4}, step=7)
+    logger.log_metrics({"mine": 1.0}, step=7)
+    WandbRows().on_train_epoch_start(trainer, None)
+    WandbRows().on_train_epoch_start(trainer, None)
+    logger.log_metrics({"val/acc": 0.6}, step=8)
+    assert run_of.calls == [
+        ({"val/acc": 0.4, "val/acc_best": 0.5, "round": 7}, {"step": 10}),
+        ({"mine": 1.0, "round": 7}, {"step": 10}),
+        ({}, {"commit": True}),
+        ({"val/acc": 0.6, "val/acc_best": 0.6, "round": 8}, {"step": 11}),
+    ]
+
+
+def test_environment_variables_of_w_and_b_count_where_nothing_is_typed(tmp_path, monkeypatch):
+    identity = Identity("a name", ("a", "b"), "a group", "train")
+    assert identity.arguments() == {"name": "a name", "tags": ["a", "b"], "group": "a group", "job_type": "train"}
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "ours")
+    assert identity.arguments() == {"tags": ["a", "b"], "job_type": "train"}
 
 
 @pytest.mark.slow
