@@ -45,7 +45,12 @@ def held(tmp_path_factory):
     """A run that was named, and the one segment that it wrote."""
     folder = tmp_path_factory.mktemp("named") / "run"
     typed = ["logger.wandb.group=mine", "logger.wandb.notes=a remark", "partition=noniid_nc1", "server=fedadam"]
-    more = ["evaluation=per_client", f"+callbacks.own._target_={__name__}.Noting", "pictures=false"]
+    more = [
+        "evaluation=per_client",
+        "evaluation.metrics=[top1]",
+        f"+callbacks.own._target_={__name__}.Noting",
+        "pictures=false",
+    ]
     run([*SMALL, "logger=wandb", *typed, *more, f"hydra.run.dir={folder}"])
     (segment,) = segments(folder)
     return folder, segment
@@ -88,7 +93,7 @@ def test_the_summary_is_that_of_the_run(held):
 def test_what_is_typed_counts_and_what_is_not_comes_from_the_options(held):
     _, segment = held
     assert (segment.run.run_group, segment.run.notes, segment.run.job_type) == ("mine", "a remark", "train")
-    own = ["evaluation=per_client", f"callbacks.own._target_={__name__}.Noting"]
+    own = ["evaluation=per_client", "evaluation.metrics=[top1]", f"callbacks.own._target_={__name__}.Noting"]
     typed = " ".join([*SMALL, "partition=noniid_nc1", "server=fedadam", *own])
     assert segment.run.display_name == f"{typed[:125]}..."
     assert list(segment.run.tags) == ["digits", "mlp", "noniid_nc1", "least_sensitive", "s80"] + [
