@@ -24,6 +24,8 @@ DEFAULT = BEFORE.pop("")
 # keys that a node has got since, which change no figure on a CPU
 SINCE = {"federation": {"graph": True, "tf32": False}, "trainer": {"deterministic": False}}
 SINCE |= {"schedule": {"within": "constant"}}
+SINCE["federation"] |= {"eval_share": 1.0}
+SINCE["model"] = {"checkpoint": None}
 MEANS = ("WeightedMean", "FedNova")  # the averages that have got a block since
 # where a target of then stood in its group
 NESTED = {"optimizer": "build", "server": "optimizer", "model": "net", "data": "source"}
