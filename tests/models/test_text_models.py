@@ -302,7 +302,8 @@ def test_baselines_are_scikit_learns_and_two_runs(monkeypatch, capsys):
 def test_the_bag_of_words_of_ag_news_reads_its_files_alone(tmp_path, monkeypatch, capsys):
     """40 texts to train, of which 36 are fitted on, and 8 to test, half of whose words say the class."""
     for name, number, known in (("train", 10, 10), ("test", 2, 1)):
-        lines = [f'"{c}","{"abcd"[c - 1] * 3 if i < known else "none"}","{i}"' for c in range(1, 5) for i in range(number)]
+        words = {c: ["abcd"[c - 1] * 3] * known + ["none"] * (number - known) for c in range(1, 5)}
+        lines = [f'"{c}","{word}","{i}"' for c, listed in words.items() for i, word in enumerate(listed)]
         (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
     figures = text_baselines.of_ag_news(tmp_path)
     assert figures["majority class"] == 0.25
