@@ -44,7 +44,7 @@ def execute_hydra(cfg: DictConfig) -> dict[str, Any]:
     job = composed(cfg, hydra_cfg)
     check_alone(cfg, job.choices)
     with waiting("importing torch and Lightning", beside_others()):
-        check_taken(cfg)
+        check_taken(cfg, job.choices)
     if used(job.folder):
         raise ValueError(already_used(job.folder))
     with locked(job.folder):

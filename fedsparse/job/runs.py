@@ -189,7 +189,7 @@ def _check(job: Job) -> None:
     if not shared:
         announce(job)
     with waiting("importing torch and Lightning", shared):
-        check_taken(job.cfg)
+        check_taken(job.cfg, job.choices)
         from fedsparse.job import execute  # noqa: F401  what a run imports
 
 
