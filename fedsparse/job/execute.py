@@ -164,8 +164,7 @@ def _complete(job: Job, joined: Joined) -> dict[str, Any]:
     with waiting("pictures", beside_others()):
         write_results(job.folder, summary, assembly.pictures)
     clients = partial(clients_table, job.folder, assembly.problem)
-    with waiting("loggers take files and figures", beside_others()):
-        training.callbacks.artifacts.close(training.trainer.loggers, summary["rounds"], summary, clients)
+    training.callbacks.artifacts.close(training.trainer.loggers, summary["rounds"], summary, clients)
     return summary | {"folder": str(job.folder)}
 
 
