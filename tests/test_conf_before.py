@@ -24,6 +24,9 @@ DEFAULT = BEFORE.pop("")
 # keys that a node has got since, which change no figure on a CPU
 SINCE = {"federation": {"graph": True, "tf32": False}, "trainer": {"deterministic": False}}
 SINCE |= {"schedule": {"within": "constant"}}
+# the size to which images of a folder are brought, which was 224 for all
+SIZES = {"vit_digits": None, "mlp": 32, "fednet": 28, "fednet_mlp": 28}
+TIMM_SIZE = "${timm_size:${model.name},${oc.select:model.img_size,null}}"
 MEANS = ("WeightedMean", "FedNova")  # the averages that have got a block since
 # where a target of then stood in its group
 NESTED = {"optimizer": "build", "server": "optimizer", "model": "net", "data": "source"}
@@ -42,6 +45,12 @@ def before(option):
         found = found | {"callbacks": {"early_stopping": stop | {"monitor": "auto"}}}
     if found["aggregation"]["_target_"].endswith(MEANS):
         found = found | {"aggregation": found["aggregation"] | {"block": 1}}
+    timm = found["model"]["net"]["_target_"].endswith("timm_model")
+    size = TIMM_SIZE if timm else SIZES.get(found["model"]["name"], 224)
+    found = found | {"model": found["model"] | {"image_size": size}}
+    if option == "data/imagefolder":
+        source = found["data"]["source"] | {"size": "${oc.select:model.image_size,224}"}
+        found = found | {"data": found["data"] | {"source": source}}
     return found | {group: found[group] | keys for group, keys in SINCE.items()}
 
 
@@ -125,7 +134,7 @@ def assert_called_alike(then, cfg):
         if group in NESTED:
             wanted = called_then(then[group][NESTED[group]])
             assert called(OmegaConf.to_container(target_of(group, cfg[group]))) == wanted
-            for key in set(JOBS[group]) - {"name"}:
+            for key in set(JOBS[group]) - {"name", "image_size"}:
                 assert found[group].get(key) == then[group].get(key)
         elif group in then:
             wanted = today(then[group])
