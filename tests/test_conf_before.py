@@ -47,9 +47,9 @@ def before(option):
         found = found | {"aggregation": found["aggregation"] | {"block": 1}}
     timm = found["model"]["net"]["_target_"].endswith("timm_model")
     size = TIMM_SIZE if timm else SIZES.get(found["model"]["name"], 224)
-    found = found | {"model": found["model"] | {"image_size": size}}
+    found = found | {"model": found["model"] | {"image_side": size}}
     if option == "data/imagefolder":
-        source = found["data"]["source"] | {"size": "${oc.select:model.image_size,224}"}
+        source = found["data"]["source"] | {"size": "${oc.select:model.image_side,224}"}
         found = found | {"data": found["data"] | {"source": source}}
     return found | {group: found[group] | keys for group, keys in SINCE.items()}
 
@@ -134,7 +134,7 @@ def assert_called_alike(then, cfg):
         if group in NESTED:
             wanted = called_then(then[group][NESTED[group]])
             assert called(OmegaConf.to_container(target_of(group, cfg[group]))) == wanted
-            for key in set(JOBS[group]) - {"name", "image_size"}:
+            for key in set(JOBS[group]) - {"name", "image_side"}:
                 assert found[group].get(key) == then[group].get(key)
         elif group in then:
             wanted = today(then[group])

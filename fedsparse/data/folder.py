@@ -66,7 +66,7 @@ def imagefolder(
     place = checked_root(root, "a folder with a folder of images a class")
     if size is None:
         raise ValueError(
-            "data.size is null, because this model takes no images of a folder (model.image_size is null): choose "
+            "data.size is null, because this model takes no images of a folder (model.image_side is null): choose "
             "model=timm model.name=<a net of timm>, to whose size they are brought, or model=conv data.size=32"
         )
     side = checked_integer("data.size", size, 1)

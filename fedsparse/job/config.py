@@ -156,7 +156,7 @@ def timm_head(name: str) -> str:
 
 
 def timm_size(name: str, img_size: int | None) -> int:
-    """Side of the images that one of timm's models takes, for the key ``model.image_size``."""
+    """Side of the images that one of timm's models takes, for the key ``model.image_side``."""
     from fedsparse.models.pretrained import image_size  # as above
 
     return image_size(name) if img_size is None else img_size

@@ -17,7 +17,7 @@ JOBS: Mapping[str, tuple[str, ...]] = {
     "data": ("batch_size", "augment", "local_test", "stream", "workers", "loss_per"),
     "exchange": ("payload", "attackers", "attack_scale", "feedback", "precision", "filters", "compat"),
     "lora": ("ranks",),
-    "model": ("name", "trainable", "head", "local", "cohort", "image_size"),
+    "model": ("name", "trainable", "head", "local", "cohort", "image_side"),
     "optimizer": ("clip_norm",),
     "schedule": ("within",),
     "server": ("untouched",),

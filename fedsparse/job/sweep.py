@@ -37,7 +37,7 @@ MAY_DIFFER = (
     "calibration.cache",
 )
 
-SAID_ELSEWHERE = ("model.image_size",)  # data.size refers to it, and older stored runs lack it
+SAID_ELSEWHERE = ("model.image_side",)  # data.size refers to it, and older stored runs lack it
 
 
 class CellFailed(ValueError):

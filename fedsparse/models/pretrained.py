@@ -99,7 +99,7 @@ def head_pattern(name: str) -> str:
 
 
 def image_size(name: str) -> int:
-    """Side of the images that a net of timm takes, for the key ``model.image_size``.
+    """Side of the images that a net of timm takes, for the key ``model.image_side``.
 
     A name that timm does not know gives 224, as ``head_pattern`` gives ``head.*``.
 

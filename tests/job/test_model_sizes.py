@@ -10,7 +10,7 @@ from torch import nn
 
 from fedsparse.data.folder import imagefolder
 from fedsparse.job.assemble import assemble_problem
-from fedsparse.job.keys import required
+from fedsparse.job.keys import JOBS, required
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from fedsparse.job.keys import required
         ("model=mlp", 32),
         ("model=fednet_mlp", 28),
         ("model=conv", 224),
-        ("model=conv model.image_size=48", 48),
+        ("model=conv model.image_side=48", 48),
         ("model=mlp data.size=64", 64),
         ("model=vit_digits", None),
         ("model=timm model.name=test_vit", 160),  # timm's own
@@ -73,6 +73,11 @@ def test_what_the_yaml_says_stays(tmp_path):
         "seed": 3,
     }
     assert problem.space.local.sum() == 5 * 64 + 5
+
+
+def test_a_size_that_a_builder_asks_for_by_its_usual_names_is_no_key_of_the_job():
+    """As torchvision's ``vit_b_16(image_size=...)`` and timm's ``img_size`` do."""
+    assert not {"image_size", "img_size", "size"} & set(JOBS["model"])
 
 
 def write_yaml(folder, text):
