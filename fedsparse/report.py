@@ -1,7 +1,8 @@
 """The report of finished runs: ``python -m fedsparse.report <run or sweep folder> ... [--out DIR]``.
 
 It reads only run folders, and prints tables; with ``--out`` it writes report.md, report.html (one self-contained page),
-the figures as PNG, and every table as CSV and LaTeX into ``tables/``. Equal folders give equal bytes.
+the figures as PNG, and every table as CSV and LaTeX into ``tables/``. With ``--save`` it writes what it read into one
+file, a line for each run, which it reads as it reads a folder. Equal folders give equal bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedsparse.analysis.files import short
-from fedsparse.analysis.folders import Problem, Run, read_runs
+from fedsparse.analysis.folders import Problem, Run, read_runs, save
 from fedsparse.analysis.page import (
     Picture,
     Section,
@@ -48,7 +49,7 @@ def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
     """Read run folders, and build the sections of a report.
 
     Args:
-        folders: run folders, or folders above them at any depth.
+        folders: run folders, folders above them at any depth, or archives.
         target: fraction of the best dense test accuracy, to which rounds are counted.
 
     Raises:
@@ -153,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts = sections(options.folders, options.target)
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
+        if options.save:
+            save(options.folders, options.save)
     except (ValueError, OSError) as error:
         sys.exit(f"fedsparse: {error}")
     if options.pixels:
@@ -174,8 +177,9 @@ def _pixels() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold some at any depth")
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, folders that hold some, or files of --save")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md, report.html, PNGs and tables here")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write what was read into one file, FILE.csv.gz")
     parser.add_argument("--target", type=_fraction, default=0.95, help="fraction of the best dense accuracy (0.95)")
     parser.add_argument("--scale", action="store_true", help="evaluate scaled task vectors; builds data and models")
     parser.add_argument(

@@ -24,6 +24,8 @@ DEFAULT = BEFORE.pop("")
 # keys that a node has got since, which change no figure on a CPU
 SINCE = {"federation": {"graph": True, "tf32": False}, "trainer": {"deterministic": False}}
 SINCE |= {"schedule": {"within": "constant"}}
+SINCE["federation"] |= {"eval_share": 1.0}
+SINCE["model"] = {"checkpoint": None}
 # the size to which images of a folder are brought, which was 224 for all
 SIZES = {"vit_digits": None, "mlp": 32, "fednet": 28, "fednet_mlp": 28}
 TIMM_SIZE = "${timm_size:${model.name},${oc.select:model.img_size,null}}"
@@ -48,6 +50,8 @@ def before(option):
     timm = found["model"]["net"]["_target_"].endswith("timm_model")
     size = TIMM_SIZE if timm else SIZES.get(found["model"]["name"], 224)
     found = found | {"model": found["model"] | {"image_side": size}}
+    if found["data"]["source"]["_target_"].endswith(".cifar10"):
+        found = found | {"data": found["data"] | {"source": found["data"]["source"] | {"part": "all"}}}
     if option == "data/imagefolder":
         source = found["data"]["source"] | {"size": "${oc.select:model.image_side,224}"}
         found = found | {"data": found["data"] | {"source": source}}

@@ -1,14 +1,19 @@
-"""Run folders as plain data: what is finished is read, what is not is named with its reason; nothing is executed."""
+"""Run folders and archives as plain data: what is finished is read, what is not is named with its reason.
+
+Nothing is executed.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedsparse.analysis import archive
+from fedsparse.analysis.archive import Stored, is_archive
 from fedsparse.analysis.files import finite, flatten, json_of, plain_yaml, short, yaml_of
 from fedsparse.core.folder import CALIBRATION, CHECKPOINTS, CONFIG, HYDRA, METRICS, OVERRIDES, SUMMARY
 from fedsparse.core.rows import read_rows
@@ -26,7 +31,7 @@ class Run:
 
     Attributes:
         name: its folder, relative to the folder that was asked for.
-        folder: where it lies.
+        folder: where it lies; of a run of an archive there is none.
         summary: summary.json.
         config: .hydra/config.yaml with dotted keys and its values as text, and the choices ``data``, ``model``,
             ``experiment`` and ``method``.
@@ -35,6 +40,7 @@ class Run:
         rows: metrics.csv, one mapping a round; empty where it is missing.
         options: the chosen option of each group; empty where older folders lack them.
         typed: the keys and groups that were typed; None where that is not stored.
+        archived: whether it was read from an archive, so that its mask and its landscapes are not there.
 
     """
 
@@ -47,6 +53,7 @@ class Run:
     rows: list[dict[str, float]] = field(repr=False)
     options: Mapping[str, str]
     typed: frozenset[str] | None
+    archived: bool = False
 
     @property
     def seed(self) -> int:
@@ -89,7 +96,7 @@ def read_runs(folders: Iterable[Path], renewed: Callable[[Any], Any] = as_stored
     """Read every finished run below some folders, each once, in an order that depends on names alone.
 
     Args:
-        folders: run folders, or folders that hold some at any depth.
+        folders: run folders, folders that hold some at any depth, or archives that ``save`` wrote.
         renewed: writes a stored configuration in today's keys, as ``job.earlier.renewed`` does, which stands above;
             by default it is read as it was stored.
 
@@ -111,15 +118,44 @@ def read_runs(folders: Iterable[Path], renewed: Callable[[Any], Any] = as_stored
 
 
 def find_runs(folders: Iterable[Path], renewed: Callable[[Any], Any] = as_stored) -> list[Found]:
-    """Read every run folder below some folders, finished or not; arguments and order as in ``read_runs``."""
-    found: list[Found] = []
-    for name, folder in sorted(_names([Path(folder) for folder in folders]).items()):
+    """Read every run folder below some folders, finished or not; arguments and order as in ``read_runs``.
+
+    Raises:
+        ValueError: an archive cannot be read.
+
+    """
+    given = [Path(folder) for folder in folders]
+    found = [found for path in given if is_archive(path) for found in _archived(path, renewed)]
+    for name, folder in sorted(_names([path for path in given if not is_archive(path)]).items()):
         try:
             run = _read(name, folder, renewed)
             found.append(Found(name, folder, run, tuple(_doubts(run))))
         except Exception as error:  # whatever a damaged folder leads to, the others are read
             found.append(Found(name, folder, None, (problem_line(error),)))
     return found
+
+
+def save(folders: Iterable[Path], path: Path) -> int:
+    """Write every finished run below some folders into an archive; returns their number.
+
+    Raises:
+        ValueError: there is no finished run, or the file's name is none of an archive.
+        OSError: the file cannot be written.
+
+    """
+    runs = read_runs(folders)[0]
+    archive.write((_stored(run.name, run.folder) for run in runs if not run.archived), path)
+    return len(runs)
+
+
+def _archived(path: Path, renewed: Callable[[Any], Any]) -> Iterable[Found]:
+    for stored in archive.read(path):
+        place = path / stored.name
+        try:
+            run = replace(_run(stored, place, renewed), archived=True)
+            yield Found(stored.name, place, run, tuple(_doubts(run)))
+        except Exception as error:  # as of a folder
+            yield Found(stored.name, place, None, (problem_line(error),))
 
 
 def choices(folder: Path) -> dict[str, str]:
@@ -171,14 +207,27 @@ def _free(names: Mapping[str, Path], name: str) -> str:
 
 def _read(name: str, folder: Path, renewed: Callable[[Any], Any]) -> Run:
     """Read one folder, or say in a ValueError why it does not count."""
-    config = {short(key): short(value) for key, value in flatten(renewed(yaml_of(folder / CONFIG))).items()}
     if not (folder / SUMMARY).is_file():
+        config = _flat(renewed(yaml_of(folder / CONFIG)))
         raise ValueError(f"not finished: no summary.json after {_progress(folder, config)}")
-    summary = _checked(json_of(folder / SUMMARY))
-    options = choices(folder)
+    return _run(_stored(name, folder), folder, renewed)
+
+
+def _stored(name: str, folder: Path) -> Stored:
+    config, summary = yaml_of(folder / CONFIG), json_of(folder / SUMMARY)
+    return Stored(name, overrides(folder), summary, choices(folder), config, _metrics(folder))
+
+
+def _run(stored: Stored, folder: Path, renewed: Callable[[Any], Any]) -> Run:
+    config = _flat(renewed(stored.config))
+    summary, options = _checked(dict(stored.summary)), stored.options
     config |= {group: _choice(group, options, summary) for group in ("data", "model", "experiment", "method")}
-    lr, sparsity, typed = _lr(config), _sparsity(summary, config), _keys(overrides(folder))
-    return Run(name, folder, summary, config, lr, sparsity, _metrics(folder), options, typed)
+    lr, sparsity, typed = _lr(config), _sparsity(summary, config), _keys(stored.overrides)
+    return Run(stored.name, folder, summary, config, lr, sparsity, stored.rounds, options, typed)
+
+
+def _flat(config: Any) -> dict[str, str]:
+    return {short(key): short(value) for key, value in flatten(config).items()}
 
 
 def _checked(summary: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def undecided(masks: Mapping[str, Mask]) -> dict[str, Mask]:
 def _groups(table: Sequence[Row]) -> dict[tuple[Task, str, float], list[Row]]:
     groups: dict[tuple[Task, str, float], list[Row]] = {}
     for row in table:
-        if row.sparsity:
+        if row.sparsity and not any(run.archived for run in row.runs):
             groups.setdefault((row.task, row.partition, row.sparsity), []).append(row)
     return {place: locally(groups[place]) for place in sorted(groups)}
 

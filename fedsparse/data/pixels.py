@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from torchvision.datasets.utils import check_md5, download_and_extract_archive
 
+from fedsparse.core.checks import check_choice
 from fedsparse.data.datasets import Dataset, Split, hold_out
 from fedsparse.data.files import MOST_BYTES, checked_file, reason_of
 from fedsparse.data.unpickle import array_of, number_of, read_pickle
@@ -33,20 +34,26 @@ MOMENTS: dict[type, tuple[tuple[float, ...], tuple[float, ...]]] = {
     FashionMNIST: ((0.2860,), (0.3530,)),
 }
 
+HALVES = ("a", "b", "all")
 
-def cifar10(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
+
+def cifar10(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0, part: str = "all") -> Dataset:
     """Load CIFAR-10 (Krizhevsky 2009): 60,000 images of 3 x 32 x 32, ten classes, 10,000 of them to test.
 
     Args:
         root: folder that holds, or gets, ``cifar-10-batches-py``.
         val_fraction: share of the training images for validation, with the same class mix.
         split_seed: seed of the split, independent of the seed of a run.
+        part: ``all``, or one of two halves of the training images that share none, ``a`` or ``b``: one to pre-train
+            on, the other to fine-tune on. Both have the class mix of the whole, and depend on ``split_seed``.
 
     Raises:
-        ValueError: files are missing and cannot be downloaded, or are damaged; one line with the remedy.
+        ValueError: files are missing and cannot be downloaded, or are damaged, or there is no such part; one line with
+            the remedy.
 
     """
-    return _cifar(CIFAR10, root, val_fraction, split_seed)
+    check_choice("data.part", part, *HALVES)
+    return _cifar(CIFAR10, root, val_fraction, split_seed, part)
 
 
 def cifar100(root: str | Path = "data", val_fraction: float = 0.1, split_seed: int = 0) -> Dataset:
@@ -75,7 +82,7 @@ def fashion_mnist(root: str | Path = "data", val_fraction: float = 0.1, split_se
     return _mnist(FashionMNIST, root, val_fraction, split_seed)
 
 
-def _cifar(published: Any, root: str | Path, val_fraction: float, seed: int) -> Dataset:
+def _cifar(published: Any, root: str | Path, val_fraction: float, seed: int, part: str = "all") -> Dataset:
     """Load CIFAR, of one pickled dict a file."""
     folder, parts = place_of(root) / published.base_folder, (published.train_list, published.test_list)
     sums = {folder / name: md5 for part in parts for name, md5 in part}
@@ -84,7 +91,13 @@ def _cifar(published: Any, root: str | Path, val_fraction: float, seed: int) -> 
         fetch({published.filename: published.tgz_md5}, [address], folder.parent)
     warn_of_changes(sums)
     train, test = ([read_batch(folder / name) for name, _ in part] for part in parts)
-    return _dataset(published, _joined(train), _joined(test), val_fraction, seed)
+    labelled = _half(_joined(train), part, seed) if part != "all" else _joined(train)
+    return _dataset(published, labelled, _joined(test), val_fraction, seed)
+
+
+def _half(split: Split, part: str, seed: int) -> Split:
+    rows = hold_out(split.y.numpy(), 0.5, seed, "data.part")[HALVES.index(part)]
+    return Split(split.held[rows], split.y[rows])
 
 
 def _mnist(published: Any, root: str | Path, val_fraction: float, seed: int) -> Dataset:

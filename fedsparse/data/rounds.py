@@ -124,6 +124,10 @@ class LocalWork:
         """Count the local steps of a client with ``held`` samples."""
         return self.steps if self.steps is not None else (self.epochs or 0) * math.ceil(held / self.batch_size)
 
+    def samples(self, held: int) -> int:
+        """Count the samples that a client with ``held`` of them trains on, each as often as it is used."""
+        return self.steps * self.batch_size if self.steps is not None else (self.epochs or 0) * held
+
     def least(self, held: int) -> int:
         """Count the samples of the smallest local step of a client with ``held`` samples."""
         return self.batch_size if self.steps is not None else held % self.batch_size or self.batch_size
@@ -209,6 +213,10 @@ class RoundPlan:
         clients, together = dealt[self.process], 1 if self.separate else size
         starts = range(0, self.number_of_cohorts(round, rows) * together, together)
         return [self._cohort(round, clients[start : start + together], size) for start in starts]
+
+    def samples(self, round: int) -> int:
+        """Count the samples that the clients of one round train on, in all processes."""
+        return sum(self.work.samples(len(self.parts[client])) for client in self.sample(round))
 
     def cohort_of(self, round: int, client: int) -> Cohort:
         """Build the cohort of one client alone, with the samples it has if it takes part in the round."""

@@ -25,6 +25,7 @@ from fedsparse.data.balance import Balance
 from fedsparse.data.checks import checked_integer
 from fedsparse.data.datamodule import FederatedDataModule
 from fedsparse.data.datasets import Dataset
+from fedsparse.data.evaluated import evaluated
 from fedsparse.data.images import inputs_for
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
@@ -99,7 +100,7 @@ def assemble_problem(cfg: DictConfig) -> Problem:
     """
     streaming(cfg.data)
     dataset, parts, tests = deal_shards(
-        load_dataset(target_of("data", cfg.data)),
+        evaluated(load_dataset(target_of("data", cfg.data)), cfg.federation.get("eval_share", 1.0)),
         instantiate(cfg.partition),
         cfg.federation.num_clients,
         cfg.seed,
@@ -108,7 +109,8 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         local_test=cfg.data.get("local_test"),
     )
     dtype, head = dtype_of(cfg.trainer.precision), cfg.model.head
-    builder = _adapted(_with_sizes(target_of("model", cfg.model), dataset, cfg.seed), cfg.get("lora"))
+    sized = _with_sizes(target_of("model", cfg.model), dataset, cfg.seed)
+    builder = _adapted(_from_file(sized, cfg.model), cfg.get("lora"))
     net, space = build_net(
         seeded(lambda: instantiate(builder), cfg.seed),  # so that a resume builds the same, whatever a builder does
         dtype,
@@ -478,6 +480,14 @@ def _with_sizes(builder: DictConfig, dataset: Dataset, seed: int) -> DictConfig:
     sizes = of_data(dataset) | {"seed": seed}
     given = {key for key in sizes if key in missing or (key != "seed" and key in builder and builder[key] is None)}
     return OmegaConf.merge(builder, {key: sizes[key] for key in given})  # type: ignore[return-value]
+
+
+def _from_file(builder: DictConfig, model: DictConfig) -> DictConfig:
+    """Load ``model.checkpoint`` into the network of a builder that takes none itself."""
+    if model.get("checkpoint") is None or "checkpoint" in builder:
+        return builder
+    given = {"checkpoint": str(model.checkpoint), "head": listed(model.head)}
+    return OmegaConf.create({"_target_": "fedsparse.models.loading.started", "net": builder, **given})
 
 
 def _adapted(builder: DictConfig, lora: DictConfig | None) -> DictConfig:

@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+MANY = 5_000  # samples
+
 
 def rounds_within(budget: int, before: int, per_round: int) -> int:
     """Count the rounds that fit into a budget after preparation, rounded down.
@@ -30,6 +32,31 @@ def rounds_within(budget: int, before: int, per_round: int) -> int:
     if rounds < 1:
         raise ValueError(f"{budget} client steps leave no round: {before} go before, and a round takes {per_round}")
     return rounds
+
+
+def evaluation_line(evaluated: int, trained: int, every: int = 1) -> str:
+    """Say what an evaluation costs where it takes much longer than its rounds; empty where it does not.
+
+    A forward takes a third of a training step (Kaplan et al. 2020, section 2.1), so that it takes longer from three
+    evaluated samples for each trained one on; said from ten on, and of splits that take more than a moment.
+
+    Args:
+        evaluated: samples of an evaluation.
+        trained: samples on which the clients of a round train.
+        every: rounds from one evaluation to the next.
+
+    >>> evaluation_line(48_649, 1_280)[:88]
+    'an evaluation takes a forward over 48,649 samples, where a round trains on 1,280: set fed'
+    >>> evaluation_line(630, 1_280)
+    ''
+
+    """
+    if evaluated < 10 * trained * every or evaluated < MANY:
+        return ""
+    return (
+        f"an evaluation takes a forward over {evaluated:,} samples, where a round trains on {trained:,}: set "
+        "federation.eval_every=10 or federation.eval_share=0.1 for less"
+    )
 
 
 def rounds_for_steps(budget: int, *, _root_: DictConfig) -> int:

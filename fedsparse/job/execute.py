@@ -45,6 +45,7 @@ from fedsparse.federation.masking import MaskSchedule, zero
 from fedsparse.federation.stores.store import ClientStore, make_store
 from fedsparse.federation.watcher import Watcher
 from fedsparse.job.assemble import assemble
+from fedsparse.job.budget import evaluation_line
 from fedsparse.job.checks import check_names
 from fedsparse.job.cohorts import fastest
 from fedsparse.job.parts import Assembly
@@ -244,6 +245,9 @@ def _train(job: Job, joined: Joined, module: ClientModule, start: Start, origin:
     )
     if callbacks.personal is not None:
         callbacks.personal.table.drop_from(closed + 1)
+    evaluated = len(problem.dataset.val.y) + len(problem.dataset.test.y)
+    if leads and (line := evaluation_line(evaluated, assembly.course.plan.samples(0), assembly.session.eval_every)):
+        log.warning("%s", line)
     loggers = build_loggers(assembly.session.loggers, job.folder, job.group, closed) if leads else []
     trainer = build_trainer(assembly.session, callbacks, loggers, phases.total, origin)
     data = assembly.datamodule(bundle=math.inf) if joined.apart else assembly.datamodule()

@@ -17,13 +17,13 @@ JOBS: Mapping[str, tuple[str, ...]] = {
     "data": ("batch_size", "augment", "local_test", "stream", "workers", "loss_per"),
     "exchange": ("payload", "attackers", "attack_scale", "feedback", "precision", "filters", "compat"),
     "lora": ("ranks",),
-    "model": ("name", "trainable", "head", "local", "cohort", "image_side"),
+    "model": ("name", "trainable", "head", "local", "cohort", "checkpoint", "image_side"),
     "optimizer": ("clip_norm",),
     "schedule": ("within",),
     "server": ("untouched",),
     "topology": ("global_mix", "cluster_of", "cluster_metric", "cluster_every"),
 }
-SHARED: Mapping[str, tuple[str, ...]] = {"data": ("stream",), "exchange": ("compat",), "model": ("name",)}
+SHARED: Mapping[str, tuple[str, ...]] = {"data": ("stream",), "exchange": ("compat",), "model": ("name", "checkpoint")}
 
 
 def target_of(group: str, node: DictConfig) -> DictConfig:

@@ -13,7 +13,7 @@ ALLOWED = (
     *("deterministic", "benchmark", "inference_mode", "detect_anomaly"),
     *("profiler", "default_root_dir", "enable_autolog_hparams", "model_registry"),
 )
-_ROUNDS, _EVALUATED = "set federation.rounds", "set federation.eval_every; whole splits are evaluated"
+_ROUNDS, _EVALUATED = "set federation.rounds", "set federation.eval_every or federation.eval_share"
 INSTEAD = {
     **dict.fromkeys(("max_epochs", "max_steps", "fast_dev_run"), _ROUNDS),
     **dict.fromkeys(("min_epochs", "min_steps"), "set callbacks=early_stopping callbacks.early_stopping.patience"),

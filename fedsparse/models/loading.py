@@ -44,6 +44,12 @@ def load_backbone(net: nn.Module, path: Path, head: Patterns = "head.*", fit: Fi
     net.load_state_dict(found, strict=False)
 
 
+def started(net: nn.Module, checkpoint: str, head: Patterns) -> nn.Module:
+    """Return a builder's net with a file's tensors, all but the head's; arguments and errors of ``load_backbone``."""
+    load_backbone(net, Path(checkpoint), head)
+    return net
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """Read the named tensors of a file: safetensors, or a state dict that torch saved, bare or inside a checkpoint.
 

@@ -287,3 +287,21 @@ def test_damaged_idx_files_are_named(tmp_path, content):
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is damaged or no IDX file") as error:
         pixels.mnist(tmp_path)
     assert one_line(error)
+
+
+def test_halves_of_cifar10_share_no_image_and_are_all_of_it(tmp_path):
+    write_cifar10(tmp_path, per_batch=40)
+
+    def images(**options):
+        data = pixels.cifar10(tmp_path, **options)
+        both = torch.cat([data.train.x, data.val.x]), torch.cat([data.train.y, data.val.y])
+        return collections.Counter((x.numpy().tobytes(), int(y)) for x, y in zip(*both, strict=True)), data
+
+    (a, first), (b, _), (every, whole) = (images(part=part, val_fraction=0.2) for part in ("a", "b", "all"))
+    assert len(a) == len(b) == 100
+    assert a + b == every
+    assert torch.equal(first.test.x, whole.test.x)
+    classes = [collections.Counter(y for _, y in half) for half in (a, b)]
+    assert all(abs(classes[0][y] - classes[1][y]) <= 1 for y in range(10))
+    with pytest.raises(ValueError, match=r"data\.part is 'c'; it must be a, b or all"):
+        pixels.cifar10(tmp_path, part="c")

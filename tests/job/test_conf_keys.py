@@ -77,6 +77,7 @@ LOADED = [
     ("data=imagefolder", "data.test_fraction=0.3"),
     ("data=cifar10", "data.val_fraction=0.3"),
     ("data=cifar10", "data.split_seed=4"),
+    ("data=cifar10", "data.part=a"),
 ]
 
 

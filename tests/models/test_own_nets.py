@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from composed import composed
+from hydra.errors import InstantiationException
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -381,3 +383,20 @@ def test_a_loss_that_is_not_one_number_a_sample_is_refused_before_round_1(run_in
 def test_a_right_loss_of_ones_own_trains(run_in):
     summary, _ = run_in("run", *QUIET, "client._target_=test_own_nets.Smoothed", "mask_rule=random")
     assert summary["test/acc"] > 0.5
+
+
+def test_any_net_starts_from_a_file_of_weights(run_in):
+    """All but the head, which stays as it was built; the builder knows nothing of files."""
+    from fedsparse.job.assemble import assemble
+
+    own = [f"model._target_={plain.__module__}.plain", "model.hidden=24", "head.init=random"]
+    _, first = run_in("first", *own, *QUIET)
+    trained, start = load_file(first / "model.safetensors"), ["model=mlp", "logger=csv", *own]
+    given = assemble(composed(*start, f"model.checkpoint={first / 'model.safetensors'}")).problem.net.state_dict()
+    fresh = assemble(composed(*start)).problem.net.state_dict()
+    for name, value in given.items():
+        assert torch.equal(value, (fresh if name.startswith("head") else trained)[name]), name
+    with pytest.raises(InstantiationException, match=r"of another shape one\.weight \(24x64, not 8x64\)"):
+        assemble(composed(*start, "model.hidden=8", f"model.checkpoint={first / 'model.safetensors'}"))
+    with pytest.raises(InstantiationException, match=r"there is no model checkpoint nowhere\.safetensors"):
+        assemble(composed(*start, "model.checkpoint=nowhere.safetensors"))
