@@ -214,7 +214,7 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
     check_number("seed", cfg.seed, whole=True, least=0, most=LARGEST_SEED)
     _check_server(cfg.server)
     _check_precision(cfg.trainer.precision)
-    check_taken(cfg)
+    check_taken(cfg, choices or {})
 
 
 def _check_count(key: str, value: Any, **others: Any) -> None:

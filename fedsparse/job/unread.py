@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -30,12 +30,16 @@ def check_keys(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
     written = OmegaConf.to_yaml(cfg)
     unknown = [key for key in _unknown(cfg, choices) if f"${{{key}}}" not in written]  # no other key refers to it
     moved = [then for then in MOVES if OmegaConf.is_dict(OmegaConf.select(cfg, then))]
-    for key in (*unknown, *moved):
-        raise ValueError(no_key(key))
+    if found := [*unknown, *moved]:
+        raise ValueError(_line(found, choices))
 
 
-def check_taken(cfg: DictConfig) -> None:
+def check_taken(cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
     """Refuse keys beside a ``_target_`` that it does not take; this imports the targets, and with them Lightning.
+
+    Args:
+        cfg: the configuration.
+        choices: option chosen of each group.
 
     Raises:
         ValueError: one line with the first of them and a suggestion; or a ``_target_`` cannot be imported.
@@ -45,8 +49,20 @@ def check_taken(cfg: DictConfig) -> None:
     targets = {node["_target_"] for _, node in trust.nodes(plain) if isinstance(node, dict) and "_target_" in node}
     if targets <= trust.shipped().arguments.keys():  # code of one's own may use all of torchmetrics
         lean.import_torchmetrics()
-    for key in _not_taken(plain, ""):
-        raise ValueError(no_key(key))
+    if found := list(_not_taken(plain, "")):
+        raise ValueError(_line(found, choices))
+
+
+def _line(keys: Sequence[str], choices: Mapping[str, str | None]) -> str:
+    """Write the error line of the first of some keys that nothing reads; an experiment's own were not typed."""
+    name, group = choices.get("experiment"), keys[0].partition(".")[0]
+    own = shipped.keys("experiment", name) if name in shipped.options("experiment") else {}
+    if keys[0] not in own:
+        return no_key(keys[0])
+    listed = [key for key in keys if key in own and key.startswith(f"{group}.")]
+    option = f"{group}={choices[group]}" if group in choices else "this configuration"
+    without = " ".join(f"~{key}" for key in listed)
+    return f"experiment={name} sets {' and '.join(listed)}, which {option} does not have; add {without}"
 
 
 def _unknown(cfg: DictConfig, choices: Mapping[str, str | None]) -> Iterator[str]:

@@ -25,6 +25,14 @@ BAD = [
     ),
     ("+federation.round=3", "there is no key federation.round; did you mean federation.rounds"),
     ("+sede=3", "there is no key sede"),
+    (
+        "experiment=sparse_exchange_ag_news exchange=full",
+        "sets exchange.by and exchange.fraction, which exchange=full does not .* add ~exchange.by ~exchange.fraction",
+    ),
+    (
+        "experiment=sparse_exchange_ag_news partition=iid",
+        "experiment=sparse_exchange_ag_news sets partition.beta .* add ~partition.beta ~partition.sample_fraction",
+    ),
     ("+calibration.batchs=3", "batchs"),
     ("sparsity.ratio=1.0", "sparsity.ratio"),
     ("sparsity.ratio=-0.1", "sparsity.ratio"),

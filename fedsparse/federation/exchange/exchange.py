@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -443,12 +442,21 @@ class Full(Exchange):
 
     """
 
-    def __init__(self, trained: Tensor, local: Tensor, masks: OwnMasks | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        trained: Tensor,
+        local: Tensor,
+        masks: OwnMasks | None = None,
+        payload: str = "change",
+        filters: Mapping[str, Filter | None] | None = None,
+        compat: str | None = None,
+        space: ParamSpace | None = None,
+    ) -> None:
         if masks is not None:
             raise ValueError(
                 "mask.owner=client and lora.ranks need exchange=masked: each client sends what it trains itself"
             )
-        super().__init__(trained, local, **options)
+        super().__init__(trained, local, None, None, payload, filters, compat, space)
 
     whole = True
 
