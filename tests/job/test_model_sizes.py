@@ -40,7 +40,7 @@ def test_a_model_without_a_size_takes_no_folder_and_no_image_is_read(tmp_path):
 
 def least(in_features, num_classes, seed, width=5):
     """Build a network; what has no default is required."""
-    drawn = torch.Generator().manual_seed(seed)
+    drawn = torch.Generator().manual_seed(0 if seed is None else seed)
     net = nn.Sequential(nn.Flatten(), nn.Linear(in_features, width), nn.Tanh())
     net.add_module("head", nn.Linear(width, num_classes))
     nn.init.normal_(net.head.weight, generator=drawn)
@@ -64,13 +64,13 @@ def test_what_a_builder_requires_follows_from_data_and_seed(tmp_path):
 
 
 def test_what_the_yaml_says_stays(tmp_path):
-    write_yaml(tmp_path, f"_target_: {__name__}.least\nnum_classes: 12\nseed: 3\nin_features: null\nlocal: ['1.*']")
+    write_yaml(tmp_path, f"_target_: {__name__}.least\nnum_classes: 12\nseed: null\nin_features: null\nlocal: ['1.*']")
     cfg = composed(f"hydra.searchpath=['file://{tmp_path}']", "model=least", "logger=csv")
     problem = assemble_problem(cfg)
     assert {key: problem.arguments[key] for key in ("in_features", "num_classes", "seed")} == {
         "in_features": 64,
         "num_classes": 12,
-        "seed": 3,
+        "seed": None,
     }
     assert problem.space.local.sum() == 5 * 64 + 5
 
