@@ -13,20 +13,19 @@ from fedsparse.job.assemble import assemble_problem
 from fedsparse.job.keys import JOBS, required
 
 
-@pytest.mark.parametrize(
-    ("typed", "size"),
-    [
-        ("model=mlp", 32),
-        ("model=fednet_mlp", 28),
-        ("model=conv", 224),
-        ("model=conv model.image_side=48", 48),
-        ("model=mlp data.size=64", 64),
-        ("model=vit_digits", None),
-        ("model=timm model.name=test_vit", 160),  # timm's own
-        ("model=timm model.name=test_vit +model.img_size=96", 96),
-        ("model=timm model.name=no_net_of_timm", 224),  # the builder refuses it
-    ],
-)
+SIZES = [("model=mlp", 32), ("model=vit_digits", None)]
+MORE = [
+    ("model=fednet_mlp", 28),
+    ("model=conv", 224),
+    ("model=conv model.image_side=48", 48),
+    ("model=mlp data.size=64", 64),
+    ("model=timm model.name=test_vit", 160),  # timm's own
+    ("model=timm model.name=test_vit +model.img_size=96", 96),
+    ("model=timm model.name=no_net_of_timm", 224),  # the builder refuses it
+]
+
+
+@pytest.mark.parametrize(("typed", "size"), [*SIZES, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)])
 def test_images_are_brought_to_the_size_of_the_model(typed, size):
     assert composed("data=imagefolder", *typed.split()).data.size == size
 
