@@ -221,6 +221,9 @@ departments: $(READY) ## adapters' methods with own and shared codes of answers,
 	$(DEPARTMENTS) method=fedit topology=departments mixing=clusters mixing.k=3 mixing.share=0 mixing.of=A,A-start,B,BA federation.rounds=10 hydra.sweep.dir=$(DEPARTMENTS_AT)/clusters
 	$(BIN)/python -m fedsparse.report $(DEPARTMENTS_AT) --out $(DEPARTMENTS_AT)/report
 
+# CIFAR-10, AG News, MNIST and Shakespeare
+include docs/studies/replications.mk
+
 weights: $(READY) ## pre-train the embedded model again; weights-text: that of texts
 	$(BIN)/python -m fedsparse.studies.pretrain $(ARGS)
 

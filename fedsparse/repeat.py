@@ -22,7 +22,7 @@ from fedsparse.core.signals import command
 from fedsparse.job import trust
 from fedsparse.job.command import one_line
 from fedsparse.job.earlier import renewed, typed_now
-from fedsparse.job.resume import composed, refuse_stored_overrides
+from fedsparse.job.resume import composed, refuse_stored_overrides, without_entity
 from fedsparse.job.runs import compose_and_run, run_cell
 from fedsparse.job.sweep import MAY_DIFFER, CellFailed, cell_name, short_path
 
@@ -68,6 +68,7 @@ def overrides_of(run: Run) -> list[str]:
 def execute_cell(cfg: DictConfig) -> dict[str, object]:
     """Execute one cell: a finished one is only reported, a stopped one resumed."""
     hydra_cfg = HydraConfig.get()
+    without_entity(cfg)
     job = composed(cfg, hydra_cfg)
     return run_cell(replace(job, group=job.folder.parent.name), hydra_cfg)
 

@@ -433,7 +433,7 @@ def assemble_session(cfg: DictConfig, config: dict[str, Any], problem: Problem) 
         eval_every=cfg.federation.eval_every,
         checkpoint_every=cfg.federation.checkpoint_every,
         monitor=problem.monitor,
-        loggers={name: instantiate(logger) for name, logger in (cfg.logger or {}).items()},
+        loggers={name: instantiate(logger, _convert_="all") for name, logger in (cfg.logger or {}).items()},
         callbacks=[_callback(options, problem.monitor) for options in (cfg.callbacks or {}).values() if options],
         personal=personal,
         config=config,

@@ -211,6 +211,7 @@ def check(cfg: DictConfig, choices: Mapping[str, str | None] | None = None) -> N
         check_positive(key, OmegaConf.select(cfg, key))
     check_number("optimizer.clip_norm", cfg.optimizer.clip_norm, above=0, null=True)
     check_flag("pictures", cfg.pictures)
+    check_flag("logger.wandb.log_model", OmegaConf.select(cfg, "logger.wandb.log_model", default=False))
     check_number("seed", cfg.seed, whole=True, least=0, most=LARGEST_SEED)
     _check_server(cfg.server)
     _check_precision(cfg.trainer.precision)

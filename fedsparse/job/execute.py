@@ -53,6 +53,7 @@ from fedsparse.job.prepare import OVERLAP, draw, prepare, record, save_deviation
 from fedsparse.job.reach import Join, Joined, in_one_process
 from fedsparse.job.resume import Job
 from fedsparse.job.summary import summarise, write_results
+from fedsparse.job.tracked import clients_table, identity_of
 from fedsparse.job.trial import check_trainable
 from fedsparse.masks import Mask
 from fedsparse.preparation.calibration import Calibrated
@@ -158,7 +159,8 @@ def _complete(job: Job, joined: Joined) -> dict[str, Any]:
     federation, seconds = training.rounds.federation, training.callbacks.log.seconds
     summary = summarise(job, assembly, federation, start.found, training.choice.mask, seconds)
     write_results(job.folder, summary, assembly.pictures)
-    training.callbacks.artifacts.close(training.trainer.loggers)
+    clients = partial(clients_table, job.folder, assembly.problem)
+    training.callbacks.artifacts.close(training.trainer.loggers, summary["rounds"], summary, clients)
     return summary | {"folder": str(job.folder)}
 
 
@@ -232,8 +234,10 @@ def _train(job: Job, joined: Joined, module: ClientModule, start: Start, origin:
         method.rule, method.sparsity, problem.space, problem.seed, start.found.mask, report, start.found.observed
     )
     rounds = FederatedRounds(_federate(job.folder, assembly, module, choice, start.ledger, closed), joined.take_part)
+    identity = identity_of(job.folder, job.choices, job.group)
+    session = replace(assembly.session, config=assembly.session.config | {"options": dict(identity.options)})
     callbacks = build_callbacks(
-        assembly.session,
+        session,
         rounds,
         Evaluation(problem.tests, problem.dataset.own, rounds.group),
         OwnModels(rounds, joined.own) if problem.vals or joined.own is not None else None,
@@ -248,8 +252,8 @@ def _train(job: Job, joined: Joined, module: ClientModule, start: Start, origin:
     evaluated = len(problem.dataset.val.y) + len(problem.dataset.test.y)
     if leads and (line := evaluation_line(evaluated, assembly.course.plan.samples(0), assembly.session.eval_every)):
         log.warning("%s", line)
-    loggers = build_loggers(assembly.session.loggers, job.folder, job.group, closed) if leads else []
-    trainer = build_trainer(assembly.session, callbacks, loggers, phases.total, origin)
+    loggers = build_loggers(session.loggers, job.folder, identity, closed) if leads else []
+    trainer = build_trainer(session, callbacks, loggers, phases.total, origin)
     data = assembly.datamodule(bundle=math.inf) if joined.apart else assembly.datamodule()
     trainer.fit(module, data, ckpt_path=start.checkpoint)
     return Training(trainer, rounds, callbacks, choice, assembly.config["trainer"].get("max_time"))
@@ -319,12 +323,12 @@ def _stopped(job: Job, training: Training) -> None:
     """
     received, closed = training.callbacks.stop.received, training.trainer.current_epoch
     if received:
-        training.callbacks.artifacts.close(training.trainer.loggers)
+        training.callbacks.artifacts.close(training.trainer.loggers, closed)
         _say(received[0], f"round {closed} is closed and saved", job)
         hand_on(received)
         raise signals.Stopped(received[0], said=True)
     if training.callbacks.stop.overtime and closed < training.rounds.federation.phases.total:
-        training.callbacks.artifacts.close(training.trainer.loggers)
+        training.callbacks.artifacts.close(training.trainer.loggers, closed)
         limit = f"trainer.max_time={training.max_time}"
         raise Unfinished(f"{limit}: round {closed} is closed and saved; go on with resume={job.folder}")
 

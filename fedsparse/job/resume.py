@@ -24,8 +24,11 @@ from fedsparse.job import trust
 from fedsparse.job.shipped import conf_dir
 from fedsparse.job.sweep import already_used, difference, used
 
-ALLOWED = "on resume only federation.rounds, trainer.*, logger, calibration.cache and trust may be given"
-CACHE = "calibration.cache"
+ALLOWED = (
+    "on resume only federation.rounds, trainer.*, logger, logger.wandb.entity, calibration.cache and trust may be given"
+)
+CACHE, ENTITY = "calibration.cache", "logger.wandb.entity"
+log = logging.getLogger("fedsparse")
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,27 @@ def read_job(folder: Path, overrides: Sequence[str] = (), trusted: Sequence[str]
     begun = _rounds(trust.resolved(raw, trusted))
     for override in [f"{CACHE}=null", *overrides]:  # the stored cache folder is not written to, only a typed one
         _apply(raw, override)
-    cfg = trust.admitted(raw, trusted, typed=[override.partition("=")[0] for override in overrides])
+    typed = [override.partition("=")[0] for override in overrides]
+    cfg = trust.admitted(raw, trusted, typed)
+    without_entity(cfg, typed)
     OmegaConf.set_struct(cfg, True)
     return Job(cfg, folder, *stored_choices(folder), resumed=True, begun=begun)
+
+
+def without_entity(cfg: DictConfig, typed: Sequence[str] = ()) -> None:
+    """Take W&B's entities out of a stored configuration, in place: a folder of a stranger could name a stranger's.
+
+    Args:
+        cfg: the configuration.
+        typed: keys that the reader set, which stay.
+
+    """
+    for name, node in (cfg.get("logger") or {}).items():
+        key = f"logger.{name!s}.entity"
+        if isinstance(node, DictConfig) and node.get("entity") is not None and not trust.covers(typed, key):
+            if not node.get("offline"):
+                log.warning("the stored %s=%s is not used, type it to log there", key, node.entity)
+            node.entity = None
 
 
 def refuse_stored_overrides(overrides: Sequence[str], trusted: Sequence[str] = (), options: Sequence[str] = ()) -> None:
@@ -178,7 +199,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, found, value = override.partition("=")
     if key == "logger" and found:
         raw["logger"] = _compose([f"logger={value}"])["logger"]
-    elif found and (key in ("federation.rounds", CACHE) or key.startswith("trainer.")):
+    elif key == ENTITY and "wandb" not in (raw.get("logger") or ()):
+        raise ValueError(f"{override}: this run has no logger=wandb")
+    elif found and (key in ("federation.rounds", CACHE, ENTITY) or key.startswith("trainer.")):
         *groups, last = key.split(".")
         for group in groups:
             raw = raw.setdefault(group, {})

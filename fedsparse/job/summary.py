@@ -25,6 +25,7 @@ from fedsparse.federation.federation import Federation
 from fedsparse.job.parts import Assembly, Problem
 from fedsparse.job.prepare import picture
 from fedsparse.job.resume import Job
+from fedsparse.job.tracked import chosen
 from fedsparse.masks import Mask, overlaps
 from fedsparse.masks.bitmaps import masks_of
 from fedsparse.models.flops import pruning_figures
@@ -103,7 +104,7 @@ def summarise(
         **(_pruned(problem) if assembly.method.sparsity.mode == "prune" else {}),
         "mask_overlap_rounds": list(found.overlap),
         "mask_overlap_clients": mean_client_overlap(found, space),
-        **{key: _chosen(job.choices.get(key)) for key in CHOICES},
+        **{key: chosen(job.choices.get(key)) for key in CHOICES},
         **_exchanged(assembly.config["exchange"], job.choices.get("exchange")),
     }
 
@@ -123,11 +124,6 @@ def _pruned(problem: Problem) -> dict[str, float]:
     x = problem.dataset.train.x[torch.tensor([0])].to(net.device)
     with made_in(dtype_of(problem.precision)):
         return pruning_figures(problem.net, problem.inputs(x))
-
-
-def _chosen(option: str | None) -> str | None:
-    """Convert the chosen option of a group; None where none is chosen."""
-    return None if option in (None, "None", "null") else option
 
 
 def _exchanged(options: Mapping[str, Any], chosen: str | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ LONGEST = 120  # characters of a folder's name; file systems allow 255, but path
 MAY_DIFFER = (
     "federation.rounds",
     "logger",
+    *(f"logger.wandb.{key}" for key in ("entity", "group", "job_type", "name", "notes", "tags")),
     "pictures",
     "resume",
     "trainer.accelerator",

@@ -10,7 +10,9 @@ from typing import Any
 from fedsparse.core.folder import LANDSCAPE_FIGURES
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.job.prepare import illustration, picture
+from fedsparse.job.resume import stored_choices
 from fedsparse.job.sweep import locked
+from fedsparse.job.tracked import clients_table, identity_of
 from fedsparse.landscape.film import Frame, film
 from fedsparse.landscape.measure import Measured, file_name, measure
 from fedsparse.landscape.options import Options
@@ -44,7 +46,8 @@ def landscape(folder: Path, options: Options, trusted: Sequence[str] = ()) -> tu
         measured = measure(scene, store, points)
         pictures = draw(store.folder, measured, frames)
     written = [*pictures, store.folder / LANDSCAPE_FIGURES]
-    log_landscape(models.assembly.session.loggers, folder, written)
+    identity, clients = identity_of(folder, *stored_choices(folder)), partial(clients_table, folder, problem)
+    log_landscape(models.assembly.session.loggers, folder, identity, written, clients)
     return measured.figures, written
 
 

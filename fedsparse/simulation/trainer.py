@@ -18,7 +18,7 @@ from fedsparse.core.precisions import DOUBLE, HALF
 from fedsparse.federation.phases import Phases
 from fedsparse.masks import Mask
 from fedsparse.simulation import strategy
-from fedsparse.simulation.artifacts import Artifacts, send_landscape, started
+from fedsparse.simulation.artifacts import Artifacts, Identity, Table, WandbRows, best_of, send_landscape, started
 from fedsparse.simulation.callback import FederatedRounds
 from fedsparse.simulation.checkpoint import AtomicCheckpointIO, RoundCheckpoint
 from fedsparse.simulation.csv_logger import RoundCSV
@@ -121,7 +121,8 @@ def build_callbacks(
         personal = session.personal(path=folder / CLIENTS if parallel.process() == 0 else None, rounds=rounds)
     checkpoints = build_checkpoints(folder / CHECKPOINTS, rounds, phases, session)
     log, stop = RoundLog(rounds, evaluation, own, personal), GracefulStop(session.max_time)
-    return Callbacks(rounds, log, stop, artifacts, [progress, *session.callbacks, *checkpoints], personal)
+    rows = [WandbRows()] if "wandb" in session.loggers else []
+    return Callbacks(rounds, log, stop, artifacts, [progress, *rows, *session.callbacks, *checkpoints], personal)
 
 
 def build_checkpoints(
@@ -142,36 +143,46 @@ def build_checkpoints(
     return [best, last]
 
 
-def build_loggers(chosen: Mapping[str, Callable[..., Any]], folder: Path, group: str | None, round: int) -> list[Any]:
+def build_loggers(chosen: Mapping[str, Callable[..., Any]], folder: Path, identity: Identity, round: int) -> list[Any]:
     """Build the logger of metrics.csv and the chosen ones, without those that cannot be started.
 
     Args:
         chosen: by name, builders of a logger in a folder.
         folder: the run folder.
-        group: name shared by the runs of a sweep.
+        identity: of the run in W&B.
         round: rounds closed so far; rows after it are dropped from metrics.csv.
 
     """
     table = RoundCSV(folder)
     table.drop_from(round + 1)
-    options = {"wandb": {"group": group, **_run(folder)}} if "wandb" in chosen else {}
+    shown = {"identity": identity, "best": best_of(table.rows)}
+    options = {"wandb": {**shown, **_run(folder)}} if "wandb" in chosen else {}
     built = [build(save_dir=str(folder), **options.get(name, {})) for name, build in chosen.items()]
     return [table, *(logger for logger in built if started(logger))]
 
 
-def log_landscape(chosen: Mapping[str, Callable[..., Any]], folder: Path, files: Sequence[Path]) -> None:
+def log_landscape(
+    chosen: Mapping[str, Callable[..., Any]],
+    folder: Path,
+    identity: Identity,
+    files: Sequence[Path],
+    clients: Callable[[], Table],
+) -> None:
     """Add the files of a landscape to the W&B run of a folder, if it has one; a failure is a warning.
 
     Args:
         chosen: by name, builders of a logger in a folder.
         folder: the run folder.
+        identity: of the run in W&B.
         files: pictures and figures.
+        clients: gives the table of clients.
 
     """
     if "wandb" in chosen and (folder / RUN_ID).is_file():
-        logger = chosen["wandb"](save_dir=str(folder), **_run(folder))
+        rows = RoundCSV(folder).rows
+        logger = chosen["wandb"](save_dir=str(folder), identity=identity, best=best_of(rows), **_run(folder))
         if started(logger):
-            send_landscape(logger, files)
+            send_landscape(logger, files, folder, rows[-1], clients)
 
 
 def build_trainer(

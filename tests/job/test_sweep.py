@@ -328,7 +328,11 @@ def test_a_preempted_cell_is_queued_again_by_submitit(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sweeper", [["search"], ["optuna", "hydra.sweeper.direction=maximize"]], ids=["search", "own"])
+@pytest.mark.parametrize(
+    "sweeper",
+    [["search"], pytest.param(["optuna", "hydra.sweeper.direction=maximize"], marks=pytest.mark.soak)],
+    ids=["search", "own"],
+)
 def test_optuna_finds_the_best_by_validation(tmp_path, sweeper):
     options = [f"hydra/sweeper={sweeper[0]}", *sweeper[1:], "hydra.sweeper.n_trials=4"]
     space = ["optimizer.lr=tag(log,interval(0.001,0.3))", "federation.rounds=2"]

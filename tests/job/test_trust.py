@@ -320,6 +320,19 @@ def test_links_within_the_folder_and_a_folder_by_a_link_may_stay(folder, tmp_pat
         run([f"resume={folder}", "federation.rounds=3"])
 
 
+@pytest.mark.parametrize("name", ["wandb", "other"])
+def test_nothing_is_sent_to_an_entity_that_a_folder_names(folder, caplog, name):
+    target = {"_target_": "fedsparse.simulation.wandb_logger", "_partial_": True}
+    change(folder, logger={name: target | {"offline": False, "entity": "stranger"}})
+    assert read_job(folder).cfg.logger[name].entity is None
+    assert f"the stored logger.{name}.entity=stranger is not used" in caplog.text
+    if name == "wandb":
+        assert read_job(folder, ["logger.wandb.entity=mine"]).cfg.logger.wandb.entity == "mine"
+    else:
+        with pytest.raises(ValueError, match="has no logger=wandb"):
+            read_job(folder, ["logger.wandb.entity=mine"])
+
+
 def test_rows_of_a_file_are_numbers(tmp_path):
     (tmp_path / "own.bin").write_bytes(b"A" * 512)
     store = FileStore(tmp_path / "own.bin")

@@ -297,3 +297,17 @@ def test_baselines_are_scikit_learns_and_two_runs(monkeypatch, capsys):
     assert figures == {"majority class": 10 / 23, "bag of words": 1.0, "head alone": 0.5, "fine-tuned": 0.5}
     assert [overrides[-1] for overrides in typed] == ["seed=3"] * 2
     assert ["model.trainable=head" in overrides for overrides in typed] == [True, False]
+
+
+def test_the_bag_of_words_of_ag_news_reads_its_files_alone(tmp_path, monkeypatch, capsys):
+    """40 texts to train, of which 36 are fitted on, and 8 to test, half of whose words say the class."""
+    for name, number, known in (("train", 10, 10), ("test", 2, 1)):
+        words = {c: ["abcd"[c - 1] * 3] * known + ["none"] * (number - known) for c in range(1, 5)}
+        lines = [f'"{c}","{word}","{i}"' for c, listed in words.items() for i, word in enumerate(listed)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    figures = text_baselines.of_ag_news(tmp_path)
+    assert figures["majority class"] == 0.25
+    assert 0.5 <= figures["bag of words"] <= 0.75  # a text without a known word is one class or another
+    monkeypatch.setattr("sys.argv", ["text_baselines", "--ag-news", str(tmp_path)])
+    text_baselines.main()
+    assert "ag_news, test accuracy" in capsys.readouterr().out

@@ -72,7 +72,7 @@ def sha(summary):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", SERVERS, ids=lambda o: o[0])
-@pytest.mark.parametrize("moment", [0, 1, 3, 5])
+@pytest.mark.parametrize("moment", [*(pytest.param(m, marks=pytest.mark.soak) for m in (0, 3)), 1, 5])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, options, moment):
     whole = run([*OPTIONS, *options, f"hydra.run.dir={tmp_path / 'whole'}"])
     process = start(tmp_path / "killed", *options)
@@ -111,7 +111,7 @@ def same_as_in_one_go(summary, folder, whole, in_one_go):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", KEEPING.values(), ids=KEEPING)
-@pytest.mark.parametrize("moment", [1, 4])
+@pytest.mark.parametrize("moment", [1, pytest.param(4, marks=pytest.mark.soak)])
 def test_a_killed_run_goes_on_with_what_is_kept_between_rounds(tmp_path, options, moment):
     whole = run([*OPTIONS, *options, f"hydra.run.dir={tmp_path / 'whole'}"])
     process = start(tmp_path / "killed", *options)
