@@ -12,7 +12,6 @@ from fedsparse.data.folder import imagefolder
 from fedsparse.job.assemble import assemble_problem
 from fedsparse.job.keys import JOBS, required
 
-
 SIZES = [("model=mlp", 32), ("model=vit_digits", None)]
 MORE = [
     ("model=fednet_mlp", 28),
