@@ -18,7 +18,7 @@ README = "README.md"
 def template_dir() -> Path:
     """Find the folder that is copied: inside the installed package, or beside it in a checkout."""
     here = Path(__file__).resolve().parent
-    return here / "template" if (here / "template").is_dir() else here.parent / "template"
+    return here / "template" if (here / "template").is_dir() else here.parent / "docs" / "template"
 
 
 def begin(folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ def call(command, cwd, **env):
 
 def copy_checkout(target):
     """Copy what a wheel is built from: setuptools leaves build/ and *.egg-info beside it."""
-    for name in ("fedsparse", "conf", "template"):
+    for name in ("fedsparse", "conf", "docs/template"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, target)
