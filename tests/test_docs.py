@@ -179,7 +179,8 @@ def test_at_most_ten_blocks_are_not_run_and_each_says_why():
     assert "".join(pages().values()).count("norun:") == len(kept) + 1  # CONTRIBUTING names the mark
 
 
-TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+MAKE = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "docs/studies/replications.mk"))
+TARGETS = set(re.findall(r"^([a-z-]+):", MAKE, re.M))
 
 
 @pytest.mark.parametrize("page", pages())

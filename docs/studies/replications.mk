@@ -17,7 +17,7 @@ REPORT = $(BIN)/python -m fedsparse.report $(1) --out $(1)/report --save $(1)/ru
 # Two classes a client (patho), as the source has them, is learned by nothing within SIZE=small, so there it is two rules.
 CIFAR_FLIP = $(REPLICATIONS_AT)/$(SIZE)/autoflip
 CIFAR_LR_full ?= 3e-4
-CIFAR_LR_small ?= 1e-3
+CIFAR_LR_small ?= 3e-3
 CIFAR_FLIP_full = federation.local_epochs=null federation.local_steps=30 'federation.rounds=$${rounds_for_steps:48000}' explore.epochs=null explore.steps=900 explore.patience=null
 CIFAR_FLIP_small = data.batch_size=32 model.hidden=8 federation.local_epochs=null federation.local_steps=20 'federation.rounds=$${rounds_for_steps:5000}' explore.epochs=null explore.steps=20 explore.patience=null
 CIFAR_FLIP_RUN = $(REPLICATE) experiment=autoflip_cifar10 evaluation=global federation.eval_every=10 $(CIFAR_FLIP_$(SIZE))
@@ -48,7 +48,7 @@ replicate-exchange: $(READY) ## sparse tensor exchange on AG News, as published 
 	$(NEWS_RUN) exchange.by=largest_change,largest_final exchange.fraction=0.01,0.1,0.3,1.0 hydra.sweep.dir=$(NEWS)/rates/topk
 	$(NEWS_RUN) exchange.compat=original exchange.fraction=0.01,0.1,0.3 hydra.sweep.dir=$(NEWS)/rates/original
 	$(NEWS_RUN) exchange.fraction=1.0 model.trainable=head hydra.sweep.dir=$(NEWS)/rates/head
-	$(NEWS_RUN) exchange.fraction=1.0 federation.num_clients=1 $(NEWS_CENTRAL_$(SIZE)) partition.sample_fraction=1.0 hydra.sweep.dir=$(NEWS)/rates/central
+	$(NEWS_RUN) exchange.fraction=1.0 federation.num_clients=1 $(NEWS_CENTRAL_$(SIZE)) partition=iid '~partition.beta' '~partition.sample_fraction' hydra.sweep.dir=$(NEWS)/rates/central
 	$(AGAIN) $(NEWS)/rates --into $(NEWS)/runs
 	$(BIN)/python -m fedsparse.studies.text_baselines --ag-news $(AG_NEWS)
 	$(call REPORT,$(NEWS)/runs)
