@@ -53,6 +53,14 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def venv(wheel, tmp_path_factory):
+    """The interpreter of an environment with the wheel of this checkout, made once."""
+    from wheels import environment
+
+    return environment(wheel, tmp_path_factory.mktemp("venv"))
+
+
+@pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """One finished run, for tests that copy it."""
     from sent import SHORT

@@ -142,6 +142,7 @@ def test_the_root_holds_commands_alone():
         "__init__",
         "calibrate",
         "export",
+        "new",
         "repeat",
         "report",
         "train",

@@ -26,6 +26,9 @@ SINCE = {"federation": {"graph": True, "tf32": False}, "trainer": {"deterministi
 SINCE |= {"schedule": {"within": "constant"}}
 SINCE["federation"] |= {"eval_share": 1.0}
 SINCE["model"] = {"checkpoint": None}
+# the size to which images of a folder are brought, which was 224 for all
+SIZES = {"vit_digits": None, "mlp": 32, "fednet": 28, "fednet_mlp": 28}
+TIMM_SIZE = "${timm_size:${model.name},${oc.select:model.img_size,null}}"
 MEANS = ("WeightedMean", "FedNova")  # the averages that have got a block since
 # where a target of then stood in its group
 NESTED = {"optimizer": "build", "server": "optimizer", "model": "net", "data": "source"}
@@ -44,6 +47,14 @@ def before(option):
         found = found | {"callbacks": {"early_stopping": stop | {"monitor": "auto"}}}
     if found["aggregation"]["_target_"].endswith(MEANS):
         found = found | {"aggregation": found["aggregation"] | {"block": 1}}
+    timm = found["model"]["net"]["_target_"].endswith("timm_model")
+    size = TIMM_SIZE if timm else SIZES.get(found["model"]["name"], 224)
+    found = found | {"model": found["model"] | {"image_side": size}}
+    if found["data"]["source"]["_target_"].endswith(".cifar10"):
+        found = found | {"data": found["data"] | {"source": found["data"]["source"] | {"part": "all"}}}
+    if option == "data/imagefolder":
+        source = found["data"]["source"] | {"size": "${oc.select:model.image_side,224}"}
+        found = found | {"data": found["data"] | {"source": source}}
     return found | {group: found[group] | keys for group, keys in SINCE.items()}
 
 
@@ -127,7 +138,7 @@ def assert_called_alike(then, cfg):
         if group in NESTED:
             wanted = called_then(then[group][NESTED[group]])
             assert called(OmegaConf.to_container(target_of(group, cfg[group]))) == wanted
-            for key in set(JOBS[group]) - {"name"}:
+            for key in set(JOBS[group]) - {"name", "image_side"}:
                 assert found[group].get(key) == then[group].get(key)
         elif group in then:
             wanted = today(then[group])

@@ -26,7 +26,8 @@ from fedsparse.job.limits import ALLOWED
 from fedsparse.job.typed import check_typed
 
 README, OUTSIDE = pages()["README.md"], ROOT / "tests" / "outside"
-OWN = ("most_salient", "heaviest", "mine", "tanh", "bright_rows", "blocks", "smoothed", "growing", "midrange")
+OWN = ("most_salient", "heaviest", "mine", "tanh", "bright_rows", "bright_columns")
+OWN += ("blocks", "smoothed", "growing", "midrange")
 
 
 def steps():
@@ -274,6 +275,9 @@ def run_line(line, monkeypatch):
         monkeypatch.setenv(*words.pop(0).split("=", 1))
     if words[:1] == ["make"]:
         return run_shell(f"make -n -C {ROOT} {shlex.join(words[1:])}")
+    if words[:1] == ["cd"]:
+        monkeypatch.chdir(words[1])
+        return monkeypatch.syspath_prepend(Path.cwd())
     if words[:1] == ["torchrun"]:
         at = words.index("fedsparse.train") + 1
         return run_shell(shlex.join([*words[:at], *shortened(words[at:])]))
@@ -289,7 +293,9 @@ def run_line(line, monkeypatch):
         resumed = any(word.startswith("resume=") for word in typed)
         whole = resumed or "--config-dir" in typed or found_here(typed)
         return run_module(name, typed, monkeypatch) if whole else None
-    return run_module(name, [*typed, *(SKETCH if name == "landscape" else ())], monkeypatch)
+    keys = {word.partition("=")[0] for word in typed}
+    sketch = [word for word in SKETCH if name == "landscape" and word.partition("=")[0] not in keys]
+    return run_module(name, [*typed, *sketch], monkeypatch)
 
 
 def lines_of(block):
@@ -320,11 +326,12 @@ def test_parts_of_ones_own_are_those_that_are_held_against_sums_by_hand():
         for path in OUTSIDE.rglob("*")
         if str(path.relative_to(OUTSIDE)) in printed
     }
-    assert len(held) == 13
+    assert len(held) == 15
     assert {name: printed[name] for name in held} == held
 
 
 LONG = ("docs/how-to/export.md", "docs/how-to/processes.md")  # a minute each
+LONG += ("docs/tutorials/own-rule.md",)  # of which test_people.py types every line
 EACH = [pytest.param(page, marks=[pytest.mark.soak] if page in LONG else []) for page in RUN]
 
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from wheels import PIP, call
 
 from fedsparse import calibrate, export, repeat, report, run, train
 from fedsparse.data import datasets, partition
@@ -333,19 +331,6 @@ def test_a_sweep_over_ones_own_option_is_repeated_with_another_seed(typed, own, 
     assert sorted((one["mask_rule"], one["seed"]) for one in repeated) == [
         *(("heaviest", 0), ("heaviest", 1), ("random", 0), ("random", 1)),
     ]
-
-
-@pytest.fixture(scope="session")
-def venv(wheel, tmp_path_factory):
-    """An environment with the wheel alone, behind which the packages of this one are found -> its interpreter."""
-    folder = tmp_path_factory.mktemp("venv")
-    call([sys.executable, "-m", "venv", "--without-pip", folder], folder)
-    python = folder / "bin" / "python"
-    call([*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel], folder, PYTHONPATH="")
-    (site,) = folder.glob("lib/python*/site-packages")
-    others = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    (site / "others.pth").write_text("\n".join(others) + "\n")  # read last: this folder's own fedsparse comes first
-    return python
 
 
 @pytest.fixture

@@ -82,6 +82,7 @@ EXPORTED = {
         "fedsparse.data.datamodule": "FederatedDataModule",
         "fedsparse.data.datasets": "Dataset Split",
         "fedsparse.data.rounds": "Cohort LocalWork RoundPlan",
+        "fedsparse.data.torch_sets": "from_torch",
     },
     "fedsparse.data.partition": {
         "fedsparse.data.partition": "iid classes_per_client dirichlet dirichlet_client quantity ratios natural "

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parent.parent / "fedsparse"
 OPTIONAL = {"matplotlib", "pandas", "peft", "scipy", "sklearn", "timm", "transformers", "wandb"}
 HEAVY = {"lightning", "numpy", "torch", "torchmetrics", "torchvision", *OPTIONAL}
 BENCHES = ("bench.__main__", "bench.gpu.__main__")
-LIGHT = ("adapters.__main__", *BENCHES, "calibrate", "export", "landscape.__main__", "repeat", "report", "train")
+LIGHT = ("adapters.__main__", *BENCHES, "calibrate", "export", "landscape.__main__", "new", "repeat", "report", "train")
 
 
 def at_the_top(body):

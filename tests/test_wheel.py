@@ -14,6 +14,7 @@ from wheels import PIP, ROOT, call
 pytestmark = pytest.mark.slow
 
 DATA = {".py", ".yaml", ".safetensors", ".typed", ".json"}
+BESIDE = {"conf": "conf", "template": "docs/template"}  # of the package in the wheel, and their places in the checkout
 SHORT = ["logger=csv", "federation.rounds=1"]
 
 
@@ -50,12 +51,13 @@ def files(folder):
 
 def test_it_holds_every_module_every_yaml_and_the_weights(installed):
     package = installed / "fedsparse"
-    conf = files(package / "conf")
-    code = {name: sha for name, sha in files(package).items() if not name.startswith("conf" + os.sep)}
-    assert conf == files(ROOT / "conf")
+    code = {name: sha for name, sha in files(package).items() if name.split(os.sep)[0] not in BESIDE}
     assert code == files(ROOT / "fedsparse")
+    for name, place in BESIDE.items():
+        assert files(package / name) == files(ROOT / place)
     assert any(name.endswith("vit_digits.safetensors") for name in code)
     assert (package / "models" / "weights" / "bert_tiny" / "vocab.txt").is_file()
+    assert (package / "template" / "README.md").is_file()
     assert {p.name.partition("-")[0] for p in installed.iterdir()} == {"fedsparse"}
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +22,7 @@ def call(command, cwd, **env):
 
 def copy_checkout(target):
     """Copy what a wheel is built from: setuptools leaves build/ and *.egg-info beside it."""
-    for name in ("fedsparse", "conf"):
+    for name in ("fedsparse", "conf", "docs/template"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, target)
@@ -35,3 +36,14 @@ def build(source, wheels):
     call([*PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", wheels, source], wheels)
     (wheel,) = wheels.glob("*.whl")
     return wheel
+
+
+def environment(wheel, folder):
+    """Make an environment with the wheel alone, behind which the packages of this one are found -> its interpreter."""
+    call([sys.executable, "-m", "venv", "--without-pip", folder], folder)
+    python = folder / "bin" / "python"
+    call([*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel], folder, PYTHONPATH="")
+    (site,) = folder.glob("lib/python*/site-packages")
+    others = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    (site / "others.pth").write_text("\n".join(others) + "\n")  # read last: this folder's own fedsparse comes first
+    return python

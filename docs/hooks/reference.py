@@ -18,7 +18,7 @@ from fedsparse.job import shipped
 from fedsparse.job.keys import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("train", "calibrate", "repeat", "report", "export", "landscape", "adapters", "deploy")
+COMMANDS = ("train", "calibrate", "repeat", "report", "export", "landscape", "adapters", "deploy", "new")
 VERBS = {"adapters": ("export", "merge", "evaluate", "answer")}
 PACKAGES = (
     *("fedsparse", "fedsparse.core.space", "fedsparse.optim", "fedsparse.masks", "fedsparse.masks.rules"),

@@ -34,6 +34,7 @@ _IDLE = (
     "data.workers",
     "federation.cohort",
     "model.cohort",
+    "model.image_side",  # data.size refers to it, and older runs lack it
     "federation.compile",
 )
 # a dense run reads none of these

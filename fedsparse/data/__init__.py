@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from fedsparse.core.lazy import lazily
 
-__all__ = ["Cohort", "Dataset", "FederatedDataModule", "LocalWork", "RoundPlan", "Split"]
+__all__ = ["Cohort", "Dataset", "FederatedDataModule", "LocalWork", "RoundPlan", "Split", "from_torch"]
 
 if TYPE_CHECKING:
     from fedsparse.data.datamodule import FederatedDataModule
     from fedsparse.data.datasets import Dataset, Split
     from fedsparse.data.rounds import Cohort, LocalWork, RoundPlan
+    from fedsparse.data.torch_sets import from_torch
 else:  # a partition needs no Lightning
     _HOMES = {
         "Cohort": "fedsparse.data.rounds",
@@ -20,5 +21,6 @@ else:  # a partition needs no Lightning
         "LocalWork": "fedsparse.data.rounds",
         "RoundPlan": "fedsparse.data.rounds",
         "Split": "fedsparse.data.datasets",
+        "from_torch": "fedsparse.data.torch_sets",
     }
     __getattr__, __dir__ = lazily(__name__, _HOMES)

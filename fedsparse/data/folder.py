@@ -35,7 +35,7 @@ Files = list[tuple[str, int]]
 
 def imagefolder(
     root: str | Path | None,
-    size: int = 224,
+    size: int | None = 224,
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
     split_seed: int = 0,
@@ -51,7 +51,8 @@ def imagefolder(
 
     Args:
         root: the folder.
-        size: side of the images in pixels, after resizing and cropping.
+        size: side of the images in pixels, after resizing and cropping; None is refused, and says that the model takes
+            no images of a folder.
         val_fraction: share of training images for validation, without a folder ``val``.
         test_fraction: share of all images for testing, without a folder ``test``.
         split_seed: seed of both splits, independent of the seed of a run.
@@ -62,8 +63,14 @@ def imagefolder(
             ``stream`` a damaged image is found when it is first gathered.
 
     """
-    size = checked_integer("data.size", size, 1)
-    folders = find_parts(checked_root(root, "a folder with a folder of images a class"))
+    place = checked_root(root, "a folder with a folder of images a class")
+    if size is None:
+        raise ValueError(
+            "data.size is null, because this model takes no images of a folder (model.image_side is null): choose "
+            "model=timm model.name=<a net of timm>, to whose size they are brought, or model=conv data.size=32"
+        )
+    side = checked_integer("data.size", size, 1)
+    folders = find_parts(place)
     names = [path.name for path in subfolders(folders["train"])]
     found = {part: labelled(folder, names, every=part == "train") for part, folder in folders.items()}
     cut = {part: fraction for part, fraction in (("test", test_fraction), ("val", val_fraction)) if part not in found}
@@ -72,7 +79,7 @@ def imagefolder(
         indices = hold_out(labels, fraction, split_seed, f"data.{part}_fraction")
         found["train"], found[part] = ([found["train"][i] for i in chosen] for chosen in indices)
     _say(folders, found, names)
-    train, val, test = (read_images(found[part], size, stream=stream) for part in PARTS)
+    train, val, test = (read_images(found[part], side, stream=stream) for part in PARTS)
     return Dataset(train, val, test, len(names), str(root), MEAN, STD)
 
 

@@ -29,6 +29,7 @@ from fedsparse.data.evaluated import evaluated
 from fedsparse.data.images import inputs_for
 from fedsparse.data.phased import PhasedPlan
 from fedsparse.data.rounds import LocalWork, RoundPlan
+from fedsparse.data.torch_sets import from_torch, sets_of
 from fedsparse.federation.client.drift import DriftCorrection
 from fedsparse.federation.client.graphs import MOST
 from fedsparse.federation.exchange.build import exchange_of
@@ -43,7 +44,7 @@ from fedsparse.federation.server.sampling import participants, uniform
 from fedsparse.federation.server.topology import Departments, Topology
 from fedsparse.federation.trajectory import Trajectory
 from fedsparse.job.checks import check_augmentation, check_method, check_phases
-from fedsparse.job.keys import JOBS, target_of
+from fedsparse.job.keys import JOBS, required, target_of
 from fedsparse.job.limits import seconds_of
 from fedsparse.job.model import build_net, check_classes, check_fit, check_head, check_kind, check_parametrized, of_data
 from fedsparse.job.parts import Assembly, Course, Method, Problem
@@ -109,7 +110,8 @@ def assemble_problem(cfg: DictConfig) -> Problem:
         local_test=cfg.data.get("local_test"),
     )
     dtype, head = dtype_of(cfg.trainer.precision), cfg.model.head
-    builder = _adapted(_from_file(_with_sizes(target_of("model", cfg.model), dataset), cfg.model), cfg.get("lora"))
+    sized = _with_sizes(target_of("model", cfg.model), dataset, cfg.seed)
+    builder = _adapted(_from_file(sized, cfg.model), cfg.get("lora"))
     net, space = build_net(
         seeded(lambda: instantiate(builder), cfg.seed),  # so that a resume builds the same, whatever a builder does
         dtype,
@@ -127,7 +129,8 @@ def assemble_problem(cfg: DictConfig) -> Problem:
     inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None, dtype)
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
-    check_fit(net, dataset, inputs, cfg.trainer.precision, cfg.model.name, "size" in cfg.data)
+    name = cfg.model.get("name", cfg.model._target_)
+    check_fit(net, dataset, inputs, cfg.trainer.precision, name, "size" in cfg.data)
     arguments: dict[str, Any] = OmegaConf.to_container(builder)  # type: ignore[assignment]
     return Problem(
         dataset,
@@ -454,22 +457,30 @@ def load_dataset(source: DictConfig) -> Dataset:
     """Load the data.
 
     Raises:
-        ValueError: the loading function does not return a ``Dataset``.
+        ValueError: the loading function returns neither a ``Dataset`` nor torch's data sets.
 
     """
-    dataset = instantiate(source)
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"data._target_={source._target_} returns a {type(dataset).__name__}; it has to return "
-            "fedsparse.data.datasets.Dataset(train, val, test, classes, name), each part a Split(x, y) of tensors"
-        )
-    return dataset
+    returned = instantiate(source)
+    if isinstance(returned, Dataset):
+        return returned
+    if (sets := sets_of(returned)) is not None:
+        return from_torch(*sets)
+    raise ValueError(
+        f"data._target_={source._target_} returns a {type(returned).__name__}; it has to return "
+        "fedsparse.data.datasets.Dataset(train, val, test, classes, name), each part a Split(x, y) of tensors; or "
+        "torch's data sets of pairs (x, y): one, a tuple (train, val, test), or a dict with train, val and test"
+    )
 
 
-def _with_sizes(builder: DictConfig, dataset: Dataset) -> DictConfig:
-    """Set those arguments of a network that are null and follow from the data."""
-    sizes = {key: value for key, value in of_data(dataset).items() if key in builder and builder[key] is None}
-    return OmegaConf.merge(builder, sizes)  # type: ignore[return-value]
+def _with_sizes(builder: DictConfig, dataset: Dataset, seed: int) -> DictConfig:
+    """Set those arguments of a network that follow from the data and are null, or left out where they are required.
+
+    A seed that is required and left out is that of the run.
+    """
+    missing = required(builder._target_) - builder.keys()
+    sizes = of_data(dataset) | {"seed": seed}
+    given = {key for key in sizes if key in missing or (key != "seed" and key in builder and builder[key] is None)}
+    return OmegaConf.merge(builder, {key: sizes[key] for key in given})  # type: ignore[return-value]
 
 
 def _from_file(builder: DictConfig, model: DictConfig) -> DictConfig:

@@ -164,6 +164,13 @@ def timm_head(name: str) -> str:
     return head_pattern(name)
 
 
+def timm_size(name: str, img_size: int | None) -> int:
+    """Side of the images that one of timm's models takes, for the key ``model.image_side``."""
+    from fedsparse.models.pretrained import image_size  # as above
+
+    return image_size(name) if img_size is None else img_size
+
+
 def whole_quotient(total: int, parts: int | None) -> int:
     """Divide and round half up, to 1 or more; the total where ``parts`` is 0 or None.
 
@@ -178,6 +185,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
     OmegaConf.register_new_resolver("cell", cell_name, replace=True)
     OmegaConf.register_new_resolver("timm_head", timm_head, replace=True)
+    OmegaConf.register_new_resolver("timm_size", timm_size, replace=True)
     OmegaConf.register_new_resolver("whole_quotient", whole_quotient, replace=True)
     OmegaConf.register_new_resolver("rounds_for_steps", rounds_for_steps, replace=True)
 

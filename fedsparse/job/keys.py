@@ -17,7 +17,7 @@ JOBS: Mapping[str, tuple[str, ...]] = {
     "data": ("batch_size", "augment", "local_test", "stream", "workers", "loss_per"),
     "exchange": ("payload", "attackers", "attack_scale", "feedback", "precision", "filters", "compat"),
     "lora": ("ranks",),
-    "model": ("name", "trainable", "head", "local", "cohort", "checkpoint"),
+    "model": ("name", "trainable", "head", "local", "cohort", "checkpoint", "image_side"),
     "optimizer": ("clip_norm",),
     "schedule": ("within",),
     "server": ("untouched",),
@@ -41,6 +41,12 @@ def parameters(target: Any) -> Mapping[str, inspect.Parameter] | None:
         return inspect.signature(get_object(target)).parameters
     except Exception:  # importing runs a package's own code
         return None
+
+
+def required(target: Any) -> set[str]:
+    """List the arguments of a target that have no default."""
+    named = (parameters(target) or {}).values()
+    return {p.name for p in named if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def taken(target: str) -> Mapping[str, Any] | None:

@@ -223,7 +223,7 @@ def check_fit(
         dataset: the splits.
         inputs: converts samples to the network's inputs.
         precision: ``trainer.precision``.
-        name: ``model.name``.
+        name: of the model, for the message.
         sized: whether ``data.size`` can be set.
 
     Raises:
@@ -246,6 +246,6 @@ def check_fit(
         ways = "model=conv takes any, model=timm resizes them" if not dataset.tokens else "set data.max_length"
         where = "data.size, " if sized else ""
         raise ValueError(
-            f"model.name={name} does not take data of {shape} ({reason_of(error)}); "
+            f"the model {name} does not take data of {shape} ({reason_of(error)}); "
             f"choose {where}other data or another model: {ways}"
         ) from error

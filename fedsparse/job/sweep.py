@@ -39,6 +39,8 @@ MAY_DIFFER = (
     "calibration.cache",
 )
 
+SAID_ELSEWHERE = ("model.image_side",)  # data.size refers to it, and older stored runs lack it
+
 
 class CellFailed(ValueError):
     """A cell of a sweep failed, and its error was printed.
@@ -120,7 +122,7 @@ def difference(stored: DictConfig, asked: DictConfig) -> str | None:
 
 
 def _may_differ(key: str) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in MAY_DIFFER)
+    return any(key == name or key.startswith(name + ".") for name in (*MAY_DIFFER, *SAID_ELSEWHERE))
 
 
 def _flat(cfg: DictConfig, resolve: bool = True) -> Iterator[tuple[str, Any]]:

@@ -126,7 +126,10 @@ class Sparsity:
         for pattern in listed:
             if not any(matches(name, pattern) for name in names):
                 some = ", ".join(names[-4:])
-                raise ValueError(f"sparsity.always_train: {pattern} matches no parameter; the last of them are {some}")
+                raise ValueError(
+                    f"sparsity.always_train: {pattern} matches no parameter; the last of them are {some}; by default "
+                    "it is model.head, which names the model's last layer"
+                )
 
     def _check_patterns(self) -> None:
         listed = [self.always_train] if isinstance(self.always_train, str) else self.always_train

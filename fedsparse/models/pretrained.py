@@ -99,6 +99,20 @@ def head_pattern(name: str) -> str:
         return "head.*"
 
 
+def image_size(name: str) -> int:
+    """Side of the images that a net of timm takes, for the key ``model.image_side``.
+
+    A name that timm does not know gives 224, as ``head_pattern`` gives ``head.*``.
+
+    >>> image_size("test_vit"), image_size("vit_small_patch16_224.dino")
+    (160, 224)
+    """
+    try:
+        return max(_config(name).input_size[1:])
+    except ValueError:
+        return 224
+
+
 def _create(name: str, download: bool, asked: dict[str, Any]) -> nn.Module:
     """Call timm, and say in one line what went wrong."""
     if download and not _places(_config(name)):

@@ -29,11 +29,14 @@ def dataset(classes=10, **options):
 
 
 OWN = {
-    "a_torch_dataset": (
-        lambda: TensorDataset(torch.zeros(60, 1, 8, 8), LABELS),
-        r"data\._target_=own_data\.made returns a TensorDataset; it has to return .*Dataset\(train, val, test",
+    "two_torch_datasets": (
+        lambda: (TensorDataset(torch.zeros(60, 1, 8, 8), LABELS),) * 2,
+        r"data\._target_=own_data\.made returns a tuple; it has to return .*Dataset\(train, val, .* or torch's data",
     ),
-    "three_torch_datasets": (lambda: (TensorDataset(LABELS),) * 3, "returns a tuple; it has to return"),
+    "a_torch_dataset_without_labels": (
+        lambda: TensorDataset(LABELS),
+        r"sample 0 of the train set cannot be read as a pair \(x, y\) \(not enough values to unpack",
+    ),
     "nothing": (lambda: None, "returns a NoneType; it has to return"),
     "splits_of_torch": (
         lambda: Dataset(*(TensorDataset(LABELS),) * 3, classes=10, name="mine"),
@@ -59,7 +62,7 @@ OWN = {
     "doubles": (lambda: dataset(dtype=torch.float64), "the data is torch.float64 and the model torch.float32"),
     "large_images": (
         lambda: dataset(shape=(1, 32, 32)),
-        r"model\.name=vit_digits does not take data of 1 x 32 x 32 \(Input height \(32\) doesn't match model \(8\)",
+        r"the model vit_digits does not take data of 1 x 32 x 32 \(Input height \(32\) doesn't match model \(8\)",
     ),
     "oblong_images": (lambda: dataset(shape=(1, 8, 4)), "vit_digits does not take data of 1 x 8 x 4"),
     "coloured_images": (lambda: dataset(shape=(3, 8, 8)), "vit_digits does not take data of 3 x 8 x 8"),

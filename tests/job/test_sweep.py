@@ -189,6 +189,8 @@ def test_cells_have_names_of_their_own_that_every_file_system_takes(one, other, 
         ({}, None),
         ({"logger": {"wandb": 1}, "resume": "x", "federation.rounds": 9, "trainer.accelerator": "gpu"}, None),
         ({"trainer.devices": 2}, None),
+        ({"model.image_side": 32}, None),  # as a run of before lacks it; what it changes is data.size
+        ({"data.size": 32}, "data.size is None there and 32 here"),
         ({"trainer.precision": "bf16-mixed"}, "trainer.precision is '32-true' there and 'bf16-mixed' here"),
         ({"seed": 1}, "seed is 0 there and 1 here"),  # and not model.seed, which follows it
         ({"federation.cohort": 2}, "federation.cohort is None there and 2 here"),
