@@ -213,6 +213,14 @@ def test_the_site_has_every_page_once():
     assert set(listed) == own | notebooks | more | {f"reference/api/{name}.md" for name in reference.PACKAGES}
 
 
+def test_the_site_asks_no_other_server():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    sheets = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in config["extra_css"]]
+    assert config["theme"]["font"] is False
+    assert not re.search(r"://|@import|url\(", "".join(sheets))
+    assert "extra_javascript" not in config
+
+
 def test_every_command_has_help_or_a_line():
     assert {f"fedsparse.{name}" for name in reference.COMMANDS} <= reference.runnable()
     for command in reference.others():

@@ -171,7 +171,7 @@ def _group(group: str) -> Iterator[str]:
 
 
 def _table(listed: Iterator[tuple[str, str, str, str]]) -> Iterator[str]:
-    lines = ["| key | type | default | description |", "| --- | --- | --- | --- |"]
+    lines = ["| key | type | default | description {.prose} |", "| --- | --- | --- | --- |"]
     for key, typed, value, said in listed:
         cells = (f"`{key}`", _escaped(typed), f"`{value}`", _escaped(said))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -255,7 +255,8 @@ def exported(package: str) -> dict[str, Any]:
 def _package(package: str) -> str:
     module = import_module(package)
     summary = (module.__doc__ or "").strip().replace("``", "`")
-    parts, elsewhere = [f"# {package}", summary], []
+    title = package.replace(".", ".<wbr>")  # a narrow screen breaks it there
+    parts, elsewhere = [f"# {title}", summary], []
     for name, thing in exported(package).items():
         if not thing.__doc__:  # getdoc would take that of a base class
             raise ValueError(f"{package}.{name} is public and has no docstring")

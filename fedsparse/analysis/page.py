@@ -40,14 +40,18 @@ _TEX = {
 }
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the page fetches and runs nothing
 _CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid #ccc; }
-p { max-width: 52rem; } nav a { margin-right: 1.2rem; white-space: nowrap; }
-.wide { overflow-x: auto; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --rule: #ccc; --link: #0b57d0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e4e7; --paper: #18181b; --rule: #52525b; --link: #8ab4f8; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem; overflow-wrap: break-word; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid var(--rule); }
+p { max-width: 52rem; } nav a { margin-right: 1.2rem; white-space: nowrap; } a { color: var(--link); }
+.wide { overflow-x: auto; } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: #fff; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th { text-align: left; border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }
-td { border-bottom: 1px solid #ddd; } th, td { padding: .25rem .8rem .25rem 0; }
+th { text-align: left; border-bottom: 2px solid var(--ink); vertical-align: bottom; }
+td { border-bottom: 1px solid var(--rule); } th, td { padding: .25rem .8rem .25rem 0; }
 .n { text-align: right; white-space: nowrap; }
 """
 
@@ -247,23 +251,29 @@ def page(title: str, sections: Sequence[Section], drawn: Mapping[str, bytes]) ->
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>{_text(title)}</title>\n<style>{_CSS}</style>\n</head>\n"
-        f"<body>\n<h1>{_text(title)}</h1>\n<nav>{nav}</nav>\n{body}\n</body>\n</html>\n"
+        f'<body>\n<main>\n<h1>{_text(title)}</h1>\n<nav aria-label="Sections">{nav}</nav>\n{body}\n'
+        f"</main>\n</body>\n</html>\n"
     )
 
 
 def _html_section(section: Section, drawn: Mapping[str, bytes]) -> str:
-    blocks = [_html_table(b) if isinstance(b, Table) else _html_picture(b, drawn[b.name]) for b in section.blocks]
+    blocks = [
+        _html_table(b, section.title) if isinstance(b, Table) else _html_picture(b, drawn[b.name])
+        for b in section.blocks
+    ]
     heading = f'<h2 id="{slug(section.title)}">{_text(section.title)}</h2>'
     return "\n".join([heading, f"<p>{_text(section.text)}</p>", *blocks])
 
 
-def _html_table(table: Table) -> str:
+def _html_table(table: Table, title: str) -> str:
+    """Write a table in a box that scrolls, also by keyboard; a screen reader says the name of the box."""
     numbers = numeric(table)
-    head = "".join(f"<th{_side(n)}>{_text(cell)}</th>" for cell, n in zip(table.head, numbers, strict=True))
+    head = "".join(f'<th scope="col"{_side(n)}>{_text(cell)}</th>' for cell, n in zip(table.head, numbers, strict=True))
     lines = "\n".join(f"<tr>{''.join(map(_html_cell, line, numbers))}</tr>" for line in table.body)
     caption = f"<caption>{_text(table.caption)}</caption>" * bool(table.caption)
     head = f"{caption}\n<thead><tr>{head}</tr></thead>"
-    return f'<div class="wide"><table>{head}\n<tbody>\n{lines}\n</tbody></table></div>'
+    box = f'<div class="wide" tabindex="0" role="group" aria-label="{_text(table.caption or title)}">'
+    return f"{box}<table>{head}\n<tbody>\n{lines}\n</tbody></table></div>"
 
 
 def _html_cell(cell: str, number: bool) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from html.parser import HTMLParser
 
 import pytest
 from test_report import a_run, edit, files_of, table_of
@@ -295,9 +297,52 @@ def test_columns_are_of_one_width_in_a_terminal():
 
 def test_numbers_stand_to_the_right():
     text = page("T", [Section("S", "", [ROWS])], {})
-    assert '<th>rule</th><th class="n">MB</th>' in text
+    assert '<th scope="col">rule</th><th scope="col" class="n">MB</th>' in text
     assert '<td class="n">0.06</td>' in text
     assert "text-align: right" in text
+
+
+class Outline(HTMLParser):
+    """Keeps every tag with its attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def of(self, name):
+        return [attrs for tag, attrs in self.seen if tag == name]
+
+
+def test_the_page_is_read_without_eyes_mouse_or_a_wide_screen():
+    outline = Outline()
+    blocks = [Table(ROWS.head, ROWS.body), ROWS, Picture("a", 'bytes "up"', lambda: None)]
+    outline.feed(page("T", [Section("S", "", blocks), Section("U", "", [])], {"a": b""}))
+    assert outline.of("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in outline.of("meta")
+    assert [tag for tag, _ in outline.seen if tag in ("main", "h1", "h2", "nav")] == ["main", "h1", "nav", "h2", "h2"]
+    assert [image["alt"] for image in outline.of("img")] == ['bytes "up"']
+    assert [(box["tabindex"], box["aria-label"]) for box in outline.of("div")] == [("0", "S"), ("0", ROWS.caption)]
+    assert {head["scope"] for head in outline.of("th")} == {"col"}
+
+
+def luminance(colour):
+    """Relative luminance of #rrggbb or #rgb: WCAG 2.2."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    red, green, blue = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_text_and_links_stand_out_from_the_paper_in_both_schemes():
+    style = re.findall(r"--ink: (#\w+); --paper: (#\w+); --rule: #\w+; --link: (#\w+)", page("T", [], {}))
+    assert len(style) == 2
+    for ink, paper, link in style:
+        for colour in (ink, link):
+            dark, light = sorted([luminance(colour), luminance(paper)])
+            assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
 def test_tables_have_names_of_their_own():
