@@ -14,7 +14,8 @@ _BLOCK = re.compile(r"(?:^<!-- norun: (?P<why>.+?) -->\n)?^```(?P<kind>\w+)\n(?P
 @cache
 def pages():
     """Text of each page, by its path from the root."""
-    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    site = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.parent.name != "template"]  # of new.py
+    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *site]
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in found}
 
 
