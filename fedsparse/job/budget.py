@@ -45,8 +45,8 @@ def evaluation_line(evaluated: int, trained: int, every: int = 1) -> str:
         trained: samples on which the clients of a round train.
         every: rounds from one evaluation to the next.
 
-    >>> evaluation_line(48_649, 1_280)[:88]
-    'an evaluation takes a forward over 48,649 samples, where a round trains on 1,280: set fed'
+    >>> evaluation_line(48_649, 1_280)[:80]
+    'an evaluation takes a forward over 48,649 samples, where a round trains on 1,280'
     >>> evaluation_line(630, 1_280)
     ''
 

@@ -447,6 +447,7 @@ class Full(Exchange):
         trained: Tensor,
         local: Tensor,
         masks: OwnMasks | None = None,
+        rule: Sparsifier | None = None,
         payload: str = "change",
         filters: Mapping[str, Filter | None] | None = None,
         compat: str | None = None,
@@ -456,7 +457,7 @@ class Full(Exchange):
             raise ValueError(
                 "mask.owner=client and lora.ranks need exchange=masked: each client sends what it trains itself"
             )
-        super().__init__(trained, local, None, None, payload, filters, compat, space)
+        super().__init__(trained, local, None, rule, payload, filters, compat, space)
 
     whole = True
 
