@@ -52,6 +52,9 @@ def before(option):
     found = found | {"model": found["model"] | {"image_side": size}}
     if found["data"]["source"]["_target_"].endswith(".cifar10"):
         found = found | {"data": found["data"] | {"source": found["data"]["source"] | {"part": "all"}}}
+    if wandb := found["logger"].get("wandb"):  # null is what W&B's own variables say, or the run
+        since = dict.fromkeys(("entity", "group", "name", "tags", "notes", "job_type"))
+        found = found | {"logger": found["logger"] | {"wandb": wandb | since}}
     if option == "data/imagefolder":
         source = found["data"]["source"] | {"size": "${oc.select:model.image_side,224}"}
         found = found | {"data": found["data"] | {"source": source}}
