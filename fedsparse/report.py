@@ -45,12 +45,13 @@ def pixels_accuracy() -> float:
     return float(model.score(data.test.held.flatten(1).numpy(), data.test.y.numpy()))
 
 
-def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
+def sections(folders: Sequence[Path], target: float = 0.95, reach: float | None = None) -> list[Section]:
     """Read run folders, and build the sections of a report.
 
     Args:
         folders: run folders, folders above them at any depth, or archives.
         target: fraction of the best dense test accuracy, to which rounds are counted.
+        reach: validation accuracy to which rounds of all rows are counted too; None: none.
 
     Raises:
         ValueError: there is no finished run.
@@ -58,25 +59,25 @@ def sections(folders: Sequence[Path], target: float = 0.95) -> list[Section]:
     """
     found, problems = read_runs(folders, renewed)
     try:
-        return _sections(found, problems, target)
+        return _sections(found, problems, target, reach)
     except Exception:  # of a damaged folder, which is then listed as a problem
-        bad = [Problem(run.name, why) for run in found if (why := _unshown(run, target))]
+        bad = [Problem(run.name, why) for run in found if (why := _unshown(run, target, reach))]
         kept = [run for run in found if run.name not in {problem.name for problem in bad}]
         if not bad or not kept:
             raise
-        return _sections(kept, [*problems, *bad], target)
+        return _sections(kept, [*problems, *bad], target, reach)
 
 
-def _unshown(run: Run, target: float) -> str:
+def _unshown(run: Run, target: float, reach: float | None) -> str:
     """Describe why a report of this run alone fails; empty if it does not."""
     try:
-        _sections([run], [], target)
+        _sections([run], [], target, reach)
     except Exception as error:
         return short(f"its figures cannot be shown ({type(error).__name__}: {' '.join(str(error).split())})")
     return ""
 
 
-def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) -> list[Section]:
+def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float, reach: float | None) -> list[Section]:
     """Build the sections of a report."""
     from fedsparse.analysis import convergence, equal_steps, exchange_table, landscapes_table, overlap, pareto, tables
     from fedsparse.analysis.table import once, rows  # here, so that --help imports neither torch nor matplotlib
@@ -97,6 +98,7 @@ def _sections(found: Sequence[Run], problems: Sequence[Problem], target: float) 
         *exchange_table.section(table),
         *equal_steps.section(table),
         convergence.target_section(table, target),
+        *([] if reach is None else [convergence.reach_section(table, reach)]),
         *overlaps,
         *overlap.within(table),
         *landscapes,
@@ -151,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         failed = scale.measure(options.folders, trust.checked(options.trust))
     try:
-        parts = sections(options.folders, options.target)
+        parts = sections(options.folders, options.target, options.reach)
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
         if options.save:
@@ -181,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md, report.html, PNGs and tables here")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write what was read into one file, FILE.csv.gz")
     parser.add_argument("--target", type=_fraction, default=0.95, help="fraction of the best dense accuracy (0.95)")
+    parser.add_argument("--reach", type=_fraction, help="also count rounds to this validation accuracy, such as 0.9")
     parser.add_argument("--scale", action="store_true", help="evaluate scaled task vectors; builds data and models")
     parser.add_argument(
         "--trust", nargs="+", default=[], metavar="NAME", help="with --scale: packages whose code runs may name"

@@ -32,6 +32,11 @@ _TARGET_TEXT = (
     "they had. The target of a partition is {fraction:.4g} times the best mean test accuracy of dense training of the "
     "same data, model and length."
 )
+_REACH_TEXT = (
+    "The first round whose validation accuracy is at least that high, and the bytes up to its end: mean over the seeds "
+    "that got there ± 95 % interval. Where some did not, the mean flatters the row. A round of one row may hold more "
+    "local work than one of another."
+)
 _TARGET_HEAD = ("rounds", "sent up, MB", "in all, MB", "not reached")
 Curve = list[tuple[int, Interval]]
 
@@ -60,6 +65,16 @@ def target_section(table: Sequence[Row], fraction: float) -> Section:
         for place, rows in lengths(table).items()
     ]
     return Section("Rounds and bytes to a target", _TARGET_TEXT.format(fraction=fraction), tables)
+
+
+def reach_section(table: Sequence[Row], accuracy: float) -> Section:
+    """Show rounds and bytes to one accuracy, for rows of any length: more local work in fewer rounds, say."""
+    tables = []
+    for task, rows in tasks(table).items():
+        shown = [row for part in partitions(rows) for row in rows if row.partition == part]
+        body = [[row.partition, *_target_cells(row, accuracy)] for row in shown]
+        tables.append(Table(["partition", rule_head(table), "sparsity", *_TARGET_HEAD], body, said(task)))
+    return Section(f"Rounds and bytes to {100 * accuracy:.4g} %", _REACH_TEXT, tables)
 
 
 def curve(runs: Sequence[Run], column: str) -> Curve:

@@ -192,6 +192,17 @@ def test_rounds_and_bytes_to_a_target(tmp_path):
     ]
 
 
+def test_rounds_and_bytes_to_an_accuracy_of_rows_of_any_length(tmp_path):
+    """Of two lengths; only the first is at 0.76 or above, in its second round."""
+    a_run(tmp_path / "d", "dense", curve=(0.5, 0.76, 0.8), sent=2_000_000)
+    a_run(tmp_path / "r", curve=(0.5, 0.75), sent=2_000_000)
+    (table,) = convergence.reach_section(table_of(tmp_path), 0.76).blocks
+    assert table.body == [
+        ["iid", "dense", "no mask", "2.0", "4.0", "12.0", "0 of 1"],
+        ["iid", "random", "80%", "–", "–", "–", "1 of 1"],
+    ]
+
+
 def test_a_curve_is_the_mean_of_each_round(tmp_path):
     a_run(tmp_path / "r0", seed=0, curve=(0.5, 0.7))
     a_run(tmp_path / "r1", seed=1, curve=(0.6, 0.8, 0.9))
