@@ -58,6 +58,7 @@ def call(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_mask_rule_in_three_steps(copy):
     where = call(copy, "-c", "import fedsparse; print(fedsparse.__file__)").strip()

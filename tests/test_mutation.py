@@ -107,6 +107,7 @@ def toy(tmp_path):
     return tmp_path
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_strong_test_notices_and_a_weak_one_does_not(toy, capsys, monkeypatch):
     """Noticed: two of 10, two of <, seven of the loop (three never end), three of the child, an exit and a False."""

@@ -434,7 +434,7 @@ def test_a_model_of_transformers_is_its_own_base(tmp_path, command):
     kept = Kept.of(tmp_path / "run")
     out, inventory = export(kept)
     code, _, err = command(tmp_path / "run", "merge")
-    assert (code, err.count("\n")) == (0, 1)  # the line of the round
+    assert (code, err.count("\n")) == (0, 2)  # what the run said: what it is, and its round
     assert inventory["base"]["class"] == "BertForSequenceClassification"
     moment = kept.at()
     own = kept.load(moment, moment.models[0])

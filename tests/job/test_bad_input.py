@@ -340,6 +340,7 @@ def test_phases_are_checked_before_anything_is_prepared(tmp_path, monkeypatch, o
     assert written <= {"run.log", ".lock"}
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_a_head_start_is_refused_in_two_processes(tmp_path):
     options = ["mask_rule=autoflip", "explore.keep_model=true", "trainer.accelerator=cpu", "trainer.devices=2"]
