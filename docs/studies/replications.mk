@@ -57,7 +57,7 @@ FEDAVG = $(REPLICATIONS_AT)/$(SIZE)/fedavg
 MNIST_full = federation.rounds=300
 MNIST_small = model.hidden=8 federation.rounds=40
 PLAYS_full = federation.clients_per_round=10 federation.rounds=200 federation.local_steps=null federation.local_epochs=1,5
-PLAYS_small = federation.clients_per_round=5 federation.rounds=20 federation.local_steps=20,100
+PLAYS_small = federation.clients_per_round=5 federation.rounds=20 federation.local_steps=4,20
 FEDAVG_RUN = $(REPLICATE) mask_rule=dense head.init=random data.batch_size=10
 MNIST_RUN = $(FEDAVG_RUN) data=mnist model=two_cnn federation.num_clients=100 federation.clients_per_round=0.1 federation.local_steps=null federation.local_epochs=1,5 $(MNIST_$(SIZE))
 PLAYS_RUN = $(FEDAVG_RUN) data=shakespeare data.root=$(SHAKESPEARE) model=next_char_lstm partition=natural federation.num_clients=227 federation.eval_share=0.02 $(PLAYS_$(SIZE))
