@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
         if options.save:
-            save(options.folders, options.save)
+            save(options.folders, options.save, renewed)
     except (ValueError, OSError) as error:
         sys.exit(f"fedsparse: {error}")
     if options.pixels:

@@ -78,6 +78,7 @@ class Found:
         folder: where it lies.
         run: what it holds; None where it does not count.
         reasons: why it does not count, or what it cannot contribute.
+        stored: what a run that counts has left.
 
     """
 
@@ -85,6 +86,7 @@ class Found:
     folder: Path
     run: Run | None
     reasons: tuple[str, ...]
+    stored: Stored | None = None
 
 
 def as_stored(config: Any) -> Any:
@@ -128,24 +130,25 @@ def find_runs(folders: Iterable[Path], renewed: Callable[[Any], Any] = as_stored
     found = [found for path in given if is_archive(path) for found in _archived(path, renewed)]
     for name, folder in sorted(_names([path for path in given if not is_archive(path)]).items()):
         try:
-            run = _read(name, folder, renewed)
-            found.append(Found(name, folder, run, tuple(_doubts(run))))
+            stored = _read(name, folder, renewed)
+            run = _run(stored, folder, renewed)
+            found.append(Found(name, folder, run, tuple(_doubts(run)), stored))
         except Exception as error:  # whatever a damaged folder leads to, the others are read
             found.append(Found(name, folder, None, (problem_line(error),)))
     return found
 
 
-def save(folders: Iterable[Path], path: Path) -> int:
-    """Write every finished run below some folders into an archive; returns their number.
+def save(folders: Iterable[Path], path: Path, renewed: Callable[[Any], Any] = as_stored) -> None:
+    """Write every finished run of some folders and archives into one archive, as it was stored.
+
+    Which runs count is what ``read_runs`` says of the same arguments.
 
     Raises:
-        ValueError: there is no finished run, or the file's name is none of an archive.
+        ValueError: an archive cannot be read, or the file's name is none of one.
         OSError: the file cannot be written.
 
     """
-    runs = read_runs(folders)[0]
-    archive.write((_stored(run.name, run.folder) for run in runs if not run.archived), path)
-    return len(runs)
+    archive.write((one.stored for one in find_runs(folders, renewed) if one.stored is not None), path)
 
 
 def _archived(path: Path, renewed: Callable[[Any], Any]) -> Iterable[Found]:
@@ -153,7 +156,7 @@ def _archived(path: Path, renewed: Callable[[Any], Any]) -> Iterable[Found]:
         place = path / stored.name
         try:
             run = replace(_run(stored, place, renewed), archived=True)
-            yield Found(stored.name, place, run, tuple(_doubts(run)))
+            yield Found(stored.name, place, run, tuple(_doubts(run)), stored)
         except Exception as error:  # as of a folder
             yield Found(stored.name, place, None, (problem_line(error),))
 
@@ -205,15 +208,11 @@ def _free(names: Mapping[str, Path], name: str) -> str:
     return next(n for n in (name, *(f"{name} ({i})" for i in range(2, len(names) + 3))) if n not in names)
 
 
-def _read(name: str, folder: Path, renewed: Callable[[Any], Any]) -> Run:
+def _read(name: str, folder: Path, renewed: Callable[[Any], Any]) -> Stored:
     """Read one folder, or say in a ValueError why it does not count."""
     if not (folder / SUMMARY).is_file():
-        config = _flat(renewed(yaml_of(folder / CONFIG)))
-        raise ValueError(f"not finished: no summary.json after {_progress(folder, config)}")
-    return _run(_stored(name, folder), folder, renewed)
-
-
-def _stored(name: str, folder: Path) -> Stored:
+        progress = _progress(folder, _flat(renewed(yaml_of(folder / CONFIG))))
+        raise ValueError(f"not finished: no summary.json after {progress}")
     config, summary = yaml_of(folder / CONFIG), json_of(folder / SUMMARY)
     return Stored(name, overrides(folder), summary, choices(folder), config, _metrics(folder))
 

@@ -18,7 +18,8 @@ _SHARE = 115  # the next stream key after those of ``fedsparse.data.partition``
 def evaluated(dataset: Dataset, share: Any) -> Dataset:
     """Keep a random share of the validation and of the test split, ceil(share * N) samples of each.
 
-    The same samples in every round and for every seed of a run, so that rounds and runs can be compared.
+    The same samples in every round and for every seed of a run, so that rounds and runs can be compared. Clients' own
+    tests (``data.local_test``) are drawn afterwards, and stay whole.
 
     Args:
         dataset: the splits.

@@ -301,27 +301,21 @@ def send_landscape(
         clients: gives the table of clients.
 
     """
-    _Forgiving(logger, _log_landscape)(logger, files, folder, row, clients)
+
+    def send() -> None:
+        import wandb
+
+        kinds = {".gif": wandb.Video, ".png": wandb.Image}
+        named = {f"landscape/{path.stem}": (kinds[path.suffix], str(path)) for path in files if path.suffix in kinds}
+        logger.begin()
+        pictures = {name: kind(path) for name, (kind, path) in named.items()}
+        logger.log_metrics({**row, **pictures}, step=int(row[KEY]))
+        _show(logger, folder, int(row[KEY]), json.loads((folder / SUMMARY).read_text(encoding="utf-8")), clients)
+        _send(logger.experiment, "landscape", files)
+        _finish(logger.experiment)
+
+    _Forgiving(logger, send)()
     _end_failed()
-
-
-def _log_landscape(
-    logger: RoundWandbLogger,
-    files: Sequence[Path],
-    folder: Path,
-    row: Mapping[str, float],
-    clients: Callable[[], Table],
-) -> None:
-    import wandb
-
-    kinds = {".gif": wandb.Video, ".png": wandb.Image}
-    named = {f"landscape/{path.stem}": (kinds[path.suffix], str(path)) for path in files if path.suffix in kinds}
-    logger.begin()
-    pictures = {name: kind(path) for name, (kind, path) in named.items()}
-    logger.log_metrics({**row, **pictures}, step=int(row[KEY]))
-    _show(logger, folder, int(row[KEY]), json.loads((folder / SUMMARY).read_text(encoding="utf-8")), clients)
-    _send(logger.experiment, "landscape", files)
-    _finish(logger.experiment)
 
 
 def _show(

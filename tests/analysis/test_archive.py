@@ -11,6 +11,7 @@ import pytest
 from test_report import a_run
 
 from fedsparse import report
+from fedsparse.analysis.archive import read
 from fedsparse.analysis.folders import read_runs
 
 
@@ -43,6 +44,16 @@ def test_a_file_and_a_folder_are_read_together(kept, capsys):
     a_run(kept / "more/random-0", "random")
     both = printed(capsys, kept / "kept.csv.gz", kept / "more")
     assert all(name in both for name in ("dense", "random", "noniid_nc1"))
+
+
+def test_runs_of_a_file_and_of_a_folder_are_kept_together(kept, capsys):
+    a_run(kept / "more/random-0", "random")
+    given, both = (kept / "kept.csv.gz", kept / "more"), kept / "both.csv.gz"
+    shown = printed(capsys, *given)
+    report.main([*map(str, given), "--save", str(both)])
+    assert [run.name for run in read(both)] == [*(run.name for run in read(given[0])), "random-0"]
+    left_out = "\n## Left out"  # the mask of the folder's run is not there, of which a file says nothing
+    assert printed(capsys, both).partition(left_out)[0].strip() == shown.partition(left_out)[0].strip()
 
 
 def test_each_line_is_a_run_with_its_figures(kept):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from fedsparse.data.datasets import Dataset, Split, digits
 from fedsparse.data.evaluated import evaluated
+from fedsparse.job import budget
 from fedsparse.job.budget import evaluation_line
 
 
@@ -50,6 +51,15 @@ def test_a_run_trains_the_same_and_tests_on_the_share(run_in, fast_run):
     hidden = linear(kept.test.x.flatten(1), weights["hidden.weight"], weights["hidden.bias"]).relu()
     right = linear(hidden, weights["head.weight"], weights["head.bias"]).argmax(1) == kept.test.y
     assert summary["test/acc"] == pytest.approx(float(right.float().mean()), abs=1e-6)
+
+
+def test_a_run_says_it_in_its_log(run_in, monkeypatch):
+    """630 samples of validation and test, beside one client's step of 32."""
+    monkeypatch.setattr(budget, "MANY", 600)
+    small = ["federation.clients_per_round=1", "federation.local_steps=1", "federation.rounds=1"]
+    for name, options, said in (("a", [], 1), ("b", ["federation.eval_every=2"], 0), ("c", ["data.batch_size=64"], 0)):
+        _, folder = run_in(name, *small, *options)
+        assert (folder / "run.log").read_text().count("a forward over 630 samples, where a round trains on 32:") == said
 
 
 def test_what_an_evaluation_costs_is_said_where_it_is_the_most():

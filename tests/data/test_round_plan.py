@@ -134,6 +134,15 @@ def test_local_steps_are_counted_as_they_are_dealt(work, held, steps):
     assert len(work.batches(np.arange(held), np.random.default_rng(0))[1]) == steps
 
 
+@pytest.mark.parametrize("work", [LocalWork(4, 3), LocalWork(4, None, 2)], ids=["steps", "epochs"])
+def test_samples_of_a_round_are_counted_as_they_are_dealt(work):
+    """Those that fill a short batch do not count."""
+    parts = [np.arange(held) for held in (1, 4, 9, 30)]
+    plan = RoundPlan(parts, work, lambda _: [0, 2, 3], cohort=1)
+    dealt = [work.batches(parts[client], np.random.default_rng(0))[1] for client in (0, 2, 3)]
+    assert plan.samples(5) == sum(map(sum, dealt))
+
+
 def test_steps_shuffle_a_clients_samples_again_when_they_run_out():
     indices, counts = LocalWork(4, 3).batches(np.arange(5), np.random.default_rng(0))
     order = indices.flatten().tolist()

@@ -133,6 +133,17 @@ def test_a_signal_while_processes_wait_for_each_other_ends_the_next_round(monkey
     assert stopped == [(False, []), (True, [signal.SIGUSR1])]
 
 
+def test_a_signal_in_the_wait_of_the_last_round_is_handed_on(monkeypatch):
+    stop = GracefulStop()
+    stop.began = 0.0
+    monkeypatch.setattr(parallel, "gather", lambda value: [copy.deepcopy(value)])
+    stop.on_train_epoch_end(SimpleNamespace(should_stop=False), None)
+    stop.own.append(signal.SIGTERM)
+    assert stop.received == []
+    stop.on_train_end(SimpleNamespace(), None)
+    assert stop.received == [signal.SIGTERM]
+
+
 def test_bytes_for_people():
     assert [human_bytes(n) for n in (12, 1500, 2_500_000, 3.2e9)] == ["12 B", "1.5 kB", "2.5 MB", "3.2 GB"]
 

@@ -146,7 +146,8 @@ class Exchange:
         per_coordinate: whether clients send different coordinates, so that each is averaged over those who sent it.
 
     Raises:
-        ValueError: an unknown payload, or a compatibility that needs another one.
+        ValueError: an unknown payload, or a compatibility that needs another one; or each client has a mask where every
+            coordinate is sent.
 
     """
 
@@ -164,6 +165,10 @@ class Exchange:
         space: ParamSpace | None = None,
     ) -> None:
         check_choice("exchange.payload", payload, *PAYLOADS)
+        if self.whole and masks is not None:
+            raise ValueError(
+                "mask.owner=client and lora.ranks need exchange=masked: each client sends what it trains itself"
+            )
         if compat and payload != "value":
             raise ValueError("exchange.compat=original sends values: set exchange.payload=value and no feedback")
         self.masks, self.rule, self.payload, self.compat = masks, rule, payload, compat
@@ -441,23 +446,6 @@ class Full(Exchange):
         ValueError: each client has a mask, and would send coordinates that it does not train.
 
     """
-
-    def __init__(
-        self,
-        trained: Tensor,
-        local: Tensor,
-        masks: OwnMasks | None = None,
-        rule: Sparsifier | None = None,
-        payload: str = "change",
-        filters: Mapping[str, Filter | None] | None = None,
-        compat: str | None = None,
-        space: ParamSpace | None = None,
-    ) -> None:
-        if masks is not None:
-            raise ValueError(
-                "mask.owner=client and lora.ranks need exchange=masked: each client sends what it trains itself"
-            )
-        super().__init__(trained, local, None, rule, payload, filters, compat, space)
 
     whole = True
 
