@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from fedsparse.data.datasets import Dataset, Split, digits
 from fedsparse.data.evaluated import evaluated
-from fedsparse.job import budget
 from fedsparse.job.budget import evaluation_line
 
 
@@ -53,13 +52,19 @@ def test_a_run_trains_the_same_and_tests_on_the_share(run_in, fast_run):
     assert summary["test/acc"] == pytest.approx(float(right.float().mean()), abs=1e-6)
 
 
-def test_a_run_says_it_in_its_log(run_in, monkeypatch):
-    """630 samples of validation and test, beside one client's step of 32."""
-    monkeypatch.setattr(budget, "MANY", 600)
-    small = ["federation.clients_per_round=1", "federation.local_steps=1", "federation.rounds=1"]
-    for name, options, said in (("a", [], 1), ("b", ["federation.eval_every=2"], 0), ("c", ["data.batch_size=64"], 0)):
-        _, folder = run_in(name, *small, *options)
-        assert (folder / "run.log").read_text().count("a forward over 630 samples, where a round trains on 32:") == said
+def test_a_run_says_it_in_its_log(run_in, tmp_path):
+    """5,100 samples of validation and test, beside the steps of one client."""
+    rng = np.random.default_rng(0)
+    for name, size in (("train", 40), ("val", 3_000), ("test", 2_100)):
+        x = rng.normal(size=(size, 1, 2, 2)).astype(np.float32)
+        np.savez(tmp_path / f"{name}.npz", x=x, y=np.arange(size) % 2)
+    small = ["data=arrays", f"data.root={tmp_path}", "federation.num_clients=2", "federation.clients_per_round=1"]
+    small += ["federation.local_steps=16", "federation.rounds=1", "mask_rule=dense"]
+    # a tenth of them are 510: trained on 32 x 16 = 512 samples, or on 31 x 16 = 496
+    for name, batch, every, said in (("a", 31, 1, 1), ("b", 31, 2, 0), ("c", 32, 1, 0)):
+        _, folder = run_in(name, *small, f"data.batch_size={batch}", f"federation.eval_every={every}")
+        line = "an evaluation takes a forward over 5,100 samples, where a round trains on 496:"
+        assert (folder / "run.log").read_text().count(line) == said
 
 
 def test_what_an_evaluation_costs_is_said_where_it_is_the_most():
