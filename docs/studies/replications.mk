@@ -11,7 +11,7 @@ AGAIN = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.repeat --jobs $(JOBS) --see
 SKIPPED = @echo "What is finished in $(1) is skipped, what was stopped goes on."
 REPORT = $(BIN)/python -m fedsparse.report $(1) --out $(1)/report --save $(1)/runs.csv.gz
 
-.PHONY: replicate-autoflip replicate-exchange replicate-fedavg
+.PHONY: replicate-autoflip replicate-exchange replicate-fedavg replicate-methods
 
 # every row has the same client steps, exploration included; the rate of all is that of dense training on seed 10, IID.
 # Two classes a client (patho), as the source has them, is learned by nothing within SIZE=small, so there it is two rules.
@@ -70,3 +70,19 @@ replicate-fedavg: $(READY) ## FedAvg as published: MNIST with two classes per cl
 	$(PLAYS_RUN) optimizer.lr=1.0 seed=0,1 hydra.sweep.dir=$(FEDAVG)/shakespeare
 	$(call REPORT,$(FEDAVG)/mnist) --reach 0.9
 	$(call REPORT,$(FEDAVG)/shakespeare)
+
+# clients keep no momentum, as in the methods' papers; an epoch of what each client has, so that their steps differ (FedNova);
+# the rate of each method by validation on seed 10, which is not reported
+METHODS = $(REPLICATIONS_AT)/$(SIZE)/methods
+METHODS_full = federation.rounds=1000 federation.eval_every=50
+METHODS_small = model.hidden=8 federation.rounds=40 federation.eval_every=10
+METHODS_RUN = $(REPLICATE) mask_rule=dense head.init=random data=cifar10 data.batch_size=32 model=two_cnn partition=dirichlet01 federation.num_clients=100 federation.clients_per_round=10 federation.local_steps=null federation.local_epochs=2 optimizer.momentum=0 optimizer.lr=0.01,0.03,0.1 seed=10 $(METHODS_$(SIZE))
+
+replicate-methods: $(READY) ## FedAvgM, FedAdam, FedProx, SCAFFOLD and FedNova beside FedAvg on CIFAR-10, Dirichlet 0.1; SIZE=small
+	@echo "18 runs choose learning rates, 18 are reported, JOBS=$(JOBS) at a time. SIZE=small: 40 rounds, 8 channels; SIZE=full: 1,000, for a GPU"
+	$(call SKIPPED,$(METHODS))
+	$(METHODS_RUN) server=fedavg,fedavgm,fedadam hydra.sweep.dir=$(METHODS)/rates/server
+	$(METHODS_RUN) objective=fedprox,scaffold hydra.sweep.dir=$(METHODS)/rates/objective
+	$(METHODS_RUN) aggregation=fednova hydra.sweep.dir=$(METHODS)/rates/aggregation
+	$(AGAIN) $(METHODS)/rates --into $(METHODS)/runs
+	$(call REPORT,$(METHODS)/runs)
