@@ -7,11 +7,12 @@ REPLICATIONS_AT ?= runs/replications
 AG_NEWS ?= data/ag_news
 SHAKESPEARE ?= data/shakespeare
 REPLICATE = $(SWEEP) pictures=false
-AGAIN = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.repeat --jobs $(JOBS) --seeds 0 1 2
+SEEDS = 0 1 2
+AGAIN = OMP_NUM_THREADS=1 $(BIN)/python -m fedsparse.repeat --seeds $(SEEDS) --jobs $(JOBS)
 SKIPPED = @echo "What is finished in $(1) is skipped, what was stopped goes on."
 REPORT = $(BIN)/python -m fedsparse.report $(1) --out $(1)/report --save $(1)/runs.csv.gz
 
-.PHONY: replicate-autoflip replicate-exchange replicate-fedavg replicate-methods
+.PHONY: replicate-autoflip replicate-exchange replicate-fedavg replicate-methods replicate-masks
 
 # every row has the same client steps, exploration included; the rate of all is that of dense training on seed 10, IID.
 # Two classes a client (patho), as the source has them, is learned by nothing within SIZE=small, so there it is two rules.
@@ -60,14 +61,15 @@ PLAYS_full = federation.clients_per_round=10 federation.rounds=200 federation.lo
 PLAYS_small = federation.clients_per_round=5 federation.rounds=20 federation.local_steps=4,20
 FEDAVG_RUN = $(REPLICATE) mask_rule=dense head.init=random data.batch_size=10
 MNIST_RUN = $(FEDAVG_RUN) data=mnist model=two_cnn federation.num_clients=100 federation.clients_per_round=0.1 federation.local_steps=null federation.local_epochs=1,5 $(MNIST_$(SIZE))
-PLAYS_RUN = $(FEDAVG_RUN) data=shakespeare data.root=$(SHAKESPEARE) model=next_char_lstm partition=natural federation.num_clients=227 federation.eval_share=0.02 $(PLAYS_$(SIZE))
+PLAYS_RUN = $(FEDAVG_RUN) data=shakespeare data.root=$(SHAKESPEARE) model=next_char_lstm partition=natural federation.num_clients=227 federation.eval_share=0.02 optimizer.momentum=0 $(PLAYS_$(SIZE))
 
 replicate-fedavg: $(READY) ## FedAvg as published: MNIST with two classes per client, Shakespeare by roles, local epochs 1 and 5; SIZE=small
-	@echo "8 runs choose learning rates, 12 on MNIST and 4 on Shakespeare are reported, JOBS=$(JOBS) at a time"
+	@echo "14 runs choose learning rates, 12 on MNIST and 6 on Shakespeare are reported, JOBS=$(JOBS) at a time"
 	$(call SKIPPED,$(FEDAVG))
 	$(MNIST_RUN) partition=iid,noniid_nc2 seed=10 optimizer.lr=0.03,0.1 hydra.sweep.dir=$(FEDAVG)/rates/mnist
-	$(AGAIN) $(FEDAVG)/rates --into $(FEDAVG)/mnist
-	$(PLAYS_RUN) optimizer.lr=1.0 seed=0,1 hydra.sweep.dir=$(FEDAVG)/shakespeare
+	$(AGAIN) $(FEDAVG)/rates/mnist --into $(FEDAVG)/mnist
+	$(PLAYS_RUN) seed=10 optimizer.lr=0.3,1.0,3.0 hydra.sweep.dir=$(FEDAVG)/rates/shakespeare
+	$(AGAIN) $(FEDAVG)/rates/shakespeare --into $(FEDAVG)/shakespeare
 	$(call REPORT,$(FEDAVG)/mnist) --reach 0.9
 	$(call REPORT,$(FEDAVG)/shakespeare)
 
@@ -86,3 +88,40 @@ replicate-methods: $(READY) ## FedAvgM, FedAdam, FedProx, SCAFFOLD and FedNova b
 	$(METHODS_RUN) aggregation=fednova hydra.sweep.dir=$(METHODS)/rates/aggregation
 	$(AGAIN) $(METHODS)/rates --into $(METHODS)/runs
 	$(call REPORT,$(METHODS)/runs)
+
+# a net pre-trained on one half of the training images is fine-tuned on the other; dense training and the head alone choose
+# their rates by validation on seed 10, in each partition and for each number of local steps; every mask takes dense's
+MASKS = $(REPLICATIONS_AT)/$(SIZE)/masks
+MASKS_full = data.batch_size=32
+MASKS_STEPS_full = 20000
+MASKS_small = data.batch_size=16
+MASKS_HIDDEN_full = 32
+MASKS_HIDDEN_small = 8
+MASKS_STEPS_small = 1200
+MASKS_NET = $(REPLICATE) data=cifar10 model=two_cnn model.hidden=$(MASKS_HIDDEN_$(SIZE))
+MASKS_RUN = $(MASKS_NET) $(MASKS_$(SIZE)) data.part=b model.checkpoint=$(MASKS)/start/model.safetensors federation.num_clients=20 federation.clients_per_round=0.25 'federation.rounds=$${rounds_for_steps:$(MASKS_STEPS_$(SIZE))}' federation.eval_every=20
+MASKS_RATES = $(MASKS_RUN) seed=10 partition=iid,noniid_nc1,dirichlet01 federation.local_steps=4,16 mask_rule=dense optimizer.lr=0.003,0.01,0.03
+MASKED = $(MASKS_RUN) seed=0,1,2,3,4 mask_rule=random,least_sensitive,most_sensitive,talos sparsity.ratio=0.5,0.8,0.95
+MASKS_LR_iid_4 ?= 0.01
+MASKS_LR_iid_16 ?= 0.01
+MASKS_LR_noniid_nc1_4 ?= 0.01
+MASKS_LR_noniid_nc1_16 ?= 0.01
+MASKS_LR_dirichlet01_4 ?= 0.01
+MASKS_LR_dirichlet01_16 ?= 0.01
+masked = $(MASKED) partition=$(1) federation.local_steps=$(2) optimizer.lr=$(MASKS_LR_$(1)_$(2)) hydra.sweep.dir=$(MASKS)/runs/$(1)_$(2)
+
+replicate-masks: SEEDS = 0 1 2 3 4
+replicate-masks: $(READY) ## masks on a TwoCNN pre-trained on one half of CIFAR-10, fine-tuned on the other; SIZE=small
+	@echo "1 run pre-trains, 36 choose learning rates, 420 are reported, JOBS=$(JOBS) at a time. SIZE=small: 1,200 client steps of 16 images; SIZE=full: 20,000 of 32, for a GPU"
+	$(call SKIPPED,$(MASKS))
+	$(MASKS_NET) data.part=a mask_rule=dense head.init=random data.batch_size=32 partition=iid federation.num_clients=1 federation.local_steps=null federation.local_epochs=1 federation.rounds=12 federation.eval_every=2 seed=10 optimizer.lr=0.01 schedule=cosine hydra.sweep.dir=$(MASKS) hydra.sweep.subdir=start
+	$(MASKS_RATES) hydra.sweep.dir=$(MASKS)/rates/dense
+	$(MASKS_RATES) model.trainable=head hydra.sweep.dir=$(MASKS)/rates/head
+	$(AGAIN) $(MASKS)/rates --into $(MASKS)/runs
+	$(call masked,iid,4)
+	$(call masked,iid,16)
+	$(call masked,noniid_nc1,4)
+	$(call masked,noniid_nc1,16)
+	$(call masked,dirichlet01,4)
+	$(call masked,dirichlet01,16)
+	$(call REPORT,$(MASKS)/runs)

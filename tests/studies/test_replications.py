@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from fedsparse import report
+from fedsparse import repeat, report
 from fedsparse.analysis.archive import read
 from fedsparse.analysis.page import markdown
 
@@ -52,3 +55,57 @@ def test_every_run_has_its_hash_and_seconds_and_no_place_of_a_machine(name):
         assert re.fullmatch("[0-9a-f]{64}", run.summary["global_sha256"])
         assert run.summary["seconds"] > 0
         assert not re.search(r"/(work|home|root|tmp)/", f"{run.overrides} {run.config} {run.summary}")
+
+
+TARGETS = re.findall(r"^(replicate-\w+): \$\(READY\)", (STUDIES / "replications.mk").read_text(encoding="utf-8"), re.M)
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """The lines of each target."""
+
+    def lines(target):
+        command = ["make", "-n", "-C", str(STUDIES.parents[1]), target, "SIZE=small"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    return {target: lines(target) for target in TARGETS}
+
+
+def typed(line, module):
+    """The words that follow a module's name."""
+    words = shlex.split(line)
+    return words[words.index(module) + 1 :]
+
+
+# runs of a small target: those that its lists multiply to, and those that fedsparse.repeat adds; counted by hand
+RUNS = {
+    "replicate-autoflip": (3 + 2 * 3 + 2 * 2 * 3 + 2 * 3 + 3 + 4 * 3, 0),
+    "replicate-exchange": (2 * (2 * 4 + 3 + 1 + 1), 13 * 3),
+    "replicate-fedavg": (2 * 2 * 2 + 2 * 3, 2 * 2 * 3 + 2 * 3),
+    "replicate-methods": (3 * 3 + 2 * 3 + 3, 6 * 3),
+    "replicate-masks": (1 + 2 * 3 * 2 * 3 + 3 * 2 * 4 * 3 * 5, 2 * 3 * 2 * 5),
+}
+
+
+def test_every_target_is_counted():
+    assert sorted(RUNS) == sorted(TARGETS)
+
+
+@pytest.mark.parametrize("target", RUNS)
+def test_a_target_says_how_many_runs_it_is(printed, target):
+    lines = printed[target]
+    swept = [typed(line, "fedsparse.train") for line in lines if "fedsparse.train" in line]
+    said = next(line for line in lines if " at a time" in line).partition("JOBS")[0]
+    listed, repeated = RUNS[target]
+    assert sum(math.prod(1 + word.count(",") for word in words) for words in swept) == listed
+    assert sum(int(count) for count in re.findall(r"\d+", said)) == listed + repeated
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_repeats_in_words_that_the_command_takes(printed, target, tmp_path):
+    """What is wrong with a folder that is not there is the folder."""
+    for line in printed[target]:
+        if "fedsparse.repeat" in line:
+            words = [str(tmp_path) if "/rates" in word else word for word in typed(line, "fedsparse.repeat")]
+            with pytest.raises(SystemExit, match="no finished run"):
+                repeat.main(words)
