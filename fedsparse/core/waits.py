@@ -1,4 +1,4 @@
-"""What a command waits for: a spinner on a terminal, and a line where something may be downloaded."""
+"""What a command waits for: a spinner or, where it is counted, a bar on a terminal; a line where one may download."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.live import Live
-    from rich.spinner import Spinner
+    from rich.progress import Progress
 
+WIDTH = 30  # characters of a bar
 log = logging.getLogger("fedsparse")
-_shown: list[tuple[str, Live, Spinner]] = []  # the spinner of this process's terminal; one at most
+_shown: list[Progress] = []  # the spinner of this process's terminal; one at most
 
 
 @contextmanager
-def waiting(what: str, shared: bool = False) -> Iterator[None]:
+def waiting(what: str, shared: bool = False, passes: int | None = None) -> Iterator[None]:
     """Show what is waited for within a ``with`` block, and log its seconds.
 
     Args:
         what: such as ``calibration``.
         shared: whether other runs write to the same terminal at the same time; nothing is shown then.
+        passes: how often ``advance`` counts from 1 to its end; None: it is not called, and no bar is shown.
 
     """
     began = time.perf_counter()
@@ -32,13 +33,16 @@ def waiting(what: str, shared: bool = False) -> Iterator[None]:
         yield
     else:
         from rich.console import Console  # here, since a command line that is refused waits for nothing
-        from rich.live import Live
-        from rich.spinner import Spinner
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-        spinner, console = Spinner("dots", what, style="status.spinner"), Console(file=sys.stderr)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"))
+        counted = () if passes is None else (BarColumn(WIDTH), TextColumn("{task.fields[at]}"))
+        console = Console(file=sys.stderr)
         # what is printed goes above the spinner if it goes to the same terminal; a pipe gets it as ever
-        with Live(spinner, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as live:
-            _shown.append((what, live, spinner))
+        redirected = sys.stdout.isatty()
+        with Progress(*columns, *counted, console=console, transient=True, redirect_stdout=redirected) as shown:
+            shown.add_task(what, total=passes, at="")
+            _shown.append(shown)
             try:
                 yield
             finally:
@@ -46,10 +50,14 @@ def waiting(what: str, shared: bool = False) -> Iterator[None]:
     log.info("%s: %.1f s", what, time.perf_counter() - began)
 
 
-def progress(detail: str) -> None:
-    """Add to the spinner how far it is, such as ``client 3/10``; nothing where none is shown."""
-    for what, _, spinner in _shown:
-        spinner.update(text=f"{what}: {detail}")
+def advance(place: int, of: int) -> None:
+    """Count ``place`` of ``of`` in one pass, such as the third of ten clients; nothing where no bar is shown."""
+    for shown in _shown:
+        (task,) = shown.tasks
+        passes = task.total or 1
+        done = min(passes, round(task.completed + 1 / of, 6))  # a tenth ten times is one
+        at = f"{place}/{of}" if passes == 1 else f"{done:.0f}/{passes:.0f}"
+        shown.update(task.id, completed=done, at=at)
 
 
 def may_download(what: str) -> None:
@@ -57,7 +65,7 @@ def may_download(what: str) -> None:
 
     Of several processes the first one says it.
     """
-    for _, live, _ in _shown:
-        live.stop()
+    for shown in _shown:
+        shown.stop()
     if os.environ.get("RANK", "0") == "0":
         print(f"fedsparse: {what}", file=sys.stderr, flush=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import as_file, files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fedsparse.data.samples import Mapped, Samples, as_tensor, read_npy
 # split nor seed changes the inputs; the glyphs of pre-training are scaled by them too.
 DIGITS_MEAN = 4.8842
 DIGITS_STD = 6.0168
+DIGITS_SPLIT = (0.15, 0.2, 0)  # validation, test, seed: the split that is kept in digits_split.npy
 
 PARTS = ("train", "val", "test")
 MOST_CLASSES = 1_000_000  # a head has an output for each
@@ -271,13 +274,38 @@ def digits(val_fraction: float = 0.15, test_fraction: float = 0.2, split_seed: i
         ValueError: a fraction leaves a split without an image of every class.
 
     """
-    from sklearn.datasets import load_digits  # here: with pandas, it takes half a second to import
-
-    raw = load_digits()
-    x, y = scale_pixels(raw.images[:, None]), torch.from_numpy(raw.target.astype(np.int64))
-    indices = stratified(raw.target, val_fraction, test_fraction, split_seed)
+    images, labels = read_digits()
+    x, y = scale_pixels(images[:, None]), torch.from_numpy(labels)
+    usual = (val_fraction, test_fraction, split_seed) == DIGITS_SPLIT
+    indices = _usual_split() if usual else stratified(labels, val_fraction, test_fraction, split_seed)
     train, val, test = (Split(x[part], y[part]) for part in indices)
     return Dataset(train, val, test, classes=10, name="digits")
+
+
+def _usual_split() -> tuple[np.ndarray, ...]:
+    """Read what ``stratified`` makes of the digits by default, which needs scikit-learn, and a second to import it."""
+    with as_file(files("fedsparse.data") / "digits_split.npy") as path:
+        part_of = np.load(path, allow_pickle=False)  # of each image: 0 train, 1 validation, 2 test
+    return tuple(np.flatnonzero(part_of == part) for part in range(len(PARTS)))
+
+
+def read_digits(file: str = "datasets/data/digits.csv.gz") -> tuple[np.ndarray, np.ndarray]:
+    """Read scikit-learn's digits: pixels of 0 to 16, float64 (1797, 8, 8), and labels, int64 (1797,).
+
+    Args:
+        file: its place in scikit-learn. It is read there, since ``load_digits`` imports scipy and pandas, for most of a
+            second; where a release has no such file, ``load_digits`` is called.
+
+    """
+    package = find_spec("sklearn")
+    path = Path(package.origin).parent / file if package and package.origin else None
+    if path is not None and path.is_file():
+        rows = np.loadtxt(path, delimiter=",")
+        return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    return raw.images, raw.target.astype(np.int64)
 
 
 def scale_pixels(pixels: np.ndarray) -> Tensor:

@@ -38,8 +38,8 @@ def announcement(job: Job) -> str:
     sparsity = ratio if isinstance(ratio, int | float) else None
     pruned = {"compression": None} if cfg.sparsity.get("mode") == "prune" else {}
     what = heading({**chosen, **pruned, "sparsity": sparsity, "seed": cfg.seed}, {**USUAL, "server": None})
-    rounds = f"{cfg.federation.rounds} {'round' if cfg.federation.rounds == 1 else 'rounds'}"
-    counts = f"{cfg.federation.num_clients} clients, {rounds}"
+    clients, rounds = cfg.federation.num_clients, cfg.federation.rounds
+    counts = f"{clients} {'client' if clients == 1 else 'clients'}, {rounds} {'round' if rounds == 1 else 'rounds'}"
     return f"{'resumes ' * job.resumed}{what}; {counts}; {short_path(job.folder)}"
 
 

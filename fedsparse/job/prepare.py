@@ -20,12 +20,12 @@ from fedsparse.core import files
 from fedsparse.core.folder import CLIENT_MASKS, DEVIATION, MASK, MASK_PICTURE, PARTITION
 from fedsparse.core.precisions import dtype_of, made_in
 from fedsparse.core.seeding import Purpose
-from fedsparse.core.waits import progress, waiting
+from fedsparse.core.waits import advance, waiting
 from fedsparse.federation.exchange.ledger import Ledger
 from fedsparse.federation.masking import NOTHING
 from fedsparse.federation.ranks import rank_masks
 from fedsparse.job import trust
-from fedsparse.job.parts import Assembly
+from fedsparse.job.parts import Assembly, Problem
 from fedsparse.job.resume import Job
 from fedsparse.job.sweep import beside_others
 from fedsparse.job.trial import try_out
@@ -66,19 +66,16 @@ def prepare(
 
 def _prepare(job: Job, assembly: Assembly, preparation: Preparation, module: ClientModule) -> Calibrated:
     problem, phases, rule = assembly.problem, assembly.course.phases, assembly.method.rule
-    if assembly.pictures:
-        from fedsparse.analysis.partition_plot import partition_figure  # here: a run without pictures draws none
-
-        labels, title = problem.dataset.train.labels, job.choices.get("partition", "")
-        classes = 1 if problem.dataset.sequences else problem.dataset.classes  # without classes: sizes alone
-        with waiting("picture of the partition", beside_others()):
-            picture(job.folder / PARTITION, lambda: partition_figure(labels, problem.parts, classes, title))
     try_out(module, *preparation.take(problem.dataset.train, np.arange(min(2, len(problem.dataset.train.y)))))
+    method, shared = assembly.method, beside_others()
     if phases.has("head"):
-        with waiting("head", beside_others()):
-            start_head(assembly, preparation, phases.prepares("head"))
-    with waiting("calibration", beside_others()) if phases.has("calibrate") else nullcontext():
+        steps = phases.prepares("head")
+        with waiting("head", shared, steps if method.head.init == "probe" else 1):
+            start_head(assembly, preparation, steps)
+    with waiting("calibration", shared, method.calibration.rounds) if phases.has("calibrate") else nullcontext():
         found = _ranked(choose_mask(assembly, preparation), assembly)
+    if assembly.pictures:
+        _draw_partition(job, problem)
     if phases.explore is not None:
         return found
     if isinstance(rule, FromFile):
@@ -136,6 +133,15 @@ def record(job: Job, chosen: Mask, bitmaps: Tensor | None = None, overlap: Seque
     return mask
 
 
+def _draw_partition(job: Job, problem: Problem) -> None:
+    from fedsparse.analysis.partition_plot import partition_figure  # here: a run without pictures draws none
+
+    labels, title = problem.dataset.train.labels, job.choices.get("partition", "")
+    classes = 1 if problem.dataset.sequences else problem.dataset.classes  # without classes: sizes alone
+    with waiting("picture of the partition", beside_others()):
+        picture(job.folder / PARTITION, lambda: partition_figure(labels, problem.parts, classes, title))
+
+
 def draw(folder: Path, mask: Mask) -> None:
     """Draw a mask's figure into the run folder."""
     from fedsparse.analysis.mask_plot import mask_figure  # here, as above
@@ -149,7 +155,7 @@ def _counted(gather: Gather) -> Gather:
 
     def run(preparation: Preparation, task: ClientTask, clients: Sequence[int]) -> Iterator[Answer | None]:
         for place, answer in enumerate(gather(preparation, task, clients)):
-            progress(f"client {place + 1}/{len(clients)}")
+            advance(place + 1, len(clients))
             yield answer
 
     return run

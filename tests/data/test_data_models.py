@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from fedsparse.core.space import ParamSpace
-from fedsparse.data.datasets import Dataset, Split, arrays, digits
+from fedsparse.data.datasets import Dataset, Split, arrays, digits, read_digits, scale_pixels, stratified
 from fedsparse.job.keys import target_of
 from fedsparse.models.trainable import trainable_filter
 from fedsparse.models.vision import conv, mlp, vit_digits
@@ -64,6 +64,24 @@ def test_digits_are_split_once_and_whole(data):
     raw = load_digits()
     wanted = Counter((i.astype(np.int64).tobytes(), int(t)) for i, t in zip(raw.images, raw.target, strict=True))
     assert Counter(keys_of(data.train) + keys_of(data.val) + keys_of(data.test)) == wanted
+
+
+@pytest.mark.parametrize("file", ["datasets/data/digits.csv.gz", "datasets/moved.csv.gz"])
+def test_digits_are_those_of_scikit_learn_wherever_it_keeps_them(file):
+    images, labels = read_digits(file)
+    raw = load_digits()
+    assert images.dtype == raw.images.dtype
+    np.testing.assert_array_equal(images, raw.images)
+    np.testing.assert_array_equal(labels, raw.target)
+
+
+def test_the_kept_split_is_the_one_that_scikit_learn_makes(data):
+    target = load_digits().target
+    parts = stratified(target, 0.15, 0.2, 0)
+    assert [len(part) for part in parts] == [1167, 270, 360]
+    for split, indices in zip((data.train, data.val, data.test), parts, strict=True):
+        np.testing.assert_array_equal(split.x, scale_pixels(load_digits().images[indices][:, None]))
+        np.testing.assert_array_equal(split.y, target[indices])
 
 
 def test_digits_are_stratified(data):

@@ -32,6 +32,11 @@ def default():
         ),
         (
             {},
+            {"federation.num_clients": 1},
+            "digits, vit_digits, iid, random 80% frozen, server=fedavg, seed 0; 1 client, ",
+        ),
+        (
+            {},
             {"sparsity.ratio": 0.95, "sparsity.mode": "prune"},
             "digits, vit_digits, iid, random 95% pruned, server=fedavg, ",
         ),
@@ -75,19 +80,23 @@ class Terminal:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_wait_is_shown_on_a_terminal_of_ones_own_and_logged(shared, monkeypatch, caplog):
+@pytest.mark.parametrize(("passes", "at"), [(1, "3/3"), (20, "2/20")])
+def test_a_wait_is_shown_on_a_terminal_of_ones_own_and_logged(shared, passes, at, monkeypatch, caplog):
     screen = Terminal()
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
     with caplog.at_level("INFO", logger="fedsparse"):
-        with waits.waiting("calibration", shared):
-            waits.progress("client 3/10")
+        with waits.waiting("calibration", shared, passes):
+            for _ in range(2):
+                for place in range(3):
+                    waits.advance(place + 1, 3)
             with waits.waiting("another", shared):  # one spinner at a time
                 pass
-        waits.progress("of nothing")
-    assert ("calibration: client 3/10" in screen.text) is not shared
+        waits.advance(1, 7)  # of nothing
+    assert ("calibration" in screen.text) is not shared
+    assert (at in screen.text) is not shared
     assert "another" not in screen.text
-    assert "of nothing" not in screen.text
+    assert "1/7" not in screen.text
     assert [record.message.split(":")[0] for record in caplog.records] == ["another", "calibration"]
 
 
