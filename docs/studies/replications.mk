@@ -78,10 +78,10 @@ replicate-fedavg: $(READY) ## FedAvg as published: MNIST with two classes per cl
 METHODS = $(REPLICATIONS_AT)/$(SIZE)/methods
 METHODS_full = federation.rounds=1000 federation.eval_every=50
 METHODS_small = model.hidden=8 federation.rounds=40 federation.eval_every=10
-METHODS_RUN = $(REPLICATE) mask_rule=dense head.init=random data=cifar10 data.batch_size=32 model=two_cnn partition=dirichlet01 federation.num_clients=100 federation.clients_per_round=10 federation.local_steps=null federation.local_epochs=2 optimizer.momentum=0 optimizer.lr=0.01,0.03,0.1 seed=10 $(METHODS_$(SIZE))
+METHODS_RUN = $(REPLICATE) mask_rule=dense head.init=random data=cifar10 data.batch_size=32 model=two_cnn partition=dirichlet01 federation.num_clients=100 federation.clients_per_round=10 federation.local_steps=null federation.local_epochs=2 optimizer.momentum=0 optimizer.lr=0.01,0.03,0.1,0.3 seed=10 $(METHODS_$(SIZE))
 
 replicate-methods: $(READY) ## FedAvgM, FedAdam, FedProx, SCAFFOLD and FedNova beside FedAvg on CIFAR-10, Dirichlet 0.1; SIZE=small
-	@echo "18 runs choose learning rates, 18 are reported, JOBS=$(JOBS) at a time. SIZE=small: 40 rounds, 8 channels; SIZE=full: 1,000, for a GPU"
+	@echo "24 runs choose learning rates, 18 are reported, JOBS=$(JOBS) at a time. SIZE=small: 40 rounds, 8 channels; SIZE=full: 1,000, for a GPU"
 	$(call SKIPPED,$(METHODS))
 	$(METHODS_RUN) server=fedavg,fedavgm,fedadam hydra.sweep.dir=$(METHODS)/rates/server
 	$(METHODS_RUN) objective=fedprox,scaffold hydra.sweep.dir=$(METHODS)/rates/objective
