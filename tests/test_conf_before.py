@@ -24,7 +24,7 @@ DEFAULT = BEFORE.pop("")
 # keys that a node has got since, which change no figure on a CPU
 SINCE = {"federation": {"graph": True, "tf32": False}, "trainer": {"deterministic": False}}
 SINCE |= {"schedule": {"within": "constant"}}
-SINCE["federation"] |= {"eval_share": 1.0}
+SINCE["federation"] |= {"eval_share": 1.0, "channels_last": False}
 SINCE["model"] = {"checkpoint": None}
 # the size to which images of a folder are brought, which was 224 for all
 SIZES = {"vit_digits": None, "mlp": 32, "fednet": 28, "fednet_mlp": 28}

@@ -36,6 +36,7 @@ _IDLE = (
     "model.cohort",
     "model.image_side",  # data.size refers to it, and older runs lack it
     "federation.compile",
+    "federation.channels_last",
 )
 # a dense run reads none of these
 _OF_MASKS = ("mask_rule", "sparsity", "mask")

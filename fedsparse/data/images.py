@@ -42,6 +42,7 @@ class Inputs:
         std: per channel, likewise.
         interpolation: bicubic, bilinear or nearest; the first two with antialiasing.
         dtype: of the inputs; None: floats keep theirs, and pixels become float32.
+        channels_last: whether a batch (B, C, H, W) lies in memory as (B, H, W, C), which convolutions then keep.
 
     Raises:
         ValueError: the interpolation is unknown, or mean and std differ in length; when called, the channels are not
@@ -55,6 +56,7 @@ class Inputs:
     std: tuple[float, ...] = ()
     interpolation: str = "bicubic"
     dtype: torch.dtype | None = None
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         check_choice("interpolation", self.interpolation, *MODES)
@@ -64,7 +66,8 @@ class Inputs:
     def __call__(self, x: Tensor) -> Tensor:
         """Prepare images: (*, C, H, W) -> floats (*, channels, size, size)."""
         fitted = repeated(resized(scaled(x, self.dtype), self.size, self.interpolation), self.channels)
-        return fitted if x.is_floating_point() or not self.mean else normalised(fitted, self.mean, self.std)
+        images = fitted if x.is_floating_point() or not self.mean else normalised(fitted, self.mean, self.std)
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else images
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,10 @@ class TokenInputs:
 
 
 def inputs_for(
-    dataset: Dataset, wanted: Mapping[str, Any] | None, dtype: torch.dtype | None = None
+    dataset: Dataset,
+    wanted: Mapping[str, Any] | None,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
 ) -> Inputs | TokenInputs:
     """Build the conversion of a data set's samples to a network's inputs.
 
@@ -86,6 +92,7 @@ def inputs_for(
         wanted: inputs of the network's pre-training, by timm's keys ``input_size`` (C, H, W), ``mean``, ``std`` and
             ``interpolation`` (a net's ``pretrained_cfg``); None, or a missing key: no requirement.
         dtype: of the network, if it is not float32.
+        channels_last: how batches of images lie in memory; see ``Inputs``.
 
     Raises:
         ValueError: the model takes other channels than a repeated grey, or images that are not square.
@@ -101,7 +108,8 @@ def inputs_for(
     pixels = not dataset.train.x.dtype.is_floating_point
     source = (wanted if wanted.get("mean") else vars(dataset)) if pixels else {}
     mean, std = (tuple(map(float, source.get(key, ()))) for key in ("mean", "std"))
-    return Inputs(height, channels, mean, std, wanted.get("interpolation") or "bicubic", dtype)
+    mode = wanted.get("interpolation") or "bicubic"
+    return Inputs(height, channels, mean, std, mode, dtype, channels_last)
 
 
 def scaled(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

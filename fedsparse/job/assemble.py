@@ -126,7 +126,8 @@ def assemble_problem(cfg: DictConfig) -> Problem:
     check_classes(net, head, dataset)
     check_kind(net, dataset, cohort_of(cfg))
     check_head(cfg.head.init, dataset)
-    inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None, dtype)
+    channels_last = cfg.federation.get("channels_last", False)  # older stored runs lack the key
+    inputs = inputs_for(dataset, getattr(net, "pretrained_cfg", None) or None, dtype, channels_last)
     if dataset.fingerprint:
         log.info("data fingerprint %s", dataset.fingerprint)
     name = cfg.model.get("name", cfg.model._target_)

@@ -227,6 +227,7 @@ def check_alone(cfg: DictConfig, choices: Mapping[str, str | None] | None = None
     check_flag("federation.compile", cfg.federation.get("compile", False))
     check_flag("federation.graph", cfg.federation.get("graph", False))
     check_flag("federation.tf32", cfg.federation.get("tf32", False))
+    check_flag("federation.channels_last", cfg.federation.get("channels_last", False))
     if (deterministic := cfg.trainer.get("deterministic")) not in (None, "warn"):
         check_flag("trainer.deterministic", deterministic)
     for key in POSITIVE:

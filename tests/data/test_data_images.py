@@ -84,6 +84,14 @@ def test_one_channel_takes_the_average_of_three_constants():
     torch.testing.assert_close(out, (pixels_of(2, 1, 6, 6).float() / 255 - 0.3) / 0.3)
 
 
+@pytest.mark.parametrize("x", [floats_of(2, 3, 5, 4), pixels_of(2, 3, 5, 4)], ids=["floats", "pixels"])
+def test_the_channels_of_a_batch_lie_last_and_those_of_stacked_clients_do_not(x):
+    plain, last = Inputs()(x), Inputs(channels_last=True)(x)
+    assert last.stride() == (60, 1, 12, 3)
+    assert torch.equal(plain, last)
+    assert Inputs(channels_last=True)(x[None]).is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_floats_are_left_alone(dtype):
     x = floats_of(2, 1, 5, 4).to(dtype)

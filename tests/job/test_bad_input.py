@@ -75,6 +75,7 @@ BAD = [
     ("trainer.num_nodes=2", "trainer.num_nodes=2 needs torchrun or srun"),
     ("federation.cohort=some", "federation.cohort is 'some'; it must be (null|auto), .*or a whole number of 1 or more"),
     ("federation.graph=maybe", "federation.graph is 'maybe'; it must be true or false"),
+    ("federation.channels_last=1", "federation.channels_last is 1; it must be true or false"),
     ("federation.tf32=maybe", "federation.tf32 is 'maybe'; it must be true or false"),
     ("trainer.deterministic=maybe", "trainer.deterministic is 'maybe'; it must be true or false"),
     ("federation.cohort=0", "federation.cohort is 0"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedsparse.simulation.devices import kernels
 
@@ -62,3 +64,26 @@ def test_the_peak_of_memory_is_the_systems_in_bytes(run_in):
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", pages)[1])
     assert 0.8 * peak < summary["peak_memory"] <= peak
     assert summary["peak_memory_gpu"] is None
+
+
+def test_channels_that_lie_last_give_the_same_results_but_for_rounding(run_in, tmp_path):
+    drawn = np.random.default_rng(0)
+    for part, samples in (("train", 60), ("val", 20), ("test", 20)):
+        x, y = drawn.standard_normal((samples, 3, 16, 16), dtype=np.float32), np.arange(samples) % 2
+        np.savez(tmp_path / f"{part}.npz", x=x, y=y)
+    options = [
+        "data=arrays",
+        "data.root=.",
+        "model=conv",
+        "model.cohort=1",
+        "mask_rule=dense",
+        "federation.num_clients=2",
+    ]
+    seen = {}
+    for last in (False, True):
+        summary, folder = run_in(f"last{last}", *options, "federation.rounds=1", f"federation.channels_last={last}")
+        seen[last] = load_file(folder / "model.safetensors"), summary["val/loss"]
+    rows = [torch.cat([tensor.flatten() for tensor in tensors.values()]) for tensors, _ in seen.values()]
+    assert not torch.equal(*rows)  # other kernels
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
+    assert seen[True][1] == pytest.approx(seen[False][1], rel=1e-4)
