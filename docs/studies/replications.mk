@@ -98,7 +98,7 @@ MASKS_small = data.batch_size=16
 MASKS_HIDDEN_full = 32
 MASKS_HIDDEN_small = 8
 MASKS_STEPS_small = 1200
-MASKS_NET = $(REPLICATE) data=cifar10 model=two_cnn model.hidden=$(MASKS_HIDDEN_$(SIZE))
+MASKS_NET = $(REPLICATE) data=cifar10 model=two_cnn model.hidden=$(MASKS_HIDDEN_$(SIZE)) federation.channels_last=true
 MASKS_RUN = $(MASKS_NET) $(MASKS_$(SIZE)) data.part=b model.checkpoint=$(MASKS)/start/model.safetensors federation.num_clients=20 federation.clients_per_round=0.25 'federation.rounds=$${rounds_for_steps:$(MASKS_STEPS_$(SIZE))}' federation.eval_every=20
 MASKS_RATES = $(MASKS_RUN) seed=10 partition=iid,noniid_nc1,dirichlet01 federation.local_steps=4,16 mask_rule=dense optimizer.lr=0.003,0.01,0.03
 MASKED = $(MASKS_RUN) seed=0,1,2,3,4 mask_rule=random,least_sensitive,most_sensitive,talos sparsity.ratio=0.5,0.8,0.95
