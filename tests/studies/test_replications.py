@@ -81,7 +81,7 @@ def typed(line, module):
 RUNS = {
     "replicate-autoflip": (3 + 2 * 3 + 2 * 2 * 3 + 2 * 3 + 3 + 4 * 3, 0),
     "replicate-exchange": (2 * (2 * 4 + 3 + 1 + 1), 13 * 3),
-    "replicate-fedavg": (2 * 2 * 2 + 2 * 3, 2 * 2 * 3 + 2 * 3),
+    "replicate-fedavg": (2 * 2 * 2 + 2 * 2, 2 * 2 * 3 + 2 * 3),
     "replicate-methods": (6 * 4, 6 * 3),
     "replicate-masks": (1 + 2 * 3 * 2 * 3 + 3 * 2 * 4 * 3 * 5, 2 * 3 * 2 * 5),
 }
