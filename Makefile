@@ -68,7 +68,7 @@ bench: $(READY) ## a round's time, memory and bytes beside a hand-written loop's
 	$(BIN)/python -m fedsparse.bench $(ARGS)
 
 # the packages of .venv stand behind a peer's own, so that torch is the same build and there once
-bench-peers: $(addprefix .peers/,$(addsuffix /.ready,pfl flwr fedlab)) ## environments of the peers, for make bench
+bench-peers: $(addprefix .peers/,$(addsuffix /.ready,pfl flwr fedlab fedjax)) ## environments of the peers, for make bench
 
 .peers/%/.ready: fedsparse/bench/peers/%.txt $(READY)
 	$(BIN)/python -m venv --clear --without-pip .peers/$*

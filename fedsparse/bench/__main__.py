@@ -100,7 +100,7 @@ def _parse(arguments: Sequence[str] | None, models: Sequence[str]) -> argparse.N
     parser = Parser(prog="python -m fedsparse.bench", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=models, help="default: all")
     parser.add_argument("--cohort", nargs="+", type=positive, help="bounds of the clients that train together")
-    parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="default: those installed")
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="default: those installed, on models they run")
     parser.add_argument("--environments", type=Path, default=processes.ENVIRONMENTS, help="folder of the peers'")
     parser.add_argument("--pairs", type=positive, help="pairs that count, instead of the model's own number")
     parser.add_argument("--threads", type=positive, default=1)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from fedsparse.bench import federated, processes
-from fedsparse.bench.peers import PEERS
+from fedsparse.bench.peers import ONLY, PEERS
 from fedsparse.bench.problems import BARE, CLIENTS, Problem, Task
 from fedsparse.bench.rows import Row
 
@@ -38,8 +38,13 @@ class Collector:
             hand = self._remember(loop, partial(self._alone, "loop", problem.name)).memory
             for row in self._own(problem):
                 yield replace(row, hand_memory=hand)
-            for name, python in self.peers.items() if self.everywhere or problem.peers else ():
+            for name, python in self._beside(problem):
                 yield replace(self._peer(problem, name, python), hand_memory=hand)
+
+    def _beside(self, problem: Problem) -> list[tuple[str, Path]]:
+        """Peers that are measured on a problem, of those that run it."""
+        wanted = self.everywhere or problem.peers
+        return [peer for peer in self.peers.items() if wanted and problem.name in ONLY.get(peer[0], (problem.name,))]
 
     def _own(self, problem: Problem) -> Iterator[Row]:
         """Measure fedsparse: every cohort, and at the first one all that may run beside training."""

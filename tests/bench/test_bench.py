@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from fedsparse import bench
-from fedsparse.bench import pairs
+from fedsparse.bench import pairs, processes
 from fedsparse.bench.loop import SGDS, HandWritten, fastest
-from fedsparse.bench.peers import PEERS
+from fedsparse.bench.peers import ONLY, PEERS
 from fedsparse.bench.problems import BLOCKS, LR, MOMENTUM, Task
 
 SHORT = replace(bench.PROBLEMS["mlp"], pairs=2, warmup=1)
@@ -144,3 +144,18 @@ def test_every_peer_has_its_module_its_packages_and_its_environment():
         assert (root / f"{module.replace('.', '/')}.py").is_file()
         assert f"{name}==" in (root / "fedsparse/bench/peers" / f"{name}.txt").read_text()
         assert name in line
+    assert set(ONLY) < set(PEERS)
+    assert {model for models in ONLY.values() for model in models} < set(bench.PROBLEMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peer", "model"),
+    [(peer, model) for peer in PEERS for model in ("mlp", "conv_digits", "vit") if model in ONLY.get(peer, (model,))],
+)
+def test_a_peer_ends_at_the_weights_of_the_loop(peer, model):
+    root = Path(__file__).parents[2]
+    if (python := processes.installed(root / processes.ENVIRONMENTS).get(peer)) is None:
+        pytest.skip(f"no .peers/{peer}: make .peers/{peer}/.ready")
+    figures = processes.figures(python, PEERS[peer], [model, "--pairs", "1", "--warmup", "1"], 1)
+    assert figures["weights_differ"] < 2e-5

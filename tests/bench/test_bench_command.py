@@ -12,6 +12,7 @@ from fedsparse import bench
 from fedsparse.bench import federated, processes
 from fedsparse.bench.__main__ import HINT, main
 from fedsparse.bench.arguments import MODELS
+from fedsparse.bench.collect import Collector
 
 # a peer's Python: writes down how it was called, talks, and prints its figures
 PEER = """#!{python}
@@ -96,6 +97,15 @@ def test_without_peers_a_line_says_how_to_get_them(tmp_path, small, capsys):
     assert out.splitlines()[-1] == HINT
     lines = [line for line in out.splitlines() if line.startswith("│ mlp")]
     assert [line.split("│")[3].strip() for line in lines] == ["5", "5"]  # times; processor and pages
+
+
+def test_a_peer_without_the_model_has_no_row(tmp_path, monkeypatch):
+    logs = [install(tmp_path, name, PEER) for name in ("pfl", "fedjax")]
+    monkeypatch.setattr(federated, "measure", lambda problem, *_: bench.Row(problem.name, "fedsparse"))
+    collector = Collector(threads=1, memory=False, peers=processes.installed(tmp_path), everywhere=True)
+    rows = [(row.model, row.runner) for row in collector.rows([replace(SHORT["mlp"], name=n) for n in ("conv", "vit")])]
+    assert rows == [("conv", "fedsparse"), ("conv", "pfl"), ("conv", "fedjax"), ("vit", "fedsparse"), ("vit", "pfl")]
+    assert [len(log.read_text().splitlines()) for log in logs] == [2, 1]
 
 
 def test_figures_are_kept_row_by_row(tmp_path, small, monkeypatch):

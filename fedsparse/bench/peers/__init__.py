@@ -2,4 +2,5 @@
 
 from __future__ import annotations
 
-PEERS = {name: f"fedsparse.bench.peers.{name}" for name in ("pfl", "flwr", "fedlab")}
+PEERS = {name: f"fedsparse.bench.peers.{name}" for name in ("pfl", "flwr", "fedlab", "fedjax")}
+ONLY = {"fedjax": ("mlp", "conv", "conv_digits", "mlp_large")}  # their layers are written in JAX; other peers run all
