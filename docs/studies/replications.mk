@@ -57,8 +57,12 @@ replicate-exchange: $(READY) ## sparse tensor exchange on AG News, as published 
 FEDAVG = $(REPLICATIONS_AT)/$(SIZE)/fedavg
 MNIST_full = federation.rounds=300
 MNIST_small = model.hidden=8 federation.rounds=40
-PLAYS_full = federation.clients_per_round=10 federation.rounds=200 federation.local_steps=null federation.local_epochs=1,5
-PLAYS_small = federation.clients_per_round=5 federation.rounds=20 federation.local_steps=4,20
+PLAYS_full = federation.clients_per_round=10 federation.rounds=200 federation.local_steps=null
+PLAYS_few_full = federation.local_epochs=1
+PLAYS_many_full = federation.local_epochs=5
+PLAYS_small = federation.clients_per_round=5
+PLAYS_few_small = federation.rounds=100 federation.local_steps=4 federation.eval_every=4
+PLAYS_many_small = federation.rounds=20 federation.local_steps=20
 FEDAVG_RUN = $(REPLICATE) mask_rule=dense head.init=random data.batch_size=10
 MNIST_RUN = $(FEDAVG_RUN) data=mnist model=two_cnn federation.num_clients=100 federation.clients_per_round=0.1 federation.local_steps=null federation.local_epochs=1,5 $(MNIST_$(SIZE))
 PLAYS_RUN = $(FEDAVG_RUN) data=shakespeare data.root=$(SHAKESPEARE) model=next_char_lstm partition=natural federation.num_clients=227 federation.eval_share=0.02 optimizer.momentum=0 $(PLAYS_$(SIZE))
@@ -68,10 +72,11 @@ replicate-fedavg: $(READY) ## FedAvg as published: MNIST with two classes per cl
 	$(call SKIPPED,$(FEDAVG))
 	$(MNIST_RUN) partition=iid,noniid_nc2 seed=10 optimizer.lr=0.03,0.1 hydra.sweep.dir=$(FEDAVG)/rates/mnist
 	$(AGAIN) $(FEDAVG)/rates/mnist --into $(FEDAVG)/mnist
-	$(PLAYS_RUN) seed=10 optimizer.lr=1.0,3.0 hydra.sweep.dir=$(FEDAVG)/rates/shakespeare
+	$(PLAYS_RUN) $(PLAYS_few_$(SIZE)) seed=10 optimizer.lr=1.0,3.0 hydra.sweep.dir=$(FEDAVG)/rates/shakespeare/few
+	$(PLAYS_RUN) $(PLAYS_many_$(SIZE)) seed=10 optimizer.lr=1.0,3.0 hydra.sweep.dir=$(FEDAVG)/rates/shakespeare/many
 	$(AGAIN) $(FEDAVG)/rates/shakespeare --into $(FEDAVG)/shakespeare
 	$(call REPORT,$(FEDAVG)/mnist) --reach 0.9
-	$(call REPORT,$(FEDAVG)/shakespeare)
+	$(call REPORT,$(FEDAVG)/shakespeare) --reach 0.2
 
 # clients keep no momentum, as in the methods' papers; an epoch of what each client has, so that their steps differ (FedNova);
 # the rate of each method by validation on seed 10, which is not reported

@@ -17,7 +17,7 @@ from fedsparse.analysis.page import markdown
 STUDIES = Path(__file__).parents[2] / "docs/studies"
 PAGE = (STUDIES / "replications.md").read_text(encoding="utf-8")
 MADE = re.compile(r"<!-- from (results/\S+\.csv\.gz) -->\n\n((?:\|.*\n)+)")
-REACH = 0.9
+REACH = {"results/fedavg_shakespeare.csv.gz": 0.2}  # the accuracy to which rounds are counted; 0.9 of the others
 TABLES = [(found[1], found[2]) for found in MADE.finditer(PAGE)]
 KEPT = sorted(f"results/{path.name}" for path in (STUDIES / "results").glob("*.csv.gz"))
 
@@ -34,7 +34,9 @@ def tables_of(text):
 
 @pytest.fixture(scope="module")
 def reported():
-    return {name: tables_of(markdown("all", report.sections([STUDIES / name], reach=REACH))) for name in KEPT}
+    return {
+        name: tables_of(markdown("all", report.sections([STUDIES / name], reach=REACH.get(name, 0.9)))) for name in KEPT
+    }
 
 
 def test_every_file_of_runs_has_a_table_and_they_are_small():
