@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import lightning.fabric.accelerators.cpu
 import lightning.fabric.strategies.single_device
@@ -23,6 +24,9 @@ from lightning.pytorch.strategies import single_device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import fedsparse
+
+PACKAGE = str(Path(fedsparse.__file__).parent / "_").removesuffix("_")
 DEVICE = torch.device("lazy:0")
 TAG = "cuda:0"  # where a saved tensor says it lay
 aten = torch.ops.aten
@@ -147,7 +151,7 @@ def _count(func, name, args, kwargs, on_device):
 def _place():
     """Find the innermost line of fedsparse, or of what it calls where there is none."""
     frame = sys._getframe(1)
-    while frame is not None and "/fedsparse/" not in frame.f_code.co_filename:
+    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_code.co_name}" if frame else "elsewhere"
 

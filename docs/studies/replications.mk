@@ -106,14 +106,14 @@ MASKS_STEPS_small = 1200
 MASKS_NET = $(REPLICATE) data=cifar10 model=two_cnn model.hidden=$(MASKS_HIDDEN_$(SIZE)) federation.channels_last=true
 MASKS_RUN = $(MASKS_NET) $(MASKS_$(SIZE)) data.part=b model.checkpoint=$(MASKS)/start/model.safetensors federation.num_clients=20 federation.clients_per_round=0.25 'federation.rounds=$${rounds_for_steps:$(MASKS_STEPS_$(SIZE))}' federation.eval_every=20
 MASKS_RATES = $(MASKS_RUN) seed=10 partition=$(1) federation.local_steps=4,16 mask_rule=dense optimizer.lr=0.003,0.01,0.03 hydra.sweep.dir=$(MASKS)/rates/$(1)
-MASKED = $(MASKS_RUN) seed=0,1,2,3,4 mask_rule=random,least_sensitive,most_sensitive,talos sparsity.ratio=0.5,0.8,0.95
+MASKS_RULES = $(MASKS_RUN) seed=0,1,2,3,4 mask_rule=random,least_sensitive,most_sensitive,talos sparsity.ratio=0.5,0.8,0.95
 MASKS_LR_iid_4 ?= 0.01
 MASKS_LR_iid_16 ?= 0.01
 MASKS_LR_noniid_nc1_4 ?= 0.01
 MASKS_LR_noniid_nc1_16 ?= 0.01
 MASKS_LR_dirichlet01_4 ?= 0.01
 MASKS_LR_dirichlet01_16 ?= 0.01
-MASKED_AT = $(MASKED) partition=$(1) federation.local_steps=$(2) optimizer.lr=$(MASKS_LR_$(1)_$(2)) hydra.sweep.dir=$(MASKS)/runs/$(1)/$(2)
+MASKS_AT = $(MASKS_RULES) partition=$(1) federation.local_steps=$(2) optimizer.lr=$(MASKS_LR_$(1)_$(2)) hydra.sweep.dir=$(MASKS)/runs/$(1)/$(2)
 
 replicate-masks: SEEDS = 0 1 2 3 4
 replicate-masks: $(READY) ## masks on a TwoCNN pre-trained on one half of CIFAR-10, fine-tuned on the other; SIZE=small
@@ -129,12 +129,12 @@ replicate-masks: $(READY) ## masks on a TwoCNN pre-trained on one half of CIFAR-
 	$(call MASKS_RATES,dirichlet01)/dense
 	$(call MASKS_RATES,dirichlet01)/head model.trainable=head
 	$(AGAIN) $(MASKS)/rates/dirichlet01 --into $(MASKS)/runs/dirichlet01
-	$(call MASKED_AT,iid,4)
-	$(call MASKED_AT,iid,16)
+	$(call MASKS_AT,iid,4)
+	$(call MASKS_AT,iid,16)
 	$(call REPORT,$(MASKS)/runs/iid)
-	$(call MASKED_AT,noniid_nc1,4)
-	$(call MASKED_AT,noniid_nc1,16)
+	$(call MASKS_AT,noniid_nc1,4)
+	$(call MASKS_AT,noniid_nc1,16)
 	$(call REPORT,$(MASKS)/runs/noniid_nc1)
-	$(call MASKED_AT,dirichlet01,4)
-	$(call MASKED_AT,dirichlet01,16)
+	$(call MASKS_AT,dirichlet01,4)
+	$(call MASKS_AT,dirichlet01,16)
 	$(call REPORT,$(MASKS)/runs/dirichlet01)

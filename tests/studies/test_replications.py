@@ -89,6 +89,16 @@ RUNS = {
 }
 
 
+def test_the_variables_of_these_targets_are_theirs_alone():
+    """Make has one name space: a second definition changes what the first one's targets run."""
+    own, main = (
+        re.findall(r"^(\w+) *[:?]?=", path.read_text(encoding="utf-8"), re.M)
+        for path in (STUDIES / "replications.mk", STUDIES.parents[1] / "Makefile")
+    )
+    assert len(own) > 40
+    assert set(own) & set(main) == set()
+
+
 def test_every_target_is_counted():
     assert sorted(RUNS) == sorted(TARGETS)
 
