@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
+from fedsparse.core.absent import absent
 from fedsparse.core.checks import check_whole
 from fedsparse.core.seeding import Purpose, torch_generator
 from fedsparse.models.loading import load_backbone
@@ -122,7 +123,8 @@ def start_head(head: nn.Module, std: float, seed: int) -> None:
 
 
 def _vit(num_classes: int, in_chans: int) -> VisionTransformer:
-    from timm.models.vision_transformer import VisionTransformer  # here: timm takes a second to import
+    with absent("wandb"):  # which timm imports for the logs of its own training
+        from timm.models.vision_transformer import VisionTransformer  # here: timm takes a second to import
 
     return VisionTransformer(
         img_size=8, patch_size=2, in_chans=in_chans, num_classes=num_classes, embed_dim=64, depth=4, num_heads=4
