@@ -25,7 +25,7 @@ def waiting(what: str, shared: bool = False, passes: int | None = None) -> Itera
     Args:
         what: such as ``calibration``.
         shared: whether other runs write to the same terminal at the same time; nothing is shown then.
-        passes: how often ``advance`` counts from 1 to its end; None: it is not called, and no bar is shown.
+        passes: how often ``advance`` counts from 1 to its end; the bar pulses until it is called. None: no bar.
 
     """
     began = time.perf_counter()
@@ -41,7 +41,7 @@ def waiting(what: str, shared: bool = False, passes: int | None = None) -> Itera
         # what is printed goes above the spinner if it goes to the same terminal; a pipe gets it as ever
         redirected = sys.stdout.isatty()
         with Progress(*columns, *counted, console=console, transient=True, redirect_stdout=redirected) as shown:
-            shown.add_task(what, total=passes, at="")
+            shown.add_task(what, total=None, passes=passes or 1, at="")
             _shown.append(shown)
             try:
                 yield
@@ -54,10 +54,10 @@ def advance(place: int, of: int) -> None:
     """Count ``place`` of ``of`` in one pass, such as the third of ten clients; nothing where no bar is shown."""
     for shown in _shown:
         (task,) = shown.tasks
-        passes = task.total or 1
+        passes = task.fields["passes"]
         done = min(passes, round(task.completed + 1 / of, 6))  # a tenth ten times is one
         at = f"{place}/{of}" if passes == 1 else f"{done:.0f}/{passes:.0f}"
-        shown.update(task.id, completed=done, at=at)
+        shown.update(task.id, total=passes, completed=done, at=at)
 
 
 def may_download(what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,21 @@ def test_a_wait_is_shown_on_a_terminal_of_ones_own_and_logged(shared, passes, at
     assert "another" not in screen.text
     assert "1/7" not in screen.text
     assert [record.message.split(":")[0] for record in caplog.records] == ["another", "calibration"]
+
+
+def test_a_bar_is_empty_only_where_something_is_counted(monkeypatch):
+    """A rule that asks no client has no empty bar, which would stay so: the bar's whole width pulses."""
+    widths = []
+    for counted in (False, True):
+        screen = Terminal()
+        monkeypatch.setattr("sys.stderr", screen)
+        monkeypatch.setenv("TERM", "xterm-256color")
+        with waits.waiting("calibration", passes=1):
+            if counted:
+                waits.advance(1, 1000)
+        last = screen.text.rsplit("calibration", 1)[1]
+        widths.append(len(re.findall(r"\x1b\[[\d;]*m", last.partition("\n")[0])))  # a pulse changes colour as it goes
+    assert widths[0] > 10 > widths[1]
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", "fedsparse: downloads a.zip\n"), ("1", "")])

@@ -8,7 +8,9 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from fedsparse import repeat, report
 from fedsparse.analysis.archive import read
@@ -57,6 +59,70 @@ def test_every_run_has_its_hash_and_seconds_and_no_place_of_a_machine(name):
         assert re.fullmatch("[0-9a-f]{64}", run.summary["global_sha256"])
         assert run.summary["seconds"] > 0
         assert not re.search(r"/(work|home|root|tmp)/", f"{run.overrides} {run.config} {run.summary}")
+
+
+DENSE, HEAD = ["mask_rule=dense", "model.trainable=all"], ["model.trainable=head"]
+FEW, MANY = ["federation.local_steps=4"], ["federation.local_steps=16"]
+FEDAVG = ["server=fedavg"]
+
+
+def masked(rule, ratio):
+    return [f"mask_rule={rule}", f"sparsity.ratio={ratio}"]
+
+
+def topk(by, fraction):
+    return [f"exchange.by={by}", f"exchange.fraction={fraction}", "exchange.compat=null", "model.trainable=all"]
+
+
+EVERYTHING = topk("largest_change", "1.0")
+ORIGINAL = ["exchange.compat=original"]
+# what stands in the text below the tables: file, typed of a row, typed of the other, and the difference by seed
+PAIRED = [
+    ("methods_cifar10", ["objective=scaffold"], FEDAVG, "SCAFFOLD +4.0 ± 6.5 points"),
+    ("methods_cifar10", ["server=fedadam"], FEDAVG, "FedAdam +0.5 ± 4.8"),
+    ("methods_cifar10", ["aggregation=fednova"], FEDAVG, "FedNova +0.3 ± 7.1"),
+    ("methods_cifar10", ["objective=fedprox"], FEDAVG, "FedProx -0.6 ± 1.2"),
+    ("methods_cifar10", ["server=fedavgm"], FEDAVG, "FedAvgM -9.2 ± 7.2"),
+    ("masks_cifar10_noniid_nc1", HEAD + MANY, DENSE + MANY, "loses 5.4 ± 3.7 points to the head alone"),
+    ("masks_cifar10_noniid_nc1", masked("least_sensitive", 0.95) + MANY, DENSE + MANY, "(least_sensitive +5.4 ± 3.7"),
+    ("masks_cifar10_noniid_nc1", masked("random", 0.95) + MANY, DENSE + MANY, "random +5.4 ± 3.3"),
+    ("masks_cifar10_noniid_nc1", DENSE + FEW, DENSE + MANY, "costs dense training 7.7 ± 7.2 points"),
+    ("masks_cifar10_iid", DENSE + MANY, DENSE + FEW, "nothing IID (+0.1 ± 0.8)"),
+    ("masks_cifar10_iid", masked("least_sensitive", 0.5) + FEW, DENSE + FEW, "+0.3 ± 0.3 and +0.9 ± 0.7 points"),
+    ("masks_cifar10_iid", masked("least_sensitive", 0.5) + MANY, DENSE + MANY, " and +0.9 ± 0.7 points"),
+    ("exchange_ag_news", topk("largest_change", 0.01), EVERYTHING, "`largest_change` -10.4 ± 11.2"),
+    ("exchange_ag_news", topk("largest_change", 0.1), EVERYTHING, "-10.4 ± 11.2, -7.4 ± 11.5"),
+    ("exchange_ag_news", topk("largest_change", 0.3), EVERYTHING, "-7.4 ± 11.5 and +3.1 ± 5.2"),
+    ("exchange_ag_news", topk("largest_final", 0.01), EVERYTHING, "`largest_final` -33.5 ± 21.2"),
+    ("exchange_ag_news", topk("largest_final", 0.1), EVERYTHING, "-33.5 ± 21.2, -26.6 ± 29.2"),
+    ("exchange_ag_news", topk("largest_final", 0.3), EVERYTHING, "-26.6 ± 29.2 and -13.8 ± 13.3"),
+    ("exchange_ag_news", ["exchange.fraction=0.01", *ORIGINAL], EVERYTHING, "as the source reads it -36.3 ± 14.8"),
+    ("exchange_ag_news", ["exchange.fraction=0.1", *ORIGINAL], EVERYTHING, "-36.3 ± 14.8, -35.0 ± 13.2"),
+    ("exchange_ag_news", ["exchange.fraction=0.3", *ORIGINAL], EVERYTHING, "-35.0 ± 13.2 and -11.0 ± 2.7"),
+]
+
+
+def accuracies(name, typed):
+    """Test accuracy in percent by seed of the runs with some overrides; what a run did not type is the default."""
+    found = {}
+    for run in read(STUDIES / f"results/{name}.csv.gz"):
+        usual = {"model.trainable": "all", "federation.num_clients": "3", "exchange.compat": "null"}
+        options = usual | dict(override.split("=", 1) for override in run.overrides)
+        if all(options.get(key) == value for key, value in (word.split("=", 1) for word in typed)):
+            assert options["seed"] not in found
+            found[options["seed"]] = 100 * run.summary["test/acc"]
+    return found
+
+
+@pytest.mark.parametrize(("name", "one", "other", "said"), PAIRED, ids=[f"{row[0]}-{row[3]}" for row in PAIRED])
+def test_a_difference_in_the_text_is_that_of_the_kept_runs(name, one, other, said):
+    """Mean and half of Student's 95 % interval, by scipy."""
+    ours, theirs = accuracies(name, one), accuracies(name, other)
+    assert set(ours) == set(theirs)
+    difference = np.array([ours[seed] - theirs[seed] for seed in sorted(ours)])
+    half = stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference)
+    assert said in PAGE
+    assert f"{difference.mean():+.1f} ± {half:.1f}".removeprefix("" if re.search(r"[+-]\d", said) else "+") in said
 
 
 TARGETS = re.findall(r"^(replicate-\w+): \$\(READY\)", (STUDIES / "replications.mk").read_text(encoding="utf-8"), re.M)

@@ -143,5 +143,5 @@ def environment(folder: Path, threads: int) -> Mapping[str, str]:
         stub.write_text("run = None\n", encoding="utf-8")
         paths.append(str(stub.parent))
     own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads), "HYDRA_FULL_ERROR": "1"}
-    ordered = {"PYTHONUNBUFFERED": "1"}  # what a run printed stands before the error that ended it
-    return {"WANDB_MODE": "offline", **os.environ, **own, **ordered}
+    own["PYTHONUNBUFFERED"] = "1"  # what a run printed stands before the error that ended it
+    return {"WANDB_MODE": "offline", **os.environ, **own}
